@@ -1,0 +1,46 @@
+"""One exception tree, mapped to exit codes at one place (``lco_lite.__main__``).
+
+A message says what was found, where, and what is accepted; the user never sees a traceback for a mistake of theirs.
+"""
+
+
+class LcoError(Exception):
+    """Failed while running."""
+
+    exit_code = 1
+
+
+class UsageError(LcoError):
+    """Wrong usage, recipe, data, model or checkpoint: something the user can mend."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """The recipe or an override of it is not valid; the message names every field."""
+
+
+class DataError(UsageError):
+    """A data source is missing or malformed; the message names file and line."""
+
+
+class ModelError(UsageError):
+    """A model, tokenizer or adapter cannot be used as asked."""
+
+
+class MemoryExhausted(LcoError):
+    """Out of memory on the device; the message names phase, peak and remedies."""
+
+    exit_code = 3
+
+
+class Diverged(LcoError):
+    """The loss or a gradient is not finite; the last good checkpoint is named."""
+
+    exit_code = 4
+
+
+class Interrupted(LcoError):
+    """Stopped by the user after a checkpoint."""
+
+    exit_code = 130
