@@ -1,4 +1,4 @@
-"""What a task is: prompts, gold answers, a grader. One definition of "correct", used by rewards and by benchmarks alike."""
+"""What a task is: prompts, gold answers, a grader. One definition of "correct" for rewards and benchmarks alike."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from typing import Any, Protocol
 class Item:
     """One problem.
 
-    ``prompt`` is the user's turn as plain text; ``gold`` the right answer; ``demonstration`` a full response to imitate,
-    where the data has one; ``row`` the data row it came from, kept for graders and for the rows of an evaluation.
+    ``prompt`` is the user's turn as plain text; ``gold`` the right answer; ``demonstration`` a full response to
+    imitate, where the data has one; ``row`` the data row it came from, for graders and the rows of an evaluation.
     """
 
     id: str
@@ -30,14 +30,17 @@ class Grade:
 
 
 class Task(Protocol):
-    """A benchmark and a source of training problems. Splits: ``train`` (demonstrations, pairs, RL prompts) and ``test`` (held out)."""
+    """A benchmark and a source of training problems: ``train`` (demonstrations, pairs, RL prompts), ``test`` (held out).
+
+    Every task here is a dataclass, so that ``dataclasses.replace(task, system=...)`` overrides its texts and limits.
+    """
 
     name: str
     system: str | None
     max_new_tokens: int
 
     def items(self, split: str) -> Sequence[Item]:
-        """All items of a split in a fixed order. Raises DataError naming the file or hub id wanted where it is absent."""
+        """All items of a split in a fixed order. Raises DataError naming the file or hub id wanted if it is absent."""
         ...
 
     def grade(self, response: str, item: Item) -> Grade:
@@ -45,5 +48,21 @@ class Task(Protocol):
         ...
 
     def first_error(self, response: str, item: Item) -> int | None:
-        """Index of the first character at which the response is wrong, or None where the task cannot tell (or it is right)."""
+        """Index of the first wrong character; None if the response is right or the task cannot tell."""
         ...
+
+
+def conversation(task: Task, item: Item, shots: Sequence[Item] = ()) -> list[dict[str, str]]:
+    """The messages that ask for ``item``: the task's system text, ``shots`` as answered examples, then the prompt.
+
+    Raises ValueError for a shot without a demonstration.
+    """
+    messages = [{"role": "system", "content": task.system}] if task.system is not None else []
+    for shot in shots:
+        if shot.demonstration is None:
+            raise ValueError(f"item {shot.id} has no demonstration to show as an example")
+        messages += [
+            {"role": "user", "content": shot.prompt},
+            {"role": "assistant", "content": shot.demonstration},
+        ]
+    return [*messages, {"role": "user", "content": item.prompt}]
