@@ -1,0 +1,249 @@
+"""The typed recipe: every setting once, with unit, default and source.
+
+A recipe is a YAML file; ``--set a.b=c`` overrides it, and named flags override both. Unknown keys, wrong types and
+combinations that make no sense are refused, all at once, each with its key path, line and value. Imports no torch.
+
+"paper" is arXiv 2603.00963; "prototype" the settings that were found to learn in this project's first experiments.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LCO_OBJECTIVES = ("kld", "lch", "mse")
+
+
+def setting(default: Any, what: str, source: str, **bounds: Any) -> Any:
+    """A field with its meaning (unit included) and where its default comes from."""
+    return Field(default, description=what, json_schema_extra={"source": source}, **bounds)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class Lora(Section):
+    r: int = setting(32, "rank of the update", "QLoRA practice; 16 to 64 are alike", ge=1)
+    alpha: float = setting(64, "scale: the update is multiplied by alpha / r", "twice the rank, QLoRA practice", gt=0)
+    dropout: float = setting(
+        0.0, "share of adapter inputs dropped", "0: h_old and h must come from the same numerics", ge=0, lt=1
+    )
+    targets: Literal["all-linear"] | list[str] = setting(
+        "all-linear", "modules that get an adapter; never the LM head", "QLoRA: all linear layers"
+    )
+
+
+class Init(Section):
+    """A Llama-shaped model from scratch with a byte-level tokenizer (256 bytes and 4 specials)."""
+
+    hidden_size: int = setting(128, "width d", "prototype", ge=8)
+    layers: int = setting(4, "transformer blocks", "prototype", ge=1)
+    heads: int = setting(4, "attention heads", "prototype", ge=1)
+    intermediate_size: int = setting(384, "width of the feed-forward layer", "3 x hidden_size", ge=8)
+    max_length: int = setting(256, "longest sequence, tokens", "ample for the arithmetic task", ge=16)
+    std: float = setting(0.05, "standard deviation of the first weights", "prototype", gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Init:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of heads {self.heads}")
+        return self
+
+
+class Weights(Section):
+    """Base weights and the adapter on them."""
+
+    path: str | None = setting(None, "hub id or local folder", "yours")
+    revision: str | None = setting(None, "branch, tag or commit on the hub", "the hub's main")
+    gguf_file: str | None = setting(None, "name of a GGUF file under path; converted once into the run", "none")
+    quantization: Literal["none", "nf4", "int8"] = setting(
+        "none", "storage of the frozen base (bitsandbytes)", "nf4 with double quantisation is what fits 12 GB"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "weights and compute; auto: bfloat16 on a GPU, float32 on a CPU", "bfloat16 where it is fast"
+    )
+    lora: Lora | None = setting(Lora(), "the adapter; null trains all weights but the LM head", "LoRA keeps the head frozen")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: about a third more time, far less memory", "off on small models"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting("auto", "attention kernel", "the model's own default")
+    trust_remote_code: bool = setting(False, "run Python that comes with the weights", "off: safe by default")
+
+
+class Model(Weights):
+    init: Init | None = setting(None, "build a small model instead of loading one; sft then trains all its weights", "none")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give either path (hub id or folder) or init (a model from scratch)")
+        if self.init is not None and (self.gguf_file or self.quantization != "none"):
+            raise ValueError("init builds a small model in plain precision: no gguf_file, no quantization")
+        if self.lora is None and self.quantization != "none":
+            raise ValueError("quantized weights cannot be trained: keep lora, or set quantization: none")
+        return self
+
+
+class RewardModel(Weights):
+    """φ_DPO on a base of its own; ``reward_model: self`` shares the policy's base instead."""
+
+    @model_validator(mode="after")
+    def _has_path(self) -> RewardModel:
+        if self.path is None:
+            raise ValueError("needs path (hub id or folder); write `reward_model: self` to share the policy's base")
+        if self.lora is None:
+            raise ValueError("a reward model of its own is an adapter on its base: lora cannot be null")
+        return self
+
+
+class Chat(Section):
+    system: str | None = setting(None, "system message; null: the task's own", "the task")
+    template_args: dict[str, Any] = setting({}, "arguments for the chat template, e.g. {enable_thinking: false}", "none")
+
+
+class Data(Section):
+    """Each is a file (.jsonl, .json, .parquet, .csv) or ``hub-id[:split]``; null takes the task's training items."""
+
+    demonstrations: str | None = setting(None, "prompts with responses to imitate, for sft", "the task's demonstrations")
+    preferences: str = setting(
+        "sampled", "prompt/chosen/rejected for train-rm; `sampled`: made from the policy's own responses", "paper: sampled and graded"
+    )
+    prompts: str | None = setting(None, "prompts for rl", "the task's training items")
+    task: str | None = setting(None, "file with the task's items instead of its hub set", "the task's own")
+
+
+class Training(Section):
+    """What every training stage shares."""
+
+    lr: float = setting(2e-5, "peak learning rate of AdamW", "TRL 1.16 SFT", gt=0)
+    schedule: Literal["constant", "cosine"] = setting("cosine", "learning rate after warm-up", "common practice")
+    warmup_steps: int = setting(0, "updates of linear warm-up", "TRL", ge=0)
+    adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas", "TRL")
+    weight_decay: float = setting(0.0, "AdamW's decoupled decay", "TRL", ge=0)
+    max_grad_norm: float | None = setting(1.0, "clip the gradient's 2-norm here; null: never. Logged before clipping", "TRL", gt=0)
+    micro_batch_tokens: int = setting(
+        8192, "padded tokens in one forward pass; smaller needs less memory and gives the same gradient", "fits 12 GB with a 3B policy", ge=16
+    )
+    max_length: int = setting(2048, "prompt and response, tokens; longer ones are skipped and counted", "paper", ge=8)
+    save_every: int = setting(50, "updates between checkpoints (in rl: steps)", "minutes of work at risk", ge=1)
+
+
+class Sft(Training):
+    enabled: bool = setting(True, "false: RL starts from the base as it is", "paper: SFT warm-up")
+    examples: int | None = setting(1000, "demonstrations used; null: all", "paper", ge=1)
+    epochs: float = setting(1.0, "passes over the examples", "paper", gt=0)
+    max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
+    batch_size: int = setting(16, "responses an update", "common practice", ge=1)
+
+
+class TrainRm(Training):
+    lr: float = setting(1e-6, "peak learning rate of AdamW", "paper", gt=0)
+    epochs: float = setting(1.0, "passes over the pairs", "paper", gt=0)
+    max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
+    batch_size: int = setting(16, "pairs an update", "common practice", ge=1)
+    beta: float = setting(0.1, "DPO's beta", "paper", gt=0)
+    sft_weight: float = setting(0.0, "weight of the chosen responses' mean token likelihood beside DPO", "0: plain DPO (paper)", ge=0)
+    prompts: int | None = setting(None, "sampled pairs: prompts to sample for; null: all that sft left", "all", ge=1)
+    samples_per_prompt: int = setting(4, "sampled pairs: responses a prompt", "two of four differ often enough", ge=2)
+    pairs_per_prompt: int = setting(1, "sampled pairs: at most so many a prompt", "every prompt counts alike", ge=1)
+    temperature: float = setting(1.0, "sampled pairs: temperature", "1: varied mistakes", gt=0)
+    top_p: float = setting(1.0, "sampled pairs: nucleus", "1: varied mistakes", gt=0, le=1)
+    demonstrations_as_chosen: bool = setting(
+        False, "sampled pairs: where no sample is right, take the item's demonstration as chosen", "off: on-policy pairs"
+    )
+    cut_rejected: bool = setting(
+        True, "cut a rejected response after its first wrong token, where the task knows it", "prototype: this decides what φ_DPO teaches"
+    )
+    held_out: float = setting(0.05, "share of pairs kept for measuring accuracy", "common practice", ge=0, lt=1)
+    check_items: int = setting(200, "held-out items on which φ_DPO is scored as a policy; 0: no check", "std error 0.035", ge=0)
+
+
+class Rl(Training):
+    objective: Literal["kld", "lch", "mse"] = setting("kld", "the loss", "paper eqs 8 to 10; KLD is the steadiest")
+    beta: float = setting(1.0, "strength of the KL regulariser, in units of the advantage", "paper", gt=0)
+    feedback: Literal["dpo", "rule"] = setting("dpo", "dpo: dense, eq 13. rule: +1 right, -1 wrong, eq 11", "paper")
+    baseline: Literal["none", "batch", "group"] = setting(
+        "batch", "rule: what is subtracted from the reward; group: mean of a prompt's responses", "prototype: none collapses"
+    )
+    weighting: Literal["mean", "sum", "policy"] = setting(
+        "mean", "mse, lch: weights over the vocabulary; policy: by π_old", "mean: paper eqs 8 and 9"
+    )
+    anchor: float = setting(0.0, "λ in z* = (1-λ) z_old + λ z_ref + A/β", "0: paper; 0.5 stops the compounding", ge=0, le=1)
+    standardise: bool = setting(False, "dpo: divide A by its standard deviation over the vocabulary, per token", "off: paper")
+    lr: float = setting(5e-6, "peak learning rate of AdamW", "paper", gt=0)
+    schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after warm-up", "paper's public code")
+    warmup_steps: int = setting(10, "updates of linear warm-up", "prototype: Adam's first steps are sign-like", ge=0)
+    steps: int = setting(4, "rollout phases; π_old and the target are fixed within one", "prototype", ge=1)
+    prompts_per_step: int = setting(512, "prompts a phase", "prototype: hundreds; paper's public code: 3,072", ge=1)
+    responses_per_prompt: int = setting(1, "responses a prompt", "paper: 1 for LCO", ge=1)
+    minibatch: int = setting(64, "responses an update", "prototype", ge=1)
+    inner_epochs: int = setting(1, "passes over a phase's responses", "paper's public code", ge=1)
+    temperature: float = setting(0.6, "of rollouts; 0 is greedy", "paper", ge=0)
+    top_p: float = setting(0.95, "of rollouts", "paper", gt=0, le=1)
+    max_new_tokens: int | None = setting(None, "longest response, tokens; null: the task's", "the task", ge=1)
+    rollout_batch: int = setting(128, "responses generated at once", "fits 12 GB with a 3B policy", ge=1)
+    save_every: int = setting(1, "steps between checkpoints", "a phase is minutes of work", ge=1)
+    eval_every: int = setting(1, "steps between held-out evaluations; 0: none", "one a phase", ge=0)
+    eval_items: int = setting(256, "held-out items of such an evaluation", "std error 0.03", ge=1)
+    guard: Literal["warn", "stop", "off"] = setting("warn", "on collapse of entropy, reward or length", "say it in words; stop exits 4")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Rl:
+        problems = []
+        if self.weighting != "mean" and self.objective == "kld":
+            problems.append(f"weighting {self.weighting!r} has no meaning for kld: it is an expectation already (use mse or lch)")
+        if self.standardise and self.feedback != "dpo":
+            problems.append("standardise needs the dense advantages of feedback: dpo")
+        if self.feedback == "rule" and self.baseline == "group" and self.responses_per_prompt < 2:
+            problems.append("baseline: group needs responses_per_prompt of at least 2")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class Eval(Section):
+    tasks: list[str] | None = setting(None, "tasks scored at the end of a run; null: the recipe's task", "the task")
+    seeds: int = setting(4, "sampling passes over all items", "paper: mean ± std over 4", ge=1)
+    temperature: float = setting(0.6, "0 is greedy, and then one pass", "paper", ge=0)
+    top_p: float = setting(0.95, "nucleus", "paper", gt=0, le=1)
+    items: int | None = setting(None, "first so many items; null: all", "all", ge=1)
+    max_new_tokens: int | None = setting(None, "longest response, tokens; null: the task's", "the task", ge=1)
+    batch: int = setting(128, "responses generated at once", "fits 12 GB with a 3B policy", ge=1)
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = setting("run", "the run's folder under --runs", "the recipe's")
+    seed: int = setting(0, "of weights, data order and sampling", "0", ge=0, lt=2**31)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one", "the machine")
+    threads: int | None = setting(None, "CPU threads; null: torch's choice", "the machine", ge=1)
+    task: str | None = setting(None, "prompts, grader and held-out items; null: your data only", "none")
+    model: Model
+    reward_model: Literal["self"] | RewardModel = setting("self", "`self`: an adapter on the policy's base", "one base fits small cards")
+    chat: Chat = setting(Chat(), "how prompts are written", "see Chat")
+    data: Data = setting(Data(), "where rows come from", "see Data")
+    sft: Sft = setting(Sft(), "supervised warm-up", "see Sft")
+    train_rm: TrainRm = setting(TrainRm(), "the reward model φ_DPO", "see TrainRm")
+    rl: Rl = setting(Rl(), "the policy", "see Rl")
+    eval: Eval = setting(Eval(), "the score", "see Eval")
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Recipe:
+        problems = []
+        if self.task is None:
+            if self.sft.enabled and self.data.demonstrations is None:
+                problems.append("data.demonstrations: needed where task is null (or set sft.enabled: false)")
+            if self.data.prompts is None:
+                problems.append("data.prompts: needed where task is null")
+            if self.rl.feedback == "dpo" and self.data.preferences == "sampled":
+                problems.append("data.preferences: `sampled` pairs are graded by a task, and task is null: name a file or hub set")
+            if self.rl.feedback == "rule":
+                problems.append("rl.feedback: rule asks a task's grader, and task is null")
+        if self.model.init is not None and not self.sft.enabled:
+            problems.append("sft.enabled: a model from scratch has learnt nothing yet: it needs sft")
+        if self.model.lora is None and self.reward_model == "self" and self.rl.feedback == "dpo" and self.model.quantization != "none":
+            problems.append("reward_model: self with lora: null needs unquantized weights")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
