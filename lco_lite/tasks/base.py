@@ -30,7 +30,7 @@ class Grade:
 
 
 class Task(Protocol):
-    """A benchmark and a source of training problems: ``train`` (demonstrations, pairs, RL prompts), ``test`` (held out).
+    """A benchmark and a source of problems: ``train`` (demonstrations, pairs, RL prompts) and ``test`` (held out).
 
     Every task here is a dataclass, so that ``dataclasses.replace(task, system=...)`` overrides its texts and limits.
     """
