@@ -1,0 +1,191 @@
+"""Checkpoints without pickle: tensors in safetensors, the rest in JSON, every random state included.
+
+``checkpoints/step-00000100/`` holds ``tensors.safetensors`` (what the stage trains), ``optimizer.safetensors`` (its state and
+the random states) and ``state.json`` (step, positions in the data, sha256 of both). A stage resumed from one ends with the
+same weights as one that was never stopped, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lco_lite.errors import UsageError
+from lco_lite.files import remove, write_folder, write_json
+
+FORMAT = 1
+_NAME = re.compile(r"^step-(\d+)$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the stage saved: ``step`` updates done, its ``tensors`` by name, and its own JSON ``state``."""
+
+    path: Path
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Writes ``folder/step-N`` whole, prunes all but the ``keep`` newest, and returns its path.
+
+    Tensors may live anywhere and share memory. ``state`` is nested JSON (data positions, scheduler, counters). Raises
+    LcoError on a full disk, UsageError without permission; the checkpoints before stay as they were.
+    """
+    rng_tensors, rng = capture_rng()
+    optimizer_tensors: dict[str, Tensor] = {}
+    tree = None if optimizer is None else pack(optimizer.state_dict(), optimizer_tensors, "optimizer")
+    path = folder / f"step-{step:08d}"
+    with write_folder(path) as new:
+        save_file({k: _own_copy(v) for k, v in tensors.items()}, new / "tensors.safetensors")
+        save_file(
+            {k: _own_copy(v) for k, v in (optimizer_tensors | rng_tensors).items()}, new / "optimizer.safetensors"
+        )
+        sums = {name: _sha256(new / name) for name in ("tensors.safetensors", "optimizer.safetensors")}
+        content = {"format": FORMAT, "step": step, "state": state, "optimizer": tree, "rng": rng, "sha256": sums}
+        write_json(new / "state.json", content)
+    _prune(folder, step, keep)
+    return path
+
+
+def load_latest(
+    folder: Path,
+    optimizer: torch.optim.Optimizer | None = None,
+    device: torch.device | str = "cpu",
+    warn: Callable[[str], None] = warnings.warn,
+) -> Checkpoint | None:
+    """The newest checkpoint, tensors on ``device``; puts ``optimizer`` and all random states back. None: none was made.
+
+    Call it last before the loop: whatever draws random numbers in between would move the states on. A damaged checkpoint
+    is named to ``warn`` and the one before is taken; UsageError when all are damaged.
+    """
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            content, tensors, extra = _read(path, device)
+        except (OSError, ValueError, KeyError, SafetensorError) as e:
+            warn(f"checkpoint {path} is damaged ({e}); going back to the one before")
+            continue
+        if optimizer is not None:
+            if content["optimizer"] is None:
+                raise UsageError(f"checkpoint {path} holds no optimizer state")
+            optimizer.load_state_dict(unpack(content["optimizer"], extra))
+        restore_rng(extra, content["rng"])
+        return Checkpoint(path, content["step"], tensors, content["state"])
+    if paths:
+        raise UsageError(f"every checkpoint under {folder} is damaged: --fresh starts this stage again")
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest first."""
+    found = [(int(m[1]), p) for p in folder.glob("step-*") if (m := _NAME.match(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def capture_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The random states of Python, numpy, torch on the CPU and on every CUDA device, as tensors and JSON."""
+    tensors = {"rng.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state = [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)]
+    return tensors, {"python": pack(random.getstate(), {}, "python"), "numpy": numpy_state}
+
+
+def restore_rng(tensors: dict[str, Tensor], states: dict[str, Any]) -> None:
+    """Puts back what ``capture_rng`` took; CUDA devices that are absent now are passed over."""
+    random.setstate(unpack(states["python"], {}))
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(tensors["rng.torch"].cpu())
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"rng.cuda.{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng.cuda.{i}"].cpu(), i)
+
+
+def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """``value`` as JSON, its tensors put into ``tensors`` under names that start with ``name``; ``unpack`` is the inverse.
+
+    Tuples, numbers, None and dicts with any scalar keys come back as they were. Raises TypeError on anything else.
+    """
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[k, pack(v, tensors, f"{name}.{k}")] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [pack(v, tensors, f"{name}.{i}") for i, v in enumerate(value)]}
+    if isinstance(value, float):
+        return {"float": value.hex()}  # exact, and JSON has no infinities
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise TypeError(f"{name}: a {type(value).__name__} cannot be saved in a checkpoint")
+
+
+def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
+    """The value that ``pack`` took apart. Raises KeyError where a tensor is missing."""
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, inner),) = packed.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {k: unpack(v, tensors) for k, v in inner}
+    if kind == "float":
+        return float.fromhex(inner)
+    values = [unpack(v, tensors) for v in inner]
+    return tuple(values) if kind == "tuple" else values
+
+
+def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+    for name, expected in content["sha256"].items():
+        if _sha256(path / name) != expected:
+            raise ValueError(f"{name} is not what was written")
+    # optimizer and random states stay on the CPU: load_state_dict moves each where its parameter is
+    return content, load_file(path / "tensors.safetensors", str(device)), load_file(path / "optimizer.safetensors")
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Those after ``step`` were damaged when the stage went back before them; left there they would be tried again."""
+    paths = checkpoints(folder)
+    after = [p for p in paths if int(p.name.removeprefix("step-")) > step]
+    for path in after + [p for p in paths if p not in after][:-keep]:
+        remove(path)
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    """safetensors refuses tensors that share memory."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

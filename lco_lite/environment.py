@@ -1,0 +1,72 @@
+"""What a run was made with: versions, device and memory, the git commit. The same facts that a bug report needs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = (
+    "lco-lite",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "math-verify",
+    "numpy",
+    "pydantic",
+    "rich",
+    "typer",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Versions by package (None: not installed), devices with memory in MiB, and the commit of the working directory."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": _device(),
+        "git": _git(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    cpu = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if not torch.cuda.is_available():
+        return {"kind": "cpu", **cpu}
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = [
+        {"name": d.name, "memory_mib": d.total_memory // 2**20, "capability": f"{d.major}.{d.minor}"} for d in devices
+    ]
+    return {"kind": "cuda", "cuda": torch.version.cuda, "gpus": gpus, **cpu}
+
+
+def _git() -> dict[str, Any] | None:
+    commit = _git_output("rev-parse", "HEAD")
+    return None if commit is None else {"commit": commit, "changed": bool(_git_output("status", "--porcelain"))}
+
+
+def _git_output(*arguments: str) -> str | None:
+    """None: no git, or the working directory is in no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

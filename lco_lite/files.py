@@ -1,0 +1,159 @@
+"""Files and folders written whole: under a temporary name, flushed to the disk, then renamed.
+
+A process killed at any instant leaves the old content or the new, never half of one; what it leaves under temporary names is
+removed by ``recover`` when the run is opened again. Failures of the disk become one message that names the path.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lco_lite.errors import LcoError, UsageError
+
+# .NAME.TOKEN.new is being written; .NAME.TOKEN.old was replaced or deleted and is on its way out
+_TEMPORARY = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{12}\.(?P<kind>new|old|gone)$")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk (LcoError) or a missing permission (UsageError) under ``path`` into one message that names it."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in _DISK_FULL:
+            raise _disk_full(path) from e
+        if e.errno in _NO_PERMISSION:
+            why = "the file system is read-only" if e.errno == errno.EROFS else "permission denied"
+            raise UsageError(f"no permission to write {path}: {why}. Choose another place with --runs DIR.") from e
+        raise
+    except Exception as e:
+        if "No space left on device" in str(e):  # safetensors writes from Rust and raises an error type of its own
+            raise _disk_full(path) from e
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces ``path`` by ``data``, whole or not at all. Raises LcoError or UsageError as ``write_errors`` does."""
+    temporary = _temporary(path, "new")
+    with write_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces ``path`` by ``text`` in UTF-8 with ``\\n`` line ends, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces ``path`` by ``value`` as indented JSON, whole or not at all. NaN and infinities raise ValueError."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``path``; when the block ends well it replaces ``path``, on an error it is removed."""
+    temporary = _temporary(path, "new")
+    with write_errors(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            _sync_tree(temporary)
+            _replace_folder(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or folder so that a kill half-way leaves no half of it under its name. Absent: nothing to do."""
+    if not path.exists():
+        return
+    gone = _temporary(path, "gone")
+    with write_errors(path):
+        os.replace(path, gone)
+        _delete(gone)
+
+
+def recover(root: Path) -> None:
+    """Cleans up after killed writers below ``root``; call it only while no one else writes there.
+
+    A folder that was moved aside and never replaced comes back; everything else under a temporary name is deleted.
+    """
+    for folder, names, files in os.walk(root, topdown=False):
+        for name in sorted(names + files):
+            match = _TEMPORARY.match(name)
+            if match is None:
+                continue
+            left_over, original = Path(folder, name), Path(folder, match["name"])
+            with write_errors(original):
+                if match["kind"] == "old" and not original.exists():
+                    os.replace(left_over, original)
+                else:
+                    _delete(left_over)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """A full folder cannot be renamed onto; the old one steps aside first, and ``recover`` knows what that means."""
+    old = _temporary(path, "old")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    _sync_folder(path.parent)
+    _delete(old)
+
+
+def _temporary(path: Path, kind: str) -> Path:
+    return path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.{kind}"
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, files in os.walk(root, topdown=False):
+        for name in files:
+            with open(os.path.join(folder, name), "rb+") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(folder))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut. Windows has no handle to a folder and orders its renames itself."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_full(path: Path) -> LcoError:
+    place = next(p for p in (path, *path.resolve().parents) if p.exists())
+    free = shutil.disk_usage(place).free / 2**20
+    return LcoError(
+        f"disk is full: {free:.0f} MiB free under {path.parent}; nothing was lost. Make room and start again."
+    )

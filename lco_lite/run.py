@@ -1,0 +1,244 @@
+"""A run folder: its recipe, its stages, which of them are done, and what may go on from where.
+
+    runs/NAME/recipe.yaml  environment.json  sft/  rm/  rl-kld/  eval/TASK--STAGE.json
+
+A stage remembers the settings and the stages before it that it was started with (``stage.json``); what it made is complete
+once ``done.json`` is there. Everything is written whole, so a run can be killed at any instant and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lco_lite.environment import environment
+from lco_lite.errors import RecipeError, UsageError
+from lco_lite.files import recover, remove, write_errors, write_json, write_text
+from lco_lite.recipe import Recipe
+from lco_lite.recipe_file import dump, load_recipe
+from lco_lite.run_lock import locked
+from lco_lite.stage_settings import differences
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+@dataclass
+class StageFolder:
+    """One stage of a run: ``path`` and what lies in it."""
+
+    name: str
+    path: Path
+    _begun: float | None = field(default=None, repr=False)
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    def is_done(self) -> bool:
+        return (self.path / "done.json").exists()
+
+    def begin(self, settings: dict[str, Any], upstream: dict[str, str]) -> None:
+        """Starts the stage or lets it go on; ``upstream`` maps the stages it builds on to the ids of their results.
+
+        UsageError with every difference where it was started with other settings or other upstream results and has
+        something to lose; a stage that has neither a checkpoint nor a result simply starts with the new ones.
+        """
+        file = self.path / "stage.json"
+        before = _read_json(file) if file.exists() else None
+        if before is not None and (self.is_done() or self._has_checkpoint()):
+            self._refuse_changes(before, settings, upstream)
+        else:
+            before = None
+        if before is None:
+            with write_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"settings": settings, "upstream": upstream, "started": _now()})
+        self._begun = time.monotonic()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Marks the stage done. ``result`` is JSON; a fresh id is what later stages refer to.
+
+        ``seconds`` in the file counts from ``begin`` in this process: time before an interruption is not in it.
+        """
+        if self._begun is None:
+            raise RuntimeError(f"{self.name}: finish without begin")
+        seconds = round(time.monotonic() - self._begun, 3)
+        write_json(
+            self.path / "done.json",
+            {"id": uuid.uuid4().hex[:12], "finished": _now(), "seconds": seconds, "result": result},
+        )
+
+    def id(self) -> str:
+        """Changes whenever the stage is trained again. UsageError while it is not done."""
+        return str(self._done()["id"])
+
+    def result(self) -> dict[str, Any]:
+        """What ``finish`` was given. UsageError while the stage is not done."""
+        return dict(self._done()["result"])
+
+    def discard(self) -> None:
+        """Deletes the stage. ``Run.discard_from`` also deletes what was built on it."""
+        remove(self.path)
+
+    def _done(self) -> dict[str, Any]:
+        if not self.is_done():
+            raise UsageError(f"{self.path}: this stage is not done yet")
+        return _read_json(self.path / "done.json")
+
+    def _has_checkpoint(self) -> bool:
+        return any(self.checkpoints.glob("step-*"))
+
+    def _refuse_changes(self, before: dict[str, Any], settings: dict[str, Any], upstream: dict[str, str]) -> None:
+        changed = differences(before["settings"], json.loads(json.dumps(settings)))
+        again = [name for name, made in upstream.items() if before["upstream"].get(name) != made]
+        if not changed and not again and before["upstream"].keys() == upstream.keys():
+            return
+        lines = [f"  {line}" for line in changed]
+        lines += [f"  {name} was trained again since" for name in again]
+        lines += [f"  {name} is no longer used" for name in before["upstream"] if name not in upstream]
+        raise UsageError(
+            f"{self.path} was started with other settings:\n" + "\n".join(lines) + "\n"
+            "Go back to those, start this stage again with --fresh (deletes it and what was built on it), "
+            "or start a new run beside it with --name NAME."
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder ``path`` of one run."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, root: Path, name: str) -> Run:
+        """``root/name``, made if it is not there. UsageError for a name that is no plain folder name, or no permission."""
+        if not _NAME.match(name):
+            raise UsageError(
+                f"{name!r} is no name for a run: letters, digits, '.', '_' and '-', the first a letter or digit"
+            )
+        path = root / name
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file: choose another --name or --runs")
+        with write_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return cls(path)
+
+    @classmethod
+    def newest(cls, root: Path) -> Run:
+        """The run under ``root`` that was used last. UsageError that says what to type where there is none."""
+        found = [p.parent for p in root.glob("*/recipe.yaml")]
+        if not found:
+            raise UsageError(
+                f"no run under {root}/ yet: start with `lco-lite run recipes/quickstart.yaml` or `lco-lite sft RECIPE`"
+            )
+        return cls(max(found, key=_last_use))
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @contextmanager
+    def lock(self) -> Iterator[Run]:
+        """Keeps other processes out and cleans up after killed ones. UsageError names the process that holds the run."""
+        with locked(self.path / ".lock"):
+            recover(self.path)
+            yield self
+
+    def has_recipe(self) -> bool:
+        return (self.path / "recipe.yaml").exists()
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe that the run goes by. UsageError where it is missing or damaged."""
+        file = self.path / "recipe.yaml"
+        if not file.exists():
+            raise UsageError(
+                f"{self.path} has no recipe.yaml: give the recipe, for example `lco-lite run RECIPE --name {self.name}`"
+            )
+        try:
+            return load_recipe(file)
+        except RecipeError as e:
+            raise UsageError(
+                f"the run's own recipe is damaged or of another version; give a recipe to go on with it.\n{e}"
+            ) from e
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        write_text(self.path / "recipe.yaml", dump(recipe))
+
+    def write_environment(self) -> None:
+        write_json(self.path / "environment.json", environment())
+
+    def stage(self, name: str) -> StageFolder:
+        """``sft``, ``rm`` or ``rl-OBJECTIVE``; the folder need not be there yet."""
+        return StageFolder(name, self.path / name)
+
+    def stages(self) -> list[StageFolder]:
+        """Those that were begun, in the order they build on each other."""
+        begun = [p.parent.name for p in self.path.glob("*/stage.json")]
+        return [self.stage(name) for name in sorted(begun, key=_order)]
+
+    def eval_path(self, task: str, stage: str) -> Path:
+        """Where the score of ``stage`` on ``task`` is; its items lie beside it as .jsonl."""
+        return self.path / "eval" / f"{task}--{stage}.json"
+
+    def discard_from(self, stage: str) -> list[str]:
+        """Deletes ``stage``, the stages built on it and their scores; returns the names of the stages deleted.
+
+        sft takes everything with it, rm every rl-*, an rl-* only itself.
+        """
+        present = {p.parent.name for p in self.path.glob("*/stage.json")} | {stage}
+        doomed = [name for name in sorted(present, key=_order) if name == stage or _order(stage)[0] < _order(name)[0]]
+        for name in reversed(
+            doomed
+        ):  # the last first: killed half-way, what is left still stands on what it was built on
+            for score in sorted((self.path / "eval").glob(f"*--{name}.*")):
+                remove(score)
+            self.stage(name).discard()
+        return doomed
+
+
+def _order(stage: str) -> tuple[int, str]:
+    return ({"sft": 0, "rm": 1}.get(stage, 2), stage)
+
+
+def _last_use(run: Path) -> float:
+    """Taking the lock writes the process id into it."""
+    lock = run / ".lock"
+    return (lock if lock.exists() else run / "recipe.yaml").stat().st_mtime
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{path} is damaged ({e}): start the stage again with --fresh") from e
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is damaged (no JSON object): start the stage again with --fresh")
+    return value
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,121 @@
+"""The numbers of a stage: one JSON object a step in ``metrics.jsonl``, under names that are listed here and nowhere else.
+
+``docs/metrics.md`` is the same list for readers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lco_lite.files import write_bytes, write_errors
+
+METRICS: dict[str, str] = {
+    "step": "updates done (sft, rm) or rollout phases done (rl), this one included",
+    "loss": "the objective, mean over the step's updates",
+    "lr": "learning rate of the step's last update",
+    "grad_norm": "2-norm of the gradient before clipping, mean over the step's updates",
+    "reward": "mean reward a response, in the feedback's own unit (rule: +1 right, -1 wrong)",
+    "accuracy": "share of responses that are right (rl), of pairs where the chosen one has the higher implicit reward (rm), 0 to 1",
+    "margin": "mean implicit reward of chosen minus rejected, nats times beta (rm)",
+    "dead_groups": "share of groups whose responses all have the same reward and so teach nothing, 0 to 1",
+    "advantage_std": "standard deviation of the advantage over tokens and vocabulary",
+    "kl_to_old": "KL(pi || pi_old) a token after the step's updates, nats",
+    "kl_to_target": "KL(pi* || pi) a token, nats",
+    "entropy": "entropy of the policy a token, nats",
+    "sampled_prob": "mean probability of the sampled tokens, 0 to 1",
+    "clipped": "share of tokens whose probability ratio was clipped (ppo, grpo), 0 to 1",
+    "logit_grad_norm_pos": "2-norm of the gradient in the logits, tokens with positive advantage",
+    "logit_grad_norm_neg": "2-norm of the gradient in the logits, tokens with negative advantage",
+    "response_tokens": "response tokens trained on in this step",
+    "mean_response_tokens": "mean length of a response, tokens",
+    "truncated": "share of responses that hit the length limit, 0 to 1",
+    "skipped": "items left out because they are longer than the window, so far",
+    "samples_seen": "responses, demonstrations or pairs trained on so far",
+    "epoch": "passes over the data so far",
+    "tokens_per_second": "response tokens made or trained on, a second of the whole step",
+    "eval": "held-out score of the task after the step, 0 to 1",
+    "seconds.rollout": "time spent generating, s",
+    "seconds.score": "time spent on advantages and old hidden states, s",
+    "seconds.update": "time spent on forward, backward and optimizer, s",
+    "seconds.eval": "time spent on the held-out score, s",
+    "peak_mib": "most memory in use so far: of the GPU where there is one, else of the process, MiB",
+}
+
+
+class JsonLog:
+    """Appends JSON objects to ``path``, one a line, each flushed. Every object carries its ``step``.
+
+    ``resume_after`` is the step of the checkpoint that the stage goes on from: later lines belong to work that is done
+    again and are dropped, and so is a last line that was cut short. None: the stage starts anew, with an empty file.
+    NaN and infinities are written as null. Raises LcoError on a full disk, UsageError without permission.
+    """
+
+    def __init__(self, path: Path, resume_after: int | None) -> None:
+        self.path = path
+        kept = [] if resume_after is None else [row for row in read_log(path) if row["step"] <= resume_after]
+        write_bytes(path, b"".join(map(_line, kept)))
+        with write_errors(path):
+            self._file = path.open("ab")
+
+    def write(self, row: dict[str, Any]) -> None:
+        if "step" not in row:
+            raise ValueError(f"{self.path.name}: a line needs its step")
+        with write_errors(self.path):
+            self._file.write(_line(row))
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> JsonLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class MetricsLog(JsonLog):
+    """A JsonLog that takes only the names in METRICS; another raises ValueError."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        unknown = sorted(name for name in _names(row) if name not in METRICS)
+        if unknown:
+            raise ValueError(f"no such metric: {', '.join(unknown)} (telemetry.metrics.METRICS lists them)")
+        super().write(row)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics or samples file; none where there is no file. Lines that are not whole are passed over."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut short by a kill or a full disk; the step is in no checkpoint
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _names(row: dict[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for key, value in row.items():
+        names += _names(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return names
