@@ -1,12 +1,18 @@
-"""The LM head as the losses see it: hidden states in, logits out.
+"""The LM head as the losses see it: hidden states in, logits out, and gradients back.
 
 Legend: V vocabulary, d hidden width, T tokens.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+ROW_BLOCK = 8192  # rows of the weight upcast at a time: 8192 x 2048 in fp32 is 64 MiB
+FP16_GAIN = 2.0**12  # lifts probabilities above fp16's smallest number, 6e-8, for one product
+MM_WIDENS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)  # torch.mm takes out_dtype on CUDA
 
 
 @dataclass(eq=False)
@@ -15,18 +21,18 @@ class Head:
 
     ``weight`` [>= rows, d]; ``bias`` [>= rows] or None; ``scale`` as in Cohere (``logit_scale``) and Granite
     (1 / ``logits_scaling``); ``softcap`` c gives c * tanh(logits / c), as in Gemma 2. Rows past ``rows`` pad the
-    matrix and are no tokens.
+    matrix and are no tokens. Make one Head for a model and keep it: it remembers the Gram matrix of its weight.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    rows: int | None = None
-    _gram: Tensor | None = field(default=None, repr=False)
+    rows: int = 0  # 0: all of them
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False, init=False)
 
     def __post_init__(self) -> None:
-        if self.rows is None:
+        if not self.rows:
             self.rows = self.weight.shape[0]
         if not 0 < self.rows <= self.weight.shape[0]:
             raise ValueError(f"rows must be in 1..{self.weight.shape[0]}, got {self.rows}")
@@ -37,14 +43,126 @@ class Head:
         return self.weight[: self.rows]
 
     @property
+    def is_trained(self) -> bool:
+        """True where a gradient must reach the head itself, which then moves from step to step."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    @property
     def is_linear(self) -> bool:
-        """True where logits are a linear function of hidden states with nothing to train: the hidden-space path."""
-        return self.bias is None and self.softcap is None and not self.weight.requires_grad
+        """True where differences of logits are a fixed linear function of differences of hidden states.
+
+        Then everything is computed in hidden space. A frozen bias cancels in every difference.
+        """
+        return self.softcap is None and not self.is_trained
+
+    def same_as(self, other: "Head") -> bool:
+        """True where both are the very same weights used in the same way."""
+        mine, theirs = (self.scale, self.softcap, self.rows), (other.scale, other.softcap, other.rows)
+        return self.weight is other.weight and self.bias is other.bias and mine == theirs
+
+    def prefix(self, rows: int) -> "Head":
+        """The same head over its first ``rows`` tokens; the same object each time, so that what it remembers stays."""
+        if rows == self.rows:
+            return self
+        return self.remember(("prefix", rows), lambda: replace(self, rows=rows))
+
+    def frozen(self) -> "Head":
+        """A detached copy: what a trained head was when π_old acted."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return replace(self, weight=self.weight.detach().clone(), bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, d] -> [T, V] in the promoted type of fp32 and the inputs. For a chunk of tokens, never a whole sequence."""
-        z = (hidden @ self.vocabulary.to(hidden.dtype).T).to(torch.promote_types(hidden.dtype, torch.float32))
+        """[T, d] -> [T, V] in fp32, or wider as the inputs are. For a chunk of tokens, never a whole sequence."""
+        z = self.project(hidden)
         if self.bias is not None:
-            z = z + self.bias[: self.rows]
-        z = z * self.scale
+            z = z + self.scale * self.bias[: self.rows]
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def project(self, difference: Tensor) -> Tensor:
+        """Logits of a difference of hidden states, [T, d] -> [T, V]: no bias, no soft-cap."""
+        return rows_product(self.scale * difference, self.vocabulary)
+
+    def uncapped(self, grad: Tensor, logits: Tensor | None) -> Tensor:
+        """∂L/∂logits -> ∂L/∂(logits before the soft-cap)."""
+        if self.softcap is None:
+            return grad
+        if logits is None:
+            raise ValueError("the gradient through a soft-cap needs the logits")
+        return grad * (1 - (logits / self.softcap).square())
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """The type in which a gradient [T, V] is best handed to the product with the weight."""
+        return torch.bfloat16 if self.weight.is_cuda and self.weight.dtype == torch.bfloat16 else wide(self.weight)
+
+    @property
+    def mean_row(self) -> Tensor:
+        """w̄ [d], the mean over V of the rows, in fp32 or fp64: mean over V of W·x is w̄·x."""
+
+        def mean() -> Tensor:
+            total = self.weight.new_zeros(self.weight.shape[1], dtype=torch.float64)
+            for _, block in row_blocks(self.vocabulary, wide(self.weight)):
+                total += block.sum(0, dtype=torch.float64)
+            return (total / self.rows).to(wide(self.weight))
+
+        return self.remember(("mean", self.weight._version), mean)
+
+    def remember(self, key: Any, compute: Any) -> Any:
+        """The value kept under ``key``, computed the first time."""
+        if key not in self._cache:
+            with torch.no_grad():
+                self._cache[key] = compute()
+        return self._cache[key]
+
+
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The type to accumulate in: fp32, or fp64 where an input is."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of ``weight`` in ``dtype``, a bounded number at a time."""
+    for start in range(0, weight.shape[0], ROW_BLOCK):
+        part = slice(start, min(start + ROW_BLOCK, weight.shape[0]))
+        yield part, weight[part].to(dtype)
+
+
+def rows_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, [T, d] -> [T, V], accumulated and returned in fp32 at least.
+
+    Half-precision weights: on CUDA the operands are rounded to the weight's type and accumulated in fp32; elsewhere
+    the weight is upcast block by block and ``x`` is not rounded.
+    """
+    out_type = wide(x, weight)
+    if weight.dtype == out_type:
+        return x.to(out_type) @ weight.T
+    if _half_precision_cuda(x, weight):
+        return torch.mm(x.to(weight.dtype), weight.T, out_dtype=out_type)
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=out_type)
+    for part, block in row_blocks(weight, out_type):
+        out[:, part] = x.to(out_type) @ block.T
+    return out
+
+
+def columns_product(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad @ weight, [T, V] -> [T, d]; types as in ``rows_product``."""
+    out_type = wide(grad, weight)
+    if weight.dtype == out_type:
+        return grad.to(out_type) @ weight
+    if _half_precision_cuda(grad, weight):
+        gain = FP16_GAIN if weight.dtype == torch.float16 else 1.0
+        return torch.mm((gain * grad).to(weight.dtype), weight, out_dtype=out_type) / gain
+    out = grad.new_zeros(grad.shape[0], weight.shape[1], dtype=out_type)
+    for part, block in row_blocks(weight, out_type):
+        out += grad[:, part].to(out_type) @ block
+    return out
+
+
+def _half_precision_cuda(x: Tensor, weight: Tensor) -> bool:
+    """True where the GPU multiplies half-precision operands into fp32; autograd does not go through that."""
+    if not weight.is_cuda or wide(x, weight) != torch.float32 or not MM_WIDENS:
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))

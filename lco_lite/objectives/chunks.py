@@ -1,0 +1,135 @@
+"""How the losses walk over the tokens, and how gradients found in the forward pass reach autograd.
+
+Legend: T tokens, V vocabulary, d hidden width. A chunk of tokens times V is the only large buffer there is.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lco_lite.objectives.head import Head, columns_product, wide
+
+CUDA_BYTES = 240 * 2**20  # all buffers of a chunk together
+CUDA_BYTES_PER_LOGIT = 12  # z, r in fp32, and half-precision or fused temporaries
+CPU_LOGITS = 2**22  # 16 MiB in fp32: stays near the caches
+logger = logging.getLogger(__name__)
+
+
+def chunk_size(head: Head, device: torch.device) -> int:
+    """Tokens at a time: what a bounded part of the free memory holds, between 16 and 2,048."""
+    if device.type != "cuda":
+        return min(max(CPU_LOGITS // head.rows, 16), 2048)
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    tokens = min(CUDA_BYTES, free // 4) // (CUDA_BYTES_PER_LOGIT * head.rows)
+    return min(max(tokens // 16 * 16, 16), 2048)
+
+
+def spans(tokens: int, chunk: int | None, head: Head, device: torch.device) -> Iterator[slice]:
+    """Slices that cover the tokens, ``chunk`` (None: ``chunk_size``) at a time."""
+    if chunk is None:
+        chunk = chunk_size(head, device)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    for start in range(0, tokens, chunk):
+        yield slice(start, min(start + chunk, tokens))
+
+
+def asks_gradient(x: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and x is not None and x.requires_grad
+
+
+class Gradients:
+    """∂L/∂hidden, ∂L/∂weight and ∂L/∂bias times ``scale``, filled chunk by chunk for those that are asked for."""
+
+    def __init__(self, hidden: Tensor, head: Head, asks: tuple[bool, bool, bool], scale: float = 1.0) -> None:
+        self.inputs = (hidden, head.weight, head.bias)
+        self.scale = scale
+        # fp16 cannot hold 1/V times 1/T, and sums over chunks need fp32
+        kept = torch.bfloat16 if hidden.dtype == torch.bfloat16 else wide(hidden)
+        summed = wide(hidden, head.weight)
+        self.hidden = torch.empty_like(hidden, dtype=kept) if asks[0] else None
+        self.weight = torch.zeros_like(head.weight, dtype=summed) if asks[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=summed) if asks[2] and head.bias is not None else None
+
+    @property
+    def wanted(self) -> bool:
+        return any(g is not None for g in self.all)
+
+    @property
+    def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.hidden, self.weight, self.bias
+
+    def add(
+        self, head: Head, part: slice, hidden: Tensor, grad: Tensor, logits: Tensor | None, factor: float = 1.0
+    ) -> None:
+        """Take in ``factor`` · ``grad``, ∂L/∂logits [C, V] of the tokens ``part`` with states ``hidden`` [C, d]."""
+        if not self.wanted:
+            return
+        factor *= self.scale * head.scale
+        grad = head.uncapped(grad, logits)
+        if self.hidden is not None:
+            self.put(part, columns_product(grad, head.vocabulary), factor)
+        if self.weight is not None:
+            dtype = self.weight.dtype
+            self.weight[: head.rows].addmm_(grad.to(dtype).T, hidden.to(dtype), alpha=factor)
+        if self.bias is not None:
+            self.bias[: head.rows].add_(grad.sum(0, dtype=self.bias.dtype), alpha=factor)
+
+    def put(self, part: slice, grad_hidden: Tensor, factor: float) -> None:
+        """∂L/∂hidden of the tokens ``part`` is ``factor`` times ``grad_hidden`` [C, d]."""
+        if self.hidden is not None:
+            self.hidden[part] = grad_hidden.mul_(factor).to(self.hidden.dtype)
+
+    def attach(self, value: Tensor) -> Tensor:
+        """``value``, [] or [T], with these gradients of it behind it: backward is one multiplication."""
+        return _Given.apply(value, self.all, *self.inputs) if self.wanted else value
+
+    def cast(self) -> tuple[Tensor | None, ...]:
+        """The gradients in the types of their inputs."""
+        pairs = zip(self.all, self.inputs, strict=True)
+        return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
+
+
+class _Given(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        scaled = []
+        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            per_row = None if grad is None else upstream.reshape(*upstream.shape, *[1] * (grad.dim() - upstream.dim()))
+            scaled.append(None if grad is None else (grad * per_row).to(dtype))
+        return None, None, *scaled
+
+
+@functools.cache
+def _compiler_works() -> bool:
+    """Whether torch.compile makes a working kernel on this GPU: tried once, and a failure is logged once."""
+    try:
+        torch.compile(lambda x: (x + 1).sum(-1))(torch.zeros(4, 4, device="cuda"))
+    except Exception as error:  # the compiler's dependencies fail in many ways (no C compiler, no Triton, old GPU)
+        logger.warning("torch.compile does not work here, the losses run eagerly: %s", str(error).splitlines()[0])
+        return False
+    return True
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def fused(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, element-wise work, compiled into few kernels on a GPU."""
+    on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in args)
+    return (_compiled(function) if on_gpu and _compiler_works() else function)(*args)

@@ -1,0 +1,72 @@
+"""log π_θ(a) of sampled tokens from hidden states: what SFT, DPO and every policy gradient need of the policy.
+
+Legend: T tokens, C tokens of a chunk, V vocabulary, d hidden width.
+
+∂ log π(a)/∂h = W_a − Σ p W is found in the forward pass and kept, [T, d]; backward scales it by the upstream gradient.
+A trained head needs Σ_t g_t (1_a − p_t) h_tᵀ as well, which waits for g: its logits are formed again in backward.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lco_lite.objectives import elementwise
+from lco_lite.objectives.chunks import Gradients, asks_gradient, fused, spans
+from lco_lite.objectives.head import Head
+
+
+def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """log π_θ(action) and the entropy of π_θ, [T] each, in nats at temperature 1, in fp32 or wider.
+
+    ``hidden`` [T, d]: final hidden states at the positions that predict ``actions`` [T], token ids below
+    ``head.rows``. ``chunk``: tokens at a time, None for what memory allows. Log-probabilities are differentiable with
+    respect to ``hidden`` and to the weight and bias of a trained head; the entropy is a diagnostic and detached.
+    Without a gradient to compute (``torch.no_grad``) it costs one product with the head, otherwise two.
+
+    Raises ValueError where sizes do not fit.
+    """
+    if hidden.dim() != 2 or actions.shape != hidden.shape[:1]:
+        raise ValueError(f"hidden must be [T, d] and actions [T], got {list(hidden.shape)} and {list(actions.shape)}")
+    inputs = (hidden, head.weight, head.bias)
+    wanted = any(asks_gradient(x) for x in inputs)
+    grads = Gradients(hidden, head, (wanted and not head.is_trained, False, False))
+    chunks = []
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for part in spans(len(hidden), chunk, head, hidden.device):
+            logits = head.logits(hidden[part])
+            if grads.wanted:
+                values, grad = fused(elementwise.logprob, logits, actions[part], head.operand_dtype)
+                grads.add(head, part, hidden[part], grad, logits)
+            else:
+                values = fused(elementwise.policy_values, logits, actions[part])
+            chunks.append(values)
+    logprobs, entropy = (torch.cat([values[name] for values in chunks]) for name in ("logprob", "entropy"))
+    if wanted and head.is_trained:
+        return _Recomputed.apply(logprobs, head, actions, chunk, *inputs), entropy
+    return grads.attach(logprobs), entropy
+
+
+class _Recomputed(torch.autograd.Function):
+    """Log-probabilities whose logits are formed again in backward, a chunk at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, head: Head, actions: Tensor, chunk: int | None, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(actions, *inputs)
+        ctx.head, ctx.chunk, ctx.asks = head, chunk, ctx.needs_input_grad[4:]
+        return logprobs.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        actions, hidden, weight, bias = ctx.saved_tensors
+        head = replace(ctx.head, weight=weight, bias=bias)
+        grads = Gradients(hidden, head, ctx.asks)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in spans(len(hidden), ctx.chunk, head, hidden.device):
+                logits = head.logits(hidden[part])
+                _, grad = fused(elementwise.logprob, logits, actions[part], logits.dtype)
+                grads.add(head, part, hidden[part], grad * upstream[part].unsqueeze(-1), logits)
+        return None, None, None, None, *grads.cast()
