@@ -1,0 +1,19 @@
+"""``lco-lite`` and ``python -m lco_lite``."""
+
+import os
+import sys
+
+
+def main() -> None:
+    for stream in (sys.stdout, sys.stderr):  # a pipe on Windows speaks cp1252, which has no β
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    from lco_lite.cli import app
+
+    app(prog_name="lco-lite")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The command line: parse, resolve the recipe, call one stage. No logic, and no heavy import outside a command's body."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from lco_lite import __version__
+
+app = typer.Typer(
+    name="lco-lite",
+    help="Improve a small language model by reinforcement learning on one GPU, without collapse.",
+    epilog="First: lco-lite run quickstart  ·  Then: lco-lite sft RECIPE, lco-lite rl --objective lch --beta 1.0, lco-lite eval math500",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArg = Annotated[
+    Optional[str],
+    typer.Argument(
+        metavar="[RECIPE]",
+        help="A recipe file or a shipped recipe's name. Without it the newest run goes on.",
+        show_default=False,
+    ),
+]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder of all runs.", envvar="LCO_LITE_RUNS")]
+Name = Annotated[
+    Optional[str], typer.Option("--name", help="The run's name; the recipe's unless given.", show_default=False)
+]
+Set = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Set any field of the recipe, e.g. -s rl.lr=1e-5. Repeatable.",
+        show_default=False,
+    ),
+]
+Seed = Annotated[
+    Optional[int], typer.Option("--seed", help="Seed of weights, data order and sampling.", show_default=False)
+]
+Device = Annotated[Optional[str], typer.Option("--device", help="auto, cpu or cuda.", show_default=False)]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete this stage and what was built on it, and start it again.")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Show the resolved recipe, one rendered example and the step counts; train nothing."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and the last line.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lco-lite {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file or a shipped recipe's name.")],
+    sets: Set = None,
+    name: Name = None,
+    seed: Seed = None,
+    device: Device = None,
+    runs: Runs = Path("runs"),
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """All stages in order, then the score after each. Skips what is done."""
+    from lco_lite.command import command
+
+    with command(recipe, runs, name, sets, {"seed": seed, "device": device}, quiet=quiet, dry_run=dry_run) as ctx:
+        from lco_lite.stages.scoring import run_all
+
+        run_all(ctx, fresh)
+
+
+@app.command()
+def sft(
+    recipe: RecipeArg = None,
+    sets: Set = None,
+    name: Name = None,
+    seed: Seed = None,
+    device: Device = None,
+    runs: Runs = Path("runs"),
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Supervised warm-up on demonstrations."""
+    _stage("sft", recipe, runs, name, sets, {"seed": seed, "device": device}, fresh, dry_run, quiet)
+
+
+@app.command("train-rm")
+def train_rm(
+    recipe: RecipeArg = None,
+    sets: Set = None,
+    name: Name = None,
+    seed: Seed = None,
+    device: Device = None,
+    runs: Runs = Path("runs"),
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """The reward model, by DPO on preference pairs from data or sampled here."""
+    _stage("rm", recipe, runs, name, sets, {"seed": seed, "device": device}, fresh, dry_run, quiet)
+
+
+@app.command()
+def rl(
+    recipe: RecipeArg = None,
+    objective: Annotated[
+        Optional[str], typer.Option("--objective", help="kld, lch or mse.", show_default=False)
+    ] = None,
+    beta: Annotated[
+        Optional[float], typer.Option("--beta", help="Strength of the KL regulariser.", show_default=False)
+    ] = None,
+    feedback: Annotated[
+        Optional[str], typer.Option("--feedback", help="dpo (dense) or rule (+1 right, -1 wrong).", show_default=False)
+    ] = None,
+    steps: Annotated[Optional[int], typer.Option("--steps", help="Rollout phases.", show_default=False)] = None,
+    sets: Set = None,
+    name: Name = None,
+    seed: Seed = None,
+    device: Device = None,
+    runs: Runs = Path("runs"),
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Policy optimisation by LCO. Trains the stages it rests on first where they are missing."""
+    flags = {
+        "seed": seed,
+        "device": device,
+        "rl.objective": objective,
+        "rl.beta": beta,
+        "rl.feedback": feedback,
+        "rl.steps": steps,
+    }
+    _stage("rl", recipe, runs, name, sets, flags, fresh, dry_run, quiet)
+
+
+@app.command("eval")
+def evaluate(
+    tasks: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="TASK…", help="Tasks, e.g. math500; the recipe's unless given.", show_default=False),
+    ] = None,
+    model: Annotated[
+        Optional[str],
+        typer.Option(
+            "--model", help="Score this model or adapter folder, or hub id, instead of a run.", show_default=False
+        ),
+    ] = None,
+    stage: Annotated[
+        Optional[str],
+        typer.Option(
+            "--stage", help="base, sft, rm or rl-OBJECTIVE; the newest policy unless given.", show_default=False
+        ),
+    ] = None,
+    seeds: Annotated[
+        Optional[int], typer.Option("--seeds", help="Sampling passes over the items.", show_default=False)
+    ] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Decode greedily, one pass.")] = False,
+    limit: Annotated[
+        Optional[int], typer.Option("--limit", help="Only the first so many items.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Optional[Path], typer.Option("--data", help="A local JSONL file with the task's items.", show_default=False)
+    ] = None,
+    list_tasks: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
+    sets: Set = None,
+    name: Name = None,
+    seed: Seed = None,
+    device: Device = None,
+    runs: Runs = Path("runs"),
+    json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """pass@1 of the newest policy, or of any model folder or hub id, with its spread over seeds."""
+    from lco_lite.command import command_for_eval, tell_tasks
+
+    if list_tasks:
+        return tell_tasks()
+    flags: dict[str, Any] = {"seed": seed, "device": device, "eval.seeds": seeds, "eval.items": limit}
+    flags |= {"eval.temperature": 0.0 if greedy else None, "data.task": data and str(data)}
+    with command_for_eval(model, tasks, runs, name, sets, flags, quiet=quiet, json=json) as ctx:
+        from lco_lite.stages.scoring import score
+
+        score(ctx, tasks, stage, model, json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[Optional[str], typer.Argument(help="Print this one.", show_default=False)] = None,
+    copy: Annotated[
+        Optional[Path], typer.Option("--copy", help="Copy it (or all) into this folder.", show_default=False)
+    ] = None,
+) -> None:
+    """List, show or copy the shipped recipes."""
+    from lco_lite.command import boundary
+    from lco_lite.shipped import copy_recipes, show_recipes
+
+    with boundary():
+        copy_recipes(name, copy) if copy else show_recipes(name)
+
+
+@app.command()
+def env(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Versions, device and memory, for a bug report."""
+    from lco_lite.command import boundary, tell_environment
+
+    with boundary():
+        tell_environment(json)
+
+
+def _stage(
+    stage: str,
+    recipe: str | None,
+    runs: Path,
+    name: str | None,
+    sets: list[str] | None,
+    flags: dict[str, Any],
+    fresh: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    from lco_lite.command import command
+
+    with command(recipe, runs, name, sets, flags, quiet=quiet, dry_run=dry_run) as ctx:
+        from lco_lite.stages.pipeline import train
+
+        train(ctx, f"rl-{ctx.recipe.rl.objective}" if stage == "rl" else stage, fresh)

@@ -1,0 +1,176 @@
+"""From flags to a context, and from exceptions to one message and an exit status: what stands around every command."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_format
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lco_lite.errors import LcoError, UsageError
+from lco_lite.recipe import Recipe
+from lco_lite.recipe_file import load_recipe, override, validate
+from lco_lite.shipped import find_recipe
+
+if TYPE_CHECKING:
+    from lco_lite.run import Run
+    from lco_lite.stages.context import Context
+
+
+@contextlib.contextmanager
+def boundary() -> Iterator[None]:
+    """The one place where an exception becomes a message on stderr and an exit status (architecture of errors.py)."""
+    try:
+        yield
+    except LcoError as e:
+        _leave(str(e), e.exit_code)
+    except KeyboardInterrupt:
+        _leave("stopped at once; the same command goes on at the last checkpoint", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more can be said
+        raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def command(
+    recipe: str | None,
+    runs: Path,
+    name: str | None,
+    sets: list[str] | None,
+    flags: dict[str, Any],
+    quiet: bool = False,
+    dry_run: bool = False,
+) -> Iterator[Context]:
+    """A locked run with its resolved recipe. Without a recipe file the newest run (or the named one) goes on with its own."""
+    with boundary():
+        from lco_lite.run import Run
+
+        if recipe is not None:
+            resolved = load_recipe(find_recipe(recipe), sets, flags)
+        else:
+            run = _existing(Run, runs, name)
+            resolved = _overridden(run.recipe(), sets, flags)
+        if dry_run:
+            from lco_lite.stages.rehearsal import rehearse
+
+            rehearse(resolved)
+            raise typer.Exit
+        if recipe is not None:
+            run = Run.open(runs, name or resolved.name)
+        with run.lock(), _context(run, resolved, quiet=quiet) as ctx:
+            yield ctx
+
+
+@contextlib.contextmanager
+def command_for_eval(
+    model: str | None,
+    tasks: list[str] | None,
+    runs: Path,
+    name: str | None,
+    sets: list[str] | None,
+    flags: dict[str, Any],
+    quiet: bool,
+    json: bool,
+) -> Iterator[Context]:
+    """As ``command``, on a run or, with ``model``, on any weights; scores of those lie under ``eval-MODEL``."""
+    with boundary():
+        from lco_lite.run import Run
+
+        if model is None:
+            run = _existing(Run, runs, name)
+            resolved = _overridden(run.recipe(), sets, flags)
+        else:
+            if not tasks:
+                raise UsageError("eval --model: name at least one task, e.g. `lco-lite eval math500 --model PATH`")
+            run = Run.open(runs, name or "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
+            bare = {"model": {"path": model}, "task": tasks[0], "sft": {"enabled": False}}
+            resolved = validate(override(bare, sets, flags), "eval --model")
+        with run.lock(), _context(run, resolved, quiet=quiet, json=json) as ctx:
+            yield ctx
+
+
+def tell_tasks() -> None:
+    from lco_lite.tasks import task_names
+
+    for name in task_names():
+        typer.echo(name)
+
+
+def tell_environment(json: bool) -> None:
+    from lco_lite.environment import environment
+
+    found = environment()
+    if json:
+        typer.echo(json_format.dumps(found))
+        return
+    for key, value in found.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        for name, text in inner.items():
+            typer.echo(f"{key:10} {name:14} {text if text is not None else 'not installed'}")
+
+
+@contextlib.contextmanager
+def _context(run: Run, recipe: Recipe, quiet: bool = False, json: bool = False) -> Iterator[Context]:
+    import torch
+
+    from lco_lite.telemetry.memory import peak_mib
+    from lco_lite.models.loading import resolve_device
+    from lco_lite.stages.context import Context
+    from lco_lite.telemetry.console import Console
+
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    ctx = Context(run, recipe, Console(quiet=quiet, json=json), resolve_device(recipe.device))
+    try:
+        yield ctx
+    except torch.OutOfMemoryError as e:
+        _leave(out_of_memory(ctx.clock.phase, peak_mib(), recipe, str(e)), 3)
+    except (LcoError, KeyboardInterrupt, BrokenPipeError, typer.Exit):
+        raise
+    except Exception as e:
+        log = run.path / "error.log"
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        _leave(f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\nThe traceback is in {log}", 1)
+
+
+def out_of_memory(phase: str, peak_mib: float, recipe: Recipe, detail: str) -> str:
+    """What ran out, where, and what to change, the cheapest first."""
+    section = recipe.sft if phase == "update" else recipe.rl
+    remedies = []
+    if phase in ("rollout", "eval"):
+        remedies.append(
+            f"rl.rollout_batch (now {recipe.rl.rollout_batch}) or eval.batch (now {recipe.eval.batch}): halve it"
+        )
+    remedies.append(f"micro_batch_tokens (now {section.micro_batch_tokens}): halve it; the gradient stays the same")
+    if not recipe.model.gradient_checkpointing:
+        remedies.append("model.gradient_checkpointing: true")
+    remedies.append(f"rl.max_new_tokens, max_length (now {section.max_length}): shorter responses")
+    if recipe.model.quantization == "none" and recipe.model.lora is not None:
+        remedies.append("model.quantization: nf4")
+    remedies.append("a smaller model")
+    listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(remedies, 1))
+    return f"out of memory in phase {phase}, peak {peak_mib:.0f} MiB. Change, in this order:\n{listed}\n({detail.splitlines()[0]})"
+
+
+def _existing(run_class: type[Run], runs: Path, name: str | None) -> Run:
+    if name is None:
+        return run_class.newest(runs)
+    if not (runs / name / "recipe.yaml").exists():
+        raise UsageError(f"no run {name!r} under {runs}/: start it with `lco-lite run RECIPE --name {name}`")
+    return run_class.open(runs, name)
+
+
+def _overridden(recipe: Recipe, sets: list[str] | None, flags: dict[str, Any]) -> Recipe:
+    return validate(override(recipe.model_dump(mode="json"), sets, flags), "the run's recipe with your flags")
+
+
+def _leave(message: str, status: int) -> None:
+    typer.echo(f"error: {message}" if status != 130 else message, err=True)
+    raise typer.Exit(status) from None

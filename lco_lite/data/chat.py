@@ -1,0 +1,79 @@
+"""Text to tokens: how a conversation is written for a model, and where its response ends.
+
+With a chat template the tokenizer writes the prompt. Without one the plain format is, for each message,
+``### Role:`` on a line, its content, an empty line; then ``### Assistant:`` on a line and the response.
+Prompt and response are tokenised apart, so the boundary between them never moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lco_lite.errors import ModelError
+from lco_lite.sequences import Example
+
+Message = Mapping[str, str]
+_MARK = "lcoliteresponse"
+
+
+class ChatFormat:
+    """Writes conversations for one tokenizer.
+
+    ``end`` is the token id that closes a response: what the template puts after an assistant turn if generation
+    stops there, else EOS. Template arguments (``enable_thinking`` and the like) go to every call.
+    """
+
+    def __init__(self, tokenizer: Any, template_args: Mapping[str, Any] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.template_args = dict(template_args or {})
+        self.end = self._end_of_turn()
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids up to where the response begins. Raises ModelError where the template refuses the messages."""
+        return self._ids(self.prompt_text(messages))
+
+    def response(self, text: str, closed: bool = True) -> list[int]:
+        """Token ids of a response; ``closed`` appends the end of turn, a response cut short has none."""
+        return self._ids(text) + ([self.end] if closed else [])
+
+    def example(self, messages: Sequence[Message], response: str, closed: bool = True) -> Example:
+        return Example(self.prompt(messages), self.response(response, closed))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The response as text, specials left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        if self.tokenizer.chat_template is None:
+            turns = [f"### {m['role'].capitalize()}:\n{m['content']}\n\n" for m in messages]
+            return (self.tokenizer.bos_token or "") + "".join(turns) + "### Assistant:\n"
+        return self._render(messages, add_generation_prompt=True)
+
+    def _render(self, messages: Sequence[Message], **kw: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **kw, **self.template_args)
+        except Exception as e:  # jinja raises whatever the template's author chose
+            roles = ", ".join(m["role"] for m in messages)
+            raise ModelError(f"the model's chat template refuses a conversation of roles {roles}: {e}") from e
+
+    def _end_of_turn(self) -> int:
+        eos = self.tokenizer.eos_token_id
+        if self.tokenizer.chat_template is not None:
+            turn = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARK}])
+            after = self._ids(turn.partition(_MARK)[2].strip())
+            if after and after[0] in self.tokenizer.all_special_ids + list(self.tokenizer.added_tokens_decoder):
+                return after[0]
+        if eos is None:
+            raise ModelError(
+                "the tokenizer has no EOS token and its template closes no turn: a response could never end"
+            )
+        return eos
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def conversation(prompt: str, system: str | None = None) -> list[dict[str, str]]:
+    """One user turn, after a system message where there is one."""
+    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]

@@ -1,0 +1,58 @@
+"""The order of the stages, and what each rests on: sft, then rm, then rl, then a score of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lco_lite.errors import UsageError
+from lco_lite.recipe import Recipe
+from lco_lite.stage_settings import stage_settings
+from lco_lite.stages.context import Context
+from lco_lite.stages.rl import train_rl
+from lco_lite.stages.sft import train_sft
+from lco_lite.stages.train_rm import train_rm
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages that a recipe asks for, in order."""
+    return [
+        *(["sft"] if recipe.sft.enabled else []),
+        *(["rm"] if recipe.rl.feedback == "dpo" else []),
+        f"rl-{recipe.rl.objective}",
+    ]
+
+
+def train(ctx: Context, stage: str, fresh: bool = False) -> None:
+    """Trains one stage and, where they are missing, those it rests on. A stage that is done says so and is left alone."""
+    wanted = stages_of(ctx.recipe)
+    if stage not in wanted:
+        raise UsageError(f"the recipe has no {stage} stage ({why_absent(stage)}); it has {', '.join(wanted)}")
+    if fresh:
+        for name in ctx.run.discard_from(stage):
+            ctx.console.note(f"{name}: deleted, to start again")
+    for i, name in enumerate(wanted[: wanted.index(stage) + 1]):
+        _train_one(ctx, name, {before: ctx.run.stage(before).id() for before in wanted[:i]})
+
+
+def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
+    stage = ctx.run.stage(name)
+    stage.begin(stage_settings(ctx.recipe, name), upstream)
+    if not ctx.run.has_recipe():
+        ctx.run.write_recipe(ctx.recipe)
+        ctx.run.write_environment()
+    if stage.is_done():
+        ctx.console.note(f"{name}: done already ({stage.path})")
+        return
+    trainer: Callable[[Context], None] = {"sft": train_sft, "rm": train_rm}.get(name, train_rl)
+    trainer(ctx)
+
+
+def why_absent(stage: str) -> str:
+    return {"sft": "sft.enabled: false", "rm": "rl.feedback is not dpo"}.get(stage, "rl.objective is another")
+
+
+def newest_stage(ctx: Context) -> str:
+    """The stage whose result is the newest; ``base`` where nothing has been trained."""
+    done = [s for s in ctx.run.stages() if s.is_done()]
+    policies = [s for s in done if s.name != "rm"]
+    return max(policies, key=lambda s: (s.path / "done.json").stat().st_mtime).name if policies else "base"

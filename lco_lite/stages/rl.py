@@ -1,0 +1,307 @@
+"""Policy optimisation (the paper's algorithm): roll out, score, fit the policy to the fixed target, repeat.
+
+for each step (one rollout phase):
+    responses ~ π_old                                   rollout: temperature, top-p
+    z* = z_old + A/β, kept as hidden states             score: h_old and h_dpo - h_ref
+    for each inner epoch, for each minibatch:
+        minimise LCO(z*, z_θ) over response tokens      update
+
+lco-lite rl --objective lch --beta 1.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from lco_lite.data.chat import ChatFormat
+from lco_lite.data.prepare import Prompt, held_out, recipe_task, rl_prompts
+from lco_lite.errors import Diverged
+from lco_lite.feedback.rule import dead_groups, rule_rewards
+from lco_lite.objectives.lco import lco_loss
+from lco_lite.objectives.monitor import monitor
+from lco_lite.rollout.engine import Response, Sampling
+from lco_lite.rollout.local import LocalEngine
+from lco_lite.run import StageFolder
+from lco_lite.seeding import seeded
+from lco_lite.sequences import Example, endless
+from lco_lite.stages import cast
+from lco_lite.stages.context import Context
+from lco_lite.stages.evaluate import accuracy, eval_sampling, sample_scores
+from lco_lite.stages.phase import Actors, Phase, Scored, order_of_updates, plan_minibatches, score
+from lco_lite.stages.training import Optimiser, Progress
+from lco_lite.stages.window import fitting, preflight
+from lco_lite.tasks.base import Task
+from lco_lite.telemetry.console import Progress as Line
+from lco_lite.telemetry.guard import Guard
+from lco_lite.telemetry.interrupt import InterruptGuard
+from lco_lite.telemetry.memory import peak_mib
+from lco_lite.telemetry.metrics import JsonLog, MetricsLog, read_log
+
+SAMPLES_A_STEP = 8  # responses kept in samples.jsonl for people to read
+
+
+@dataclass
+class Loop:
+    """What the steps share."""
+
+    ctx: Context
+    stage: StageFolder
+    actors: Actors
+    chat: ChatFormat
+    task: Task | None
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    optimiser: Optimiser
+    progress: Progress
+
+
+def train_rl(ctx: Context) -> None:
+    """Trains the policy's adapter (or its weights). Goes on at the last checkpoint, inside a phase too."""
+    rl = ctx.recipe.rl
+    stage = ctx.run.stage(f"rl-{rl.objective}")
+    with InterruptGuard() as interrupt:
+        loop = open_loop(ctx, stage, interrupt)
+        done, ui = loop.progress.done, ctx.console
+        ui.stage(
+            stage.name, f"{rl.steps} steps of {rl.prompts_per_step} prompts, feedback {rl.feedback}, β {rl.beta:g}"
+        )
+        try_longest(loop)
+        guard = Guard(loop.actors.policy.model.head.rows)
+        for before in read_log(stage.metrics):
+            guard.check(before)
+        with (
+            MetricsLog(stage.metrics, done or None) as log,
+            JsonLog(stage.samples, done or None) as samples,
+            ui.progress(rl.steps, stage.name) as line,
+        ):
+            for step in range(done, rl.steps):
+                phase = resume_phase(loop, step) or roll_out(loop, step)
+                scored = score_phase(loop, phase, step)
+                metrics = {"step": step + 1} | update_policy(loop, phase, scored, step, line) | describe(loop, phase)
+                if rl.eval_every and (step + 1) % rl.eval_every == 0:
+                    metrics["eval"] = evaluate(loop)
+                log.write(with_cost(loop, metrics))
+                for row in readable(loop, phase, step)[:SAMPLES_A_STEP]:
+                    samples.write(row)
+                line.update(step + 1, **metrics)
+                heed(loop, guard.check(metrics), step + 1)
+                loop.progress.checkpoint(step + 1, rl.save_every)
+    cast.save(loop.actors.policy, stage)
+    stage.finish({"steps": rl.steps, "objective": rl.objective})
+
+
+def open_loop(ctx: Context, stage: StageFolder, interrupt: InterruptGuard) -> Loop:
+    """Models, prompts and optimiser; the optimiser and the weights as the last checkpoint left them."""
+    recipe, rl = ctx.recipe, ctx.recipe.rl
+    task = recipe_task(recipe)
+    with ctx.clock("loading"):
+        start = cast.open_start(ctx)
+        rewarding = cast.open_reward_model(ctx, start) if rl.feedback == "dpo" else (None, None)
+        actors = Actors(cast.open_policy(ctx, start), start, *rewarding)
+    model = actors.policy.model
+    chat = ChatFormat(model.tokenizer, recipe.chat.template_args)
+    longest = rl.max_new_tokens or (task.max_new_tokens if task else rl.max_length // 2)
+    sampling = Sampling(rl.temperature, rl.top_p, longest, rl.rollout_batch)
+    prompts = fitting(
+        ctx, rl_prompts(recipe, task), model, rl.max_length, "prompts", lambda p: len(chat.prompt(p.messages)) + longest
+    )
+    minibatches = -(-rl.prompts_per_step * rl.responses_per_prompt // rl.minibatch)
+    optimiser = Optimiser(cast.trainable(ctx, actors.policy, "rl"), rl, rl.steps * rl.inner_epochs * minibatches)
+    progress = Progress(stage, optimiser, interrupt, ctx.device)
+    return Loop(ctx, stage, actors, chat, task, prompts, sampling, optimiser, progress)
+
+
+def roll_out(loop: Loop, step: int) -> Phase:
+    """Samples the step's responses from the policy as it is now, and grades them where a task can."""
+    recipe, rl = loop.ctx.recipe, loop.ctx.recipe.rl
+    prompts = step_prompts(loop, step)
+
+    def between_batches(done: int) -> None:
+        line.update(done)
+        if loop.progress.interrupt.requested:
+            loop.progress.save(step)
+            loop.progress.stop(step)
+
+    ids = [loop.chat.prompt(p.messages) for p in prompts for _ in range(rl.responses_per_prompt)]
+    engine = LocalEngine(loop.actors.policy, loop.chat.end)
+    with (
+        loop.ctx.clock("rollout"),
+        loop.ctx.console.progress(len(ids), "rollout") as line,
+        seeded(recipe.seed, "rollout", step),
+    ):
+        responses = engine.generate(ids, loop.sampling, between_batches)
+    return Phase(prompts, responses, grade(loop, prompts, responses))
+
+
+def grade(loop: Loop, prompts: Sequence[Prompt], responses: Sequence[Response]) -> torch.Tensor | None:
+    """[N] of +1 right and -1 wrong; None where prompts are not a task's items."""
+    task, each = loop.task, loop.ctx.recipe.rl.responses_per_prompt
+    if task is None or any(p.item is None for p in prompts):
+        return None
+    items = [p.item for p in prompts for _ in range(each)]
+    texts = [loop.chat.text(r.example.response) for r in responses]
+    return rule_rewards([task.grade(text, item).right for text, item in zip(texts, items, strict=True)])
+
+
+def score_phase(loop: Loop, phase: Phase, step: int) -> list[list[Scored]]:
+    """The phase's targets. Inside a phase that is resumed π_old is not the policy as it is now: its weights come back
+    from the checkpoint for as long as this takes."""
+    recipe = loop.ctx.recipe
+    plan = plan_minibatches(phase.examples, recipe.rl, recipe.seed, step)
+    now = loop.optimiser.weights()
+    if loop.progress.extra:
+        loop.optimiser.load_weights(loop.progress.extra)
+    with loop.ctx.clock("score"):
+        scored = score(loop.actors, phase, plan, recipe.rl)
+    loop.optimiser.load_weights(now)
+    return scored
+
+
+def update_policy(loop: Loop, phase: Phase, scored: list[list[Scored]], step: int, line: Line) -> dict[str, Any]:
+    """All minibatches of the phase, ``inner_epochs`` times; returns means over the updates, and the KL at the end."""
+    recipe, progress = loop.ctx.recipe, loop.progress
+    order = order_of_updates(len(scored), recipe.rl, recipe.seed, step)
+    behaviour = progress.extra or loop.optimiser.weights()
+    first = progress.state.pop("updates", 0)
+    progress.extra = {}
+    history: list[dict[str, float]] = progress.state.pop("history", [])
+    with loop.ctx.clock("update"), loop.actors.policy.model.training_mode():
+        for k, index in enumerate(order[first:], first):
+            metrics = accumulate(loop, scored[index])
+            metrics["grad_norm"], metrics["lr"] = loop.optimiser.step(step * len(order) + k)
+            history.append(metrics)
+            line.update(step, **metrics)
+            if progress.interrupt.requested and k + 1 < len(order):
+                state = {"phase": phase.to_json(), "updates": k + 1, "history": history}
+                progress.save(step, state, behaviour)
+                progress.stop(step)
+    means = {name: fmean(m[name] for m in history if name in m) for m in history for name in m}
+    return means | {name: history[-1][name] for name in ("kl_to_old", "lr")}
+
+
+def accumulate(loop: Loop, minibatch: list[Scored]) -> dict[str, float]:
+    """Adds the gradient of the objective's mean over the minibatch's response tokens; returns what it saw."""
+    rl, role = loop.ctx.recipe.rl, loop.actors.policy
+    tokens = sum(len(s.batch.actions) for s in minibatch)
+    loss, norms, advantages, seen = 0.0, [], [], {}
+    for s in minibatch:
+        batch, target = s.batch.to(role.model.device), s.target.to(role.model.device)
+        hidden = role.hidden(batch)
+        part, diagnostics = lco_loss(
+            rl.objective, hidden, role.model.head, target, rl.weighting, standardise=rl.standardise
+        )
+        part = part * (len(batch.actions) / tokens)
+        part.backward()
+        loss += part.item()
+        norms.append(diagnostics["logit_grad_norm"].cpu())
+        advantages.append(s.advantages)
+        seen = seen or monitor(hidden, target.old, role.model.head, batch.actions, target.old_head)
+    metrics = {"loss": loss} | {name: value.item() for name, value in seen.items()}
+    return metrics | norms_by_sign(torch.cat(norms), torch.cat(advantages))
+
+
+def norms_by_sign(norms: torch.Tensor, advantages: torch.Tensor) -> dict[str, float]:
+    """Mean norm of the logit gradient over tokens whose sampled advantage is positive, and over the others."""
+    by_sign = {"pos": norms[advantages > 0], "neg": norms[advantages <= 0]}
+    return {f"logit_grad_norm_{sign}": part.mean().item() for sign, part in by_sign.items() if len(part)}
+
+
+def evaluate(loop: Loop) -> float | None:
+    """pass@1 on held-out items, one sampling pass as in ``eval``; None without a task."""
+    recipe = loop.ctx.recipe
+    if loop.task is None:
+        return None
+    prompts = held_out(recipe, loop.task, recipe.rl.eval_items)
+    with loop.ctx.clock("eval"):
+        rows = sample_scores(
+            loop.actors.policy, loop.chat, loop.task, prompts, eval_sampling(recipe.eval, loop.task), recipe.seed
+        )
+    return accuracy(rows)
+
+
+def resume_phase(loop: Loop, step: int) -> Phase | None:
+    """The phase that the checkpoint was written inside, if it was."""
+    saved = loop.progress.state.pop("phase", None)
+    return Phase.from_json(step_prompts(loop, step), saved) if saved else None
+
+
+def step_prompts(loop: Loop, step: int) -> list[Prompt]:
+    """Each step goes on where the one before ended; every pass over the prompts is shuffled anew."""
+    n = loop.ctx.recipe.rl.prompts_per_step
+    return [loop.prompts[i] for i in endless(len(loop.prompts), loop.ctx.recipe.seed, step * n, n)]
+
+
+def try_longest(loop: Loop) -> None:
+    """Scores and updates on the longest micro-batch there can be, before the first rollout."""
+    ids = max((loop.chat.prompt(p.messages) for p in loop.prompts), key=len)
+    longest = Example(ids, [loop.chat.end] * loop.sampling.max_new_tokens)
+    rl = loop.ctx.recipe.rl
+
+    def score_and_update(examples: list[Example]) -> None:
+        phase = Phase([], [Response(e, True) for e in examples], torch.zeros(len(examples)))
+        group = list(range(len(examples)))
+        accumulate(loop, score(loop.actors, phase, [[group]], rl.model_copy(update={"baseline": "none"}))[0])
+
+    with loop.actors.policy.model.training_mode():
+        preflight(loop.ctx, [longest] * rl.minibatch, rl.micro_batch_tokens, score_and_update, loop.optimiser)
+
+
+def describe(loop: Loop, phase: Phase) -> dict[str, Any]:
+    """What the rollouts were like."""
+    lengths = [len(r.example.response) for r in phase.responses]
+    metrics: dict[str, Any] = {
+        "response_tokens": sum(lengths),
+        "mean_response_tokens": fmean(lengths),
+        "truncated": fmean(r.truncated for r in phase.responses),
+    }
+    if phase.rewards is not None:
+        metrics["reward"] = phase.rewards.mean().item()
+        metrics["accuracy"] = (phase.rewards > 0).float().mean().item()
+        each = loop.ctx.recipe.rl.responses_per_prompt
+        if each > 1:
+            metrics["dead_groups"] = dead_groups(phase.rewards, each)
+    return metrics
+
+
+def with_cost(loop: Loop, metrics: dict[str, Any]) -> dict[str, Any]:
+    seconds = loop.ctx.clock.lap()
+    rl = loop.ctx.recipe.rl
+    spent = sum(seconds.get(phase, 0.0) for phase in ("rollout", "score", "update"))
+    return metrics | {
+        "samples_seen": metrics["step"] * rl.prompts_per_step * rl.responses_per_prompt,
+        "tokens_per_second": metrics["response_tokens"] / spent,
+        "seconds": {name: seconds[name] for name in ("rollout", "score", "update", "eval") if name in seconds},
+        "peak_mib": peak_mib(),
+    }
+
+
+def readable(loop: Loop, phase: Phase, step: int) -> list[dict[str, Any]]:
+    """Rows for samples.jsonl."""
+    each = loop.ctx.recipe.rl.responses_per_prompt
+    return [
+        {
+            "step": step + 1,
+            "prompt": phase.prompts[i // each].messages[-1]["content"],
+            "response": loop.chat.text(r.example.response),
+            "truncated": r.truncated,
+            "reward": None if phase.rewards is None else phase.rewards[i].item(),
+        }
+        for i, r in enumerate(phase.responses[:SAMPLES_A_STEP])
+    ]
+
+
+def heed(loop: Loop, warnings: list[str], step: int) -> None:
+    """Says what the guard saw; stops where the recipe asks for that."""
+    guard = loop.ctx.recipe.rl.guard
+    for warning in warnings if guard != "off" else []:
+        loop.ctx.console.warn(f"step {step}: {warning}")
+    if warnings and guard == "stop":
+        loop.progress.save(step)
+        raise Diverged(
+            f"stopped by rl.guard: stop after step {step}: {warnings[0]} The checkpoint is in {loop.stage.checkpoints}"
+        )

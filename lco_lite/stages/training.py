@@ -1,0 +1,98 @@
+"""What every training stage shares around its plain loop: the optimiser's step, resuming, checkpoints, stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lco_lite.checkpoint import load_latest, save_checkpoint
+from lco_lite.errors import Diverged, Interrupted
+from lco_lite.recipe import Training
+from lco_lite.run import StageFolder
+from lco_lite.telemetry.interrupt import InterruptGuard
+
+
+def learning_rate(update: int, total: int, s: Training) -> float:
+    """Of update 0..total-1: linear warm-up over ``warmup_steps``, then constant or a cosine to zero."""
+    if update < s.warmup_steps:
+        return s.lr * (update + 1) / s.warmup_steps
+    if s.schedule == "constant":
+        return s.lr
+    progress = (update - s.warmup_steps) / max(1, total - s.warmup_steps)
+    return s.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Optimiser:
+    """AdamW on the trainable parameters; the norm of the whole gradient is measured before it is clipped."""
+
+    def __init__(self, parameters: Iterable[tuple[str, Parameter]], settings: Training, total: int) -> None:
+        self.parameters = dict(parameters)
+        self.settings = settings
+        self.total = total
+        self.adamw = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=settings.lr,
+            betas=settings.adam_betas,
+            weight_decay=settings.weight_decay,
+        )
+
+    def step(self, update: int) -> tuple[float, float]:
+        """Clip, update, clear. Returns (2-norm before clipping, learning rate). Raises Diverged where it is not finite."""
+        limit = self.settings.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if limit is None else limit).item()
+        if not math.isfinite(norm):
+            raise Diverged(f"the gradient's norm is {norm} at update {update + 1}")
+        lr = learning_rate(update, self.total, self.settings)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm, lr
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the trained weights by name."""
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(weights[name])
+
+
+class Progress:
+    """Resumes a stage at its last checkpoint and writes the next ones.
+
+    ``done``: steps behind us; ``state`` and ``extra``: what else the stage put into that checkpoint (JSON, tensors).
+    """
+
+    def __init__(
+        self, stage: StageFolder, optimiser: Optimiser, interrupt: InterruptGuard, device: torch.device
+    ) -> None:
+        self.stage, self.optimiser, self.interrupt = stage, optimiser, interrupt
+        self.done, self.state, self.extra = 0, {}, {}
+        found = load_latest(stage.checkpoints, optimiser.adamw, device)
+        if found is not None:
+            self.done, self.state = found.step, found.state
+            self.extra = {k: v for k, v in found.tensors.items() if not k.startswith("weights.")}
+            optimiser.load_weights({k[8:]: v for k, v in found.tensors.items() if k.startswith("weights.")})
+
+    def save(self, step: int, state: dict[str, Any] | None = None, extra: dict[str, Tensor] | None = None) -> None:
+        """A checkpoint after ``step`` whole steps; ``state`` and ``extra`` where a stage stops inside the next one."""
+        tensors = {f"weights.{name}": w for name, w in self.optimiser.weights().items()} | (extra or {})
+        save_checkpoint(self.stage.checkpoints, step, tensors, self.optimiser.adamw, state or {})
+
+    def checkpoint(self, step: int, every: int) -> None:
+        """After ``step``: save where it is time, and stop after saving where the user asks."""
+        if step % every == 0 or self.interrupt.requested:
+            self.save(step)
+        if self.interrupt.requested:
+            self.stop(step)
+
+    def stop(self, step: int) -> None:
+        """Leave after a checkpoint. Always raises Interrupted."""
+        raise Interrupted(f"stopped after step {step}; the checkpoint is in {self.stage.checkpoints}")
