@@ -1,8 +1,8 @@
 """Checkpoints without pickle: tensors in safetensors, the rest in JSON, every random state included.
 
-``checkpoints/step-00000100/`` holds ``tensors.safetensors`` (what the stage trains), ``optimizer.safetensors`` (its state and
-the random states) and ``state.json`` (step, positions in the data, sha256 of both). A stage resumed from one ends with the
-same weights as one that was never stopped, bit for bit on a CPU.
+``checkpoints/step-00000100/`` holds ``tensors.safetensors`` (what the stage trains), ``optimizer.safetensors`` (its
+state and the random states) and ``state.json`` (step, positions in the data, sha256 of both). A stage resumed from
+one ends with the same weights as one that was never stopped, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def save_checkpoint(
         )
         sums = {name: _sha256(new / name) for name in ("tensors.safetensors", "optimizer.safetensors")}
         content = {"format": FORMAT, "step": step, "state": state, "optimizer": tree, "rng": rng, "sha256": sums}
-        write_json(new / "state.json", content)
+        write_json(new / "state.json", {"sha256": _sha256_json(content), "content": content})
     _prune(folder, step, keep)
     return path
 
@@ -77,15 +77,15 @@ def load_latest(
 ) -> Checkpoint | None:
     """The newest checkpoint, tensors on ``device``; puts ``optimizer`` and all random states back. None: none was made.
 
-    Call it last before the loop: whatever draws random numbers in between would move the states on. A damaged checkpoint
-    is named to ``warn`` and the one before is taken; UsageError when all are damaged.
+    Call it last before the loop: whatever draws random numbers in between would move the states on. A damaged
+    checkpoint is named to ``warn`` and the one before is taken; UsageError when all are damaged.
     """
     paths = checkpoints(folder)
     for path in reversed(paths):
         try:
             content, tensors, extra = _read(path, device)
-        except (OSError, ValueError, KeyError, SafetensorError) as e:
-            warn(f"checkpoint {path} is damaged ({e}); going back to the one before")
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as e:
+            warn(f"checkpoint {path} is damaged ({e}): going back to the one before")
             continue
         if optimizer is not None:
             if content["optimizer"] is None:
@@ -107,7 +107,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def capture_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The random states of Python, numpy, torch on the CPU and on every CUDA device, as tensors and JSON."""
     tensors = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     numpy_state = [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)]
@@ -126,7 +126,7 @@ def restore_rng(tensors: dict[str, Tensor], states: dict[str, Any]) -> None:
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """``value`` as JSON, its tensors put into ``tensors`` under names that start with ``name``; ``unpack`` is the inverse.
+    """``value`` as JSON, its tensors put into ``tensors`` under names that start with ``name``; see ``unpack``.
 
     Tuples, numbers, None and dicts with any scalar keys come back as they were. Raises TypeError on anything else.
     """
@@ -160,7 +160,10 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    file = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    content = file["content"]
+    if _sha256_json(content) != file["sha256"]:
+        raise ValueError("state.json is not what was written")
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
     for name, expected in content["sha256"].items():
@@ -181,6 +184,10 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 def _own_copy(tensor: Tensor) -> Tensor:
     """safetensors refuses tensors that share memory."""
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _sha256_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions by package (None: not installed), devices with memory in MiB, and the commit of the working directory."""
+    """Versions by package (None: not installed), devices (memory in MiB), the commit of the working directory."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -1,7 +1,7 @@
 """Files and folders written whole: under a temporary name, flushed to the disk, then renamed.
 
-A process killed at any instant leaves the old content or the new, never half of one; what it leaves under temporary names is
-removed by ``recover`` when the run is opened again. Failures of the disk become one message that names the path.
+A process killed at any instant leaves the old content or the new, never half of one; what it leaves under temporary
+names is dealt with by ``recover`` when the run is opened again. Failures of the disk become one message with the path.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from typing import Any
 
 from lco_lite.errors import LcoError, UsageError
 
-# .NAME.TOKEN.new is being written; .NAME.TOKEN.old was replaced or deleted and is on its way out
+# .NAME.TOKEN.new is being written, .old stepped aside to be replaced, .gone is on its way out
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{12}\.(?P<kind>new|old|gone)$")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)  # a file where a folder should be, or a name too long
 
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turns a full disk (LcoError) or a missing permission (UsageError) under ``path`` into one message that names it."""
+    """A full disk (LcoError) or a place that cannot be written (UsageError) becomes a message that names ``path``."""
     try:
         yield
     except OSError as e:
         if e.errno in _DISK_FULL:
             raise _disk_full(path) from e
-        if e.errno in _NO_PERMISSION:
+        if e.errno in _NO_PERMISSION and _concerns(e, path):
             why = "the file system is read-only" if e.errno == errno.EROFS else "permission denied"
             raise UsageError(f"no permission to write {path}: {why}. Choose another place with --runs DIR.") from e
+        if e.errno in _NO_PLACE and _concerns(e, path):
+            raise UsageError(f"cannot write {path}: {e.strerror}. Choose another place with --runs DIR.") from e
         raise
     except Exception as e:
         if "No space left on device" in str(e):  # safetensors writes from Rust and raises an error type of its own
@@ -71,7 +74,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``path``; when the block ends well it replaces ``path``, on an error it is removed."""
+    """Yields an empty folder beside ``path``. When the block ends well it replaces ``path``, else it is removed."""
     temporary = _temporary(path, "new")
     with write_errors(path):
         try:
@@ -149,6 +152,14 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether an error is about ``path`` and not about something that a block only reads."""
+    if not isinstance(error.filename, (str, Path)):
+        return True
+    named, folder = Path(error.filename).absolute(), path.absolute().parent
+    return named.is_relative_to(folder) or folder.is_relative_to(named)
 
 
 def _disk_full(path: Path) -> LcoError:

@@ -2,8 +2,8 @@
 
     runs/NAME/recipe.yaml  environment.json  sft/  rm/  rl-kld/  eval/TASK--STAGE.json
 
-A stage remembers the settings and the stages before it that it was started with (``stage.json``); what it made is complete
-once ``done.json`` is there. Everything is written whole, so a run can be killed at any instant and goes on.
+A stage remembers the settings and the stages before it that it was started with (``stage.json``); what it made is
+complete once ``done.json`` is there. Everything is written whole, so a run can be killed at any instant and goes on.
 """
 
 from __future__ import annotations
@@ -64,18 +64,12 @@ class StageFolder:
     def begin(self, settings: dict[str, Any], upstream: dict[str, str]) -> None:
         """Starts the stage or lets it go on; ``upstream`` maps the stages it builds on to the ids of their results.
 
-        UsageError with every difference where it was started with other settings or other upstream results and has
-        something to lose; a stage that has neither a checkpoint nor a result simply starts with the new ones.
+        UsageError with every difference where it was started with other settings or other upstream results.
         """
         file = self.path / "stage.json"
-        before = _read_json(file) if file.exists() else None
-        if before is not None and (self.is_done() or self._has_checkpoint()):
-            self._refuse_changes(before, settings, upstream)
+        if file.exists():
+            self._refuse_changes(_read_json(file), settings, upstream)
         else:
-            before = None
-        if before is None:
-            with write_errors(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
             write_json(file, {"settings": settings, "upstream": upstream, "started": _now()})
         self._begun = time.monotonic()
 
@@ -109,22 +103,19 @@ class StageFolder:
             raise UsageError(f"{self.path}: this stage is not done yet")
         return _read_json(self.path / "done.json")
 
-    def _has_checkpoint(self) -> bool:
-        return any(self.checkpoints.glob("step-*"))
-
     def _refuse_changes(self, before: dict[str, Any], settings: dict[str, Any], upstream: dict[str, str]) -> None:
-        changed = differences(before["settings"], json.loads(json.dumps(settings)))
-        again = [name for name, made in upstream.items() if before["upstream"].get(name) != made]
-        if not changed and not again and before["upstream"].keys() == upstream.keys():
-            return
-        lines = [f"  {line}" for line in changed]
-        lines += [f"  {name} was trained again since" for name in again]
-        lines += [f"  {name} is no longer used" for name in before["upstream"] if name not in upstream]
-        raise UsageError(
-            f"{self.path} was started with other settings:\n" + "\n".join(lines) + "\n"
-            "Go back to those, start this stage again with --fresh (deletes it and what was built on it), "
-            "or start a new run beside it with --name NAME."
-        )
+        lines = differences(before["settings"], json.loads(json.dumps(settings)))
+        lines += [
+            f"{name} was trained again since" for name, made in upstream.items() if before["upstream"].get(name) != made
+        ]
+        lines += [f"{name} is no longer used" for name in before["upstream"] if name not in upstream]
+        if lines:
+            raise UsageError(
+                f"{self.path} was started with something else (then → now):\n"
+                + "".join(f"  {line}\n" for line in lines)
+                + "Go back to that, start this stage again with --fresh (deletes it and what was built on it), "
+                "or start a new run beside it with --name NAME."
+            )
 
 
 @dataclass(frozen=True)
@@ -135,7 +126,7 @@ class Run:
 
     @classmethod
     def open(cls, root: Path, name: str) -> Run:
-        """``root/name``, made if it is not there. UsageError for a name that is no plain folder name, or no permission."""
+        """``root/name``, made if it is not there. UsageError for a name that is no plain folder name."""
         if not _NAME.match(name):
             raise UsageError(
                 f"{name!r} is no name for a run: letters, digits, '.', '_' and '-', the first a letter or digit"
@@ -163,7 +154,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[Run]:
-        """Keeps other processes out and cleans up after killed ones. UsageError names the process that holds the run."""
+        """Keeps other processes out and cleans up after killed ones. UsageError names the process that has the run."""
         with locked(self.path / ".lock"):
             recover(self.path)
             yield self
@@ -207,7 +198,8 @@ class Run:
     def discard_from(self, stage: str) -> list[str]:
         """Deletes ``stage``, the stages built on it and their scores; returns the names of the stages deleted.
 
-        sft takes everything with it, rm every rl-*, an rl-* only itself.
+        sft takes everything with it, rm every rl-*, an rl-* only itself. Bases that were made or converted into the run
+        (``base``, ``base-rm``) go with the first stage that reads them.
         """
         present = {p.parent.name for p in self.path.glob("*/stage.json")} | {stage}
         doomed = [name for name in sorted(present, key=_order) if name == stage or _order(stage)[0] < _order(name)[0]]
@@ -217,6 +209,8 @@ class Run:
             for score in sorted((self.path / "eval").glob(f"*--{name}.*")):
                 remove(score)
             self.stage(name).discard()
+        for name in {"sft": ("base", "base-rm"), "rm": ("base-rm",)}.get(stage, ()):
+            remove(self.path / name)
         return doomed
 
 

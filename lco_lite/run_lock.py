@@ -12,6 +12,8 @@ from pathlib import Path
 from lco_lite.errors import UsageError
 from lco_lite.files import write_errors
 
+_PID_WIDTH = 20
+
 if sys.platform == "win32":
     import msvcrt
 
@@ -34,7 +36,10 @@ def locked(path: Path) -> Iterator[None]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _acquire(handle, path)
-        yield
+        try:
+            yield
+        finally:
+            os.utime(path)  # the time of the last use: a run that ends after another began is the newer one
     finally:
         os.close(handle)  # releases the lock
 
@@ -46,11 +51,10 @@ def _acquire(handle: int, path: Path) -> None:
         if e.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
             raise UsageError(f"{path}: this file system has no locks ({e.strerror}): choose a local --runs DIR") from e
         os.lseek(handle, 0, os.SEEK_SET)
-        holder = os.read(handle, 32).decode("ascii", "replace").strip() or "unknown"
+        holder = os.read(handle, _PID_WIDTH).decode("ascii", "replace").strip() or "unknown"
         raise UsageError(
             f"{path.parent} is in use by process {holder}: wait for it, stop it, or start another run with --name"
         ) from e
     with write_errors(path):
-        os.ftruncate(handle, 0)
         os.lseek(handle, 0, os.SEEK_SET)
-        os.write(handle, f"{os.getpid()}\n".encode("ascii"))
+        os.write(handle, f"{os.getpid():<{_PID_WIDTH}}".encode("ascii"))  # one write: a reader never sees half of it

@@ -1,8 +1,9 @@
 """Which parts of a recipe decide what a stage makes, and how two sets of them differ.
 
-Left out is what may change between two starts without making another result: where and how fast it is computed (device,
-threads, batch sizes that only split the work, checkpointing, the attention kernel: the same mathematics up to rounding), when
-it is saved, measured or warned about, and the run's name. These are what one changes after running out of memory.
+Left out is what may change between two starts of a stage without deciding its result: where and how fast it is computed
+(device, threads, batch sizes that only split the work, checkpointing, the attention kernel: the same mathematics up to
+rounding and the order of random draws), when it is saved, measured or warned about, and the run's name. These are also
+what one changes after running out of memory.
 """
 
 from __future__ import annotations

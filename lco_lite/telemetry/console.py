@@ -1,7 +1,7 @@
 """The screen. Everything that a run says goes through ``Console``; nothing else prints.
 
-On a terminal a live line shows the progress; elsewhere each step is one plain line. What comes from a model or a file is shown
-as it is: no markup, no control characters.
+On a terminal a live line shows the progress; elsewhere each step is one plain line. What comes from a model or a file
+is shown as it is: no markup, no control characters.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SHOWN: tuple[tuple[str, str, str], ...] = (
     ("tokens_per_second", "tok/s", ".0f"),
     ("peak_mib", "MiB", ".0f"),
 )
-_INNER_LINE_EVERY = 30.0  # seconds; without a terminal, a long phase inside a step still shows that it is alive
+_LIFE_SIGN_EVERY = 30.0  # seconds; without a terminal, a long phase inside a step still shows that it goes on
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Console:
-    """``quiet``: only warnings (stderr) and the last line. ``json``: stdout is for ``emit``; all else goes to stderr."""
+    """``quiet``: only warnings (stderr) and the last line. ``json``: stdout is for ``emit``, stderr for all else."""
 
     def __init__(
         self,
@@ -81,9 +81,12 @@ class Console:
             table.add_row(*map(self._clean, row))
         self._screen.print(table)
 
-    def progress(self, total: int, label: str) -> Progress:
-        """A bar for ``total`` equal parts of work; a context manager. One inside another is shown below it."""
-        return Progress(self, total, label)
+    def progress(self, total: int, label: str, done: int = 0) -> Progress:
+        """A line for ``total`` equal parts of work, ``done`` of them earlier; a context manager.
+
+        One inside another is shown below it.
+        """
+        return Progress(self, total, label, done)
 
     def emit(self, value: Any) -> None:
         """One JSON document on stdout, for ``--json``."""
@@ -137,33 +140,31 @@ class Console:
 class Progress:
     """Made by ``Console.progress``; use it in ``with``. ``update`` may be called as often as one likes."""
 
-    def __init__(self, console: Console, total: int, label: str) -> None:
-        self.total, self.label, self.done = total, label, 0
+    def __init__(self, console: Console, total: int, label: str, done: int) -> None:
+        self.total, self.label, self.done = total, label, done
         self._console = console
         self._metrics: dict[str, Any] = {}
         self._start = self._last_line = console.clock()
-        self._done_at_start: int | None = None
+        self._done_at_start = self._done_at_last_line = done
 
     def update(self, done: int, **metrics: Any) -> None:
         """``done`` of ``total`` parts; ``metrics`` by their names in METRICS stay until they are given again."""
-        if self._done_at_start is None:
-            self._done_at_start = max(done - 1, 0)  # a stage that goes on did not do the rest in this process
         self.done = done
         self._metrics |= metrics
         self._console._shown(self)
 
     def line(self) -> str:
         elapsed = self._console.clock() - self._start
-        here = self.done - (self._done_at_start or 0)
+        here = self.done - self._done_at_start  # what was done before this process took none of its time
         left = elapsed / here * (self.total - self.done) if here > 0 else None
         return progress_line(self.label, self.done, self.total, {**self._metrics, "peak_mib": peak_mib()}, left)
 
     def due(self, inner: bool) -> bool:
-        """Whether a plain line is to be printed now: each step of the outermost bar, of inner ones only now and then."""
+        """Whether to print a plain line now: at each step of the outermost line; else now and then, to show life."""
         now = self._console.clock()
-        if inner and now - self._last_line < _INNER_LINE_EVERY:
+        if (inner or self.done == self._done_at_last_line) and now - self._last_line < _LIFE_SIGN_EVERY:
             return False
-        self._last_line = now
+        self._last_line, self._done_at_last_line = now, self.done
         return True
 
     def __enter__(self) -> Progress:

@@ -2,14 +2,16 @@
 
 Pure: metrics in, warnings out. Each is said once and again only after it recovered. Thresholds, with their reasons:
 
-- entropy under 1 % of its start or under 0.01 nats: at T = 0.6 such a policy repeats one response, nothing is explored any more;
+- entropy under 1 % of its start or under 0.01 nats: at T = 0.6 such a policy repeats one response, nothing is
+  explored any more;
 - entropy over 0.8 log V: close to uniform over the vocabulary, the policy is noise;
 - accuracy under half its start: twice the sampling error of the smallest usual step (64 responses at 0.3) is a third;
-- reward (where no accuracy is known; its scale is the feedback's own) below the mean of the first three steps by both three of
-  their standard deviations and half that mean;
+- reward (where no accuracy is known; its scale is the feedback's own) below the mean of the first three steps by both
+  three of their standard deviations and half that mean;
 - mean response length under a quarter of its start: the policy found that saying nothing costs nothing;
 - more than half of the responses cut at the limit: their rewards say little, and the next ones grow longer;
-- gradient norm over 10 in three steps running: one is a hard batch, three are a policy that leaves where the loss is smooth.
+- gradient norm over 10 in three steps running: one is a hard batch, three are a policy that leaves where the loss is
+  smooth.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ REWARD_STEPS, REWARD_DEVIATIONS, REWARD_SHARE = 3, 3.0, 0.5
 LENGTH_SHARE = 0.25
 TRUNCATED_MOST = 0.5
 GRAD_NORM_MOST, GRAD_NORM_STEPS = 10.0, 3
+
+_WORSE = "the policy gets worse. Lower rl.lr or raise rl.beta."
 
 Check = Callable[["Guard"], "str | None"]
 
@@ -69,8 +73,8 @@ def _entropy_high(guard: Guard) -> str | None:
     if not values or guard.vocab_size is None or values[-1] < ENTROPY_NOISE * math.log(guard.vocab_size):
         return None
     return (
-        f"entropy {values[-1]:.2f} nats is near that of random tokens ({math.log(guard.vocab_size):.2f}): the policy has come "
-        "apart. Go back to the last good checkpoint with a lower rl.lr."
+        f"entropy {values[-1]:.2f} nats is near that of random tokens ({math.log(guard.vocab_size):.2f}): "
+        "the policy has come apart. Go back to the last good checkpoint with a lower rl.lr."
     )
 
 
@@ -78,9 +82,7 @@ def _accuracy_low(guard: Guard) -> str | None:
     values = guard.history.get("accuracy")
     if not values or values[-1] >= ACCURACY_SHARE * values[0]:
         return None
-    return (
-        f"accuracy {values[-1]:.3f}, {values[0]:.3f} at the start: the policy gets worse. Lower rl.lr or raise rl.beta."
-    )
+    return f"accuracy {values[-1]:.3f}, {values[0]:.3f} at the start: {_WORSE}"
 
 
 def _reward_low(guard: Guard) -> str | None:
@@ -91,7 +93,7 @@ def _reward_low(guard: Guard) -> str | None:
     fall = fmean(first) - values[-1]
     if fall <= max(REWARD_DEVIATIONS * pstdev(first), REWARD_SHARE * abs(fmean(first))):
         return None
-    return f"reward {values[-1]:.3f}, {fmean(first):.3f} at the start: the policy gets worse. Lower rl.lr or raise rl.beta."
+    return f"reward {values[-1]:.3f}, {fmean(first):.3f} at the start: {_WORSE}"
 
 
 def _length_low(guard: Guard) -> str | None:
@@ -118,7 +120,7 @@ def _gradient_high(guard: Guard) -> str | None:
     values = guard.history.get("grad_norm", [])[-GRAD_NORM_STEPS:]
     if len(values) < GRAD_NORM_STEPS or min(values) <= GRAD_NORM_MOST:
         return None
-    return f"gradient norm over {GRAD_NORM_MOST:.0f} for {GRAD_NORM_STEPS} steps ({values[-1]:.3g} now): lower the learning rate."
+    return f"gradient norm over {GRAD_NORM_MOST:.0f} for {GRAD_NORM_STEPS} steps ({values[-1]:.3g} now): lower rl.lr."
 
 
 CHECKS: dict[str, Check] = {

@@ -6,7 +6,7 @@ import sys
 
 
 def peak_mib() -> float:
-    """Most memory allocated on the GPU since the last reset; without one in use, the process's largest resident size."""
+    """Most memory allocated on the GPU since the last reset; without one, the largest resident size of the process."""
     torch = sys.modules.get("torch")  # not imported: then nothing is on a GPU
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated()) / 2**20

@@ -1,4 +1,4 @@
-"""The numbers of a stage: one JSON object a step in ``metrics.jsonl``, under names that are listed here and nowhere else.
+"""The numbers of a stage: one JSON object a step in ``metrics.jsonl``, under names that are listed here and only here.
 
 ``docs/metrics.md`` is the same list for readers.
 """
@@ -18,25 +18,21 @@ METRICS: dict[str, str] = {
     "lr": "learning rate of the step's last update",
     "grad_norm": "2-norm of the gradient before clipping, mean over the step's updates",
     "reward": "mean reward a response, in the feedback's own unit (rule: +1 right, -1 wrong)",
-    "accuracy": "share of responses that are right (rl), of pairs where the chosen one has the higher implicit reward (rm), 0 to 1",
+    "accuracy": "share of responses that are right (rl), of pairs whose chosen response is the likelier (rm), 0 to 1",
     "margin": "mean implicit reward of chosen minus rejected, nats times beta (rm)",
     "dead_groups": "share of groups whose responses all have the same reward and so teach nothing, 0 to 1",
-    "advantage_std": "standard deviation of the advantage over tokens and vocabulary",
     "kl_to_old": "KL(pi || pi_old) a token after the step's updates, nats",
-    "kl_to_target": "KL(pi* || pi) a token, nats",
     "entropy": "entropy of the policy a token, nats",
     "sampled_prob": "mean probability of the sampled tokens, 0 to 1",
-    "clipped": "share of tokens whose probability ratio was clipped (ppo, grpo), 0 to 1",
     "logit_grad_norm_pos": "2-norm of the gradient in the logits, tokens with positive advantage",
     "logit_grad_norm_neg": "2-norm of the gradient in the logits, tokens with negative advantage",
     "response_tokens": "response tokens trained on in this step",
     "mean_response_tokens": "mean length of a response, tokens",
     "truncated": "share of responses that hit the length limit, 0 to 1",
-    "skipped": "items left out because they are longer than the window, so far",
     "samples_seen": "responses, demonstrations or pairs trained on so far",
-    "epoch": "passes over the data so far",
     "tokens_per_second": "response tokens made or trained on, a second of the whole step",
     "eval": "held-out score of the task after the step, 0 to 1",
+    "seconds.loading": "time spent loading models and data, s",
     "seconds.rollout": "time spent generating, s",
     "seconds.score": "time spent on advantages and old hidden states, s",
     "seconds.update": "time spent on forward, backward and optimizer, s",
