@@ -33,22 +33,17 @@ def load_recipe(path: Path, sets: list[str] | None = None, flags: dict[str, Any]
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
         raise RecipeError(f"{path}: a recipe is a mapping of settings, found {found}")
-    data, places = override(data, sets, flags, {key: f"line {line}" for key, line in lines.items()})
-    return validate(data, str(path), places)
+    places = {key: f"line {line}" for key, line in lines.items()}
+    for key, _, place in _given(sets, flags):
+        places = {p: where for p, where in places.items() if p[: len(key)] != key} | {key: place}
+    return validate(override(data, sets, flags), str(path), places)
 
 
-def override(
-    data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any] | None, places: Places | None = None
-) -> tuple[dict[str, Any], Places]:
-    """``data`` under ``a.b=c`` items and then flags, and where each key was set. A flag of None was not given."""
-    given = [(*_parse_set(item), "--set") for item in sets or []]
-    given += [(key, value, "flag") for key, value in (flags or {}).items() if value is not None]
-    places = dict(places or {})
-    for key, value, place in given:
-        path = tuple(key.split("."))
+def override(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any] | None) -> dict[str, Any]:
+    """``data`` with ``a.b=c`` items and then flags laid over it. Flags that are None were not given."""
+    for path, value, _ in _given(sets, flags):
         data = _with(data, path, value)
-        places = {p: where for p, where in places.items() if p[: len(path)] != path} | {path: place}
-    return data, places
+    return data
 
 
 def validate(data: dict[str, Any], origin: str, places: Places | None = None) -> Recipe:
@@ -66,13 +61,19 @@ def dump(recipe: Recipe) -> str:
     return write_yaml(recipe.model_dump(mode="json"))
 
 
-def _parse_set(item: str) -> tuple[str, Any]:
+def _given(sets: list[str] | None, flags: dict[str, Any] | None) -> list[tuple[tuple[str, ...], Any, str]]:
+    """(key path, value, where it was given) of every override, in the order in which they are laid over the file."""
+    given = [(*_parse_set(item), "--set") for item in sets or []]
+    return given + [(tuple(key.split(".")), value, "flag") for key, value in (flags or {}).items() if value is not None]
+
+
+def _parse_set(item: str) -> tuple[tuple[str, ...], Any]:
     """(key path, value) of ``key.path=value``, the value by the YAML rules of a file."""
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {item}: write --set key.path=value, for example --set rl.lr=1e-5")
     try:
-        return key, parse_yaml(text)[0]
+        return tuple(key.split(".")), parse_yaml(text)[0]
     except ValueError as e:
         raise RecipeError(f"--set {item}: the value is not valid YAML: {e}") from e
 

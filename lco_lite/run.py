@@ -132,9 +132,9 @@ class Run:
                 f"{name!r} is no name for a run: letters, digits, '.', '_' and '-', the first a letter or digit"
             )
         path = root / name
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file: choose another --name or --runs")
         with write_errors(path):
+            if path.exists() and not path.is_dir():
+                raise UsageError(f"{path} is a file: choose another --name or --runs")
             path.mkdir(parents=True, exist_ok=True)
         return cls(path)
 

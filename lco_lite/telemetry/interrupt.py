@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -39,4 +40,7 @@ class InterruptGuard:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        os.write(_STDERR, _MESSAGE)  # print is not safe here: the signal may have come in the middle of another print
+        # print is not safe here: the signal may have come in the middle of another print. And a stderr that was closed
+        # must not keep the checkpoint from being written
+        with contextlib.suppress(OSError):
+            os.write(_STDERR, _MESSAGE)

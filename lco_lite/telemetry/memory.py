@@ -19,10 +19,16 @@ if sys.platform == "win32":
         import psutil  # comes with accelerate
 
         return float(psutil.Process().memory_info().peak_wset) / 2**20
+elif sys.platform == "linux":
+
+    def _peak_resident_mib() -> float:
+        # not getrusage: its peak is passed on from the parent process, however small the child
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(float(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
 else:
 
     def _peak_resident_mib() -> float:
         import resource
 
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on other systems
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

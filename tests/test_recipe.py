@@ -1,0 +1,279 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from lco_lite.errors import RecipeError
+from lco_lite.recipe import Recipe, Section
+from lco_lite.recipe_file import dump, load_recipe, override, validate
+from lco_lite.recipe_yaml import parse_yaml, write_yaml
+
+ROOT = Path(__file__).parent.parent
+SMALL = "task: arithmetic\nmodel: {init: {}}\n"
+
+
+def load(tmp_path: Path, text: str = "", sets=None, flags=None) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(SMALL + text, encoding="utf-8")
+    return load_recipe(path, sets, flags)
+
+
+def problems(tmp_path: Path, text: str = "", sets=None, flags=None) -> list[str]:
+    """The lines of the one error, without its heading and indentation."""
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text, sets, flags)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def all_sections(model: type[BaseModel] = Section) -> list[type[BaseModel]]:
+    return [m for sub in model.__subclasses__() for m in (sub, *all_sections(sub))]
+
+
+# --- the settings themselves
+
+
+@pytest.mark.parametrize("section", all_sections(), ids=lambda s: s.__name__)
+def test_every_setting_says_what_it_is_and_where_its_default_comes_from(section):
+    for name, field in section.model_fields.items():
+        if field.is_required():
+            continue  # a setting without a default has none to justify
+        assert field.description, name
+        assert isinstance(field.json_schema_extra, dict) and field.json_schema_extra["source"], name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_is_valid_and_bears_its_file_name(path):
+    assert load_recipe(path).name == path.stem
+
+
+def test_reading_recipes_does_not_import_torch():
+    code = "import sys, lco_lite.recipe, lco_lite.recipe_file; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+# --- problems
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_one_and_its_line(tmp_path):
+    assert problems(tmp_path, "rl:\n  betta: 1\n") == ["rl.betta (line 4): unknown key; did you mean 'beta'?"]
+    assert problems(tmp_path, "RL: {}\n") == ["RL (line 3): unknown key; did you mean 'rl'?"]
+
+
+def test_an_unknown_key_that_is_like_none_is_told_what_is_accepted(tmp_path):
+    assert problems(tmp_path, "chat: {xyz: 1}\n") == ["chat.xyz (line 3): unknown key; accepted: system, template_args"]
+
+
+def test_all_problems_are_reported_at_once_each_with_line_key_and_value(tmp_path):
+    text = "seed: x\nrl:\n  objective: kdl\n  beta: -1\n  steps: 1.5\nsft:\n  lerning_rate: 1\ndata: [1]\n"
+    assert sorted(problems(tmp_path, text)) == [
+        "data (line 10): should be a mapping of settings, found [1]",
+        "rl.beta (line 6): should be greater than 0, found -1",
+        "rl.objective (line 5): should be 'kld', 'lch' or 'mse', found 'kdl'",
+        "rl.steps (line 7): should be a whole number, found 1.5",
+        "seed (line 3): should be a whole number, found 'x'",
+        "sft.lerning_rate (line 9): unknown key; accepted: "
+        + ", ".join(Recipe.model_fields["sft"].annotation.model_fields),
+    ]
+
+
+def test_the_heading_names_the_file_and_counts_the_problems(tmp_path):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: 2 problems in the recipe\n") as caught:
+        load(tmp_path, "seed: x\nthreads: y\n")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("reward_model: {pth: x}", "reward_model.pth (line 3): unknown key; did you mean 'path'?"),
+        ("reward_model: slef", "reward_model (line 3): should be 'self' or a mapping of settings, found 'slef'"),
+        (
+            "reward_model: {}",
+            "reward_model (line 3): "
+            "needs path (hub id or folder); write `reward_model: self` to share the policy's base",
+        ),
+        (
+            "reward_model: {path: x, lora: {targets: all}}",
+            "reward_model.lora.targets (line 3): should be 'all-linear' or a list, found 'all'",
+        ),
+        (
+            "reward_model: {path: x, lora: {targets: [1]}}",
+            "reward_model.lora.targets.0 (line 3): should be text, found 1",
+        ),
+        (
+            "reward_model: {path: x, lora: {rank: 3, r: 0}}",
+            "reward_model.lora.r (line 3): should be greater than or equal to 1, found 0",
+        ),
+    ],
+)
+def test_of_a_value_that_may_be_several_things_only_the_branch_that_is_meant_complains(tmp_path, text, problem):
+    found = problems(tmp_path, text + "\n")
+    assert problem in found and not any("literal" in line or "RewardModel" in line for line in found)
+    assert len(found) == (2 if "rank" in text else 1)
+
+
+def test_an_empty_section_is_told_from_a_wrong_one(tmp_path):
+    assert problems(tmp_path, "rl:\n") == ["rl (line 3): is empty: give it a value, or delete the line"]
+
+
+def test_checks_across_sections_point_to_their_keys(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {path: x}\ndata:\n  demonstrations: null\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert "  data.demonstrations (line 3): needed where task is null" in str(caught.value)
+    assert "  data.prompts (line 2): needed where task is null" in str(caught.value)
+
+
+def test_a_long_value_is_shown_in_part(tmp_path):
+    (line,) = problems(tmp_path, f"seed: {'x' * 500}\n")
+    assert len(line) < 150
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "line 4: the key 'seed' stands twice"),
+        ("rl: {beta: 1, beta: 2}\n", "line 3: the key 'beta' stands twice"),
+        ("rl: [\n", "line 4: "),
+        ("\tseed: 1\n", "line 3: "),
+        ("sft: &x {enabled: *x}\n", "nested without end"),
+        ("? [1, 2]\n: 3\n", "line 3: "),
+    ],
+)
+def test_what_is_not_yaml_is_said_with_its_line(tmp_path, text, message):
+    with pytest.raises(RecipeError, match="not valid YAML") as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "found"), [(b"", "nothing"), (b"- a\n", "a list"), (b"text", "a str")])
+def test_a_recipe_that_is_no_mapping_is_refused(tmp_path, content, found):
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=f"a mapping of settings, found {found}"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_missing_or_unreadable_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"absent\.yaml: no such recipe file"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_text(SMALL, encoding="utf-8-sig")
+    assert load_recipe(tmp_path / "r.yaml").task == "arithmetic"
+
+
+# --- YAML as one expects it
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "1E-5", ".00001", "0.00001", "1_0e-6"])
+def test_a_number_is_a_number_in_a_file_and_behind_set(tmp_path, text):
+    assert parse_yaml(text)[0] == pytest.approx(1e-5) and isinstance(parse_yaml(text)[0], float)
+    assert load(tmp_path, f"rl: {{lr: {text}}}\n").rl.lr == pytest.approx(1e-5)
+    assert load(tmp_path, sets=[f"rl.lr={text}"]).rl.lr == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("text", ["no", "yes", "on", "off", "y", "2026-01-31", "e5", "1.2.3"])
+def test_words_and_dates_stay_text(tmp_path, text):
+    assert parse_yaml(f"a: {text}")[0] == {"a": text}
+    assert load(tmp_path, f"chat: {{system: {text}}}\n").chat.system == text
+    assert load(tmp_path, sets=[f"chat.system={text}"]).chat.system == text
+
+
+def test_true_false_and_null_are_what_they_say():
+    assert parse_yaml("[true, False, null, ~]")[0] == [True, False, None, None]
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner),
+    max_leaves=8,
+)
+
+
+@given(
+    values | st.sampled_from(["1e-5", "1e5", "no", "null", "~", "0x1f", "1:30", "2026-01-31", ".5", "1_000", "=", "<<"])
+)
+def test_what_is_written_reads_back_to_the_same_value(value):
+    again = parse_yaml(write_yaml({"value": value}))[0]
+    assert again == {"value": value} and repr(again) == repr({"value": value})
+
+
+def test_a_resolved_recipe_reads_back_with_every_default_written_out(tmp_path):
+    recipe = load(
+        tmp_path,
+        "name: 1e5x\nreward_model: {path: a/b, lora: {targets: [q_proj]}}\nrl: {lr: 1e-6}\nsft: {max_steps: 3}\n",
+    )
+    text = dump(recipe)
+    (tmp_path / "resolved.yaml").write_text(text, encoding="utf-8")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    assert dump(load_recipe(tmp_path / "resolved.yaml")) == text
+    for name in Recipe.model_fields:
+        assert f"\n{name}:" in f"\n{text}"
+    assert "max_grad_norm: 1.0" in text
+
+
+@pytest.mark.parametrize("name", ["1e5", "123", "2026-01-31", "true", "1_0"])
+def test_a_name_that_looks_like_something_else_survives_the_round_trip(tmp_path, name):
+    recipe = load(tmp_path, flags={"name": name})
+    (tmp_path / "resolved.yaml").write_text(dump(recipe))
+    assert load_recipe(tmp_path / "resolved.yaml").name == name
+
+
+# --- overriding
+
+
+def test_set_overrides_the_file_and_a_flag_overrides_both(tmp_path):
+    text = "rl: {beta: 1.0, lr: 1e-6, steps: 3}\n"
+    recipe = load(tmp_path, text, sets=["rl.beta=2", "rl.lr=2e-6"], flags={"rl.beta": 3.0, "rl.steps": None})
+    assert (recipe.rl.beta, recipe.rl.lr, recipe.rl.steps) == (3.0, 2e-6, 3)
+
+
+def test_the_last_set_of_a_key_counts(tmp_path):
+    assert load(tmp_path, sets=["seed=1", "seed=2"]).seed == 2
+
+
+def test_set_reaches_into_sections_that_the_file_does_not_have(tmp_path):
+    recipe = load(tmp_path, sets=["reward_model.path=a/b", "reward_model.lora.r=8", "eval.tasks=[gsm8k, math500]"])
+    assert recipe.reward_model.lora.r == 8 and recipe.eval.tasks == ["gsm8k", "math500"]
+
+
+def test_overriding_leaves_the_data_it_was_given_alone():
+    data = {"rl": {"beta": 1}}
+    override(data, ["rl.beta=2"], {"rl.lr": 1.0})
+    assert data == {"rl": {"beta": 1}}
+
+
+def test_a_problem_names_the_override_it_comes_from_and_not_the_line_of_the_file(tmp_path):
+    text = "rl: {beta: 1, lr: 1e-6}\n"
+    assert problems(tmp_path, text, sets=["rl.beta=x"], flags={"rl.lr": -1.0, "sft.lrr": 3}) == [
+        "sft.lrr (flag): unknown key; did you mean 'lr'?",
+        "rl.lr (flag): should be greater than 0, found -1.0",
+        "rl.beta (--set): should be a number, found 'x'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [("rl.lr", "write --set key.path=value"), ("=3", "write --set key.path=value"), ("rl.lr=[1", "not valid YAML")],
+)
+def test_a_malformed_set_says_how_to_write_it(tmp_path, item, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        load(tmp_path, sets=[item])
+    assert f"--set {item}" in str(caught.value)
+
+
+def test_problems_of_a_recipe_that_came_from_no_file_have_no_lines():
+    with pytest.raises(RecipeError) as caught:
+        validate({"model": {"path": "x"}, "task": "math", "sed": 1}, "given")
+    assert str(caught.value) == "given: 1 problem in the recipe\n  sed: unknown key; did you mean 'seed'?"

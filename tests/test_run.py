@@ -1,0 +1,253 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lco_lite.errors import UsageError
+from lco_lite.files import write_json
+from lco_lite.recipe import Recipe
+from lco_lite.run import Run
+from lco_lite.stage_settings import stage_settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def recipe(**changes) -> Recipe:
+    return Recipe.model_validate({"model": {"init": {}}, "task": "arithmetic", **changes})
+
+
+def started(run: Run, stage: str, upstream: dict[str, str] | None = None):
+    folder = run.stage(stage)
+    folder.begin(stage_settings(recipe(), stage), upstream or {})
+    return folder
+
+
+def finished(run: Run, *stages: str) -> None:
+    for stage in stages:
+        started(run, stage).finish({})
+        write_json(run.eval_path("math500", stage), {})
+        write_json(run.eval_path("math500", stage).with_suffix(".jsonl"), {})
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run.open(tmp_path / "runs", "math")
+
+
+# --- the folder
+
+
+def test_opening_makes_the_folder_and_opening_again_finds_it(tmp_path):
+    run = Run.open(tmp_path / "runs", "math")
+    (run.path / "x").write_text("kept")
+    again = Run.open(tmp_path / "runs", "math")
+    assert again.path == tmp_path / "runs" / "math" and again.name == "math"
+    assert (again.path / "x").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a b", "-x", "x" * 300])
+def test_a_name_that_is_no_folder_name_is_refused(tmp_path, name):
+    with pytest.raises(UsageError):
+        Run.open(tmp_path, name)
+
+
+def test_a_file_in_the_place_of_the_run_or_of_its_root_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file is a file"):
+        Run.open(tmp_path, "file")
+    with pytest.raises(UsageError, match="cannot write"):
+        Run.open(tmp_path / "file", "run")
+
+
+def test_the_newest_run_is_the_one_used_last(tmp_path):
+    older, newer = Run.open(tmp_path, "a"), Run.open(tmp_path, "b")
+    for run in (older, newer):
+        with run.lock():
+            run.write_recipe(recipe())
+    Run.open(tmp_path, "c-without-recipe")
+    times = [(older, 1000), (newer, 2000)]
+    for run, time in times:
+        os.utime(run.path / ".lock", (time, time))
+    assert Run.newest(tmp_path) == newer
+    with older.lock():
+        pass
+    assert Run.newest(tmp_path) == older
+
+
+def test_a_run_that_ends_after_another_began_is_the_newer_one(tmp_path):
+    long, short = Run.open(tmp_path, "long"), Run.open(tmp_path, "short")
+    with long.lock():
+        long.write_recipe(recipe())
+        with short.lock():
+            short.write_recipe(recipe())
+        for run in (long, short):
+            os.utime(run.path / ".lock", (1000, 1000))
+    assert Run.newest(tmp_path) == long
+
+
+def test_without_a_run_the_message_says_what_to_type(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        Run.newest(tmp_path / "runs")
+    assert caught.value.exit_code == 2
+    assert "no run under" in str(caught.value)
+    assert "`lco-lite run recipes/quickstart.yaml` or `lco-lite sft RECIPE`" in str(caught.value)
+
+
+# --- the lock
+
+
+def test_a_second_process_on_a_run_is_told_which_process_has_it(run):
+    code = (
+        "import sys; from pathlib import Path; from lco_lite.run import Run\n"
+        "with Run(Path(sys.argv[1])).lock():\n    print('locked', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(run.path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        with pytest.raises(UsageError, match=rf"in use by process {holder.pid}\b"), run.lock():
+            pass
+    finally:
+        holder.kill()
+        holder.communicate(timeout=30)
+    with run.lock():  # a killed holder leaves no lock behind
+        assert (run.path / ".lock").read_text().strip() == str(os.getpid())
+
+
+def test_two_locks_in_one_process_exclude_each_other_too(run):
+    with run.lock(), pytest.raises(UsageError, match=str(os.getpid())), run.lock():
+        pass
+
+
+def test_the_lock_cleans_up_after_killed_writers(run):
+    left = run.path / "sft" / ".adapter.0123456789ab.new"
+    left.mkdir(parents=True)
+    with run.lock():
+        assert not left.exists()
+
+
+# --- recipe and environment
+
+
+def test_the_recipe_comes_back_as_it_was_written(run):
+    written = recipe(name="1e5", rl={"beta": 0.5, "lr": 1e-5})
+    run.write_recipe(written)
+    assert run.recipe() == written
+
+
+def test_a_missing_or_damaged_recipe_is_said_in_words(run):
+    with pytest.raises(UsageError, match="has no recipe.yaml"):
+        run.recipe()
+    (run.path / "recipe.yaml").write_text("name: [")
+    with pytest.raises(UsageError, match="damaged") as caught:
+        run.recipe()
+    assert str(run.path / "recipe.yaml") in str(caught.value)
+
+
+def test_the_environment_names_versions_device_and_commit(run, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run.write_environment()
+    written = json.loads((run.path / "environment.json").read_text())
+    assert written["packages"]["torch"].startswith("2.")
+    assert written["device"]["kind"] in ("cpu", "cuda")
+    assert written["python"].count(".") == 2
+    if (ROOT / ".git").exists():
+        assert len(written["git"]["commit"]) == 40
+
+
+def test_outside_a_repository_there_is_no_commit(run, monkeypatch):
+    monkeypatch.chdir(run.path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(run.path.parent))
+    run.write_environment()
+    assert json.loads((run.path / "environment.json").read_text())["git"] is None
+
+
+# --- stages
+
+
+def test_a_stage_goes_on_with_the_same_settings(run):
+    stage = started(run, "sft")
+    assert not stage.is_done()
+    before = (stage.path / "stage.json").read_text()
+    started(run, "sft")
+    assert (stage.path / "stage.json").read_text() == before
+
+
+def test_changed_settings_are_refused_each_with_old_and_new_value(run):
+    started(run, "rl-kld")
+    changed = recipe(rl={"beta": 0.5, "schedule": "cosine"}, seed=3)
+    with pytest.raises(UsageError) as caught:
+        run.stage("rl-kld").begin(stage_settings(changed, "rl-kld"), {})
+    message = str(caught.value)
+    for line in ("rl.beta: 1.0 → 0.5", "rl.schedule: constant → cosine", "seed: 0 → 3"):
+        assert f"  {line}\n" in message
+    assert message.count("→") == 4  # the three, and the legend
+    assert "--fresh" in message and "--name" in message
+
+
+def test_an_upstream_stage_that_was_trained_again_is_refused(run):
+    finished(run, "sft")
+    old = run.stage("sft").id()
+    started(run, "rm", {"sft": old})
+    finished(run, "sft")
+    assert run.stage("sft").id() != old
+    with pytest.raises(UsageError, match="sft was trained again since"):
+        started(run, "rm", {"sft": run.stage("sft").id()})
+    with pytest.raises(UsageError, match="sft is no longer used"):
+        started(run, "rm", {})
+
+
+def test_a_finished_stage_keeps_its_result_and_time(run):
+    stage = started(run, "sft")
+    stage.finish({"loss": 0.5, "by": {"a": [1]}})
+    assert stage.is_done()
+    assert run.stage("sft").result() == {"loss": 0.5, "by": {"a": [1]}}
+    assert json.loads((stage.path / "done.json").read_text())["seconds"] >= 0
+
+
+def test_the_result_of_a_stage_that_is_not_done_is_a_usage_error(run):
+    with pytest.raises(UsageError, match="not done"):
+        started(run, "sft").result()
+
+
+def test_a_damaged_stage_file_is_named(run):
+    stage = started(run, "sft")
+    (stage.path / "stage.json").write_text("{")
+    with pytest.raises(UsageError, match=r"stage\.json is damaged.*--fresh"):
+        started(run, "sft")
+
+
+@pytest.mark.parametrize(
+    ("fresh", "left"),
+    [("sft", []), ("rm", ["sft"]), ("rl-kld", ["sft", "rm", "rl-mse"]), ("rl-mse", ["sft", "rm", "rl-kld"])],
+)
+def test_starting_a_stage_again_discards_it_with_what_was_built_on_it_and_their_scores(run, fresh, left):
+    finished(run, "sft", "rm", "rl-kld", "rl-mse")
+    write_json(run.eval_path("math500", "base"), {})
+    run.discard_from(fresh)
+    assert [s.name for s in run.stages()] == left
+    assert sorted(p.name for p in (run.path / "eval").glob("*.json")) == sorted(
+        f"math500--{stage}.json" for stage in ["base", *left]
+    )
+    assert len(list((run.path / "eval").glob("*.jsonl"))) == len(left)
+
+
+def test_bases_made_into_the_run_go_with_the_first_stage_that_reads_them(run):
+    for name in ("base", "base-rm"):
+        write_json(run.path / name / "config.json", {})
+    run.discard_from("rl-kld")
+    assert (run.path / "base").exists() and (run.path / "base-rm").exists()
+    run.discard_from("rm")
+    assert (run.path / "base").exists() and not (run.path / "base-rm").exists()
+    run.discard_from("sft")
+    assert not (run.path / "base").exists()
+
+
+def test_stages_come_in_the_order_they_build_on_each_other(run):
+    for name in ("rl-mse", "rm", "rl-kld", "sft"):
+        started(run, name)
+    assert [s.name for s in run.stages()] == ["sft", "rm", "rl-kld", "rl-mse"]

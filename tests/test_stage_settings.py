@@ -1,0 +1,84 @@
+import pytest
+
+from lco_lite.errors import UsageError
+from lco_lite.recipe import Recipe
+from lco_lite.stage_settings import differences, stage_settings
+
+BASE = {"model": {"path": "some/model"}, "task": "math"}
+
+
+def changed_stages(**changes) -> set[str]:
+    """The stages whose settings are not those of BASE."""
+    base, changed = Recipe.model_validate(BASE), Recipe.model_validate({**BASE, **changes})
+    return {s for s in ("sft", "rm", "rl-kld") if stage_settings(base, s) != stage_settings(changed, s)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"task": "gsm8k"},
+        {"model": {"path": "another/model"}},
+        {"model": {"path": "some/model", "quantization": "nf4"}},
+        {"model": {"path": "some/model", "lora": {"r": 8}}},
+        {"model": {"path": "some/model", "lora": None}},
+        {"chat": {"system": "Be brief."}},
+        {"data": {"demonstrations": "x.jsonl"}},
+        {"data": {"task": "x.jsonl"}},
+        {"sft": {"lr": 1e-4}},
+    ],
+)
+def test_what_decides_sft_decides_everything_after_it(changes):
+    assert changed_stages(**changes) == {"sft", "rm", "rl-kld"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward_model": {"path": "big/model"}},
+        {"data": {"preferences": "pairs.jsonl"}},
+        {"train_rm": {"temperature": 0.8}},
+    ],
+)
+def test_what_decides_the_reward_model_leaves_sft_alone(changes):
+    assert changed_stages(**changes) == {"rm", "rl-kld"}
+
+
+@pytest.mark.parametrize("changes", [{"data": {"prompts": "x.jsonl"}}, {"rl": {"beta": 2.0}}, {"rl": {"steps": 9}}])
+def test_what_decides_rl_leaves_the_stages_before_alone(changes):
+    assert changed_stages(**changes) == {"rl-kld"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "other"},
+        {"device": "cpu"},
+        {"threads": 2},
+        {"model": {"path": "some/model", "gradient_checkpointing": True, "attention": "eager"}},
+        {"sft": {"micro_batch_tokens": 64, "save_every": 3}},
+        {"train_rm": {"micro_batch_tokens": 64, "check_items": 0}},
+        {"rl": {"rollout_batch": 2, "save_every": 3, "eval_every": 0, "eval_items": 2, "guard": "off"}},
+        {"eval": {"seeds": 1, "tasks": ["gsm8k"]}},
+    ],
+)
+def test_what_does_not_decide_the_result_may_change_between_two_starts(changes):
+    assert changed_stages(**changes) == set()
+
+
+def test_rl_on_a_rule_does_not_depend_on_a_reward_model():
+    rule = {"rl": {"feedback": "rule"}}
+    a = stage_settings(Recipe.model_validate({**BASE, **rule}), "rl-kld")
+    b = stage_settings(Recipe.model_validate({**BASE, **rule, "train_rm": {"lr": 1e-4}}), "rl-kld")
+    assert a == b
+
+
+def test_an_unknown_stage_is_refused():
+    with pytest.raises(UsageError, match="no stage 'rlhf'"):
+        stage_settings(Recipe.model_validate(BASE), "rlhf")
+
+
+def test_differences_name_each_key_with_both_values_also_where_one_is_absent():
+    before = {"a": 1.0, "b": "self", "c": None}
+    after = {"a": 0.5, "b.path": "x", "c": None}
+    assert differences(before, after) == ["a: 1.0 → 0.5", "b: self → unset", "b.path: unset → x"]
