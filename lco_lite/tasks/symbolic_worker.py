@@ -1,0 +1,66 @@
+"""The process behind ``symbolic``: a line ``[answer, gold]`` in, a line ``true`` or ``false`` out."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_MEMORY = 4 * 2**30  # bytes of address space
+_ORPHAN_SECONDS = 10
+
+
+def main() -> None:
+    """Answers an empty line (a greeting) with ``ready`` and every other with its verdict, until the input ends."""
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever the libraries print must not look like a reply
+    _limit()
+    same = _comparison()
+    same("1", "2")  # the first comparison builds the tables of the parser
+    for line in sys.stdin:
+        if not line.strip():
+            replies.write("ready\n")
+            continue
+        _alarm(_ORPHAN_SECONDS)
+        try:
+            verdict = same(*json.loads(line))
+        except Exception:  # sympy raises whatever it likes on malformed input: not equal
+            verdict = False
+        _alarm(0)
+        replies.write(json.dumps(verdict) + "\n")
+
+
+def _comparison() -> Callable[[str, str], bool]:
+    """math-verify on two whole answers: what does not parse is not searched for something inside that does."""
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # Units are gone already; math-verify would take the letters of 2ab for some.
+    plain = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True)
+    whole = [LatexExtractionConfig(normalization_config=plain)]
+
+    def parsed(text: str) -> list[Any]:
+        return parse(f"${text}$", whole, "no_fallback", "first_match", parsing_timeout=None)
+
+    return lambda answer, gold: bool(verify(parsed(gold), parsed(answer), float_rounding=12, timeout_seconds=None))
+
+
+def _limit() -> None:
+    """A bound on memory, and no part in the Ctrl-C of the terminal: the parent decides when this process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _alarm(seconds: int) -> None:
+    """Unhandled, the signal ends this process even inside native code, should the parent be gone by then."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds)
+
+
+if __name__ == "__main__":
+    main()
