@@ -84,7 +84,7 @@ def _stated(text: str) -> str | None:
     for match in reversed(list(_STATEMENT.finditer(text))):
         rest = text[match.end() : match.end() + 1_000].lstrip()
         end = next((m.start() for m in _SENTENCE_END.finditer(rest) if not _inside_span(rest, m.start())), len(rest))
-        sentence = rest[:end].strip().strip("*").strip()
+        sentence = rest[:end].strip(" .*\n\t")
         if match[0].lstrip().startswith("####") and _words(rest.partition("\n")[0]):
             continue
         first = _SPAN.match(sentence)
