@@ -113,6 +113,21 @@ def test_tensors_keep_type_shape_and_value_and_may_share_memory(tmp_path):
         assert torch.equal(loaded.tensors[name], tensor)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_tensors_and_optimizer_come_back_where_they_were(tmp_path):
+    weight = nn.Parameter(torch.randn(5, device="cuda"))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.square().sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, 1, {"w": weight}, optimizer, {})
+    again = torch.optim.AdamW([nn.Parameter(torch.zeros(5, device="cuda"))], fused=True)
+    found = load_latest(tmp_path, again, torch.device("cuda"))
+    assert found is not None and found.tensors["w"].is_cuda and torch.equal(found.tensors["w"], weight)
+    for name, tensor in optimizer.state_dict()["state"][0].items():
+        restored = again.state_dict()["state"][0][name]
+        assert restored.device == tensor.device and torch.equal(restored, tensor)
+
+
 def test_the_state_of_the_stage_comes_back_as_it_was(tmp_path):
     state = {"epoch": 1, "order": [3, 1, 2], "nested": {"rewards": [0.1, -1.0], "text": "ü\n", "none": None}}
     save_checkpoint(tmp_path, 5, {}, None, state)

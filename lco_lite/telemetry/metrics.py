@@ -42,7 +42,7 @@ METRICS: dict[str, str] = {
 
 
 class JsonLog:
-    """Appends JSON objects to ``path``, one a line, each flushed. Every object carries its ``step``.
+    """Appends JSON objects to ``path``, one a line, each at once. Every object carries its ``step``.
 
     ``resume_after`` is the step of the checkpoint that the stage goes on from: later lines belong to work that is done
     again and are dropped, and so is a last line that was cut short. None: the stage starts anew, with an empty file.
@@ -54,14 +54,16 @@ class JsonLog:
         kept = [] if resume_after is None else [row for row in read_log(path) if row["step"] <= resume_after]
         write_bytes(path, b"".join(map(_line, kept)))
         with write_errors(path):
-            self._file = path.open("ab")
+            # unbuffered: a line is on its way at once, and nothing is left over to fail again when the log is closed
+            self._file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
         if "step" not in row:
             raise ValueError(f"{self.path.name}: a line needs its step")
+        line = memoryview(_line(row))
         with write_errors(self.path):
-            self._file.write(_line(row))
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()

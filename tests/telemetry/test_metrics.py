@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,24 @@ def test_samples_follow_the_same_rule_and_may_hold_any_text(tmp_path):
     rows = read_log(tmp_path / "s.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[0]["response"] == text.replace("\ud800", "?")
+
+
+def test_a_disk_that_fills_up_is_said_once_and_the_whole_lines_stay(tmp_path):
+    resource = pytest.importorskip("resource", reason="limits the size of a file, which is how a disk fills up here")
+    path, before = tmp_path / "s.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match="too large"), JsonLog(path, None) as log:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
+            for step in range(10):
+                log.write({"step": step, "response": "x" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old_handler)
+    assert path.stat().st_size == 2500
+    assert steps(path) == [0, 1]
+    write(path, [2], resume_after=1, log=JsonLog)
+    assert steps(path) == [0, 1, 2] and path.read_bytes().count(b"\n") == 3
 
 
 def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch):
