@@ -16,6 +16,8 @@ _FLOAT = re.compile(
     r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf|\.nan)$"
 )
 
+_RARE_BREAK = re.compile("[\x85\u2028\u2029]")
+
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -30,9 +32,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what this loader or a plain YAML 1.1 loader would not read as text."""
+    """Quotes what this loader or a plain YAML 1.1 loader would not read as the same text."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if _RARE_BREAK.search(data) else None  # PyYAML writes these raw as keys and reads them as spaces
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
 
 
+_Dumper.add_representer(str, _Dumper.represent_str)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CHANGED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
