@@ -10,7 +10,7 @@ from lco_lite.errors import DataError
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """All rows, in the order of the file, so that row i stands in line i + 1; empty lines are allowed at the end only.
 
-    Raises DataError for a file that is missing, unreadable or empty, and for a line that is not one JSON object in UTF-8.
+    Raises DataError for a file that is missing, unreadable or empty, and for a line that is no JSON object in UTF-8.
     """
     try:
         content = Path(path).read_bytes()

@@ -4,25 +4,37 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
-from lco_lite.errors import UsageError
+from lco_lite.errors import DataError, UsageError
 from lco_lite.tasks.arithmetic import Arithmetic
 from lco_lite.tasks.base import Grade, Item, Task
+from lco_lite.tasks.contests import aime24, aime25, amc23
+from lco_lite.tasks.custom import custom
+from lco_lite.tasks.gsm8k import gsm8k
+from lco_lite.tasks.math500 import math500
+from lco_lite.tasks.minervamath import minervamath
+from lco_lite.tasks.mmlu import mmlu, mmlu_redux, mmlu_redux_all
 
 __all__ = ["Grade", "Item", "Task", "load_task", "task_names"]
 
 
-def _generated(make: Callable[[], Task]) -> Callable[[Path | None], Task]:
-    def load(data: Path | None) -> Task:
-        task = make()
-        if data is not None:
-            raise UsageError(f"task {task.name} makes its own problems and reads no data; {data} is not used")
-        return task
-
-    return load
+def _arithmetic(data: Path | None) -> Task:
+    if data is not None:
+        raise UsageError(f"task arithmetic makes its own problems and reads no data; {data} is not used")
+    return Arithmetic()
 
 
 _TASKS: dict[str, Callable[[Path | None], Task]] = {
-    "arithmetic": _generated(Arithmetic),
+    "arithmetic": _arithmetic,
+    "gsm8k": gsm8k,
+    "math500": math500,
+    "amc23": amc23,
+    "aime24": aime24,
+    "aime25": aime25,
+    "minervamath": minervamath,
+    "mmlu": mmlu,
+    "mmlu_redux": mmlu_redux,
+    "mmlu_redux_all": mmlu_redux_all,
+    "custom": custom,
 }
 
 
@@ -32,9 +44,18 @@ def task_names() -> list[str]:
 
 
 def load_task(name: str, data: str | Path | None = None) -> Task:
-    """The task of that name, reading the local JSONL ``data`` if given. Raises UsageError for an unknown name."""
+    """The task of that name; ``data`` is a JSONL with its held-out items, or a folder with the files of its splits.
+
+    ``custom:GRADER`` is the custom task with another grader (see ``custom``). Raises UsageError for an unknown name and
+    DataError for a path that is not there; the items are not opened before they are asked for.
+    """
+    path = None if data is None else Path(data)
+    if path is not None and not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if name.startswith("custom:"):
+        return custom(path, name.removeprefix("custom:"))
     if name not in _TASKS:
         close = get_close_matches(name, _TASKS, n=1)
         hint = f"; did you mean {close[0]}?" if close else "."
         raise UsageError(f"unknown task {name!r}{hint} Known: {', '.join(task_names())}")
-    return _TASKS[name](None if data is None else Path(data))
+    return _TASKS[name](path)

@@ -4,10 +4,14 @@ The final answer is found (``final_answer``), written in one spelling (``spellin
 or item by item (``forms``); what is left needs algebra and goes to math-verify in a process of its own (``symbolic``).
 """
 
+import re
+from fractions import Fraction
+
 from lco_lite.tasks import symbolic
 from lco_lite.tasks.base import Grade
 from lco_lite.tasks.final_answer import boxed, final_answer
 from lco_lite.tasks.forms import same
+from lco_lite.tasks.numbers import number
 from lco_lite.tasks.spelling import spell
 
 _DEEPEST = 12
@@ -22,29 +26,43 @@ def grade(response: str, gold: str) -> bool:
     return explain(response, gold).right
 
 
-def explain(response: str, gold: str) -> Grade:
-    """The same with the answer that was found and the reason."""
+def explain(response: str, gold: str, tolerance: float = 0.0) -> Grade:
+    """The same with the answer that was found and the reason; numbers may differ by ``tolerance``, a part of gold's."""
     answer = final_answer(response)
     if answer is None:
         return Grade(False, None, "no answer found")
-    right, why = compare(answer, boxed(gold) or gold)
+    right, why = compare(answer, boxed(gold) or gold, tolerance)
     return Grade(right, answer, why)
 
 
-def compare(answer: str, gold: str) -> tuple[bool, str]:
-    """Are two answers equal, and how that was told."""
+def compare(answer: str, gold: str, tolerance: float = 0.0) -> tuple[bool, str]:
+    """Are two answers equal, or numbers within ``tolerance``, and how that was told."""
     if len(answer) > _LONGEST:
         return False, f"longer than {_LONGEST} characters"
     spelled, wanted = spell(answer), spell(gold)
     verdict = same(spelled, wanted)
+    if not verdict and tolerance and (near := _near(spelled, wanted, tolerance)) is not None:
+        return near, f"within {tolerance:.0%}" if near else "not equal"
     if verdict is not None:
         return verdict, "equal" if verdict else "not equal"
     if not _well_formed(spelled):
         return False, "malformed"
-    verdict = symbolic.equal(spelled, wanted)
+    verdict = symbolic.equal(spelled, wanted, tolerance)
     if verdict is None:
         return False, "not settled in time"
     return verdict, "equal by algebra" if verdict else "not equal by algebra"
+
+
+def _near(answer: str, gold: str, tolerance: float) -> bool | None:
+    """Whether two plain numbers are near each other; None where one of them is something else."""
+    a, g = number(_after_equals(answer)), number(_after_equals(gold))
+    if a is None or g is None:
+        return None
+    return abs(a.value - g.value) <= Fraction(tolerance) * abs(g.value)
+
+
+def _after_equals(text: str) -> str:
+    return re.split(r"=|\\approx|\\simeq", text)[-1].strip()
 
 
 def _well_formed(text: str) -> bool:

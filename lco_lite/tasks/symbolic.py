@@ -27,11 +27,14 @@ class Verifier:
         self._owner = 0
         self._lock = threading.Lock()
 
-    def equal(self, answer: str, gold: str) -> bool | None:
-        """Is ``answer`` mathematically equal to ``gold`` (LaTeX without dollar signs)? None if it could not be told."""
+    def equal(self, answer: str, gold: str, tolerance: float = 0.0) -> bool | None:
+        """Is ``answer`` mathematically equal to ``gold`` (LaTeX without dollar signs)? None if it could not be told.
+
+        With a ``tolerance``, values that differ by no more than that part of gold's count as equal.
+        """
         with self._lock:
             self._start()
-            line = self._exchange(json.dumps([answer, gold]), SECONDS)
+            line = self._exchange(json.dumps([answer, gold, tolerance]), SECONDS)
             return None if line is None else bool(json.loads(line))
 
     def close(self) -> None:

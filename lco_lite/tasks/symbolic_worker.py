@@ -1,4 +1,4 @@
-"""The process behind ``symbolic``: a line ``[answer, gold]`` in, a line ``true`` or ``false`` out."""
+"""The process behind ``symbolic``: a line ``[answer, gold, tolerance]`` in, ``true`` or ``false`` out."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever the libraries print must not look like a reply
     _limit()
     same = _comparison()
-    same("1", "2")  # the first comparison builds the tables of the parser
+    same("1", "2", 0.0)  # the first comparison builds the tables of the parser
     for line in sys.stdin:
         if not line.strip():
             replies.write("ready\n")
@@ -31,7 +31,7 @@ def main() -> None:
         replies.write(json.dumps(verdict) + "\n")
 
 
-def _comparison() -> Callable[[str, str], bool]:
+def _comparison() -> Callable[[str, str, float], bool]:
     """math-verify on two whole answers: what does not parse is not searched for something inside that does."""
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
@@ -43,7 +43,20 @@ def _comparison() -> Callable[[str, str], bool]:
     def parsed(text: str) -> list[Any]:
         return parse(f"${text}$", whole, "no_fallback", "first_match", parsing_timeout=None)
 
-    return lambda answer, gold: bool(verify(parsed(gold), parsed(answer), float_rounding=12, timeout_seconds=None))
+    def same(answer: str, gold: str, tolerance: float) -> bool:
+        left, right = parsed(answer), parsed(gold)
+        if verify(right, left, float_rounding=12, timeout_seconds=None):
+            return True
+        return bool(tolerance and left and right) and _near(left[0], right[0], tolerance)
+
+    return same
+
+
+def _near(answer: Any, gold: Any, tolerance: float) -> bool:
+    """Both are constants, and near each other. Raises whatever sympy raises on what has no numerical value."""
+    answer, gold = (getattr(value, "rhs", value) for value in (answer, gold))
+    difference, size = abs(complex(answer) - complex(gold)), abs(complex(gold))
+    return difference <= tolerance * size
 
 
 def _limit() -> None:

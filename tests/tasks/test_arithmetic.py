@@ -86,4 +86,4 @@ def test_unknown_split_names_those_there_are():
 
 def test_data_for_a_generated_task_is_refused():
     with pytest.raises(UsageError, match="makes its own problems"):
-        load_task("arithmetic", data="x.jsonl")
+        load_task("arithmetic", data=__file__)

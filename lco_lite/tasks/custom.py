@@ -1,0 +1,95 @@
+"""Your own problems: a JSONL with ``prompt`` and ``answer``, graded by name or by a function of yours.
+
+A row may also have ``response``, a demonstration to imitate, ``choices`` for the grader ``choice``, and ``split``: the
+rows with ``"split": "train"`` are trained on, all others are held out. The name of the task chooses the grader:
+``custom`` is ``custom:math``, ``custom:FILE.py:NAME`` calls ``NAME(response, item)``, a function that returns a bool or a
+``Grade``.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from lco_lite.errors import DataError, UsageError
+from lco_lite.tasks.base import Grade, Item
+from lco_lite.tasks.benchmark import Benchmark, Problem, answer_text, grade_math, text
+from lco_lite.tasks.choice import grade_choice
+from lco_lite.tasks.minervamath import grade_rounded
+from lco_lite.tasks.source import Rows, read_rows
+
+Grader = Callable[[str, Item], Grade]
+
+
+def grade_exact(response: str, item: Item) -> Grade:
+    """The whole response is the answer, but for spaces around it."""
+    found = response.strip()
+    right = found == item.gold
+    return Grade(right, found or None, "equal" if right else "not equal")
+
+
+GRADERS: dict[str, Grader] = {
+    "math": grade_math,
+    "rounded": grade_rounded,
+    "choice": grade_choice,
+    "exact": grade_exact,
+}
+
+
+def custom(data: Path | None = None, grader: str = "math") -> Benchmark:
+    """The task. Raises UsageError for an unknown grader; its items raise DataError where ``data`` names no file."""
+    splits = {split: partial(_rows, data, split) for split in ("train", "test")}
+    return Benchmark("custom", splits, _read, _grader(grader), template="{problem}", max_new_tokens=1_024)
+
+
+def _rows(file: Path | None, split: str) -> Rows:
+    if file is None:
+        raise DataError("task custom needs a JSONL file with the fields prompt and answer, and none is named")
+    found = [(at, row) for at, row in read_rows(file) if (row.get("split") == "train") == (split == "train")]
+    if not found:
+        sign = "with" if split == "train" else "without"
+        raise DataError(f'{file}: has no {split} items, which are the rows {sign} "split": "train"')
+    return found
+
+
+def _read(row: Mapping[str, Any]) -> Problem:
+    return Problem(text(row, "prompt"), answer_text(row), text(row, "response") if "response" in row else None)
+
+
+def _grader(name: str) -> Grader:
+    if name in GRADERS:
+        return GRADERS[name]
+    file, colon, function = name.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        raise UsageError(f"unknown grader {name!r}: one of {', '.join(GRADERS)}, or FILE.py:NAME")
+    return _users_own(file, function)
+
+
+@cache
+def _users_own(file: str, name: str) -> Grader:
+    """``name`` of a Python file as a grader. An error inside it is the user's to see: it is raised, not graded."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise UsageError(f"{file}: no such file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise UsageError(f"{file}: cannot be imported: {type(e).__name__}: {e}") from e
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UsageError(f"{file}: has no function {name!r}")
+
+    def grade(response: str, item: Item) -> Grade:
+        try:
+            verdict = function(response, item)
+        except Exception as e:
+            raise UsageError(f"{file}:{name} failed on item {item.id}: {type(e).__name__}: {e}") from e
+        if isinstance(verdict, Grade):
+            return verdict
+        if isinstance(verdict, bool):
+            return Grade(verdict, None, f"{name} says {'right' if verdict else 'wrong'}")
+        raise UsageError(f"{file}:{name} returned {verdict!r:.60} on item {item.id}; a bool or a Grade is needed")
+
+    return grade
