@@ -2,7 +2,7 @@
 
 A row may also have ``response``, a demonstration to imitate, ``choices`` for the grader ``choice``, and ``split``: the
 rows with ``"split": "train"`` are trained on, all others are held out. The name of the task chooses the grader:
-``custom`` is ``custom:math``, ``custom:FILE.py:NAME`` calls ``NAME(response, item)``, a function that returns a bool or a
+``custom`` is ``custom:math``; ``custom:FILE.py:NAME`` calls ``NAME(response, item)``, which returns a bool or a
 ``Grade``.
 """
 

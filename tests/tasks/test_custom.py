@@ -1,0 +1,82 @@
+import json
+
+import pytest
+
+from lco_lite.errors import DataError, UsageError
+from lco_lite.tasks import load_task
+
+ROWS = [
+    {"prompt": "1 + 1?", "answer": 2},
+    {"prompt": "A colour?", "answer": "red", "split": "test"},
+    {"prompt": "2 + 2?", "answer": "4", "split": "train", "response": "It is 4."},
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    return path
+
+
+def test_rows_are_held_out_unless_they_say_train(data):
+    task = load_task("custom", data)
+    assert [item.prompt for item in task.items("test")] == ["1 + 1?", "A colour?"]
+    (item,) = task.items("train")
+    assert (item.gold, item.demonstration) == ("4", "It is 4.")
+
+
+def test_the_grader_is_mathematics_unless_another_is_named(data):
+    item = load_task("custom", data).items("test")[0]
+    assert load_task("custom", data).grade(r"so \boxed{2.0}", item).right
+    assert not load_task("custom:exact", data).grade("It is 2", item).right
+    assert load_task("custom:exact", data).grade(" 2\n", item).right
+
+
+def test_a_function_of_the_users_grades(data, tmp_path):
+    (tmp_path / "my.py").write_text("def even(response, item):\n    return len(response) % 2 == 0\n")
+    task = load_task(f"custom:{tmp_path}/my.py:even", data)
+    item = task.items("test")[0]
+    assert task.grade("ab", item).right and not task.grade("abc", item).right
+
+
+def test_a_users_function_may_return_a_whole_grade(data, tmp_path):
+    code = "from lco_lite.tasks import Grade\ndef f(response, item):\n    return Grade(True, response, 'because')\n"
+    (tmp_path / "g.py").write_text(code)
+    task = load_task(f"custom:{tmp_path}/g.py:f", data)
+    assert task.grade("x", task.items("test")[0]).why == "because"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def f(response, item):\n    return response.nothing\n", "f failed on item custom/test/0: AttributeError"),
+        ("def f(response, item):\n    return 1.0\n", "f returned 1.0 on item custom/test/0; a bool or a Grade"),
+        ("f = 3\n", "has no function 'f'"),
+        ("import absent_module\n", "cannot be imported: ModuleNotFoundError"),
+        ("def f(:\n", "cannot be imported: SyntaxError"),
+    ],
+)
+def test_a_fault_in_the_users_function_is_shown_not_graded(data, tmp_path, code, message):
+    (tmp_path / "bad.py").write_text(code)
+    with pytest.raises(UsageError, match=message):
+        task = load_task(f"custom:{tmp_path}/bad.py:f", data)
+        task.grade("x", task.items("test")[0])
+
+
+@pytest.mark.parametrize("grader", ["maths", "absent.py:f", "my.py"])
+def test_an_unknown_grader_is_refused(data, grader):
+    with pytest.raises(UsageError, match="unknown grader|no such file"):
+        load_task(f"custom:{grader}", data)
+
+
+def test_without_a_file_it_says_what_the_file_must_have():
+    with pytest.raises(DataError, match="JSONL file with the fields prompt and answer"):
+        load_task("custom").items("test")
+
+
+def test_a_file_without_training_rows_says_how_they_are_marked(tmp_path):
+    path = tmp_path / "test_only.jsonl"
+    path.write_text(json.dumps(ROWS[0]))
+    with pytest.raises(DataError, match='no train items.*"split": "train"'):
+        load_task("custom", path).items("train")
