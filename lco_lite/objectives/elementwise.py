@@ -80,12 +80,13 @@ def _divergence(log_p: Tensor, log_t: Tensor, actions: Tensor | None, dtype: tor
 
 
 def _curve(objective: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """f(x) and f′(x): x² and 2x, or log cosh x = |x| + log1p(expm1(−2|x|) / 2) and tanh x. May overwrite ``x``."""
+    """f(x) and f′(x): x² and 2x, or log cosh x = |x| + log1p(e/2) and tanh x with e = expm1(−2|x|). May overwrite ``x``."""
     if objective == "mse":
         return x.square(), x.mul_(2)
     size = x.abs()
-    value = torch.log1p(torch.expm1(-2 * size).mul_(0.5)).add_(size)
-    return value, x.tanh_()
+    e = torch.expm1(-2 * size)
+    slope = torch.copysign(e / (e + 2), x)  # tanh |x| = −e / (2 + e)
+    return e.mul_(0.5).log1p_().add_(size), slope
 
 
 def _with_logprob(values: Values, log_p: Tensor, actions: Tensor | None) -> Values:

@@ -40,5 +40,5 @@ def _covariance(heads: tuple[Head, ...]) -> Tensor:
     total = mean.new_zeros(len(mean), len(mean))
     for blocks in zip(*(row_blocks(h.vocabulary, dtype) for h in heads), strict=True):
         rows = torch.cat([block for _, block in blocks], dim=-1) - mean
-        total.addmm_(rows.T, rows)
+        total += rows.T @ rows
     return total / heads[0].rows

@@ -80,7 +80,8 @@ class Head:
 
     def project(self, difference: Tensor) -> Tensor:
         """Logits of a difference of hidden states, [T, d] -> [T, V]: no bias, no soft-cap."""
-        return rows_product(self.scale * difference, self.vocabulary)
+        z = rows_product(difference, self.vocabulary)
+        return z if self.scale == 1 else z.mul_(self.scale)  # not the half-precision input, which would be rounded
 
     def uncapped(self, grad: Tensor, logits: Tensor | None) -> Tensor:
         """∂L/∂logits -> ∂L/∂(logits before the soft-cap)."""

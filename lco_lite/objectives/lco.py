@@ -56,13 +56,14 @@ def lco_loss(
     target.check_heads(head)
     if actions is None and isinstance(target, SparseTarget):
         actions = target.actions
+    by_moments = objective == "mse" and weighting != "policy" and target.is_hidden(head)
     asks = (asks_gradient(hidden), asks_gradient(head.weight), asks_gradient(head.bias))
     grads = Gradients(hidden, head, asks, scale=1 / len(hidden))
     chunks = []
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for part in spans(len(hidden), chunk, head, hidden.device):
+        for part in spans(len(hidden), chunk, head.weight.shape[1] if by_moments else rows, hidden.device):
             h, goal = hidden[part], target[part]
-            if objective == "mse" and weighting != "policy" and target.is_hidden(head):
+            if by_moments:
                 factor = float(rows) if weighting == "sum" else 1.0
                 mean, grad_hidden = goal.mean_square(h, head, standardise)
                 norm = 2 * (mean.clamp_min(0) / rows).sqrt()

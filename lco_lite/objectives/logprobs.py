@@ -35,7 +35,7 @@ def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | Non
     grads = Gradients(hidden, head, (wanted and not head.is_trained, False, False))
     chunks = []
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for part in spans(len(hidden), chunk, head, hidden.device):
+        for part in spans(len(hidden), chunk, head.rows, hidden.device):
             logits = head.logits(hidden[part])
             if grads.wanted:
                 values, grad = fused(elementwise.logprob, logits, actions[part], head.operand_dtype)
@@ -65,7 +65,7 @@ class _Recomputed(torch.autograd.Function):
         head = replace(ctx.head, weight=weight, bias=bias)
         grads = Gradients(hidden, head, ctx.asks)
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in spans(len(hidden), ctx.chunk, head, hidden.device):
+            for part in spans(len(hidden), ctx.chunk, head.rows, hidden.device):
                 logits = head.logits(hidden[part])
                 _, grad = fused(elementwise.logprob, logits, actions[part], logits.dtype)
                 grads.add(head, part, hidden[part], grad * upstream[part].unsqueeze(-1), logits)
