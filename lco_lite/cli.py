@@ -1,4 +1,4 @@
-"""The command line: parse, resolve the recipe, call one stage. No logic, and no heavy import outside a command's body."""
+"""The command line: parse, resolve the recipe, call one stage. No logic, no heavy import outside a command's body."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lco_lite import __version__
 app = typer.Typer(
     name="lco-lite",
     help="Improve a small language model by reinforcement learning on one GPU, without collapse.",
-    epilog="First: lco-lite run quickstart  ·  Then: lco-lite sft RECIPE, lco-lite rl --objective lch --beta 1.0, lco-lite eval math500",
+    epilog="First: lco-lite run quickstart. Then: lco-lite sft math, lco-lite rl --objective lch, lco-lite eval math500",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -22,7 +22,7 @@ app = typer.Typer(
 RecipeArg = Annotated[
     Optional[str],
     typer.Argument(
-        metavar="[RECIPE]",
+        metavar="RECIPE",
         help="A recipe file or a shipped recipe's name. Without it the newest run goes on.",
         show_default=False,
     ),

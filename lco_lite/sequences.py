@@ -72,7 +72,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def endless(n: int, seed: int, start: int, count: int) -> list[int]:
-    """Entries start..start+count-1 of the endless list that passes over 0..n-1 again and again, each pass shuffled anew."""
+    """Entries start..start+count-1 of the endless list of passes over 0..n-1, each pass shuffled anew."""
     chosen: list[int] = []
     while len(chosen) < count:
         epoch, offset = divmod(start + len(chosen), n)

@@ -17,7 +17,7 @@ def rule_rewards(right: Sequence[bool]) -> Tensor:
 
 
 def subtract_baseline(rewards: Tensor, baseline: str, group: int) -> Tensor:
-    """[N] -> [N] advantages: ``none``; ``batch``: minus the mean of all; ``group``: minus the mean of each G in a row."""
+    """[N] -> [N] advantages: ``none``; ``batch``: minus the mean; ``group``: minus the mean of each G in a row."""
     if baseline == "none":
         return rewards
     if baseline == "batch":

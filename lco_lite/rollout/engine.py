@@ -34,5 +34,5 @@ class Engine(Protocol):
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, on_batch: Callable[[int], None] = ...
     ) -> list[Response]:
-        """One response a prompt, in the order of the prompts. ``on_batch(done)`` is called after each batch and may raise."""
+        """One response a prompt, in the prompts' order. ``on_batch(done)`` is called after each batch and may raise."""
         ...

@@ -159,4 +159,4 @@ def _converted(weights: Weights, folder: Path) -> Path | None:
 
 def _load(ctx: Context, weights: Weights, folder: Path | None) -> LanguageModel:
     base = load_base(weights, ctx.device, folder)
-    return LanguageModel(base, load_tokenizer(weights, folder))
+    return LanguageModel(base, load_tokenizer(weights, folder), weights.gradient_checkpointing)

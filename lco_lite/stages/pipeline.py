@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from lco_lite.errors import UsageError
 from lco_lite.recipe import Recipe
+from lco_lite.run import StageFolder
 from lco_lite.stage_settings import stage_settings
 from lco_lite.stages.context import Context
 from lco_lite.stages.rl import train_rl
@@ -43,8 +44,8 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
     if stage.is_done():
         ctx.console.note(f"{name}: done already ({stage.path})")
         return
-    trainer: Callable[[Context], None] = {"sft": train_sft, "rm": train_rm}.get(name, train_rl)
-    trainer(ctx)
+    trainer: Callable[[Context, StageFolder], None] = {"sft": train_sft, "rm": train_rm}.get(name, train_rl)
+    trainer(ctx, stage)
 
 
 def why_absent(stage: str) -> str:

@@ -60,10 +60,9 @@ class Loop:
     progress: Progress
 
 
-def train_rl(ctx: Context) -> None:
+def train_rl(ctx: Context, stage: StageFolder) -> None:
     """Trains the policy's adapter (or its weights). Goes on at the last checkpoint, inside a phase too."""
     rl = ctx.recipe.rl
-    stage = ctx.run.stage(f"rl-{rl.objective}")
     with InterruptGuard() as interrupt:
         loop = open_loop(ctx, stage, interrupt)
         done, ui = loop.progress.done, ctx.console

@@ -15,6 +15,7 @@ from lco_lite.data.chat import ChatFormat
 from lco_lite.data.prepare import recipe_task, sft_examples
 from lco_lite.models.roles import Role
 from lco_lite.objectives.logprobs import token_logprobs
+from lco_lite.run import StageFolder
 from lco_lite.sequences import Example, collate, endless, micro_batches
 from lco_lite.stages import cast
 from lco_lite.stages.context import Context
@@ -25,10 +26,9 @@ from lco_lite.telemetry.memory import peak_mib
 from lco_lite.telemetry.metrics import MetricsLog
 
 
-def train_sft(ctx: Context) -> None:
+def train_sft(ctx: Context, stage: StageFolder) -> None:
     """Trains an adapter (or the whole model) on demonstrations. Goes on at the last checkpoint."""
     recipe, s = ctx.recipe, ctx.recipe.sft
-    stage = ctx.run.stage("sft")
     with ctx.clock("loading"):
         policy = cast.open_sft(ctx)
         chat = ChatFormat(policy.model.tokenizer, recipe.chat.template_args)

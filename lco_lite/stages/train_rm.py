@@ -37,10 +37,9 @@ from lco_lite.telemetry.memory import peak_mib
 from lco_lite.telemetry.metrics import MetricsLog
 
 
-def train_rm(ctx: Context) -> None:
+def train_rm(ctx: Context, stage: StageFolder) -> None:
     """Trains the reward model's adapter (or its weights). Goes on at the last checkpoint."""
     recipe, s = ctx.recipe, ctx.recipe.train_rm
-    stage = ctx.run.stage("rm")
     with ctx.clock("loading"):
         start = cast.open_start(ctx)
         chat = ChatFormat(start.model.tokenizer, recipe.chat.template_args)

@@ -1,0 +1,148 @@
+"""Base weights and tokenizers from a hub id, a local folder or a GGUF file, in the precision that the recipe asks for.
+
+Only safetensors are read. Whatever cannot be loaded is one ModelError that says what was found and what is accepted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lco_lite.errors import ModelError, UsageError
+from lco_lite.files import write_folder
+from lco_lite.recipe import Weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(asked: str) -> torch.device:
+    """``auto`` is CUDA where there is one. Raises UsageError where CUDA is asked for and absent."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: cuda is asked for, and torch finds no CUDA device; use device: cpu or auto")
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(weights: Weights, folder: Path | None = None) -> PreTrainedTokenizerBase:
+    """From ``folder`` if given, else ``weights.path``; padding is set, for it is not stored with a tokenizer."""
+    source = str(folder or weights.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **_origin(weights, folder))
+    except Exception as e:  # each tokenizer class raises its own kinds
+        raise _unloadable("tokenizer", source, e) from e
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        _choose_pad(tokenizer)
+    return tokenizer
+
+
+def load_base(weights: Weights, device: torch.device, folder: Path | None = None) -> PreTrainedModel:
+    """The model on ``device``, in eval mode, frozen; its own sampling defaults are dropped, so that the recipe's hold."""
+    source = str(folder or weights.path)
+    _refuse_unusable_folder(Path(source))
+    dtype = base_dtype(weights, device)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
+    if weights.attention != "auto":
+        options["attn_implementation"] = weights.attention
+    if weights.quantization != "none":
+        options["quantization_config"] = quantization_config(weights, dtype)
+    try:
+        config = AutoConfig.from_pretrained(source, **_origin(weights, folder))
+        kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+        model = kind.from_pretrained(source, config=config, **_origin(weights, folder), **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # transformers raises OSError, ValueError, KeyError, ImportError, and what remote code does
+        raise _unloadable("model", source, e) from e
+    keep = model.generation_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=keep.eos_token_id, pad_token_id=keep.pad_token_id, bos_token_id=keep.bos_token_id
+    )
+    return model.requires_grad_(False).eval()
+
+
+def base_dtype(weights: Weights, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    if weights.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[weights.dtype]
+
+
+def quantization_config(weights: Weights, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation, computing in ``dtype``; or LLM.int8. The LM head is never quantised."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"quantization: {weights.quantization} needs bitsandbytes: pip install bitsandbytes")
+    if weights.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def convert_gguf(path: str | None, gguf_file: str, folder: Path) -> None:
+    """Writes the GGUF's weights and tokenizer to ``folder`` as an ordinary bfloat16 model, whole or not at all."""
+    if path is not None and Path(path).is_dir() and not (Path(path) / gguf_file).is_file():
+        raise ModelError(f"{Path(path) / gguf_file}: no such GGUF file")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
+        model = AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf_file, dtype=torch.bfloat16)
+    except Exception as e:
+        raise _unloadable("GGUF file", f"{path}/{gguf_file}", e) from e
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the mark
+    model.hf_quantizer = None
+    model.is_quantized = False
+    with write_folder(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+
+
+def _origin(weights: Weights, folder: Path | None) -> dict[str, Any]:
+    revision = None if folder is not None else weights.revision
+    return {"trust_remote_code": weights.trust_remote_code, **({"revision": revision} if revision else {})}
+
+
+def _choose_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A token that never ends a response: one made for padding, unk, any other special. EOS where there is nothing
+    else: attention masks are explicit everywhere and responses are cut by length, so padding is never read."""
+    known = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    usable = [t for t in known if t not in (tokenizer.eos_token, tokenizer.bos_token)]
+    by_name = [t for t in usable if "pad" in t.lower()] + [t for t in (tokenizer.unk_token,) if t in usable]
+    reserved = [t for t in usable if "reserved" in t.lower() or "unused" in t.lower()]
+    chosen = [*by_name, *reserved, tokenizer.eos_token]
+    tokenizer.pad_token = chosen[0]
+
+
+def _refuse_unusable_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json: a model folder as save_pretrained writes it is needed")
+    pickled = sorted(p.name for p in folder.glob("*.bin"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: only pickled weights ({pickled[0]}); safetensors are needed, for pickle runs code")
+
+
+def _unloadable(what: str, source: str, error: Exception) -> ModelError:
+    if isinstance(error, ModelError):
+        return error
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if not Path(source).exists() and not source.count("/") <= 1:
+        return ModelError(f"{source}: no such folder")
+    return ModelError(f"{source}: this {what} cannot be loaded: {reason[:400]}")

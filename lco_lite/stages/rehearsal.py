@@ -1,0 +1,69 @@
+"""``--dry-run``: the resolved recipe, one example as the model will see it, and how much each stage will do. Trains nothing."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from lco_lite.data.chat import ChatFormat
+from lco_lite.data.prepare import file_pairs, held_out, recipe_task, rl_prompts, sft_examples
+from lco_lite.models.loading import load_tokenizer
+from lco_lite.models.scratch import build_scratch
+from lco_lite.recipe import Recipe
+from lco_lite.recipe_file import dump
+from lco_lite.sequences import Example
+
+
+def rehearse(recipe: Recipe) -> None:
+    """Opens tokenizer and data as the stages do, and prints what they would work with."""
+    typer.echo(dump(recipe))
+    task, chat = recipe_task(recipe), ChatFormat(open_tokenizer(recipe), recipe.chat.template_args)
+    prompts = rl_prompts(recipe, task)
+    if recipe.sft.enabled:
+        examples = sft_examples(recipe, task, chat)
+        typer.echo(f"one demonstration, [trained tokens in brackets]:\n{marked(chat, examples[0])}\n")
+        updates = recipe.sft.max_steps or math.ceil(recipe.sft.epochs * len(examples) / recipe.sft.batch_size)
+        typer.echo(f"sft      {len(examples)} demonstrations of {lengths(examples)} tokens, {updates} updates")
+    else:
+        typer.echo(f"one prompt:\n{chat.prompt_text(prompts[0].messages)}\n")
+    if recipe.rl.feedback == "dpo":
+        typer.echo(f"rm       {pairs_line(recipe, chat, len(prompts))}")
+    rl = recipe.rl
+    responses = rl.prompts_per_step * rl.responses_per_prompt
+    updates = rl.inner_epochs * math.ceil(responses / rl.minibatch)
+    typer.echo(f"rl       {len(prompts)} prompts; {rl.steps} steps of {responses} responses and {updates} updates")
+    if task is not None:
+        typer.echo(f"eval     {len(held_out(recipe, task, recipe.eval.items))} held-out items, {recipe.eval.seeds} passes")
+
+
+def open_tokenizer(recipe: Recipe) -> Any:
+    """The policy's tokenizer; a model from scratch is built beside the run, in a folder that is thrown away."""
+    if recipe.model.init is None:
+        return load_tokenizer(recipe.model)
+    with tempfile.TemporaryDirectory() as folder:
+        build_scratch(recipe.model.init, Path(folder) / "model", recipe.seed)
+        return load_tokenizer(recipe.model, Path(folder) / "model")
+
+
+def pairs_line(recipe: Recipe, chat: ChatFormat, prompts: int) -> str:
+    s = recipe.train_rm
+    if recipe.data.preferences == "sampled":
+        prompts = min(prompts, s.prompts or prompts)
+        return f"up to {prompts * s.pairs_per_prompt} pairs, from {s.samples_per_prompt} responses to each of {prompts} prompts"
+    pairs = file_pairs(recipe, recipe_task(recipe), chat)
+    updates = s.max_steps or math.ceil(s.epochs * len(pairs) * (1 - s.held_out) / s.batch_size)
+    return f"{len(pairs)} pairs of {lengths([e for p in pairs for e in (p.chosen, p.rejected)])} tokens, {updates} updates"
+
+
+def marked(chat: ChatFormat, example: Example) -> str:
+    return f"{chat.tokenizer.decode(example.prompt)}[{chat.tokenizer.decode(example.response)}]"
+
+
+def lengths(examples: Sequence[Example]) -> str:
+    sizes = sorted(map(len, examples))
+    return f"{sizes[0]} to {sizes[-1]} (median {sizes[len(sizes) // 2]})"
