@@ -50,19 +50,3 @@ class Task(Protocol):
     def first_error(self, response: str, item: Item) -> int | None:
         """Index of the first wrong character; None if the response is right or the task cannot tell."""
         ...
-
-
-def conversation(task: Task, item: Item, shots: Sequence[Item] = ()) -> list[dict[str, str]]:
-    """The messages that ask for ``item``: the task's system text, ``shots`` as answered examples, then the prompt.
-
-    Raises ValueError for a shot without a demonstration.
-    """
-    messages = [{"role": "system", "content": task.system}] if task.system is not None else []
-    for shot in shots:
-        if shot.demonstration is None:
-            raise ValueError(f"item {shot.id} has no demonstration to show as an example")
-        messages += [
-            {"role": "user", "content": shot.prompt},
-            {"role": "assistant", "content": shot.demonstration},
-        ]
-    return [*messages, {"role": "user", "content": item.prompt}]

@@ -49,7 +49,7 @@ def compare(answer: str, gold: str, tolerance: float = 0.0) -> tuple[bool, str]:
         return False, "malformed"
     verdict = symbolic.equal(spelled, wanted, tolerance)
     if verdict is None:
-        return False, "not settled in time"
+        return False, "too long or too large to compare"
     return verdict, "equal by algebra" if verdict else "not equal by algebra"
 
 

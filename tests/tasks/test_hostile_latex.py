@@ -94,7 +94,7 @@ def hostile_answers(count: int, seed: int) -> list[str]:
 
 
 def test_a_thousand_hostile_answers_are_graded_in_time_and_without_an_error(monkeypatch):
-    monkeypatch.setattr(symbolic, "SECONDS", 1.0)
+    monkeypatch.setattr(symbolic, "SECONDS", 0.5)
     slowest = 0.0
     for i, answer in enumerate(hostile_answers(1_000, seed=0)):
         start = time.monotonic()
@@ -107,6 +107,6 @@ def test_a_thousand_hostile_answers_are_graded_in_time_and_without_an_error(monk
 def test_a_computation_without_end_stops_within_the_limit_and_the_next_one_is_answered():
     explain("x^2", "x*x")  # the process runs by now
     start = time.monotonic()
-    assert explain(r"\boxed{9^{9^{9^{9}}}}", r"3\sqrt{13}").why == "not settled in time"
+    assert explain(r"\boxed{9^{9^{9^{9}}}}", r"3\sqrt{13}").why == "too long or too large to compare"
     assert time.monotonic() - start < 5.0
     assert explain(r"\boxed{\sqrt{117}}", r"3\sqrt{13}").right
