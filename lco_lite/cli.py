@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from lco_lite import __version__
 app = typer.Typer(
     name="lco-lite",
     help="Improve a small language model by reinforcement learning on one GPU, without collapse.",
-    epilog="First: lco-lite run quickstart. Then: lco-lite sft math, lco-lite rl --objective lch, lco-lite eval math500",
+    epilog="First: lco-lite run quickstart. Then: lco-lite sft math, lco-lite rl --objective lch, lco-lite eval",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 RecipeArg = Annotated[
-    Optional[str],
+    str | None,
     typer.Argument(
         metavar="RECIPE",
         help="A recipe file or a shipped recipe's name. Without it the newest run goes on.",
@@ -29,10 +29,10 @@ RecipeArg = Annotated[
 ]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of all runs.", envvar="LCO_LITE_RUNS")]
 Name = Annotated[
-    Optional[str], typer.Option("--name", help="The run's name; the recipe's unless given.", show_default=False)
+    str | None, typer.Option("--name", help="The run's name; the recipe's unless given.", show_default=False)
 ]
 Set = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option(
         "--set",
         "-s",
@@ -42,9 +42,9 @@ Set = Annotated[
     ),
 ]
 Seed = Annotated[
-    Optional[int], typer.Option("--seed", help="Seed of weights, data order and sampling.", show_default=False)
+    int | None, typer.Option("--seed", help="Seed of weights, data order and sampling.", show_default=False)
 ]
-Device = Annotated[Optional[str], typer.Option("--device", help="auto, cpu or cuda.", show_default=False)]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.", show_default=False)]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete this stage and what was built on it, and start it again.")]
 DryRun = Annotated[
     bool,
@@ -127,15 +127,15 @@ def train_rm(
 def rl(
     recipe: RecipeArg = None,
     objective: Annotated[
-        Optional[str], typer.Option("--objective", help="kld, lch or mse.", show_default=False)
+        str | None, typer.Option("--objective", help="kld, lch or mse.", show_default=False)
     ] = None,
     beta: Annotated[
-        Optional[float], typer.Option("--beta", help="Strength of the KL regulariser.", show_default=False)
+        float | None, typer.Option("--beta", help="Strength of the KL regulariser.", show_default=False)
     ] = None,
     feedback: Annotated[
-        Optional[str], typer.Option("--feedback", help="dpo (dense) or rule (+1 right, -1 wrong).", show_default=False)
+        str | None, typer.Option("--feedback", help="dpo (dense) or rule (+1 right, -1 wrong).", show_default=False)
     ] = None,
-    steps: Annotated[Optional[int], typer.Option("--steps", help="Rollout phases.", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Rollout phases.", show_default=False)] = None,
     sets: Set = None,
     name: Name = None,
     seed: Seed = None,
@@ -160,30 +160,30 @@ def rl(
 @app.command("eval")
 def evaluate(
     tasks: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Argument(metavar="TASK…", help="Tasks, e.g. math500; the recipe's unless given.", show_default=False),
     ] = None,
     model: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             "--model", help="Score this model or adapter folder, or hub id, instead of a run.", show_default=False
         ),
     ] = None,
     stage: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             "--stage", help="base, sft, rm or rl-OBJECTIVE; the newest policy unless given.", show_default=False
         ),
     ] = None,
     seeds: Annotated[
-        Optional[int], typer.Option("--seeds", help="Sampling passes over the items.", show_default=False)
+        int | None, typer.Option("--seeds", help="Sampling passes over the items.", show_default=False)
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Decode greedily, one pass.")] = False,
     limit: Annotated[
-        Optional[int], typer.Option("--limit", help="Only the first so many items.", show_default=False)
+        int | None, typer.Option("--limit", help="Only the first so many items.", show_default=False)
     ] = None,
     data: Annotated[
-        Optional[Path], typer.Option("--data", help="A local JSONL file with the task's items.", show_default=False)
+        Path | None, typer.Option("--data", help="A local JSONL file with the task's items.", show_default=False)
     ] = None,
     list_tasks: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
     sets: Set = None,
@@ -209,9 +209,9 @@ def evaluate(
 
 @app.command()
 def recipes(
-    name: Annotated[Optional[str], typer.Argument(help="Print this one.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="Print this one.", show_default=False)] = None,
     copy: Annotated[
-        Optional[Path], typer.Option("--copy", help="Copy it (or all) into this folder.", show_default=False)
+        Path | None, typer.Option("--copy", help="Copy it (or all) into this folder.", show_default=False)
     ] = None,
 ) -> None:
     """List, show or copy the shipped recipes."""

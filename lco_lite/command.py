@@ -48,7 +48,7 @@ def command(
     quiet: bool = False,
     dry_run: bool = False,
 ) -> Iterator[Context]:
-    """A locked run with its resolved recipe. Without a recipe file the newest run (or the named one) goes on with its own."""
+    """A locked run with its resolved recipe. Without a recipe file the newest or the named run goes on with its own."""
     with boundary():
         from lco_lite.run import Run
 
@@ -120,10 +120,10 @@ def tell_environment(json: bool) -> None:
 def _context(run: Run, recipe: Recipe, quiet: bool = False, json: bool = False) -> Iterator[Context]:
     import torch
 
-    from lco_lite.telemetry.memory import peak_mib
     from lco_lite.models.loading import resolve_device
     from lco_lite.stages.context import Context
     from lco_lite.telemetry.console import Console
+    from lco_lite.telemetry.memory import peak_mib
 
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -156,7 +156,8 @@ def out_of_memory(phase: str, peak_mib: float, recipe: Recipe, detail: str) -> s
         remedies.append("model.quantization: nf4")
     remedies.append("a smaller model")
     listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(remedies, 1))
-    return f"out of memory in phase {phase}, peak {peak_mib:.0f} MiB. Change, in this order:\n{listed}\n({detail.splitlines()[0]})"
+    head = f"out of memory in phase {phase}, peak {peak_mib:.0f} MiB. Change, in this order:"
+    return f"{head}\n{listed}\n({detail.splitlines()[0]})"
 
 
 def _existing(run_class: type[Run], runs: Path, name: str | None) -> Run:

@@ -1,7 +1,7 @@
 """What a recipe's stages are fed: demonstrations for sft, prompts for pairs and rl, items held out for scores.
 
-A task's training items are shuffled once by the seed; sft takes the first ``sft.examples`` of them, pairs and rl share the
-rest (all of them where sft leaves none). Held-out items are the task's ``test`` split and never trained on.
+A task's training items are shuffled once by the seed; sft takes the first ``sft.examples`` of them, pairs and rl share
+the rest (all of them where sft leaves none). Held-out items are the task's ``test`` split and never trained on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def recipe_task(recipe: Recipe) -> Task | None:
 
 
 def system_text(recipe: Recipe, task: Task | None) -> str | None:
-    return recipe.chat.system if recipe.chat.system is not None else task and task.system
+    if recipe.chat.system is not None or task is None:
+        return recipe.chat.system
+    return task.system
 
 
 def item_prompt(item: Item, recipe: Recipe, task: Task) -> Prompt:

@@ -3,7 +3,7 @@
 =================  ==============================================================================================
 demonstrations     ``prompt`` + ``completion`` | ``response`` | ``output``; ``instruction`` (+ ``input``) + ``output``;
                    ``messages`` ending with an assistant turn; sharegpt ``conversations``
-preferences        ``chosen`` + ``rejected``, with ``prompt`` | ``question`` | ``instruction`` or sharegpt ``conversations``;
+preferences        ``chosen`` + ``rejected``, with ``prompt`` | ``question`` | ``instruction`` or ``conversations``;
                    chosen and rejected are text, one message, or whole conversations that share the prompt
 prompts            ``prompt`` | ``question`` | ``problem`` | ``instruction``; ``messages`` or ``conversations``
 =================  ==============================================================================================
@@ -142,7 +142,7 @@ def _turns(row: Mapping[str, Any], at: str) -> list[Message] | None:
 def _as_turns(value: Any, at: str) -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise DataError(f"{at}: text or a list of turns is needed, found {value!r:.80}")
-    turns = []
+    turns: list[Message] = []
     for turn in value:
         role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
         content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None

@@ -1,7 +1,7 @@
 """Preference pairs made from the policy's own responses: the task grades them, right is paired with wrong.
 
-A task that knows where a response first goes wrong lets the rejected one be cut after that token: what follows a mistake is
-no evidence against the tokens that follow it, on states that the policy will visit.
+A task that knows where a response first goes wrong lets the rejected one be cut after that token: whatever follows a
+mistake may be sound in itself, and the policy will visit those states.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def sample_pairs(
     responses = engine.generate([i for i in ids for _ in range(n)], sampling, on_batch)
     pairs = []
     for k, prompt in enumerate(prompts):
-        right, wrong = _grade(chat, task, prompt, responses[k * n : (k + 1) * n])
-        if not right and s.demonstrations_as_chosen and prompt.item.demonstration:
-            right = [chat.example(prompt.messages, prompt.item.demonstration)]
+        item = prompt.item
+        assert item is not None, "prompts for sampled pairs are a task's items"
+        right, wrong = _grade(chat, task, item, responses[k * n : (k + 1) * n])
+        if not right and s.demonstrations_as_chosen and item.demonstration:
+            right = [chat.example(prompt.messages, item.demonstration)]
         if s.cut_rejected:
-            wrong = [cut_after_error(chat, task, prompt.item, example) for example in wrong]
+            wrong = [cut_after_error(chat, task, item, example) for example in wrong]
         pairs += [Pair(c, r) for c, r in zip(right, wrong, strict=False)][: s.pairs_per_prompt]
     return pairs
 
@@ -84,10 +86,11 @@ def load_pairs(file: Path) -> list[Pair]:
 
 
 def _grade(
-    chat: ChatFormat, task: Task, prompt: Prompt, responses: Sequence[Response]
+    chat: ChatFormat, task: Task, item: Item, responses: Sequence[Response]
 ) -> tuple[list[Example], list[Example]]:
-    right, wrong = [], []
+    right: list[Example] = []
+    wrong: list[Example] = []
     for response in responses:
-        good = task.grade(chat.text(response.example.response), prompt.item).right and not response.truncated
+        good = task.grade(chat.text(response.example.response), item).right and not response.truncated
         (right if good else wrong).append(response.example)
     return right, wrong

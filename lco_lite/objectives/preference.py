@@ -3,10 +3,11 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+ChosenRejected = tuple[Tensor, Tensor]  # log-probabilities of whole responses, each [N]
 
-def dpo_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
-) -> tuple[Tensor, Tensor]:
-    """Sequence log-probabilities [N] of each -> (loss [N], margin [N]): -log σ(margin), margin = r(chosen) - r(rejected)."""
-    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+
+def dpo_loss(logprobs: ChosenRejected, reference: ChosenRejected, beta: float) -> tuple[Tensor, Tensor]:
+    """Of N pairs under φ and φ_ref -> (loss [N], margin [N]): -log σ(margin), margin = r(chosen) - r(rejected)."""
+    chosen, rejected = (ours - ref for ours, ref in zip(logprobs, reference, strict=True))
+    margin = beta * (chosen - rejected)
     return -F.logsigmoid(margin), margin.detach()

@@ -16,7 +16,7 @@ from lco_lite.telemetry.console import Console
 
 @dataclass
 class Clock:
-    """Seconds spent in each phase since the last ``lap``; ``phase`` is the one under way, named when memory runs out."""
+    """Seconds spent in each phase since the last ``lap``; ``phase`` is under way, and named when memory runs out."""
 
     phase: str = "loading"
     seconds: dict[str, float] = field(default_factory=dict)

@@ -92,7 +92,7 @@ def passes_of(s: Eval) -> int:
 
 
 def evaluate_stage(ctx: Context, task: Task, stage: str, settings: Eval) -> dict[str, Any]:
-    """Scores a stage of the run on a task, once: the result is kept and used again while nothing it rests on changes."""
+    """Scores a stage on a task, once: the result is kept and used again while nothing it rests on changes."""
     file = ctx.run.eval_path(task.name, stage)
     made_by = ctx.run.stage(stage).id() if stage != "base" else "base"
     asked = {"made_by": made_by, "seed": ctx.recipe.seed, "sampling": settings.model_dump(exclude={"tasks", "batch"})}
@@ -129,10 +129,12 @@ def evaluate_role(
     total = passes_of(settings) * len(prompts)
     with console.progress(total, f"{task.name} {stage}") as line:
         for k in range(passes_of(settings)):
-            made = sample_scores(
-                role, chat, task, prompts, sampling, recipe.seed + k, lambda n, k=k: line.update(k * len(prompts) + n)
-            )
-            passes.append(made)
+            so_far = k * len(prompts)
+
+            def advance(done: int, so_far: int = so_far) -> None:
+                line.update(so_far + done)
+
+            passes.append(sample_scores(role, chat, task, prompts, sampling, recipe.seed + k, advance))
     result = {"task": task.name, "stage": stage} | summarise(passes, len(found)) | {"settings": asked}
     rows = [{"seed": recipe.seed + k, **row} for k, made in enumerate(passes) for row in made]
     write_text(file.with_suffix(".rows.jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

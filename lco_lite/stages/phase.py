@@ -1,8 +1,9 @@
-"""One rollout phase of RL: the responses of π_old, how they are split into updates, and the target they are trained towards.
+"""One rollout phase of RL: the responses of π_old, how they are split into updates, and the target of each.
 
-π_old, A and the target stay fixed for all minibatches and epochs of the phase (docs/hidden-space.md says why that decides
-whether the objectives learn). A minibatch is split into micro-batches once: each is scored in the very shape in which it is
-trained on, so that h_θ = h_old, and with it r = A/β, holds to the last bit at the first update.
+π_old, A and the target stay fixed for all minibatches and epochs of the phase: refreshing them multiplies the advantage
+into the policy once more, and doing so after every batch compounds noise. A minibatch is split into micro-batches once;
+each is scored in the very shape in which it is trained on, so that h_θ = h_old, and with it r = A/β, holds to the last
+bit at the first update.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lco_lite.data.prepare import Prompt
 from lco_lite.feedback.dpo import dpo_shift, sampled_advantages
 from lco_lite.feedback.rule import subtract_baseline
 from lco_lite.models.roles import Role
-from lco_lite.objectives.targets import DenseTarget, SparseTarget, Target
+from lco_lite.objectives.targets import DenseTarget, SparseTarget
 from lco_lite.recipe import Rl
 from lco_lite.rollout.engine import Response
 from lco_lite.seeding import derive
@@ -65,7 +66,7 @@ class Scored:
     """A micro-batch, its target, and the advantages [T] of its sampled tokens. Kept on the CPU until its turn."""
 
     batch: Batch
-    target: Target
+    target: DenseTarget | SparseTarget
     advantages: Tensor
 
 
@@ -91,7 +92,7 @@ def order_of_updates(n_minibatches: int, rl: Rl, seed: int, step: int) -> list[i
 
 @torch.no_grad()
 def score(actors: Actors, phase: Phase, plan: list[list[list[int]]], rl: Rl) -> list[list[Scored]]:
-    """h_old and the target of every micro-batch, from the policy as it is now: call it before the phase's first update."""
+    """h_old and the target of every micro-batch, from the policy as it is now: before the phase's first update."""
     head = actors.policy.model.head
     old_head = head.frozen() if head.is_trained else None
     spread = None
@@ -106,7 +107,7 @@ def score(actors: Actors, phase: Phase, plan: list[list[list[int]]], rl: Rl) -> 
             anchor["reference"] = actors.start.hidden(batch)
             anchor["reference_head"] = actors.start.model.head if old_head is not None else None
         old = actors.policy.hidden(batch)
-        target: Target
+        target: DenseTarget | SparseTarget
         if spread is not None:
             advantages = spread[torch.tensor(group)][batch.rows]
             target = SparseTarget(old, batch.actions.to(old.device), advantages.to(old.device), rl.beta, **anchor)

@@ -24,7 +24,7 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def train(ctx: Context, stage: str, fresh: bool = False) -> None:
-    """Trains one stage and, where they are missing, those it rests on. A stage that is done says so and is left alone."""
+    """Trains a stage and, where they are missing, those it rests on. One that is done says so and is left alone."""
     wanted = stages_of(ctx.recipe)
     if stage not in wanted:
         raise UsageError(f"the recipe has no {stage} stage ({why_absent(stage)}); it has {', '.join(wanted)}")

@@ -1,4 +1,4 @@
-"""``--dry-run``: the resolved recipe, one example as the model will see it, and how much each stage will do. Trains nothing."""
+"""``--dry-run``: the resolved recipe, one example as the model will see it, how much each stage will do. No training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def rehearse(recipe: Recipe) -> None:
     updates = rl.inner_epochs * math.ceil(responses / rl.minibatch)
     typer.echo(f"rl       {len(prompts)} prompts; {rl.steps} steps of {responses} responses and {updates} updates")
     if task is not None:
-        typer.echo(f"eval     {len(held_out(recipe, task, recipe.eval.items))} held-out items, {recipe.eval.seeds} passes")
+        typer.echo(
+            f"eval     {len(held_out(recipe, task, recipe.eval.items))} held-out items, {recipe.eval.seeds} passes"
+        )
 
 
 def open_tokenizer(recipe: Recipe) -> Any:
@@ -54,10 +56,13 @@ def pairs_line(recipe: Recipe, chat: ChatFormat, prompts: int) -> str:
     s = recipe.train_rm
     if recipe.data.preferences == "sampled":
         prompts = min(prompts, s.prompts or prompts)
-        return f"up to {prompts * s.pairs_per_prompt} pairs, from {s.samples_per_prompt} responses to each of {prompts} prompts"
+        most = prompts * s.pairs_per_prompt
+        return f"up to {most} pairs, from {s.samples_per_prompt} responses to each of {prompts} prompts"
     pairs = file_pairs(recipe, recipe_task(recipe), chat)
     updates = s.max_steps or math.ceil(s.epochs * len(pairs) * (1 - s.held_out) / s.batch_size)
-    return f"{len(pairs)} pairs of {lengths([e for p in pairs for e in (p.chosen, p.rejected)])} tokens, {updates} updates"
+    return (
+        f"{len(pairs)} pairs of {lengths([e for p in pairs for e in (p.chosen, p.rejected)])} tokens, {updates} updates"
+    )
 
 
 def marked(chat: ChatFormat, example: Example) -> str:

@@ -76,7 +76,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
         with (
             MetricsLog(stage.metrics, done or None) as log,
             JsonLog(stage.samples, done or None) as samples,
-            ui.progress(rl.steps, stage.name) as line,
+            ui.progress(rl.steps, stage.name, done) as line,
         ):
             for step in range(done, rl.steps):
                 phase = resume_phase(loop, step) or roll_out(loop, step)
@@ -140,9 +140,9 @@ def roll_out(loop: Loop, step: int) -> Phase:
 def grade(loop: Loop, prompts: Sequence[Prompt], responses: Sequence[Response]) -> torch.Tensor | None:
     """[N] of +1 right and -1 wrong; None where prompts are not a task's items."""
     task, each = loop.task, loop.ctx.recipe.rl.responses_per_prompt
-    if task is None or any(p.item is None for p in prompts):
+    items = [p.item for p in prompts if p.item is not None for _ in range(each)]
+    if task is None or len(items) < len(responses):
         return None
-    items = [p.item for p in prompts for _ in range(each)]
     texts = [loop.chat.text(r.example.response) for r in responses]
     return rule_rewards([task.grade(text, item).right for text, item in zip(texts, items, strict=True)])
 
@@ -187,7 +187,8 @@ def accumulate(loop: Loop, minibatch: list[Scored]) -> dict[str, float]:
     """Adds the gradient of the objective's mean over the minibatch's response tokens; returns what it saw."""
     rl, role = loop.ctx.recipe.rl, loop.actors.policy
     tokens = sum(len(s.batch.actions) for s in minibatch)
-    loss, norms, advantages, seen = 0.0, [], [], {}
+    loss, norms, advantages = 0.0, [], []
+    seen: dict[str, torch.Tensor] = {}
     for s in minibatch:
         batch, target = s.batch.to(role.model.device), s.target.to(role.model.device)
         hidden = role.hidden(batch)

@@ -32,7 +32,7 @@ def score(ctx: Context, tasks: Sequence[str] | None, stage: str | None, model: s
 
 
 def score_all(ctx: Context) -> list[dict[str, Any]]:
-    """Every stage of the recipe, and the base where it is not a model from scratch, on the recipe's evaluation tasks."""
+    """Every stage of the recipe, and the base where it is no model from scratch, on the recipe's evaluation tasks."""
     recipe = ctx.recipe
     names = recipe.eval.tasks if recipe.eval.tasks is not None else [recipe.task] if recipe.task else []
     stages = [*([] if recipe.model.init else ["base"]), *stages_of(recipe)]

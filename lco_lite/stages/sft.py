@@ -42,7 +42,10 @@ def train_sft(ctx: Context, stage: StageFolder) -> None:
         progress = Progress(stage, optimiser, interrupt, ctx.device)
         ctx.console.stage("sft", f"{len(examples)} demonstrations, {total} updates of {s.batch_size}")
         preflight(ctx, examples, s.micro_batch_tokens, lambda x: accumulate(policy, x, s.micro_batch_tokens), optimiser)
-        with MetricsLog(stage.metrics, progress.done or None) as log, ctx.console.progress(total, "sft") as line:
+        with (
+            MetricsLog(stage.metrics, progress.done or None) as log,
+            ctx.console.progress(total, "sft", progress.done) as line,
+        ):
             for step in range(progress.done + 1, total + 1):
                 chosen = endless(len(examples), recipe.seed, (step - 1) * s.batch_size, s.batch_size)
                 with ctx.clock("update"):

@@ -1,8 +1,8 @@
 """The reward model φ_DPO: DPO on preference pairs (paper, section 4; loss of Rafailov et al. 2023, eq 7).
 
-The pairs come from data, or are made here: responses of the policy before RL, graded by the task, right paired with wrong,
-and the wrong one cut after its first wrong token where the task knows it. φ_DPO is then scored as a policy on held-out items:
-if it is no better than the policy it shall teach, its advantage points the wrong way.
+The pairs come from data, or are made here: responses of the policy before RL, graded by the task, right paired with
+wrong, and the wrong one cut after its first wrong token where the task knows it. φ_DPO is then scored as a policy on
+held-out items: if it is no better than the policy it shall teach, its advantage points the wrong way.
 
     lco-lite train-rm recipes/quickstart.yaml
 """
@@ -20,7 +20,7 @@ from lco_lite.data.sampled_pairs import load_pairs, sample_pairs, save_pairs
 from lco_lite.errors import DataError
 from lco_lite.models.roles import Role
 from lco_lite.objectives.logprobs import token_logprobs
-from lco_lite.objectives.preference import dpo_loss
+from lco_lite.objectives.preference import ChosenRejected, dpo_loss
 from lco_lite.recipe import TrainRm
 from lco_lite.rollout.engine import Sampling
 from lco_lite.rollout.local import LocalEngine
@@ -57,7 +57,10 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
         preflight(
             ctx, pairs, s.micro_batch_tokens, lambda longest: accumulate(reward_model, reference, longest, s), optimiser
         )
-        with MetricsLog(stage.metrics, progress.done or None) as log, ctx.console.progress(total, "train-rm") as line:
+        with (
+            MetricsLog(stage.metrics, progress.done or None) as log,
+            ctx.console.progress(total, "train-rm", progress.done) as line,
+        ):
             for step in range(progress.done + 1, total + 1):
                 chosen = endless(len(pairs), recipe.seed, (step - 1) * s.batch_size, s.batch_size)
                 with ctx.clock("update"):
@@ -94,8 +97,9 @@ def make_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatFormat) 
         pairs = sample_pairs(LocalEngine(start, chat.end), chat, task, prompts, s, sampling, line.update)
     if len(pairs) < 2:
         raise DataError(
-            f"{total} responses to {len(prompts)} prompts gave {len(pairs)} pairs of right and wrong: raise train_rm.samples_per_prompt "
-            "or train_rm.prompts, let sft train longer, or set train_rm.demonstrations_as_chosen: true"
+            f"{total} responses to {len(prompts)} prompts gave {len(pairs)} pairs of right and wrong: raise "
+            "train_rm.samples_per_prompt or train_rm.prompts, let sft train longer, or set "
+            "train_rm.demonstrations_as_chosen: true"
         )
     save_pairs(file, pairs, chat)
     return pairs
@@ -107,7 +111,7 @@ def accumulate(reward_model: Role, reference: Role, pairs: Sequence[Pair], s: Tr
     totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
     for group in micro_batches([len(p) for p in pairs], s.micro_batch_tokens):
         logps, ref_logps = pair_logprobs(reward_model, reference, [pairs[i] for i in group])
-        losses, margins = dpo_loss(*logps, *ref_logps, s.beta)
+        losses, margins = dpo_loss(logps, ref_logps, s.beta)
         part = losses.sum() / len(pairs) - s.sft_weight * logps[0].sum() / chosen_tokens
         part.backward()
         totals["loss"] += part.item()
@@ -116,14 +120,15 @@ def accumulate(reward_model: Role, reference: Role, pairs: Sequence[Pair], s: Tr
     return totals
 
 
-def pair_logprobs(reward_model: Role, reference: Role, pairs: Sequence[Pair]) -> tuple:
+def pair_logprobs(reward_model: Role, reference: Role, pairs: Sequence[Pair]) -> tuple[ChosenRejected, ChosenRejected]:
     """((chosen, rejected) under the reward model, likewise under the reference): each [pairs], summed over tokens."""
     batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], reward_model.model.pad_id)
     batch = batch.to(reward_model.model.device)
 
-    def summed(role: Role) -> tuple[torch.Tensor, ...]:
+    def summed(role: Role) -> ChosenRejected:
         logprobs, _ = token_logprobs(role.hidden(batch), role.model.head, batch.actions)
-        return logprobs.new_zeros(2 * len(pairs)).index_add(0, batch.rows, logprobs).chunk(2)
+        chosen, rejected = logprobs.new_zeros(2 * len(pairs)).index_add(0, batch.rows, logprobs).chunk(2)
+        return chosen, rejected
 
     with torch.no_grad():
         ref = summed(reference)
@@ -138,7 +143,7 @@ def pair_accuracy(ctx: Context, reward_model: Role, reference: Role, held: Seque
     s, right = ctx.recipe.train_rm, 0
     for group in micro_batches([len(p) for p in held], s.micro_batch_tokens):
         logps, ref_logps = pair_logprobs(reward_model, reference, [held[i] for i in group])
-        _, margins = dpo_loss(*logps, *ref_logps, s.beta)
+        _, margins = dpo_loss(logps, ref_logps, s.beta)
         right += int((margins > 0).sum())
     ctx.console.note(f"implicit reward: {right / len(held):.3f} of {len(held)} held-out pairs are in the right order")
     return {"pair_accuracy": right / len(held), "held_out_pairs": len(held)}
@@ -161,7 +166,7 @@ def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFor
     )
     if after <= before:
         ctx.console.warn(
-            "φ_DPO is no better than the policy it shall teach: its advantages may point the wrong way. More or cleaner pairs, "
-            "train_rm.sft_weight, cut_rejected or more updates help; rl would not."
+            "φ_DPO is no better than the policy it shall teach: its advantages may point the wrong way. More or cleaner "
+            "pairs, train_rm.sft_weight, cut_rejected or more updates help; rl would not."
         )
     return {"rm_as_policy": after, "policy_before": before}

@@ -42,7 +42,7 @@ class Optimiser:
         )
 
     def step(self, update: int) -> tuple[float, float]:
-        """Clip, update, clear. Returns (2-norm before clipping, learning rate). Raises Diverged where it is not finite."""
+        """Clip, update, clear. Returns (2-norm before clipping, learning rate). Diverged where it is not finite."""
         limit = self.settings.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if limit is None else limit).item()
         if not math.isfinite(norm):

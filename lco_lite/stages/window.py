@@ -21,7 +21,7 @@ def fitting(
     what: str,
     length: Callable[[Sized], int] = len,
 ) -> list[Sized]:
-    """Those within the window; the others are left out and counted on the screen. Raises DataError where none is left."""
+    """Those within the window; the others are left out and counted on the screen. DataError where none is left."""
     limit = min(max_length, model.max_length)
     kept = [x for x in found if length(x) <= limit]
     if len(kept) < len(found):
@@ -42,8 +42,8 @@ def preflight(
     accumulate: Callable[[list[Sized]], Any],
     optimiser: Optimiser,
 ) -> None:
-    """Forward and backward on the largest micro-batch there can be, where memory is a device's own: what cannot fit fails
-    at once, not hours later. Its gradient is thrown away."""
+    """Forward and backward on the largest micro-batch there can be, where memory is a device's own: what cannot fit
+    fails at once, not hours later. Its gradient is thrown away."""
     if ctx.device.type == "cpu":
         return
     longest = sorted(found, key=len, reverse=True)[: max(1, micro_batch_tokens // max(map(len, found)))]
