@@ -134,9 +134,9 @@ def _same_items(c: Collection, d: Collection) -> bool | None:
     each = [same(i, j) for i, j in zip(c.items, d.items, strict=True)]
     if False in each:
         return False
-    if (c.opening, c.closing) != (d.opening, d.closing):
-        return False if None not in each else None
-    return True if None not in each else None
+    if None in each:
+        return None
+    return (c.opening, c.closing) == (d.opening, d.closing) or {c.opening, d.opening} == {"", "("}
 
 
 def _same_unordered(left: list[str], right: list[str]) -> bool | None:

@@ -72,4 +72,4 @@ def _well_formed(text: str) -> bool:
         depth += (c == "{") - (c == "}")
         if not 0 <= depth <= _DEEPEST:
             return False
-    return depth == 0
+    return depth == 0 and not text.endswith("\\")

@@ -35,7 +35,10 @@ class Verifier:
         with self._lock:
             self._start()
             line = self._exchange(json.dumps([answer, gold, tolerance]), SECONDS)
-            return None if line is None else bool(json.loads(line))
+            if line is None:
+                self.close()  # waits for its end: a process that is dying would still be taken for a live one
+                return None
+            return bool(json.loads(line))
 
     def close(self) -> None:
         """Ends the worker process; the next comparison starts another."""

@@ -105,8 +105,15 @@ def test_a_thousand_hostile_answers_are_graded_in_time_and_without_an_error(monk
 
 
 def test_a_computation_without_end_stops_within_the_limit_and_the_next_one_is_answered():
-    explain("x^2", "x*x")  # the process runs by now
+    assert explain("x^2", "x*x").right  # the process runs by now
     start = time.monotonic()
     assert explain(r"\boxed{9^{9^{9^{9}}}}", r"3\sqrt{13}").why == "too long or too large to compare"
     assert time.monotonic() - start < 5.0
     assert explain(r"\boxed{\sqrt{117}}", r"3\sqrt{13}").right
+
+
+def test_every_comparison_after_one_that_was_stopped_is_answered(monkeypatch):
+    monkeypatch.setattr(symbolic, "SECONDS", 2.0)
+    for _ in range(2):
+        assert symbolic.equal(r"9^{9^{9^{9}}}", r"3\sqrt{13}") is None
+        assert symbolic.equal(r"\sqrt{117}", r"3\sqrt{13}") is True
