@@ -126,9 +126,7 @@ def train_rm(
 @app.command()
 def rl(
     recipe: RecipeArg = None,
-    objective: Annotated[
-        str | None, typer.Option("--objective", help="kld, lch or mse.", show_default=False)
-    ] = None,
+    objective: Annotated[str | None, typer.Option("--objective", help="kld, lch or mse.", show_default=False)] = None,
     beta: Annotated[
         float | None, typer.Option("--beta", help="Strength of the KL regulariser.", show_default=False)
     ] = None,

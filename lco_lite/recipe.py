@@ -64,16 +64,29 @@ class Weights(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "weights and compute; auto: bfloat16 on a GPU, float32 on a CPU", "bfloat16 where it is fast"
     )
-    lora: Lora | None = setting(Lora(), "the adapter; null trains all weights but the LM head", "LoRA keeps the head frozen")
-    gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass: about a third more time, far less memory", "off on small models"
+    lora: Lora | None = setting(
+        Lora(), "the adapter; null trains all weights but the LM head", "LoRA keeps the head frozen"
     )
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting("auto", "attention kernel", "the model's own default")
+    gradient_checkpointing: bool = setting(
+        False,
+        "recompute activations in the backward pass: about a third more time, far less memory",
+        "off on small models",
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting(
+        "auto", "attention kernel", "the model's own default"
+    )
     trust_remote_code: bool = setting(False, "run Python that comes with the weights", "off: safe by default")
 
 
 class Model(Weights):
-    init: Init | None = setting(None, "build a small model instead of loading one; sft then trains all its weights", "none")
+    train_head: bool = setting(
+        False,
+        "full fine-tuning trains the LM head too: a slower loss path",
+        "off: a frozen linear head is what makes LCO cheap",
+    )
+    init: Init | None = setting(
+        None, "build a small model instead of loading one; sft then trains all its weights", "none"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
@@ -100,15 +113,21 @@ class RewardModel(Weights):
 
 class Chat(Section):
     system: str | None = setting(None, "system message; null: the task's own", "the task")
-    template_args: dict[str, Any] = setting({}, "arguments for the chat template, e.g. {enable_thinking: false}", "none")
+    template_args: dict[str, Any] = setting(
+        {}, "arguments for the chat template, e.g. {enable_thinking: false}", "none"
+    )
 
 
 class Data(Section):
     """Each is a file (.jsonl, .json, .parquet, .csv) or ``hub-id[:split]``; null takes the task's training items."""
 
-    demonstrations: str | None = setting(None, "prompts with responses to imitate, for sft", "the task's demonstrations")
+    demonstrations: str | None = setting(
+        None, "prompts with responses to imitate, for sft", "the task's demonstrations"
+    )
     preferences: str = setting(
-        "sampled", "prompt/chosen/rejected for train-rm; `sampled`: made from the policy's own responses", "paper: sampled and graded"
+        "sampled",
+        "prompt/chosen/rejected for train-rm; `sampled`: made from the policy's own responses",
+        "paper: sampled and graded",
     )
     prompts: str | None = setting(None, "prompts for rl", "the task's training items")
     task: str | None = setting(None, "file with the task's items instead of its hub set", "the task's own")
@@ -122,9 +141,14 @@ class Training(Section):
     warmup_steps: int = setting(0, "updates of linear warm-up", "TRL", ge=0)
     adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas", "TRL")
     weight_decay: float = setting(0.0, "AdamW's decoupled decay", "TRL", ge=0)
-    max_grad_norm: float | None = setting(1.0, "clip the gradient's 2-norm here; null: never. Logged before clipping", "TRL", gt=0)
+    max_grad_norm: float | None = setting(
+        1.0, "clip the gradient's 2-norm here; null: never. Logged before clipping", "TRL", gt=0
+    )
     micro_batch_tokens: int = setting(
-        8192, "padded tokens in one forward pass; smaller needs less memory and gives the same gradient", "fits 12 GB with a 3B policy", ge=16
+        8192,
+        "padded tokens in one forward pass; smaller needs less memory and gives the same gradient",
+        "fits 12 GB with a 3B policy",
+        ge=16,
     )
     max_length: int = setting(2048, "prompt and response, tokens; longer ones are skipped and counted", "paper", ge=8)
     save_every: int = setting(50, "updates between checkpoints (in rl: steps)", "minutes of work at risk", ge=1)
@@ -144,20 +168,28 @@ class TrainRm(Training):
     max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
     batch_size: int = setting(16, "pairs an update", "common practice", ge=1)
     beta: float = setting(0.1, "DPO's beta", "paper", gt=0)
-    sft_weight: float = setting(0.0, "weight of the chosen responses' mean token likelihood beside DPO", "0: plain DPO (paper)", ge=0)
+    sft_weight: float = setting(
+        0.0, "weight of the chosen responses' mean token likelihood beside DPO", "0: plain DPO (paper)", ge=0
+    )
     prompts: int | None = setting(None, "sampled pairs: prompts to sample for; null: all that sft left", "all", ge=1)
     samples_per_prompt: int = setting(4, "sampled pairs: responses a prompt", "two of four differ often enough", ge=2)
     pairs_per_prompt: int = setting(1, "sampled pairs: at most so many a prompt", "every prompt counts alike", ge=1)
     temperature: float = setting(1.0, "sampled pairs: temperature", "1: varied mistakes", gt=0)
     top_p: float = setting(1.0, "sampled pairs: nucleus", "1: varied mistakes", gt=0, le=1)
     demonstrations_as_chosen: bool = setting(
-        False, "sampled pairs: where no sample is right, take the item's demonstration as chosen", "off: on-policy pairs"
+        False,
+        "sampled pairs: where no sample is right, take the item's demonstration as chosen",
+        "off: on-policy pairs",
     )
     cut_rejected: bool = setting(
-        True, "cut a rejected response after its first wrong token, where the task knows it", "prototype: this decides what φ_DPO teaches"
+        True,
+        "cut a rejected response after its first wrong token, where the task knows it",
+        "prototype: this decides what φ_DPO teaches",
     )
     held_out: float = setting(0.05, "share of pairs kept for measuring accuracy", "common practice", ge=0, lt=1)
-    check_items: int = setting(200, "held-out items on which φ_DPO is scored as a policy; 0: no check", "std error 0.035", ge=0)
+    check_items: int = setting(
+        200, "held-out items on which φ_DPO is scored as a policy; 0: no check", "std error 0.035", ge=0
+    )
 
 
 class Rl(Training):
@@ -165,13 +197,19 @@ class Rl(Training):
     beta: float = setting(1.0, "strength of the KL regulariser, in units of the advantage", "paper", gt=0)
     feedback: Literal["dpo", "rule"] = setting("dpo", "dpo: dense, eq 13. rule: +1 right, -1 wrong, eq 11", "paper")
     baseline: Literal["none", "batch", "group"] = setting(
-        "batch", "rule: what is subtracted from the reward; group: mean of a prompt's responses", "prototype: none collapses"
+        "batch",
+        "rule: what is subtracted from the reward; group: mean of a prompt's responses",
+        "prototype: none collapses",
     )
     weighting: Literal["mean", "sum", "policy"] = setting(
         "mean", "mse, lch: weights over the vocabulary; policy: by π_old", "mean: paper eqs 8 and 9"
     )
-    anchor: float = setting(0.0, "λ in z* = (1-λ) z_old + λ z_ref + A/β", "0: paper; 0.5 stops the compounding", ge=0, le=1)
-    standardise: bool = setting(False, "dpo: divide A by its standard deviation over the vocabulary, per token", "off: paper")
+    anchor: float = setting(
+        0.0, "λ in z* = (1-λ) z_old + λ z_ref + A/β", "0: paper; 0.5 stops the compounding", ge=0, le=1
+    )
+    standardise: bool = setting(
+        False, "dpo: divide A by its standard deviation over the vocabulary, per token", "off: paper"
+    )
     lr: float = setting(5e-6, "peak learning rate of AdamW", "paper", gt=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after warm-up", "paper's public code")
     warmup_steps: int = setting(10, "updates of linear warm-up", "prototype: Adam's first steps are sign-like", ge=0)
@@ -187,13 +225,17 @@ class Rl(Training):
     save_every: int = setting(1, "steps between checkpoints", "a phase is minutes of work", ge=1)
     eval_every: int = setting(1, "steps between held-out evaluations; 0: none", "one a phase", ge=0)
     eval_items: int = setting(256, "held-out items of such an evaluation", "std error 0.03", ge=1)
-    guard: Literal["warn", "stop", "off"] = setting("warn", "on collapse of entropy, reward or length", "say it in words; stop exits 4")
+    guard: Literal["warn", "stop", "off"] = setting(
+        "warn", "on collapse of entropy, reward or length", "say it in words; stop exits 4"
+    )
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Rl:
         problems = []
         if self.weighting != "mean" and self.objective == "kld":
-            problems.append(f"weighting {self.weighting!r} has no meaning for kld: it is an expectation already (use mse or lch)")
+            problems.append(
+                f"weighting {self.weighting!r} has no meaning for kld: it is an expectation already (use mse or lch)"
+            )
         if self.standardise and self.feedback != "dpo":
             problems.append("standardise needs the dense advantages of feedback: dpo")
         if self.feedback == "rule" and self.baseline == "group" and self.responses_per_prompt < 2:
@@ -214,13 +256,17 @@ class Eval(Section):
 
 
 class Recipe(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = setting("run", "the run's folder under --runs", "the recipe's")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = setting(
+        "run", "the run's folder under --runs", "the recipe's"
+    )
     seed: int = setting(0, "of weights, data order and sampling", "0", ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one", "the machine")
     threads: int | None = setting(None, "CPU threads; null: torch's choice", "the machine", ge=1)
     task: str | None = setting(None, "prompts, grader and held-out items; null: your data only", "none")
     model: Model
-    reward_model: Literal["self"] | RewardModel = setting("self", "`self`: an adapter on the policy's base", "one base fits small cards")
+    reward_model: Literal["self"] | RewardModel = setting(
+        "self", "`self`: an adapter on the policy's base", "one base fits small cards"
+    )
     chat: Chat = setting(Chat(), "how prompts are written", "see Chat")
     data: Data = setting(Data(), "where rows come from", "see Data")
     sft: Sft = setting(Sft(), "supervised warm-up", "see Sft")
@@ -237,12 +283,19 @@ class Recipe(Section):
             if self.data.prompts is None:
                 problems.append("data.prompts: needed where task is null")
             if self.rl.feedback == "dpo" and self.data.preferences == "sampled":
-                problems.append("data.preferences: `sampled` pairs are graded by a task, and task is null: name a file or hub set")
+                problems.append(
+                    "data.preferences: `sampled` pairs are graded by a task, and task is null: name a file or hub set"
+                )
             if self.rl.feedback == "rule":
                 problems.append("rl.feedback: rule asks a task's grader, and task is null")
         if self.model.init is not None and not self.sft.enabled:
             problems.append("sft.enabled: a model from scratch has learnt nothing yet: it needs sft")
-        if self.model.lora is None and self.reward_model == "self" and self.rl.feedback == "dpo" and self.model.quantization != "none":
+        if (
+            self.model.lora is None
+            and self.reward_model == "self"
+            and self.rl.feedback == "dpo"
+            and self.model.quantization != "none"
+        ):
             problems.append("reward_model: self with lora: null needs unquantized weights")
         if problems:
             raise ValueError("; ".join(problems))

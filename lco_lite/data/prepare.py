@@ -77,11 +77,16 @@ def sft_examples(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Ex
 
 
 def rl_prompts(recipe: Recipe, task: Task | None) -> list[Prompt]:
-    """Prompts for sampled pairs and for rollouts."""
+    """Prompts for rollouts: ``data.prompts``, or the task's items that sft left."""
     if recipe.data.prompts is not None:
         found = rows.prompts(recipe.data.prompts, system_text(recipe, task))
         return [Prompt(messages) for messages in _shuffled(found, recipe.seed)]
     assert task is not None, "the recipe makes sure of one or the other"
+    return task_prompts(recipe, task)
+
+
+def task_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
+    """The task's training items that sft left, which the task can grade: what pairs are sampled from."""
     first, rest = _split(recipe, task)
     return [item_prompt(item, recipe, task) for item in rest or first]
 

@@ -32,6 +32,9 @@ class LanguageModel:
         self.config = base.config.get_text_config()
         self.decoder = decoder_of(base)
         self.head = inspect_head(base, max(tokenizer.get_vocab().values()) + 1)
+        inside = set(self.decoder.modules()) - {base.get_output_embeddings()}
+        # asked before any adapter wraps them: name -> is it part of the language model
+        self._linear = {name: m in inside for name, m in base.named_modules() if isinstance(m, Linear)}
         self.active: str | None = None
         self._peft: PeftModel | None = None
         self._trained: str | None = None
@@ -62,9 +65,7 @@ class LanguageModel:
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, L], [B, L] -> [B, L, d]: what the LM head receives. Positions count from each row's first real token."""
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        out = self.decoder(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-        )
+        out = self.decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
         return out.last_hidden_state
 
     # adapters
@@ -203,8 +204,7 @@ class LanguageModel:
 
     def _targets(self, lora: Lora) -> tuple[list[str], list[str]]:
         """(last parts of the names of the linear layers to adapt, whole names outside the decoder that share them)."""
-        inside = set(self.decoder.modules()) - {self.base.get_output_embeddings()}
-        linear = {name: m in inside for name, m in self.base.named_modules() if isinstance(m, Linear)}
+        linear = self._linear
         known = sorted({name.rpartition(".")[2] for name, within in linear.items() if within})
         targets = known if lora.targets == "all-linear" else list(lora.targets)
         unknown = [target for target in targets if not any(name.endswith(target) for name in linear)]

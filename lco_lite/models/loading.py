@@ -60,7 +60,9 @@ def load_base(weights: Weights, device: torch.device, folder: Path | None = None
         options["quantization_config"] = quantization_config(weights, dtype)
     try:
         config = AutoConfig.from_pretrained(source, **_origin(weights, folder))
-        kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+        kind = (
+            AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+        )
         model = kind.from_pretrained(source, config=config, **_origin(weights, folder), **options)
     except torch.OutOfMemoryError:
         raise

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from lco_lite.data.chat import ChatFormat
-from lco_lite.data.prepare import Pair, file_pairs, held_out, recipe_task, rl_prompts
+from lco_lite.data.prepare import Pair, file_pairs, held_out, recipe_task, task_prompts
 from lco_lite.data.sampled_pairs import load_pairs, sample_pairs, save_pairs
 from lco_lite.errors import DataError
 from lco_lite.models.roles import Role
@@ -88,7 +88,14 @@ def make_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatFormat) 
     sampling = Sampling(
         s.temperature, s.top_p, recipe.rl.max_new_tokens or task.max_new_tokens, recipe.rl.rollout_batch
     )
-    prompts = rl_prompts(recipe, task)[: s.prompts]
+    prompts = fitting(
+        ctx,
+        task_prompts(recipe, task)[: s.prompts],
+        start.model,
+        s.max_length,
+        "prompts",
+        lambda p: len(chat.prompt(p.messages)) + sampling.max_new_tokens,
+    )
     total = len(prompts) * s.samples_per_prompt
     ctx.console.stage(
         "train-rm", f"sampling {s.samples_per_prompt} responses to each of {len(prompts)} prompts for pairs"

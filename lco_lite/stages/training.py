@@ -95,4 +95,6 @@ class Progress:
 
     def stop(self, step: int) -> None:
         """Leave after a checkpoint. Always raises Interrupted."""
-        raise Interrupted(f"stopped after step {step}; the checkpoint is in {self.stage.checkpoints}")
+        raise Interrupted(
+            f"stopped after step {step}; the checkpoint is in {self.stage.checkpoints}, and the same command goes on from there"
+        )
