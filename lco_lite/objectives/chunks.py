@@ -119,7 +119,7 @@ def _compiler_works() -> bool:
     try:
         torch.compile(lambda x: (x + 1).sum(-1))(torch.zeros(4, 4, device="cuda"))
     except Exception as error:  # the compiler's dependencies fail in many ways (no C compiler, no Triton, old GPU)
-        logger.warning("torch.compile does not work here, the losses run eagerly: %s", str(error).splitlines()[0])
+        logger.warning("torch.compile does not work here, so the losses run eagerly: %s", error)
         return False
     return True
 

@@ -80,7 +80,7 @@ def _divergence(log_p: Tensor, log_t: Tensor, actions: Tensor | None, dtype: tor
 
 
 def _curve(objective: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """f(x) and f′(x): x² and 2x, or log cosh x = |x| + log1p(e/2) and tanh x with e = expm1(−2|x|). May overwrite ``x``."""
+    """f(x), f′(x): x², 2x or log cosh x = |x| + log1p(e/2), tanh x, with e = expm1(−2|x|). May overwrite ``x``."""
     if objective == "mse":
         return x.square(), x.mul_(2)
     size = x.abs()

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 ROW_BLOCK = 8192  # rows of the weight upcast at a time: 8192 x 2048 in fp32 is 64 MiB
-FP16_GAIN = 2.0**12  # lifts probabilities above fp16's smallest number, 6e-8, for one product
+FP16_TOP = 2.0**14  # rows are scaled to this largest entry before they are rounded to fp16, whose range is small
 MM_WIDENS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)  # torch.mm takes out_dtype on CUDA
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, frozen=True)
 class Head:
     """logits = softcap(scale * (hidden @ weight.T + bias)), only over the first ``rows`` rows of ``weight``.
 
@@ -33,7 +33,7 @@ class Head:
 
     def __post_init__(self) -> None:
         if not self.rows:
-            self.rows = self.weight.shape[0]
+            object.__setattr__(self, "rows", self.weight.shape[0])
         if not 0 < self.rows <= self.weight.shape[0]:
             raise ValueError(f"rows must be in 1..{self.weight.shape[0]}, got {self.rows}")
 
@@ -140,8 +140,8 @@ def rows_product(x: Tensor, weight: Tensor) -> Tensor:
     out_type = wide(x, weight)
     if weight.dtype == out_type:
         return x.to(out_type) @ weight.T
-    if _half_precision_cuda(x, weight):
-        return torch.mm(x.to(weight.dtype), weight.T, out_dtype=out_type)
+    if _widens(x, weight):
+        return _widening_product(x, weight.T)
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=out_type)
     for part, block in row_blocks(weight, out_type):
         out[:, part] = x.to(out_type) @ block.T
@@ -153,17 +153,23 @@ def columns_product(grad: Tensor, weight: Tensor) -> Tensor:
     out_type = wide(grad, weight)
     if weight.dtype == out_type:
         return grad.to(out_type) @ weight
-    if _half_precision_cuda(grad, weight):
-        gain = FP16_GAIN if weight.dtype == torch.float16 else 1.0
-        return torch.mm((gain * grad).to(weight.dtype), weight, out_dtype=out_type) / gain
+    if _widens(grad, weight):
+        return _widening_product(grad, weight)
     out = grad.new_zeros(grad.shape[0], weight.shape[1], dtype=out_type)
     for part, block in row_blocks(weight, out_type):
         out += grad[:, part].to(out_type) @ block
     return out
 
 
-def _half_precision_cuda(x: Tensor, weight: Tensor) -> bool:
+def _widens(x: Tensor, weight: Tensor) -> bool:
     """True where the GPU multiplies half-precision operands into fp32; autograd does not go through that."""
     if not weight.is_cuda or wide(x, weight) != torch.float32 or not MM_WIDENS:
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+
+
+def _widening_product(x: Tensor, matrix: Tensor) -> Tensor:
+    if matrix.dtype == torch.bfloat16 or x.dtype == torch.float16:
+        return torch.mm(x.to(matrix.dtype), matrix, out_dtype=torch.float32)
+    gain = FP16_TOP / x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return torch.mm((gain * x).half(), matrix, out_dtype=torch.float32) / gain

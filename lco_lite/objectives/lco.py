@@ -13,6 +13,8 @@ order 2 KL for f(x) = x², and it gives a token that nobody says no weight; ∂/
 The gradient with respect to hidden states is found in the forward pass and kept, so backward is one multiplication.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,18 +25,20 @@ from lco_lite.objectives.targets import DenseTarget, SparseTarget
 
 OBJECTIVES = ("kld", "lch", "mse")
 WEIGHTINGS = ("mean", "sum", "policy")
+AnyTarget = DenseTarget | SparseTarget
+Values = dict[str, Tensor]  # per token, [C] or [T]
 
 
 def lco_loss(
     objective: str,
     hidden: Tensor,
     head: Head,
-    target: DenseTarget | SparseTarget,
+    target: AnyTarget,
     weighting: str = "mean",
     chunk: int | None = None,
     standardise: bool = False,
     actions: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Values]:
     """The loss, [], a mean over T tokens, in nats (kld) or (squared) logits, and its diagnostics.
 
     ``hidden`` [T, d]: final hidden states of the policy at the tokens that are trained on, and at no others. ``head``:
@@ -62,59 +66,69 @@ def lco_loss(
     chunks = []
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for part in spans(len(hidden), chunk, head.weight.shape[1] if by_moments else rows, hidden.device):
-            h, goal = hidden[part], target[part]
+            h, goal, taken = hidden[part], target[part], None if actions is None else actions[part]
             if by_moments:
-                factor = float(rows) if weighting == "sum" else 1.0
-                mean, grad_hidden = goal.mean_square(h, head, standardise)
-                norm = 2 * (mean.clamp_min(0) / rows).sqrt()
-                values = {"loss": factor * mean, "logit_grad_norm": factor * norm}
-                grads.put(part, grad_hidden, factor * grads.scale)
+                values, grad, factor = _moments(weighting, h, head, goal, standardise)
+                grads.put(part, grad, factor * grads.scale)
             else:
-                taken = None if actions is None else actions[part]
-                logits = head.logits(h) if objective == "kld" or not target.is_hidden(head) else None
-                values, grad, factor = _terms(objective, weighting, h, head, goal, logits, taken, standardise)
+                terms = _kld if objective == "kld" else functools.partial(_regression, objective, weighting)
+                values, grad, factor, logits = terms(h, head, goal, taken, standardise)
                 grads.add(head, part, h, grad, logits, factor)
             chunks.append(values)
         diagnostics = {name: torch.cat([values[name] for values in chunks]) for name in chunks[0]}
     return grads.attach(diagnostics["loss"].mean()), diagnostics
 
 
-def _terms(
+Terms = tuple[
+    Values, Tensor, float, Tensor | None
+]  # values, ∂loss/∂logits short of a factor, the factor, logits if any
+
+
+def _kld(hidden: Tensor, head: Head, target: AnyTarget, actions: Tensor | None, standardise: bool) -> Terms:
+    logits, dtype = head.logits(hidden), head.operand_dtype
+    if isinstance(target, DenseTarget):
+        residual, _ = target.residual(hidden, head, logits, standardise)
+        return *fused(elementwise.kld, logits, residual, actions, dtype), 1.0, logits
+    gap, tilt = target.gap(hidden, head, logits), target.tilt(logits)
+    values, grad = fused(elementwise.sparse_kld, logits, gap, target.actions, tilt, actions, dtype)
+    if target.anchor:
+        del values["kl_to_old"]  # it is the divergence from the anchored base
+    return values, grad, 1.0, logits
+
+
+def _regression(
     objective: str,
     weighting: str,
     hidden: Tensor,
     head: Head,
-    target: DenseTarget | SparseTarget,
-    logits: Tensor | None,
+    target: AnyTarget,
     actions: Tensor | None,
     standardise: bool,
-) -> tuple[dict[str, Tensor], Tensor, float]:
-    """Values per token, ∂loss/∂logits [C, V] short of a factor, and that factor: 1/V, kept out of half precision."""
-    dtype = head.operand_dtype
-    if objective == "kld" and logits is not None:
-        if isinstance(target, DenseTarget):
-            residual, _ = target.residual(hidden, head, logits, standardise)
-            return *fused(elementwise.kld, logits, residual, actions, dtype), 1.0
-        gap, tilt = target.gap(hidden, head, logits), target.tilt(logits)
-        values, grad = fused(elementwise.sparse_kld, logits, gap, target.actions, tilt, actions, dtype)
-        if target.anchor:
-            del values["kl_to_old"]  # it is the divergence from the anchored base
-        return values, grad, 1.0
+) -> Terms:
+    logits, dtype = None if target.is_hidden(head) else head.logits(hidden), head.operand_dtype
     residual, mean = target.residual(hidden, head, logits, standardise)
     if weighting == "policy":
         values, grad = fused(elementwise.policy_weighted, objective, residual, target.old_logits(head), dtype)
         factor = 1.0
     else:
-        factor = 1.0 if weighting == "sum" else 1 / head.rows
+        factor = 1.0 if weighting == "sum" else 1 / head.rows  # kept out of half precision
         values, grad = fused(elementwise.summed, objective, residual, mean, factor, dtype)
     if logits is not None:
         values |= fused(elementwise.policy_values, logits, actions)
-    return values, grad, factor
+    return values, grad, factor, logits
 
 
-def _check(
-    objective: str, weighting: str, hidden: Tensor, target: DenseTarget | SparseTarget, standardise: bool
-) -> None:
+def _moments(
+    weighting: str, hidden: Tensor, head: Head, target: AnyTarget, standardise: bool
+) -> tuple[Values, Tensor, float]:
+    """LCO-MSE in closed form: values, ∂loss/∂hidden short of a factor, and the factor."""
+    factor = float(head.rows) if weighting == "sum" else 1.0
+    mean, grad = target.mean_square(hidden, head, standardise)
+    norm = 2 * (mean.clamp_min(0) / head.rows).sqrt()
+    return {"loss": factor * mean, "logit_grad_norm": factor * norm}, grad, factor
+
+
+def _check(objective: str, weighting: str, hidden: Tensor, target: AnyTarget, standardise: bool) -> None:
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
     if weighting not in WEIGHTINGS:

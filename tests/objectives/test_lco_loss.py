@@ -1,5 +1,7 @@
 """LCO from hidden states against the paper's equations on logits, in float64, over every kind of head and target."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -165,7 +167,9 @@ def test_sparse_kld_starts_as_a_policy_gradient_with_a_bounded_weight(seed: int,
     ratio = torch.expm1(torch.tensor(advantage / 0.5).double()) * (p * sampled).sum(-1, keepdim=True)
     weight = ratio / (1 + ratio)  # κp / (1 + κp), κ = e^(A/β) − 1
     torch.testing.assert_close(got, weight * (p - sampled) @ case.head.weight / 5)
+    p_sampled = (p * sampled).sum(-1)
     assert (weight <= 1).all()
+    assert (seen["logit_grad_norm"] <= math.sqrt(2) * (p_sampled if advantage < 0 else 1 - p_sampled) + 1e-12).all()
     torch.testing.assert_close(seen["kl_to_old"], torch.zeros(5, dtype=torch.float64))
 
 
