@@ -243,6 +243,8 @@ def _stage(
     from lco_lite.command import command
 
     with command(recipe, runs, name, sets, flags, quiet=quiet, dry_run=dry_run) as ctx:
-        from lco_lite.stages.pipeline import train
+        from lco_lite.stages.pipeline import announce, train
 
-        train(ctx, f"rl-{ctx.recipe.rl.objective}" if stage == "rl" else stage, fresh)
+        stage = f"rl-{ctx.recipe.rl.objective}" if stage == "rl" else stage
+        train(ctx, stage, fresh)
+        announce(ctx, stage)

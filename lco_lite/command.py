@@ -83,6 +83,7 @@ def command_for_eval(
     with boundary():
         from lco_lite.run import Run
 
+        adapter = None
         if model is None:
             run = _existing(Run, runs, name)
             resolved = _overridden(run.recipe(), sets, flags)
@@ -90,9 +91,11 @@ def command_for_eval(
             if not tasks:
                 raise UsageError("eval --model: name at least one task, e.g. `lco-lite eval math500 --model PATH`")
             run = Run.open(runs, name or "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
-            bare = {"model": {"path": model}, "task": tasks[0], "sft": {"enabled": False}}
+            base, adapter = _base_and_adapter(model)
+            bare = {"model": {"path": base}, "task": tasks[0], "sft": {"enabled": False}}
             resolved = validate(override(bare, sets, flags), "eval --model")
         with run.lock(), _context(run, resolved, quiet=quiet, json=json) as ctx:
+            ctx.adapter = adapter
             yield ctx
 
 
@@ -166,6 +169,20 @@ def _existing(run_class: type[Run], runs: Path, name: str | None) -> Run:
     if not (runs / name / "recipe.yaml").exists():
         raise UsageError(f"no run {name!r} under {runs}/: start it with `lco-lite run RECIPE --name {name}`")
     return run_class.open(runs, name)
+
+
+def _base_and_adapter(model: str) -> tuple[str, Path | None]:
+    """A PEFT folder names the base it belongs to; anything else is a base itself."""
+    config = Path(model) / "adapter_config.json"
+    if not config.is_file():
+        return model, None
+    try:
+        base = json_format.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as e:
+        raise UsageError(f"{config}: damaged: {e}") from e
+    if not base:
+        raise UsageError(f"{config}: names no base_model_name_or_path, so its base is unknown")
+    return base, config.parent
 
 
 def _overridden(recipe: Recipe, sets: list[str] | None, flags: dict[str, Any]) -> Recipe:

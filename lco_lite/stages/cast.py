@@ -102,7 +102,11 @@ def open_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
 def open_stage(ctx: Context, stage: str) -> Role:
     """What a stage made, as a policy to sample from: ``base``, ``sft``, ``rm`` or ``rl-OBJECTIVE``."""
     if stage == "base":
-        return Role(open_base(ctx))
+        model = open_base(ctx)
+        if ctx.adapter is None:
+            return Role(model)
+        model.load_adapter(POLICY, ctx.adapter)
+        return Role(model, POLICY)
     start = open_start(ctx)
     if stage == "sft":
         return start

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -40,4 +41,5 @@ class Context:
     recipe: Recipe
     console: Console
     device: torch.device
+    adapter: Path | None = None  # scored on the base instead of a stage's
     clock: Clock = field(default_factory=Clock)

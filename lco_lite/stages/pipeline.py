@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lco_lite.errors import UsageError
+from lco_lite.checkpoint import checkpoints
+from lco_lite.errors import Diverged, UsageError
 from lco_lite.recipe import Recipe
 from lco_lite.run import StageFolder
 from lco_lite.stage_settings import stage_settings
@@ -45,7 +46,23 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
         ctx.console.note(f"{name}: done already ({stage.path})")
         return
     trainer: Callable[[Context, StageFolder], None] = {"sft": train_sft, "rm": train_rm}.get(name, train_rl)
-    trainer(ctx, stage)
+    try:
+        trainer(ctx, stage)
+    except Diverged as e:
+        good = checkpoints(stage.checkpoints)
+        where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        raise Diverged(
+            f"{name}: {e}; {where}. A lower learning rate or max_grad_norm helps; --fresh starts again."
+        ) from e
+
+
+def announce(ctx: Context, stage: str) -> None:
+    """The last line: what the stage made, and what comes next."""
+    folder = ctx.run.stage(stage)
+    following = {"sft": "lco-lite train-rm", "rm": "lco-lite rl"}.get(
+        stage, f"lco-lite eval {ctx.recipe.task or 'TASK'}"
+    )
+    ctx.console.done(folder.adapter if folder.adapter.exists() else folder.model, following)
 
 
 def why_absent(stage: str) -> str:

@@ -302,6 +302,4 @@ def heed(loop: Loop, warnings: list[str], step: int) -> None:
         loop.ctx.console.warn(f"step {step}: {warning}")
     if warnings and guard == "stop":
         loop.progress.save(step)
-        raise Diverged(
-            f"stopped by rl.guard: stop after step {step}: {warnings[0]} The checkpoint is in {loop.stage.checkpoints}"
-        )
+        raise Diverged(f"stopped by rl.guard: stop after step {step}: {warnings[0]}")

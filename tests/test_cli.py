@@ -1,0 +1,223 @@
+"""The command line as a user meets it: quick to answer, one message for a mistake, the promised exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lco_lite.cli import app
+from lco_lite.run import Run
+from lco_lite.shipped import shipped
+
+runner = CliRunner()
+
+
+def call(*args: object):
+    return runner.invoke(app, [str(a) for a in args])
+
+
+def edited(recipe: Path, **changes: object) -> Path:
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | changes))
+    return recipe
+
+
+def test_help_and_recipe_errors_load_neither_torch_nor_transformers():
+    code = (
+        "import sys\nfrom lco_lite.cli import app\nfrom typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "assert CliRunner().invoke(app, ['run', 'no-such-recipe']).exit_code == 2\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_command_has_help_and_version_is_told():
+    for command in ("run", "sft", "train-rm", "rl", "eval", "recipes", "env"):
+        assert call(command, "-h").exit_code == 0, command
+    assert call("--version").output.startswith("lco-lite 0.")
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["run", "quikstart"], "did you mean 'quickstart'"),
+        (["run", "none.yaml"], "no such recipe file"),
+        (["sft", "quickstart", "--set", "rl.objectiv=kld"], "did you mean 'objective'"),
+        (["sft", "quickstart", "--set", "rl.lr"], "--set key.path=value"),
+        (["rl", "quickstart", "--objective", "nope"], "'kld', 'lch'"),
+        (["rl", "quickstart", "--beta", "0"], "rl.beta"),
+        (["rl", "quickstart", "-s", "rl.weighting=policy"], "no meaning for kld"),
+        (["eval", "math5000", "--model", "x"], "did you mean math500"),
+        (["eval", "--model", "x"], "name at least one task"),
+        (["recipes", "nope"], "shipped recipes"),
+    ],
+)
+def test_a_mistake_gets_one_message_on_stderr_and_status_2(tmp_path, args, told):
+    flags = ["--runs", tmp_path] if args[0] != "recipes" else []
+    result = call(*args, *flags)
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.glob("*/sft"))
+
+
+def test_without_a_run_rl_and_eval_say_what_to_type(tmp_path):
+    for args in (["rl"], ["eval", "arithmetic"], ["sft"]):
+        result = call(*args, "--runs", tmp_path)
+        assert result.exit_code == 2
+        assert "lco-lite run recipes/quickstart.yaml" in result.stderr
+
+
+def test_all_problems_of_a_recipe_come_at_once_with_lines(tiny):
+    tiny.write_text("task: arithmetic\nmodel: {init: {}}\nrl:\n  lr: fast\n  stepps: 3\nseed: -1\n")
+    result = call("run", tiny)
+    assert result.exit_code == 2
+    assert "3 problems" in result.stderr
+    assert "line 4" in result.stderr and "line 5" in result.stderr and "line 6" in result.stderr
+
+
+def test_dry_run_shows_recipe_example_and_counts_and_makes_nothing(tiny):
+    result = call("run", tiny, "--dry-run", "--runs", tiny.parent / "runs")
+    assert result.exit_code == 0, result.output
+    assert "objective: kld" in result.output
+    assert "[" in result.output and "<|end|>]" in result.output
+    assert "2 steps of 8 responses and 4 updates" in result.output
+    assert not (tiny.parent / "runs").exists()
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_recipe_is_valid_and_explains_itself(name):
+    from lco_lite.recipe_file import load_recipe
+
+    text = shipped()[name].read_text(encoding="utf-8")
+    assert text.startswith("# ") and "lco-lite" in text.split("name:")[0], "opens with what it is and a launch line"
+    assert load_recipe(shipped()[name]).name == name
+
+
+def test_recipes_are_listed_shown_and_copied_but_never_over_a_file(tmp_path):
+    assert all(name in call("recipes").output for name in shipped())
+    assert call("recipes", "quickstart").output == shipped()["quickstart"].read_text(encoding="utf-8")
+    assert call("recipes", "quickstart", "--copy", tmp_path).exit_code == 0
+    again = call("recipes", "quickstart", "--copy", tmp_path)
+    assert again.exit_code == 2 and "nothing was overwritten" in again.stderr
+
+
+def test_env_tells_versions_for_people_and_machines():
+    assert "transformers" in call("env").output
+    assert json.loads(call("env", "--json").output)["packages"]["torch"]
+
+
+def test_eval_json_is_one_object_on_stdout(tiny):
+    runs = tiny.parent / "runs"
+    assert call("sft", tiny, "--runs", runs, "-q").exit_code == 0
+    result = call("eval", "arithmetic", "--runs", runs, "--json", "--limit", "4", "--seeds", "2")
+    assert result.exit_code == 0, result.output
+    score = json.loads(result.stdout)["arithmetic"]
+    assert {"metric": "pass@1", "n": 4, "seeds": 2, "stage": "sft"}.items() <= score.items()
+    greedy = call("eval", "--runs", runs, "--json", "--limit", "4", "--greedy")
+    assert json.loads(greedy.stdout)["arithmetic"]["seeds"] == 1
+    refused = call("eval", "--runs", runs, "--stage", "rl-kld")
+    assert refused.exit_code == 2 and "base, sft" in refused.stderr
+
+
+def test_eval_scores_any_model_folder_and_any_adapter_folder(tiny):
+    runs = tiny.parent / "runs"
+    assert call("rl", tiny, "--runs", runs, "-q").exit_code == 0
+    for made in ("sft/model", "rl-kld/adapter"):
+        result = call("eval", "arithmetic", "--model", runs / "tiny" / made, "--runs", runs, "--limit", "4", "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["arithmetic"]["n"] == 4
+    assert Run.newest(runs).name == "tiny", "scores of other weights are no run"
+
+
+def test_the_last_line_on_stdout_is_the_path_made(tiny):
+    result = call("sft", tiny, "--runs", tiny.parent / "runs", "-q")
+    assert result.stdout.splitlines()[-1].startswith(str(tiny.parent / "runs" / "tiny" / "sft"))
+
+
+def test_two_processes_on_one_run_are_kept_apart(tiny):
+    run = Run.open(tiny.parent / "runs", "tiny")
+    with run.lock():
+        code = f"import sys; sys.argv = ['lco-lite', 'sft', {str(tiny)!r}, '--runs', {str(tiny.parent / 'runs')!r}]"
+        code += "; from lco_lite.__main__ import main; main()"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert other.returncode == 2
+    assert "Traceback" not in other.stderr and "process" in other.stderr
+
+
+def test_a_malformed_row_stops_with_its_line(tiny):
+    data = tiny.parent / "demos.jsonl"
+    data.write_text('{"prompt": "1+1", "completion": "2"}\n{"prompt": "1+2",\n')
+    result = call("sft", tiny, "--runs", tiny.parent / "runs", "-s", f"data.demonstrations={data}")
+    assert result.exit_code == 2
+    assert "demos.jsonl" in result.stderr and "2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        ({"device": "cuda"}, "CUDA"),
+        ({"model": {"path": "/nowhere/model"}}, "/nowhere/model"),
+        ({"data": {"demonstrations": "/nowhere/demos.jsonl"}}, "/nowhere/demos.jsonl"),
+    ],
+)
+def test_what_cannot_be_had_is_named(tiny, sets, told):
+    import torch
+
+    if "device" in sets and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    result = call("sft", edited(tiny, **sets), "--runs", tiny.parent / "runs")
+    assert result.exit_code == 2, result.output
+    assert told in result.stderr and "Traceback" not in result.output
+
+
+def test_a_failure_while_running_leaves_its_traceback_in_the_runs_log(tiny, monkeypatch):
+    from lco_lite.stages import pipeline
+
+    def fail(ctx, stage):
+        raise RuntimeError("the sky fell")
+
+    monkeypatch.setattr(pipeline, "train_sft", fail)
+    result = call("sft", tiny, "--runs", tiny.parent / "runs")
+    assert result.exit_code == 1
+    assert "the sky fell" in result.stderr and "Traceback" not in result.output
+    assert "Traceback" in (tiny.parent / "runs" / "tiny" / "error.log").read_text()
+
+
+def test_out_of_memory_exits_3_with_what_to_change_in_order(tiny, monkeypatch):
+    import torch
+
+    from lco_lite.stages import pipeline
+
+    def exhaust(ctx, stage):
+        with ctx.clock("update"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(pipeline, "train_sft", exhaust)
+    result = call("sft", tiny, "--runs", tiny.parent / "runs")
+    assert result.exit_code == 3
+    assert "phase update" in result.stderr
+    assert result.stderr.index("micro_batch_tokens") < result.stderr.index("a smaller model")
+
+
+def test_a_gradient_that_is_not_finite_exits_4(tiny, monkeypatch):
+    from lco_lite.stages import sft
+
+    real = sft.accumulate
+
+    def blow_up(policy, examples, tokens):
+        metrics = real(policy, examples, tokens)
+        next(p for p in policy.model.base.parameters() if p.grad is not None).grad.fill_(float("nan"))
+        return metrics
+
+    monkeypatch.setattr(sft, "accumulate", blow_up)
+    result = call("sft", tiny, "--runs", tiny.parent / "runs")
+    assert result.exit_code == 4
+    assert "gradient" in result.stderr and "checkpoint" in result.stderr
