@@ -16,7 +16,10 @@ def test_every_subpackage_is_listed_in_pyproject():
 
 
 def test_every_dependency_is_pinned_by_the_constraints_file():
-    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    pinned = {
+        line.partition("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
     project = (ROOT / "pyproject.toml").read_text()
     lists = re.findall(r"^(?:dependencies|test) = \[\n(.*?)^\]", project, re.M | re.S)
     wanted = {re.split(r"[\[>=<]", name)[0].lower() for block in lists for name in re.findall(r'"([^"]+)"', block)}

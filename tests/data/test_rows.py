@@ -37,7 +37,10 @@ def test_demonstrations_of_every_shape_read_alike(tmp_path, row):
     [
         {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
         {"prompt": [USER], "chosen": [{"role": "assistant", "content": "4"}], "rejected": "5"},
-        {"chosen": [USER, {"role": "assistant", "content": "4"}], "rejected": [USER, {"role": "assistant", "content": "5"}]},
+        {
+            "chosen": [USER, {"role": "assistant", "content": "4"}],
+            "rejected": [USER, {"role": "assistant", "content": "5"}],
+        },
         {
             "conversations": [{"from": "human", "value": "2+2?"}],
             "chosen": {"from": "gpt", "value": "4"},

@@ -8,7 +8,9 @@ from lco_lite.objectives.preference import dpo_loss
 
 
 def test_the_loss_is_minus_log_sigmoid_of_the_margin():
-    loss, margin = dpo_loss((torch.tensor([-3.0]), torch.tensor([-5.0])), (torch.tensor([-4.0]), torch.tensor([-4.5])), beta=0.1)
+    loss, margin = dpo_loss(
+        (torch.tensor([-3.0]), torch.tensor([-5.0])), (torch.tensor([-4.0]), torch.tensor([-4.5])), beta=0.1
+    )
     assert math.isclose(margin.item(), 0.1 * ((-3 + 4) - (-5 + 4.5)), rel_tol=1e-6)
     assert math.isclose(loss.item(), -math.log(1 / (1 + math.exp(-margin.item()))), rel_tol=1e-6)
 
