@@ -1,0 +1,125 @@
+"""Both engines: the distribution they sample from, where responses end, and that batching changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lco_lite.models.language_model import LanguageModel
+from lco_lite.models.loading import load_base, load_tokenizer
+from lco_lite.models.roles import Role
+from lco_lite.models.scratch import build_scratch
+from lco_lite.objectives.reference import optimal_logits
+from lco_lite.recipe import Init, Lora, Model
+from lco_lite.rollout.engine import Sampling, finished, left_padded
+from lco_lite.rollout.local import LocalEngine
+from lco_lite.rollout.lockstep import LockstepEngine, draw, mixture, optimal_policy
+from lco_lite.seeding import seeded
+from lco_lite.sequences import Example
+
+PROMPTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
+GREEDY = Sampling(temperature=0, top_p=1.0, max_new_tokens=6, batch=2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> LanguageModel:
+    folder = tmp_path_factory.mktemp("engines") / "model"
+    build_scratch(Init(hidden_size=16, layers=1, heads=2, intermediate_size=16, std=0.3), folder, seed=1)
+    weights = Model(path=str(folder))
+    model = LanguageModel(load_base(weights, torch.device("cpu")), load_tokenizer(weights))
+    for seed, name in enumerate(("reward", "reference")):
+        model.add_adapter(name, Lora(r=2), seed)
+        with torch.no_grad():
+            for _, p in model.trainable(name):
+                p.normal_(std=0.5, generator=torch.Generator().manual_seed(seed))
+    model.activate(None)
+    return model
+
+
+def logits(role: Role, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad(), role.model.use(role.adapter):
+        return role.model.base(input_ids=torch.tensor([ids])).logits[0, -1]
+
+
+def test_left_padding_ends_every_prompt_in_the_same_column():
+    ids, mask = left_padded(PROMPTS, 0)
+    assert ids.tolist() == [[0, 0, 10, 11, 12], [0, 0, 0, 0, 20], [30, 31, 32, 33, 34]]
+    assert mask.sum(1).tolist() == [3, 1, 5]
+
+
+def test_a_response_ends_with_its_first_stop_token_or_is_truncated():
+    assert finished([1], [5, 3, 0, 0], {3}) == finished([1], [5, 3], {3})
+    assert finished([1], [5, 3, 0], {3}).example == Example([1], [5, 3])
+    assert finished([1], [5, 6], {3}).truncated
+
+
+def test_greedy_decoding_takes_the_likeliest_token_of_a_plain_forward_pass(model):
+    for engine in (LocalEngine(Role(model), end=3), LockstepEngine([Role(model)], lambda z: z[0], end=3)):
+        for prompt, response in zip(PROMPTS, engine.generate(PROMPTS, GREEDY), strict=True):
+            ids = list(prompt)
+            for token in response.example.response:
+                assert token == logits(Role(model), ids).argmax().item()
+                ids.append(token)
+
+
+def test_an_adapter_is_sampled_from_only_through_its_role(model):
+    plain = LocalEngine(Role(model), 3).generate(PROMPTS, GREEDY)
+    adapted = LocalEngine(Role(model, "reward"), 3).generate(PROMPTS, GREEDY)
+    assert plain != adapted
+    assert LocalEngine(Role(model), 3).generate(PROMPTS, GREEDY) == plain
+    assert model.active is None
+
+
+def test_decoding_from_the_optimal_policy_is_exact_against_enumeration(model):
+    """Next-token frequencies under the engine are softmax(z_old + A/β) of the reference, for β below and above 1."""
+    roles = [Role(model), Role(model, "reward"), Role(model, "reference")]
+    for beta in (0.5, 2.0):
+        engine = LockstepEngine(roles, optimal_policy(beta), end=3)
+        ids = PROMPTS[0]
+        z, z_dpo, z_ref = (logits(role, ids) for role in roles)
+        exact = optimal_logits(z, z_dpo.log_softmax(-1) - z_ref.log_softmax(-1), beta).softmax(-1)
+        drawn = torch.zeros_like(exact)
+        with seeded(0, "draws"):
+            one = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=1, batch=2000)
+            for response in engine.generate([ids] * 4000, one):
+                drawn[response.example.response[0]] += 1 / 4000
+        assert (drawn - exact).abs().sum() < 4 * (exact * (1 - exact) / 4000).sqrt().sum()
+        greedy = engine.generate([ids], GREEDY)[0].example.response
+        assert greedy[0] == exact.argmax().item()
+
+
+def test_the_caches_of_a_lockstep_follow_the_tokens_that_were_chosen(model):
+    roles = [Role(model), Role(model, "reward"), Role(model, "reference")]
+    response = LockstepEngine(roles, optimal_policy(1.0), end=3).generate(PROMPTS, GREEDY)[2].example
+    ids = list(response.prompt)
+    for token in response.response:
+        z, z_dpo, z_ref = (logits(role, ids) for role in roles)
+        assert token == optimal_logits(z, z_dpo.log_softmax(-1) - z_ref.log_softmax(-1), 1.0).argmax().item()
+        ids.append(token)
+
+
+def test_a_mixture_is_the_weighted_mean_of_the_distributions():
+    z = torch.randn(2, 3, 7)
+    mixed = mixture(0.25)([z[0], z[1]]).exp()
+    torch.testing.assert_close(mixed, 0.75 * z[0].softmax(-1) + 0.25 * z[1].softmax(-1))
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    z = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
+    with seeded(0, "nucleus"):
+        tokens = draw(z, Sampling(temperature=1.0, top_p=0.75, max_new_tokens=1, batch=1))
+    assert set(tokens.tolist()) == {0, 1}
+    assert (tokens == 0).float().mean().item() == pytest.approx(0.625, abs=0.05)
+
+
+def test_the_same_seed_gives_the_same_responses_and_leaves_other_draws_alone(model):
+    sampling = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=5, batch=2)
+    before = torch.get_rng_state()
+    with seeded(3, "rollout", 1):
+        one = LocalEngine(Role(model), 3).generate(PROMPTS, sampling)
+    with seeded(3, "rollout", 1):
+        two = LocalEngine(Role(model), 3).generate(PROMPTS, sampling)
+    with seeded(3, "rollout", 2):
+        other = LocalEngine(Role(model), 3).generate(PROMPTS, sampling)
+    assert one == two != other
+    assert torch.equal(torch.get_rng_state(), before)
