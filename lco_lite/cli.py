@@ -167,11 +167,17 @@ def evaluate(
             "--model", help="Score this model or adapter folder, or hub id, instead of a run.", show_default=False
         ),
     ] = None,
-    stage: Annotated[
+    policy: Annotated[
         str | None,
         typer.Option(
-            "--stage", help="base, sft, rm or rl-OBJECTIVE; the newest policy unless given.", show_default=False
+            "--policy",
+            help="base, sft, rm, rl-OBJECTIVE, or optimal: decode from π*. The newest policy unless given.",
+            show_default=False,
         ),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option("--beta", help="β of --policy optimal; the recipe's unless given.", show_default=False),
     ] = None,
     seeds: Annotated[
         int | None, typer.Option("--seeds", help="Sampling passes over the items.", show_default=False)
@@ -197,12 +203,12 @@ def evaluate(
 
     if list_tasks:
         return tell_tasks()
-    flags: dict[str, Any] = {"seed": seed, "device": device, "eval.seeds": seeds, "eval.items": limit}
+    flags: dict[str, Any] = {"seed": seed, "device": device, "eval.seeds": seeds, "eval.items": limit, "rl.beta": beta}
     flags |= {"eval.temperature": 0.0 if greedy else None, "data.task": data and str(data)}
     with command_for_eval(model, tasks, runs, name, sets, flags, quiet=quiet, json=json) as ctx:
         from lco_lite.stages.scoring import score
 
-        score(ctx, tasks, stage, model, json)
+        score(ctx, tasks, policy, model, json)
 
 
 @app.command()

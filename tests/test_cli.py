@@ -123,7 +123,7 @@ def test_eval_json_is_one_object_on_stdout(tiny):
     assert {"metric": "pass@1", "n": 4, "seeds": 2, "stage": "sft"}.items() <= score.items()
     greedy = call("eval", "--runs", runs, "--json", "--limit", "4", "--greedy")
     assert json.loads(greedy.stdout)["arithmetic"]["seeds"] == 1
-    refused = call("eval", "--runs", runs, "--stage", "rl-kld")
+    refused = call("eval", "--runs", runs, "--policy", "rl-kld")
     assert refused.exit_code == 2 and "base, sft" in refused.stderr
 
 
@@ -135,6 +135,15 @@ def test_eval_scores_any_model_folder_and_any_adapter_folder(tiny):
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout)["arithmetic"]["n"] == 4
     assert Run.newest(runs).name == "tiny", "scores of other weights are no run"
+
+
+def test_the_reward_model_and_the_optimal_policy_are_scored_as_policies(tiny):
+    runs = tiny.parent / "runs"
+    assert call("train-rm", tiny, "--runs", runs, "-q").exit_code == 0
+    for policy, flags in (("rm", []), ("optimal", ["--beta", "0.5"])):
+        result = call("eval", "--runs", runs, "--policy", policy, *flags, "--json", "--limit", "4", "--seeds", "1")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["arithmetic"]["stage"] == policy
 
 
 def test_the_last_line_on_stdout_is_the_path_made(tiny):

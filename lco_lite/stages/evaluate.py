@@ -16,19 +16,19 @@ from lco_lite.data.chat import ChatFormat
 from lco_lite.data.prepare import Prompt, held_out
 from lco_lite.errors import DataError
 from lco_lite.files import write_json, write_text
-from lco_lite.models.roles import Role
-from lco_lite.recipe import Eval, Recipe
-from lco_lite.rollout.engine import Sampling
+from lco_lite.models.language_model import LanguageModel
+from lco_lite.recipe import Eval
+from lco_lite.rollout.engine import Engine, Sampling
 from lco_lite.rollout.local import LocalEngine
+from lco_lite.rollout.lockstep import LockstepEngine, optimal_policy
 from lco_lite.seeding import seeded
 from lco_lite.stages import cast
 from lco_lite.stages.context import Context
 from lco_lite.tasks.base import Task
-from lco_lite.telemetry.console import Console
 
 
 def sample_scores(
-    role: Role,
+    engine: Engine,
     chat: ChatFormat,
     task: Task,
     prompts: Sequence[Prompt],
@@ -39,7 +39,7 @@ def sample_scores(
     """One graded response an item: rows of id, prompt, response, extracted, gold, right, why, truncated."""
     with seeded(seed, "eval", task.name):
         ids = [chat.prompt(p.messages) for p in prompts]
-        made = LocalEngine(role, chat.end).generate(ids, sampling, on_batch)
+        made = engine.generate(ids, sampling, on_batch)
     rows = []
     for prompt, response in zip(prompts, made, strict=True):
         item = prompt.item
@@ -94,35 +94,62 @@ def passes_of(s: Eval) -> int:
 def evaluate_stage(ctx: Context, task: Task, stage: str, settings: Eval) -> dict[str, Any]:
     """Scores a stage on a task, once: the result is kept and used again while nothing it rests on changes."""
     file = ctx.run.eval_path(task.name, stage)
-    made_by = ctx.run.stage(stage).id() if stage != "base" else "base"
-    asked = {"made_by": made_by, "seed": ctx.recipe.seed, "sampling": settings.model_dump(exclude={"tasks", "batch"})}
+    asked = {
+        "made_by": made_by(ctx, stage),
+        "seed": ctx.recipe.seed,
+        "sampling": settings.model_dump(exclude={"tasks", "batch"}),
+    }
     if file.exists():
         known = json.loads(file.read_text(encoding="utf-8"))
         if known["settings"] == asked:
             ctx.console.note(f"{task.name}: {stage} has been scored already ({file})")
             return known
     with ctx.clock("loading"):
+        model, engine = open_engine(ctx, stage)
+    return evaluate_engine(ctx, model, engine, task, settings, file, stage, asked)
+
+
+def made_by(ctx: Context, stage: str) -> str:
+    """What the score rests on: it is no longer known once that is trained again."""
+    if stage == "base":
+        return "base"
+    return (
+        f"rm {ctx.run.stage('rm').id()}, beta {ctx.recipe.rl.beta}" if stage == "optimal" else ctx.run.stage(stage).id()
+    )
+
+
+def open_engine(ctx: Context, stage: str) -> tuple[LanguageModel, Engine]:
+    """What a stage decodes from. ``optimal`` is π* of eq 6: start, φ_DPO and φ_ref in step, with the recipe's β."""
+    if stage != "optimal":
         role = cast.open_stage(ctx, stage)
-    return evaluate_role(ctx.console, role, task, settings, ctx.recipe, file, stage, asked)
+        return role.model, LocalEngine(role, chat_of(ctx, role.model).end)
+    start = cast.open_start(ctx)
+    reward_model, reference = cast.open_reward_model(ctx, start)
+    combine = optimal_policy(ctx.recipe.rl.beta)
+    return start.model, LockstepEngine([start, reward_model, reference], combine, chat_of(ctx, start.model).end)
 
 
-def evaluate_role(
-    console: Console,
-    role: Role,
+def chat_of(ctx: Context, model: LanguageModel) -> ChatFormat:
+    return ChatFormat(model.tokenizer, ctx.recipe.chat.template_args)
+
+
+def evaluate_engine(
+    ctx: Context,
+    model: LanguageModel,
+    engine: Engine,
     task: Task,
     settings: Eval,
-    recipe: Recipe,
     file: Path,
     stage: str,
     asked: dict[str, Any],
 ) -> dict[str, Any]:
     """All passes over the items; writes ``file`` and, beside it, one row an item and pass."""
-    chat = ChatFormat(role.model.tokenizer, recipe.chat.template_args)
+    console, recipe, chat = ctx.console, ctx.recipe, chat_of(ctx, model)
     found = held_out(recipe, task, settings.items)
     sampling = eval_sampling(settings, task)
-    prompts = [p for p in found if len(chat.prompt(p.messages)) + sampling.max_new_tokens <= role.model.max_length]
+    prompts = [p for p in found if len(chat.prompt(p.messages)) + sampling.max_new_tokens <= model.max_length]
     if not prompts:
-        raise DataError(f"no item of {task.name} fits the model's window of {role.model.max_length} tokens")
+        raise DataError(f"no item of {task.name} fits the model's window of {model.max_length} tokens")
     if len(prompts) < len(found):
         console.warn(f"{len(found) - len(prompts)} of {len(found)} items do not fit the window and count as wrong")
     passes = []
@@ -134,7 +161,7 @@ def evaluate_role(
             def advance(done: int, so_far: int = so_far) -> None:
                 line.update(so_far + done)
 
-            passes.append(sample_scores(role, chat, task, prompts, sampling, recipe.seed + k, advance))
+            passes.append(sample_scores(engine, chat, task, prompts, sampling, recipe.seed + k, advance))
     result = {"task": task.name, "stage": stage} | summarise(passes, len(found)) | {"settings": asked}
     rows = [{"seed": recipe.seed + k, **row} for k, made in enumerate(passes) for row in made]
     write_text(file.with_suffix(".rows.jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -219,7 +219,12 @@ def evaluate(loop: Loop) -> float | None:
     prompts = held_out(recipe, loop.task, recipe.rl.eval_items)
     with loop.ctx.clock("eval"):
         rows = sample_scores(
-            loop.actors.policy, loop.chat, loop.task, prompts, eval_sampling(recipe.eval, loop.task), recipe.seed
+            LocalEngine(loop.actors.policy, loop.chat.end),
+            loop.chat,
+            loop.task,
+            prompts,
+            eval_sampling(recipe.eval, loop.task),
+            recipe.seed,
         )
     return accuracy(rows)
 

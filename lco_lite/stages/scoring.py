@@ -20,9 +20,10 @@ def score(ctx: Context, tasks: Sequence[str] | None, stage: str | None, model: s
     if not names:
         raise UsageError("eval: name a task (`lco-lite eval --list`): the run's recipe has none")
     stage = "base" if model else stage or newest_stage(ctx)
-    if stage != "base" and not ctx.run.stage(stage).is_done():
+    needed = "rm" if stage == "optimal" else stage
+    if needed != "base" and not ctx.run.stage(needed).is_done():
         done = ", ".join(["base", *(s.name for s in ctx.run.stages() if s.is_done())])
-        raise UsageError(f"eval --stage {stage}: that stage is not done in run {ctx.run.name}; there are: {done}")
+        raise UsageError(f"eval --policy {stage}: that is not trained in run {ctx.run.name}; there are: {done}")
     results = [evaluate_stage(ctx, load_task(n, task_file(ctx.recipe, n)), stage, ctx.recipe.eval) for n in names]
     if json:
         ctx.console.emit({r["task"]: r for r in results})

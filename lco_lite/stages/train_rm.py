@@ -165,7 +165,7 @@ def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFor
     sampling = eval_sampling(ctx.recipe.eval, task)
     with ctx.clock("eval"):
         before, after = (
-            accuracy(sample_scores(role, chat, task, prompts, sampling, ctx.recipe.seed))
+            accuracy(sample_scores(LocalEngine(role, chat.end), chat, task, prompts, sampling, ctx.recipe.seed))
             for role in (start, reward_model)
         )
     ctx.console.note(
