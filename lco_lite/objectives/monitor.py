@@ -15,9 +15,10 @@ MONITORED_TOKENS = 256  # 256 x 151,936 logits in fp32 are 148 MiB, twice
 def monitor(
     hidden: Tensor, old: Tensor, head: Head, actions: Tensor, old_head: Head | None = None
 ) -> dict[str, Tensor]:
-    """Means over the first ``MONITORED_TOKENS`` of T tokens: ``entropy`` of π_θ and ``kl_to_old`` = KL(π_θ ‖ π_old) in
-    nats, ``sampled_prob`` = π_θ(a). ``hidden``, ``old`` [T, d]; ``actions`` [T]."""
-    hidden, old, actions = hidden[:MONITORED_TOKENS], old[:MONITORED_TOKENS], actions[:MONITORED_TOKENS]
+    """Means over ``MONITORED_TOKENS`` of the T tokens, evenly spread: ``entropy`` of π_θ and ``kl_to_old`` =
+    KL(π_θ ‖ π_old) in nats, ``sampled_prob`` = π_θ(a). ``hidden``, ``old`` [T, d]; ``actions`` [T]."""
+    spread = torch.linspace(0, len(actions) - 1, min(len(actions), MONITORED_TOKENS), device=hidden.device).long()
+    hidden, old, actions = hidden[spread], old[spread], actions[spread]
     logp = head.logits(hidden).log_softmax(-1)
     old_logp = (old_head or head).logits(old).log_softmax(-1)
     p = logp.exp()

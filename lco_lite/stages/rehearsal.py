@@ -1,4 +1,4 @@
-"""``--dry-run``: the resolved recipe, one example as the model will see it, how much each stage will do. No training."""
+"""``--dry-run``: the resolved recipe, one example as the model will see it, how much each stage will do."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ import torch
 from lco_lite.data.chat import ChatFormat
 from lco_lite.data.prepare import Prompt, held_out, recipe_task, rl_prompts
 from lco_lite.errors import Diverged
-from lco_lite.feedback.rule import dead_groups, rule_rewards
+from lco_lite.feedback.rule import rule_rewards
 from lco_lite.objectives.lco import lco_loss
 from lco_lite.objectives.monitor import monitor
 from lco_lite.rollout.engine import Response, Sampling
@@ -33,16 +33,14 @@ from lco_lite.stages import cast
 from lco_lite.stages.context import Context
 from lco_lite.stages.evaluate import accuracy, eval_sampling, sample_scores
 from lco_lite.stages.phase import Actors, Phase, Scored, order_of_updates, plan_minibatches, score
+from lco_lite.stages.phase_report import describe, norms_by_sign, readable, with_cost
 from lco_lite.stages.training import Optimiser, Progress
 from lco_lite.stages.window import fitting, preflight
 from lco_lite.tasks.base import Task
 from lco_lite.telemetry.console import Progress as Line
 from lco_lite.telemetry.guard import Guard
 from lco_lite.telemetry.interrupt import InterruptGuard
-from lco_lite.telemetry.memory import peak_mib
 from lco_lite.telemetry.metrics import JsonLog, MetricsLog, read_log
-
-SAMPLES_A_STEP = 8  # responses kept in samples.jsonl for people to read
 
 
 @dataclass
@@ -65,13 +63,13 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
     rl = ctx.recipe.rl
     with InterruptGuard() as interrupt:
         loop = open_loop(ctx, stage, interrupt)
-        done, ui = loop.progress.done, ctx.console
+        done, ui, group = loop.progress.done, ctx.console, rl.responses_per_prompt
         ui.stage(
             stage.name, f"{rl.steps} steps of {rl.prompts_per_step} prompts, feedback {rl.feedback}, β {rl.beta:g}"
         )
         try_longest(loop)
         guard = Guard(loop.actors.policy.model.head.rows)
-        for before in read_log(stage.metrics):
+        for before in read_log(stage.metrics)[:done]:
             guard.check(before)
         with (
             MetricsLog(stage.metrics, done or None) as log,
@@ -81,11 +79,11 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
             for step in range(done, rl.steps):
                 phase = resume_phase(loop, step) or roll_out(loop, step)
                 scored = score_phase(loop, phase, step)
-                metrics = {"step": step + 1} | update_policy(loop, phase, scored, step, line) | describe(loop, phase)
+                metrics = {"step": step + 1} | update_policy(loop, phase, scored, step, line) | describe(phase, group)
                 if rl.eval_every and (step + 1) % rl.eval_every == 0:
                     metrics["eval"] = evaluate(loop)
-                log.write(with_cost(loop, metrics))
-                for row in readable(loop, phase, step)[:SAMPLES_A_STEP]:
+                log.write(with_cost(metrics, ctx.clock.lap(), group * rl.prompts_per_step))
+                for row in readable(phase, loop.chat, group, step + 1):
                     samples.write(row)
                 line.update(step + 1, **metrics)
                 heed(loop, guard.check(metrics), step + 1)
@@ -152,13 +150,8 @@ def score_phase(loop: Loop, phase: Phase, step: int) -> list[list[Scored]]:
     from the checkpoint for as long as this takes."""
     recipe = loop.ctx.recipe
     plan = plan_minibatches(phase.examples, recipe.rl, recipe.seed, step)
-    now = loop.optimiser.weights()
-    if loop.progress.extra:
-        loop.optimiser.load_weights(loop.progress.extra)
-    with loop.ctx.clock("score"):
-        scored = score(loop.actors, phase, plan, recipe.rl)
-    loop.optimiser.load_weights(now)
-    return scored
+    with loop.ctx.clock("score"), loop.optimiser.holding(loop.progress.extra):
+        return score(loop.actors, phase, plan, recipe.rl)
 
 
 def update_policy(loop: Loop, phase: Phase, scored: list[list[Scored]], step: int, line: Line) -> dict[str, Any]:
@@ -205,12 +198,6 @@ def accumulate(loop: Loop, minibatch: list[Scored]) -> dict[str, float]:
     return metrics | norms_by_sign(torch.cat(norms), torch.cat(advantages))
 
 
-def norms_by_sign(norms: torch.Tensor, advantages: torch.Tensor) -> dict[str, float]:
-    """Mean norm of the logit gradient over tokens whose sampled advantage is positive, and over the others."""
-    by_sign = {"pos": norms[advantages > 0], "neg": norms[advantages <= 0]}
-    return {f"logit_grad_norm_{sign}": part.mean().item() for sign, part in by_sign.items() if len(part)}
-
-
 def evaluate(loop: Loop) -> float | None:
     """pass@1 on held-out items, one sampling pass as in ``eval``; None without a task."""
     recipe = loop.ctx.recipe
@@ -254,50 +241,6 @@ def try_longest(loop: Loop) -> None:
 
     with loop.actors.policy.model.training_mode():
         preflight(loop.ctx, [longest] * rl.minibatch, rl.micro_batch_tokens, score_and_update, loop.optimiser)
-
-
-def describe(loop: Loop, phase: Phase) -> dict[str, Any]:
-    """What the rollouts were like."""
-    lengths = [len(r.example.response) for r in phase.responses]
-    metrics: dict[str, Any] = {
-        "response_tokens": sum(lengths),
-        "mean_response_tokens": fmean(lengths),
-        "truncated": fmean(r.truncated for r in phase.responses),
-    }
-    if phase.rewards is not None:
-        metrics["reward"] = phase.rewards.mean().item()
-        metrics["accuracy"] = (phase.rewards > 0).float().mean().item()
-        each = loop.ctx.recipe.rl.responses_per_prompt
-        if each > 1:
-            metrics["dead_groups"] = dead_groups(phase.rewards, each)
-    return metrics
-
-
-def with_cost(loop: Loop, metrics: dict[str, Any]) -> dict[str, Any]:
-    seconds = loop.ctx.clock.lap()
-    rl = loop.ctx.recipe.rl
-    spent = sum(seconds.get(phase, 0.0) for phase in ("rollout", "score", "update"))
-    return metrics | {
-        "samples_seen": metrics["step"] * rl.prompts_per_step * rl.responses_per_prompt,
-        "tokens_per_second": metrics["response_tokens"] / spent,
-        "seconds": {name: seconds[name] for name in ("rollout", "score", "update", "eval") if name in seconds},
-        "peak_mib": peak_mib(),
-    }
-
-
-def readable(loop: Loop, phase: Phase, step: int) -> list[dict[str, Any]]:
-    """Rows for samples.jsonl."""
-    each = loop.ctx.recipe.rl.responses_per_prompt
-    return [
-        {
-            "step": step + 1,
-            "prompt": phase.prompts[i // each].messages[-1]["content"],
-            "response": loop.chat.text(r.example.response),
-            "truncated": r.truncated,
-            "reward": None if phase.rewards is None else phase.rewards[i].item(),
-        }
-        for i, r in enumerate(phase.responses[:SAMPLES_A_STEP])
-    ]
 
 
 def heed(loop: Loop, warnings: list[str], step: int) -> None:

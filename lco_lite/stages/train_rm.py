@@ -173,7 +173,7 @@ def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFor
     )
     if after <= before:
         ctx.console.warn(
-            "φ_DPO is no better than the policy it shall teach: its advantages may point the wrong way. More or cleaner "
-            "pairs, train_rm.sft_weight, cut_rejected or more updates help; rl would not."
+            "φ_DPO is no better than the policy it shall teach: its advantages may point the wrong way. More or "
+            "cleaner pairs, train_rm.sft_weight, cut_rejected or more updates help; rl would not."
         )
     return {"rm_as_policy": after, "policy_before": before}

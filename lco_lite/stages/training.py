@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -55,13 +56,21 @@ class Optimiser:
         return norm, lr
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of the trained weights by name."""
-        return {name: p.detach().clone() for name, p in self.parameters.items()}
+        """A copy of the trained weights by name, on the CPU."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+
+    @contextlib.contextmanager
+    def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Other weights for as long as the block takes; none given, nothing changes."""
+        now = self.weights() if weights else {}
+        self.load_weights(weights)
+        yield
+        self.load_weights(now)
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        for name, p in self.parameters.items():
-            p.copy_(weights[name])
+        for name, value in weights.items():
+            self.parameters[name].copy_(value)
 
 
 class Progress:
@@ -96,5 +105,6 @@ class Progress:
     def stop(self, step: int) -> None:
         """Leave after a checkpoint. Always raises Interrupted."""
         raise Interrupted(
-            f"stopped after step {step}; the checkpoint is in {self.stage.checkpoints}, and the same command goes on from there"
+            f"stopped after step {step}; the checkpoint is in {self.stage.checkpoints}, "
+            "and the same command goes on from there"
         )

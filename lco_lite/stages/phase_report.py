@@ -1,0 +1,62 @@
+"""What a rollout phase was like and what it cost, under the names of telemetry/metrics.py."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from lco_lite.data.chat import ChatFormat
+from lco_lite.feedback.rule import dead_groups
+from lco_lite.stages.phase import Phase
+from lco_lite.telemetry.memory import peak_mib
+
+SAMPLES_A_STEP = 8  # responses kept in samples.jsonl for people to read
+
+
+def norms_by_sign(norms: Tensor, advantages: Tensor) -> dict[str, float]:
+    """Mean norm of the logit gradient over tokens whose sampled advantage is positive, and over the others."""
+    by_sign = {"pos": norms[advantages > 0], "neg": norms[advantages <= 0]}
+    return {f"logit_grad_norm_{sign}": part.mean().item() for sign, part in by_sign.items() if len(part)}
+
+
+def describe(phase: Phase, group: int) -> dict[str, Any]:
+    """What the rollouts were like; ``group`` responses to each prompt."""
+    lengths = [len(r.example.response) for r in phase.responses]
+    metrics: dict[str, Any] = {
+        "response_tokens": sum(lengths),
+        "mean_response_tokens": fmean(lengths),
+        "truncated": fmean(r.truncated for r in phase.responses),
+    }
+    if phase.rewards is not None:
+        metrics["reward"] = phase.rewards.mean().item()
+        metrics["accuracy"] = (phase.rewards > 0).float().mean().item()
+        if group > 1:
+            metrics["dead_groups"] = dead_groups(phase.rewards, group)
+    return metrics
+
+
+def with_cost(metrics: dict[str, Any], seconds: dict[str, float], responses: int) -> dict[str, Any]:
+    """``metrics`` and what the step cost: ``seconds`` by phase, for so many ``responses`` a step."""
+    spent = sum(seconds.get(phase, 0.0) for phase in ("rollout", "score", "update"))
+    return metrics | {
+        "samples_seen": metrics["step"] * responses,
+        "tokens_per_second": metrics["response_tokens"] / spent,
+        "seconds": {name: seconds[name] for name in ("rollout", "score", "update", "eval") if name in seconds},
+        "peak_mib": peak_mib(),
+    }
+
+
+def readable(phase: Phase, chat: ChatFormat, group: int, step: int) -> list[dict[str, Any]]:
+    """The first responses of a step, as rows for samples.jsonl."""
+    return [
+        {
+            "step": step,
+            "prompt": phase.prompts[i // group].messages[-1]["content"],
+            "response": chat.text(r.example.response),
+            "truncated": r.truncated,
+            "reward": None if phase.rewards is None else phase.rewards[i].item(),
+        }
+        for i, r in enumerate(phase.responses[:SAMPLES_A_STEP])
+    ]
