@@ -124,10 +124,12 @@ def _context(run: Run, recipe: Recipe, quiet: bool = False, json: bool = False) 
     import torch
 
     from lco_lite.models.loading import resolve_device
+    from lco_lite.models.quiet import quiet_libraries
     from lco_lite.stages.context import Context
     from lco_lite.telemetry.console import Console
     from lco_lite.telemetry.memory import peak_mib
 
+    quiet_libraries()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     ctx = Context(run, recipe, Console(quiet=quiet, json=json), resolve_device(recipe.device))

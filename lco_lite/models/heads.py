@@ -1,4 +1,4 @@
-"""The LM head of a model as a ``Head``, found by structure and proved by a forward pass; and whether two share tokens."""
+"""The LM head of a model as a ``Head``, found by structure and proved by a forward pass; whether two share tokens."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ def _prove(base: PreTrainedModel, head: Head) -> None:
     error = (ours - logits[:, : head.rows]).norm() / logits[:, : head.rows].norm()
     if not error < _TOLERANCE.get(hidden.dtype, 3e-2):
         raise ModelError(
-            f"{type(base).__name__}: its logits are not scale · (W·h + b), soft-capped or not (relative error {error:.1e}): "
-            "this architecture's head is not supported"
+            f"{type(base).__name__}: its logits are not scale · (W·h + b), soft-capped or not (relative error "
+            f"{error:.1e}): this architecture's head is not supported"
         )

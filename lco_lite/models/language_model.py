@@ -6,9 +6,10 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Linear, Parameter
@@ -35,8 +36,10 @@ class LanguageModel:
         inside = set(self.decoder.modules()) - {base.get_output_embeddings()}
         # asked before any adapter wraps them: name -> is it part of the language model
         self._linear = {name: m in inside for name, m in base.named_modules() if isinstance(m, Linear)}
+        # bitsandbytes rounds these otherwise in train mode, and scores would not be those of the first update
+        self._int8 = [m for m in base.modules() if type(m).__name__ == "Linear8bitLt"]
         self.active: str | None = None
-        self._peft: PeftModel | None = None
+        self._peft: Any = None  # a PeftModel around the base, once there is an adapter
         self._trained: str | None = None
 
     @property
@@ -44,7 +47,7 @@ class LanguageModel:
         return self.head.weight.device
 
     @property
-    def generation_model(self) -> PreTrainedModel:
+    def generation_model(self) -> Any:
         """``generate`` on it samples from the active adapter."""
         return self.base
 
@@ -75,7 +78,7 @@ class LanguageModel:
         targets, exclude = self._targets(lora)
         config = LoraConfig(
             r=lora.r,
-            lora_alpha=lora.alpha,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float is as good
             lora_dropout=lora.dropout,
             target_modules=targets,
             exclude_modules=exclude,
@@ -93,14 +96,15 @@ class LanguageModel:
         try:
             self._attach(name, LoraConfig.from_pretrained(str(folder)))
             state = _read_adapter(folder)
-            result = set_peft_model_state_dict(self._peft, state, adapter_name=name)
+            result: Any = set_peft_model_state_dict(self._peft, state, adapter_name=name)
         except (RuntimeError, ValueError, TypeError) as e:
             raise ModelError(f"{folder}: this adapter is of another base: {' '.join(str(e).split())[:400]}") from e
         missing = [key for key in result.missing_keys if f".{name}." in key]
-        if missing or result.unexpected_keys:
+        homeless = list(result.unexpected_keys)
+        if missing or homeless:
             raise ModelError(
                 f"{folder}: this adapter is of another base: {len(missing)} of its weights are missing and "
-                f"{len(result.unexpected_keys)} find no place, e.g. {(missing or result.unexpected_keys)[0]}"
+                f"{len(homeless)} find no place, e.g. {(missing or homeless)[0]}"
             )
         self.activate(self.active)
 
@@ -183,6 +187,8 @@ class LanguageModel:
     def training_mode(self) -> Iterator[None]:
         """Dropout as configured and, where asked for, activations recomputed; both end with the block."""
         self.base.train()
+        for frozen in self._int8:
+            frozen.eval()
         if self.checkpointing:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
         try:

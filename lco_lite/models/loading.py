@@ -49,7 +49,7 @@ def load_tokenizer(weights: Weights, folder: Path | None = None) -> PreTrainedTo
 
 
 def load_base(weights: Weights, device: torch.device, folder: Path | None = None) -> PreTrainedModel:
-    """The model on ``device``, in eval mode, frozen; its own sampling defaults are dropped, so that the recipe's hold."""
+    """The model on ``device``, in eval mode, frozen; its own sampling defaults are dropped: the recipe's hold."""
     source = str(folder or weights.path)
     _refuse_unusable_folder(Path(source))
     dtype = base_dtype(weights, device)
@@ -97,9 +97,9 @@ def quantization_config(weights: Weights, dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
-def convert_gguf(path: str | None, gguf_file: str, folder: Path) -> None:
+def convert_gguf(path: str, gguf_file: str, folder: Path) -> None:
     """Writes the GGUF's weights and tokenizer to ``folder`` as an ordinary bfloat16 model, whole or not at all."""
-    if path is not None and Path(path).is_dir() and not (Path(path) / gguf_file).is_file():
+    if Path(path).is_dir() and not (Path(path) / gguf_file).is_file():
         raise ModelError(f"{Path(path) / gguf_file}: no such GGUF file")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
@@ -108,8 +108,6 @@ def convert_gguf(path: str | None, gguf_file: str, folder: Path) -> None:
         raise _unloadable("GGUF file", f"{path}/{gguf_file}", e) from e
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the mark
-    model.hf_quantizer = None
-    model.is_quantized = False
     with write_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -141,10 +139,16 @@ def _refuse_unusable_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: only pickled weights ({pickled[0]}); safetensors are needed, for pickle runs code")
 
 
+def _shortened(text: str, limit: int = 400) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+
+
 def _unloadable(what: str, source: str, error: Exception) -> ModelError:
     if isinstance(error, ModelError):
         return error
     reason = " ".join(str(error).split()) or type(error).__name__
-    if not Path(source).exists() and not source.count("/") <= 1:
+    if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         return ModelError(f"{source}: no such folder")
-    return ModelError(f"{source}: this {what} cannot be loaded: {reason[:400]}")
+    if not Path(source).exists():
+        reason += " (no local folder of this name; a hub id needs the network or a cached copy)"
+    return ModelError(f"{source}: this {what} cannot be loaded: {_shortened(reason)}")

@@ -154,7 +154,7 @@ def _own_reward_base(ctx: Context, settings: RewardModel, policy: LanguageModel)
 
 
 def _converted(weights: Weights, folder: Path) -> Path | None:
-    if weights.gguf_file is None:
+    if weights.gguf_file is None or weights.path is None:
         return None
     if not folder.exists():
         convert_gguf(weights.path, weights.gguf_file, folder)

