@@ -4,7 +4,7 @@
     python benchmarks/phases.py recipes/smollm2.yaml --set model.path=FOLDER --json
 
 Trains what RL rests on first, where it is missing, then RL; reads its metrics.jsonl. Medians over steps, the first left
-out where there are more (allocations, kernels compiled). Compare ratios of runs on one machine, not seconds between machines.
+out where there are more (allocations, kernels compiled). Compare runs on one machine, not seconds between machines.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ def convert_gguf(path: str, gguf_file: str, folder: Path) -> None:
     except Exception as e:
         raise _unloadable("GGUF file", f"{path}/{gguf_file}", e) from e
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the mark
+        del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the marks
+    model.hf_quantizer = None  # type: ignore[assignment]
     with write_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)

@@ -15,7 +15,7 @@ def kld(logits: Tensor, residual: Tensor, actions: Tensor | None, dtype: torch.d
     """KL(π* ‖ π_θ) with π* ∝ π_θ e^r (eq 10)."""
     log_p = torch.log_softmax(logits, dim=-1)
     log_target = torch.log_softmax(residual.add_(log_p), dim=-1)
-    return _divergence(log_p, log_target, actions, dtype)
+    return _divergence(log_p, log_target, residual, actions, dtype)
 
 
 def sparse_kld(
@@ -27,12 +27,12 @@ def sparse_kld(
     """
     log_p = torch.log_softmax(logits, dim=-1)
     log_base = torch.log_softmax(gap.add_(log_p), dim=-1)
-    kl_to_base = (log_p.exp() * (log_p - log_base)).sum(-1)
+    kl_to_base = torch.sub(log_p, log_base, out=gap).mul_(log_p.exp()).sum(-1)
     log_sampled = log_base.gather(-1, sampled.unsqueeze(-1))
     log_others = torch.log(-torch.expm1(log_sampled))
     log_target = log_base.sub_(torch.logaddexp(log_others, log_sampled + tilt))
     log_target = log_target.scatter_add_(-1, sampled.unsqueeze(-1), tilt)
-    values, grad = _divergence(log_p, log_target, actions, dtype)
+    values, grad = _divergence(log_p, log_target, gap, actions, dtype)
     return values | {"kl_to_old": kl_to_base}, grad
 
 
@@ -68,10 +68,13 @@ def logprob(logits: Tensor, actions: Tensor, dtype: torch.dtype) -> tuple[Values
     return values, grad.scatter_add_(-1, actions.unsqueeze(-1), ones).to(dtype)
 
 
-def _divergence(log_p: Tensor, log_t: Tensor, actions: Tensor | None, dtype: torch.dtype) -> tuple[Values, Tensor]:
-    """KL(t ‖ p) and its gradient p − t (eq 47). Overwrites ``log_t``."""
-    p, t = log_p.exp(), log_t.exp()
-    values = _with_logprob({"entropy": -(p * log_p).sum(-1)}, log_p, actions)
+def _divergence(
+    log_p: Tensor, log_t: Tensor, scratch: Tensor, actions: Tensor | None, dtype: torch.dtype
+) -> tuple[Values, Tensor]:
+    """KL(t ‖ p) and its gradient p − t (eq 47). Overwrites ``log_t`` and ``scratch``."""
+    p = log_p.exp()
+    values = _with_logprob({"entropy": -torch.mul(p, log_p, out=scratch).sum(-1)}, log_p, actions)
+    t = torch.exp(log_t, out=scratch)
     grad = p.sub_(t)
     # the sum of the gradient is 0: adding it takes the rounding of both normalisers out of the loss, to first order
     values["loss"] = t.mul_(log_t.sub_(log_p)).sum(-1) + grad.sum(-1)
@@ -84,8 +87,8 @@ def _curve(objective: str, x: Tensor) -> tuple[Tensor, Tensor]:
     if objective == "mse":
         return x.square(), x.mul_(2)
     size = x.abs()
-    e = torch.expm1(-2 * size)
-    slope = torch.copysign(e / (e + 2), x)  # tanh |x| = −e / (2 + e)
+    e = (-2 * size).expm1_()
+    slope = torch.copysign((e + 2).reciprocal_().mul_(e), x, out=x)  # tanh |x| = −e / (2 + e)
     return e.mul_(0.5).log1p_().add_(size), slope
 
 

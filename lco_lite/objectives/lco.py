@@ -74,14 +74,15 @@ def lco_loss(
                 terms = _kld if objective == "kld" else functools.partial(_regression, objective, weighting)
                 values, grad, factor, logits = terms(h, head, goal, taken, standardise)
                 grads.add(head, part, h, grad, logits, factor)
+                del logits
+            del grad  # before the next chunk needs the room
             chunks.append(values)
         diagnostics = {name: torch.cat([values[name] for values in chunks]) for name in chunks[0]}
     return grads.attach(diagnostics["loss"].mean()), diagnostics
 
 
-Terms = tuple[
-    Values, Tensor, float, Tensor | None
-]  # values, ∂loss/∂logits short of a factor, the factor, logits if any
+# values, ∂loss/∂logits short of a factor, that factor, z_θ where it was formed
+Terms = tuple[Values, Tensor, float, Tensor | None]
 
 
 def _kld(hidden: Tensor, head: Head, target: AnyTarget, actions: Tensor | None, standardise: bool) -> Terms:

