@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lco_lite.errors import LcoError, UsageError
-from lco_lite.recipe import Recipe
+from lco_lite.recipe import Recipe, Rl
 from lco_lite.recipe_file import load_recipe, override, validate
 from lco_lite.shipped import find_recipe
 
@@ -188,7 +188,15 @@ def _base_and_adapter(model: str) -> tuple[str, Path | None]:
 
 
 def _overridden(recipe: Recipe, sets: list[str] | None, flags: dict[str, Any]) -> Recipe:
-    return validate(override(recipe.model_dump(mode="json"), sets, flags), "the run's recipe with your flags")
+    """The run's recipe under the user's flags. A new objective brings its own defaults: those of the old one, which the
+    run's recipe has written out, make room for them."""
+    data = recipe.model_dump(mode="json")
+    usual = Rl.model_validate({"objective": recipe.rl.objective}).model_dump(mode="json")
+    changed = override(data, sets, flags)
+    if changed["rl"]["objective"] != recipe.rl.objective:
+        own = {key: value for key, value in data["rl"].items() if value != usual[key]}
+        changed = override({**data, "rl": own}, sets, flags)
+    return validate(changed, "the run's recipe with your flags")
 
 
 def _leave(message: str, status: int) -> None:

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lco_lite.method_defaults import method_defaults
+
 LCO_OBJECTIVES = ("kld", "lch", "mse")
 
 
@@ -193,13 +195,35 @@ class TrainRm(Training):
 
 
 class Rl(Training):
-    objective: Literal["kld", "lch", "mse"] = setting("kld", "the loss", "paper eqs 8 to 10; KLD is the steadiest")
+    objective: Literal["kld", "lch", "mse", "reinforce", "ppo", "rloo", "grpo", "dapo", "gspo"] = setting(
+        "kld", "the loss; each brings its own defaults (method_defaults.py)", "paper eqs 8 to 10; KLD is the steadiest"
+    )
     beta: float = setting(1.0, "strength of the KL regulariser, in units of the advantage", "paper", gt=0)
-    feedback: Literal["dpo", "rule"] = setting("dpo", "dpo: dense, eq 13. rule: +1 right, -1 wrong, eq 11", "paper")
-    baseline: Literal["none", "batch", "group"] = setting(
+    feedback: Literal["dpo", "dpo_sampled", "logprob", "rule"] = setting(
+        "dpo",
+        "dpo: dense, eq 13; dpo_sampled: that of the sampled token; logprob: dense, eq 12; rule: +1 right, -1 wrong",
+        "paper",
+    )
+    baseline: Literal["none", "batch", "group", "leave_one_out"] = setting(
         "batch",
-        "rule: what is subtracted from the reward; group: mean of a prompt's responses",
+        "what is subtracted from a reward: the mean of the phase, of the prompt's responses, of its other ones",
         "prototype: none collapses",
+    )
+    scale_rewards: bool = setting(False, "divide by the deviation of the prompt's rewards", "off: paper; on: GRPO")
+    kl_coef: float = setting(
+        0.0, "policy gradients: coefficient of log π/π_ref, taken off the reward", "paper: none", ge=0
+    )
+    clip_low: float = setting(0.2, "policy gradients: the ratio's lower clip, 1 less this", "TRL 1.16", gt=0, lt=1)
+    clip_high: float = setting(0.2, "policy gradients: the ratio's upper clip, 1 plus this", "TRL 1.16", gt=0)
+    gamma: float = setting(1.0, "ppo: discount a token", "TRL 1.10", gt=0, le=1)
+    gae_lambda: float = setting(0.95, "ppo: GAE's λ", "TRL 1.10", ge=0, le=1)
+    value_coef: float = setting(0.1, "ppo: weight of the value loss", "TRL 1.10", gt=0)
+    value_clip: float = setting(0.2, "ppo: values move at most so far from the old ones", "TRL 1.10", gt=0)
+    overlong_buffer: float = setting(
+        0.0, "the last share of max_new_tokens, over which the reward falls by 1", "off; DAPO 0.2", ge=0, lt=1
+    )
+    dynamic_sampling: bool = setting(
+        False, "sample other prompts for groups without signal, three times at most", "off; DAPO on"
     )
     weighting: Literal["mean", "sum", "policy"] = setting(
         "mean", "mse, lch: weights over the vocabulary; policy: by π_old", "mean: paper eqs 8 and 9"
@@ -229,17 +253,48 @@ class Rl(Training):
         "warn", "on collapse of entropy, reward or length", "say it in words; stop exits 4"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_objective(cls, given: Any) -> Any:
+        return {**method_defaults(str(given.get("objective"))), **given} if isinstance(given, dict) else given
+
+    @property
+    def is_lco(self) -> bool:
+        return self.objective in LCO_OBJECTIVES
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the feedback is an advantage for every token of the vocabulary."""
+        return self.feedback in ("dpo", "logprob")
+
+    @property
+    def needs_reward_model(self) -> bool:
+        return self.feedback in ("dpo", "dpo_sampled")
+
     @model_validator(mode="after")
     def _makes_sense(self) -> Rl:
         problems = []
+        if not self.is_lco and self.is_dense:
+            problems.append(
+                f"feedback {self.feedback} is an advantage over the whole vocabulary, and {self.objective} takes that "
+                "of sampled tokens: dpo_sampled or rule"
+            )
+        if not self.is_lco and (self.weighting != "mean" or self.anchor):
+            problems.append(f"weighting and anchor belong to kld, lch and mse, not to {self.objective}")
+        if self.is_lco and self.kl_coef:
+            problems.append("kl_coef is for policy gradients: LCO's β is its KL regulariser")
+        grouped = self.baseline in ("group", "leave_one_out") or self.scale_rewards or self.dynamic_sampling
+        if not self.is_dense and grouped and self.responses_per_prompt < 2:
+            problems.append(
+                f"baseline {self.baseline}, scale_rewards and dynamic_sampling compare a prompt's responses: "
+                "responses_per_prompt must be at least 2"
+            )
         if self.weighting != "mean" and self.objective == "kld":
             problems.append(
                 f"weighting {self.weighting!r} has no meaning for kld: it is an expectation already (use mse or lch)"
             )
-        if self.standardise and self.feedback != "dpo":
-            problems.append("standardise needs the dense advantages of feedback: dpo")
-        if self.feedback == "rule" and self.baseline == "group" and self.responses_per_prompt < 2:
-            problems.append("baseline: group needs responses_per_prompt of at least 2")
+        if self.standardise and not self.is_dense:
+            problems.append("standardise needs the dense advantages of feedback dpo or logprob")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -282,7 +337,7 @@ class Recipe(Section):
                 problems.append("data.demonstrations: needed where task is null (or set sft.enabled: false)")
             if self.data.prompts is None:
                 problems.append("data.prompts: needed where task is null")
-            if self.rl.feedback == "dpo" and self.data.preferences == "sampled":
+            if self.rl.needs_reward_model and self.data.preferences == "sampled":
                 problems.append(
                     "data.preferences: `sampled` pairs are graded by a task, and task is null: name a file or hub set"
                 )
@@ -293,7 +348,7 @@ class Recipe(Section):
         if (
             self.model.lora is None
             and self.reward_model == "self"
-            and self.rl.feedback == "dpo"
+            and self.rl.needs_reward_model
             and self.model.quantization != "none"
         ):
             problems.append("reward_model: self with lora: null needs unquantized weights")

@@ -41,7 +41,7 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     elif stage == "rm":
         roots = _RM
     elif stage.startswith("rl-"):
-        roots = (*(_RM if recipe.rl.feedback == "dpo" else _SFT), "data.prompts", "rl")
+        roots = (*(_RM if recipe.rl.needs_reward_model else _SFT), "data.prompts", "rl")
     else:
         raise UsageError(f"no stage {stage!r}: sft, rm or rl-OBJECTIVE")
     values = flat(recipe.model_dump(mode="json"))

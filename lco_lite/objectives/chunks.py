@@ -16,7 +16,7 @@ from lco_lite.objectives.head import Head, columns_product, wide
 
 CUDA_BYTES = 240 * 2**20  # all buffers of a chunk together
 CUDA_BYTES_PER_LOGIT = 12  # z, r in fp32, and half-precision or fused temporaries
-CPU_LOGITS = 2**23  # 32 MiB in fp32: more is no faster
+CPU_LOGITS = 6 * 2**20  # 24 MiB in fp32: enough for the products, small enough for malloc to use again
 logger = logging.getLogger(__name__)
 
 

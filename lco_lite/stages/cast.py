@@ -99,6 +99,18 @@ def open_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
     return Role(start.model, REWARD), start
 
 
+def open_judges(ctx: Context, start: Role) -> tuple[Role | None, Role | None]:
+    """(φ, φ_ref) of the recipe's feedback: DPO's pair; for ``logprob`` the reward model's base alone; else none."""
+    if ctx.recipe.rl.needs_reward_model:
+        return open_reward_model(ctx, start)
+    if ctx.recipe.rl.feedback == "logprob":
+        settings = ctx.recipe.reward_model
+        if isinstance(settings, RewardModel):
+            return Role(_own_reward_base(ctx, settings, start.model)), None
+        return start, None
+    return None, None
+
+
 def open_stage(ctx: Context, stage: str) -> Role:
     """What a stage made, as a policy to sample from: ``base``, ``sft``, ``rm`` or ``rl-OBJECTIVE``."""
     if stage == "base":

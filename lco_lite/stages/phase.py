@@ -1,4 +1,4 @@
-"""One rollout phase of RL: the responses of π_old, how they are split into updates, and the target of each.
+"""One rollout phase of RL: the responses of π_old, and how they are split into updates.
 
 π_old, A and the target stay fixed for all minibatches and epochs of the phase: refreshing them multiplies the advantage
 into the policy once more, and doing so after every batch compounds noise. A minibatch is split into micro-batches once;
@@ -15,32 +15,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lco_lite.data.prepare import Prompt
-from lco_lite.feedback.dpo import dpo_shift, sampled_advantages
-from lco_lite.feedback.rule import subtract_baseline
+from lco_lite.feedback.advantages import live_groups
 from lco_lite.models.roles import Role
-from lco_lite.objectives.targets import DenseTarget, SparseTarget
+from lco_lite.objectives.value import ValueHead
 from lco_lite.recipe import Rl
 from lco_lite.rollout.engine import Response
 from lco_lite.seeding import derive
-from lco_lite.sequences import Batch, Example, collate, micro_batches
+from lco_lite.sequences import Example, micro_batches
 
 
 @dataclass(frozen=True)
 class Actors:
-    """Who takes part. ``reward_model`` and ``reference`` are None for rule feedback."""
+    """Who takes part. ``reward_model`` is φ_DPO or another φ, ``reference`` φ_ref; None where the feedback needs none.
+    ``critic`` is PPO's."""
 
     policy: Role
     start: Role
     reward_model: Role | None
     reference: Role | None
+    critic: ValueHead | None = None
 
 
 @dataclass
 class Phase:
-    """Responses in the order of their prompts, G in a row to each; ``rewards`` [N] of ±1 where a task grades them."""
+    """Responses in the order of their prompts, G in a row to each; ``rewards`` [N] of ±1 where a task grades them.
 
-    prompts: list[Prompt]
+    ``chosen`` are the prompts' places among all, ``limit`` the longest response there could be, in tokens.
+    """
+
+    chosen: list[int]
+    limit: int
     responses: list[Response]
     rewards: Tensor | None
 
@@ -49,25 +53,20 @@ class Phase:
         return [r.example for r in self.responses]
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint inside the phase; the prompts are found again by the step."""
+        """For a checkpoint inside the phase."""
         return {
+            "chosen": self.chosen,
+            "limit": self.limit,
             "responses": [[r.example.prompt, r.example.response, r.truncated] for r in self.responses],
             "rewards": None if self.rewards is None else self.rewards.tolist(),
         }
 
     @classmethod
-    def from_json(cls, prompts: list[Prompt], data: dict[str, Any]) -> Phase:
+    def from_json(cls, data: dict[str, Any]) -> Phase:
         responses = [Response(Example(prompt, ids), cut) for prompt, ids, cut in data["responses"]]
-        return cls(prompts, responses, None if data["rewards"] is None else torch.tensor(data["rewards"]))
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A micro-batch, its target, and the advantages [T] of its sampled tokens. Kept on the CPU until its turn."""
-
-    batch: Batch
-    target: DenseTarget | SparseTarget
-    advantages: Tensor
+        return cls(
+            data["chosen"], data["limit"], responses, None if data["rewards"] is None else torch.tensor(data["rewards"])
+        )
 
 
 def plan_minibatches(examples: Sequence[Example], rl: Rl, seed: int, step: int) -> list[list[list[int]]]:
@@ -90,33 +89,23 @@ def order_of_updates(n_minibatches: int, rl: Rl, seed: int, step: int) -> list[i
     return [i for _ in range(rl.inner_epochs) for i in torch.randperm(n_minibatches, generator=generator).tolist()]
 
 
-@torch.no_grad()
-def score(actors: Actors, phase: Phase, plan: list[list[list[int]]], rl: Rl) -> list[list[Scored]]:
-    """h_old and the target of every micro-batch, from the policy as it is now: before the phase's first update."""
-    head = actors.policy.model.head
-    old_head = head.frozen() if head.is_trained else None
-    spread = None
-    if rl.feedback == "rule":
-        assert phase.rewards is not None, "the recipe makes sure of a task"
-        spread = subtract_baseline(phase.rewards, rl.baseline, rl.responses_per_prompt)
+def with_signal(phase: Phase, group: int) -> Phase:
+    """Only the groups whose rewards differ (DAPO's dynamic sampling); all of them where none does."""
+    assert phase.rewards is not None, "the recipe makes sure of a task"
+    live = live_groups(phase.rewards, group).nonzero().flatten().tolist()
+    return _groups(phase, live or list(range(len(phase.chosen))), group)
 
-    def score_group(group: list[int]) -> Scored:
-        batch = collate([phase.responses[i].example for i in group], actors.policy.model.pad_id)
-        anchor: dict[str, Any] = {"old_head": old_head, "anchor": rl.anchor}
-        if rl.anchor:
-            anchor["reference"] = actors.start.hidden(batch)
-            anchor["reference_head"] = actors.start.model.head if old_head is not None else None
-        old = actors.policy.hidden(batch)
-        target: DenseTarget | SparseTarget
-        if spread is not None:
-            advantages = spread[torch.tensor(group)][batch.rows]
-            target = SparseTarget(old, batch.actions.to(old.device), advantages.to(old.device), rl.beta, **anchor)
-        else:
-            assert actors.reward_model is not None and actors.reference is not None
-            shift = dpo_shift(actors.reward_model.hidden(batch), actors.reference.hidden(batch))
-            reward_head = actors.reward_model.model.head
-            advantages = sampled_advantages(shift, reward_head, batch.actions)
-            target = DenseTarget(old, shift, rl.beta, shift_head=reward_head, **anchor)
-        return Scored(batch, target.to("cpu"), advantages.cpu())
 
-    return [[score_group(group) for group in minibatch] for minibatch in plan]
+def first_prompts(phase: Phase, n: int, group: int) -> Phase:
+    return _groups(phase, list(range(min(n, len(phase.chosen)))), group)
+
+
+def joined(a: Phase, b: Phase) -> Phase:
+    rewards = None if a.rewards is None or b.rewards is None else torch.cat([a.rewards, b.rewards])
+    return Phase(a.chosen + b.chosen, a.limit, a.responses + b.responses, rewards)
+
+
+def _groups(phase: Phase, places: list[int], group: int) -> Phase:
+    members = [i * group + k for i in places for k in range(group)]
+    rewards = None if phase.rewards is None else phase.rewards[members]
+    return Phase([phase.chosen[i] for i in places], phase.limit, [phase.responses[i] for i in members], rewards)

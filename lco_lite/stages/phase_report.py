@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lco_lite.data.chat import ChatFormat
-from lco_lite.feedback.rule import dead_groups
+from lco_lite.data.prepare import Prompt
+from lco_lite.feedback.advantages import live_groups
 from lco_lite.stages.phase import Phase
 from lco_lite.telemetry.memory import peak_mib
 
 SAMPLES_A_STEP = 8  # responses kept in samples.jsonl for people to read
 
 
-def norms_by_sign(norms: Tensor, advantages: Tensor) -> dict[str, float]:
-    """Mean norm of the logit gradient over tokens whose sampled advantage is positive, and over the others."""
-    by_sign = {"pos": norms[advantages > 0], "neg": norms[advantages <= 0]}
-    return {f"logit_grad_norm_{sign}": part.mean().item() for sign, part in by_sign.items() if len(part)}
+def pooled(diagnostics: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over a minibatch's tokens; the norm of the logit gradient apart for tokens whose sampled advantage is
+    positive and for the others."""
+    found = {name: torch.cat([d[name] for d in diagnostics]) for name in diagnostics[0]}
+    advantages, norms = found.pop("advantages"), found.pop("logit_grad_norm", None)
+    means = {name: value.mean().item() for name, value in found.items()}
+    if norms is not None:
+        by_sign = {"pos": norms[advantages > 0], "neg": norms[advantages <= 0]}
+        means |= {f"logit_grad_norm_{sign}": part.mean().item() for sign, part in by_sign.items() if len(part)}
+    return means
 
 
 def describe(phase: Phase, group: int) -> dict[str, Any]:
@@ -33,7 +42,7 @@ def describe(phase: Phase, group: int) -> dict[str, Any]:
         metrics["reward"] = phase.rewards.mean().item()
         metrics["accuracy"] = (phase.rewards > 0).float().mean().item()
         if group > 1:
-            metrics["dead_groups"] = dead_groups(phase.rewards, group)
+            metrics["dead_groups"] = 1 - live_groups(phase.rewards, group).float().mean().item()
     return metrics
 
 
@@ -48,12 +57,12 @@ def with_cost(metrics: dict[str, Any], seconds: dict[str, float], responses: int
     }
 
 
-def readable(phase: Phase, chat: ChatFormat, group: int, step: int) -> list[dict[str, Any]]:
+def readable(phase: Phase, prompts: Sequence[Prompt], chat: ChatFormat, group: int, step: int) -> list[dict[str, Any]]:
     """The first responses of a step, as rows for samples.jsonl."""
     return [
         {
             "step": step,
-            "prompt": phase.prompts[i // group].messages[-1]["content"],
+            "prompt": prompts[phase.chosen[i // group]].messages[-1]["content"],
             "response": chat.text(r.example.response),
             "truncated": r.truncated,
             "reward": None if phase.rewards is None else phase.rewards[i].item(),

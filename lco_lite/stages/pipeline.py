@@ -19,7 +19,7 @@ def stages_of(recipe: Recipe) -> list[str]:
     """The stages that a recipe asks for, in order."""
     return [
         *(["sft"] if recipe.sft.enabled else []),
-        *(["rm"] if recipe.rl.feedback == "dpo" else []),
+        *(["rm"] if recipe.rl.needs_reward_model else []),
         f"rl-{recipe.rl.objective}",
     ]
 
@@ -66,7 +66,8 @@ def announce(ctx: Context, stage: str) -> None:
 
 
 def why_absent(stage: str) -> str:
-    return {"sft": "sft.enabled: false", "rm": "rl.feedback is not dpo"}.get(stage, "rl.objective is another")
+    reasons = {"sft": "sft.enabled: false", "rm": "rl.feedback is neither dpo nor dpo_sampled"}
+    return reasons.get(stage, "rl.objective is another")
 
 
 def newest_stage(ctx: Context) -> str:

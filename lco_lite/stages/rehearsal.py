@@ -31,7 +31,7 @@ def rehearse(recipe: Recipe) -> None:
         typer.echo(f"sft      {len(examples)} demonstrations of {lengths(examples)} tokens, {updates} updates")
     else:
         typer.echo(f"one prompt:\n{chat.prompt_text(prompts[0].messages)}\n")
-    if recipe.rl.feedback == "dpo":
+    if recipe.rl.needs_reward_model:
         typer.echo(f"rm       {pairs_line(recipe, chat, len(prompts))}")
     rl = recipe.rl
     responses = rl.prompts_per_step * rl.responses_per_prompt

@@ -1,4 +1,4 @@
-"""Policy optimisation (the paper's algorithm): roll out, score, fit the policy to the fixed target, repeat.
+"""Policy optimisation, by LCO or by what it is compared with: roll out, score, update against a fixed target, repeat.
 
 for each step (one rollout phase):
     responses ~ π_old                                   rollout: temperature, top-p
@@ -23,24 +23,32 @@ from lco_lite.data.prepare import Prompt, held_out, recipe_task, rl_prompts
 from lco_lite.errors import Diverged
 from lco_lite.feedback.rule import rule_rewards
 from lco_lite.objectives.lco import lco_loss
+from lco_lite.objectives.logprobs import token_logprobs
 from lco_lite.objectives.monitor import monitor
+from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch
+from lco_lite.objectives.value import ValueHead, value_loss
 from lco_lite.rollout.engine import Response, Sampling
 from lco_lite.rollout.local import LocalEngine
 from lco_lite.run import StageFolder
-from lco_lite.seeding import seeded
+from lco_lite.seeding import derive, seeded
 from lco_lite.sequences import Example, endless
 from lco_lite.stages import cast
 from lco_lite.stages.context import Context
 from lco_lite.stages.evaluate import accuracy, eval_sampling, sample_scores
-from lco_lite.stages.phase import Actors, Phase, Scored, order_of_updates, plan_minibatches, score
-from lco_lite.stages.phase_report import describe, norms_by_sign, readable, with_cost
-from lco_lite.stages.training import Optimiser, Progress
+from lco_lite.stages.phase import Actors, Phase, first_prompts, joined, order_of_updates, plan_minibatches, with_signal
+from lco_lite.stages.phase_report import describe, pooled, readable, with_cost
+from lco_lite.stages.score import Scored, score
+from lco_lite.stages.training import Optimiser, Progress, prefixed
 from lco_lite.stages.window import fitting, preflight
 from lco_lite.tasks.base import Task
 from lco_lite.telemetry.console import Progress as Line
 from lco_lite.telemetry.guard import Guard
 from lco_lite.telemetry.interrupt import InterruptGuard
 from lco_lite.telemetry.metrics import JsonLog, MetricsLog, read_log
+
+DYNAMIC_ROUNDS = 3  # how often a step samples again for groups without signal; the rest of the phase is smaller
+
+Found = tuple[torch.Tensor, dict[str, torch.Tensor]]  # a loss, and diagnostics per token
 
 
 @dataclass
@@ -77,13 +85,13 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
             ui.progress(rl.steps, stage.name, done) as line,
         ):
             for step in range(done, rl.steps):
-                phase = resume_phase(loop, step) or roll_out(loop, step)
+                phase = resume_phase(loop) or roll_out(loop, step)
                 scored = score_phase(loop, phase, step)
                 metrics = {"step": step + 1} | update_policy(loop, phase, scored, step, line) | describe(phase, group)
                 if rl.eval_every and (step + 1) % rl.eval_every == 0:
                     metrics["eval"] = evaluate(loop)
                 log.write(with_cost(metrics, ctx.clock.lap(), group * rl.prompts_per_step))
-                for row in readable(phase, loop.chat, group, step + 1):
+                for row in readable(phase, loop.prompts, loop.chat, group, step + 1):
                     samples.write(row)
                 line.update(step + 1, **metrics)
                 heed(loop, guard.check(metrics), step + 1)
@@ -98,9 +106,10 @@ def open_loop(ctx: Context, stage: StageFolder, interrupt: InterruptGuard) -> Lo
     task = recipe_task(recipe)
     with ctx.clock("loading"):
         start = cast.open_start(ctx)
-        rewarding = cast.open_reward_model(ctx, start) if rl.feedback == "dpo" else (None, None)
-        actors = Actors(cast.open_policy(ctx, start), start, *rewarding)
-    model = actors.policy.model
+        policy = cast.open_policy(ctx, start)
+        critic = ValueHead(policy.model.head.weight.shape[1]).to(ctx.device) if rl.objective == "ppo" else None
+        actors = Actors(policy, start, *cast.open_judges(ctx, start), critic)
+    model = policy.model
     chat = ChatFormat(model.tokenizer, recipe.chat.template_args)
     longest = rl.max_new_tokens or (task.max_new_tokens if task else rl.max_length // 2)
     sampling = Sampling(rl.temperature, rl.top_p, longest, rl.rollout_batch)
@@ -108,15 +117,30 @@ def open_loop(ctx: Context, stage: StageFolder, interrupt: InterruptGuard) -> Lo
         ctx, rl_prompts(recipe, task), model, rl.max_length, "prompts", lambda p: len(chat.prompt(p.messages)) + longest
     )
     minibatches = -(-rl.prompts_per_step * rl.responses_per_prompt // rl.minibatch)
-    optimiser = Optimiser(cast.trainable(ctx, actors.policy, "rl"), rl, rl.steps * rl.inner_epochs * minibatches)
+    trained = cast.trainable(ctx, policy, "rl") + ([] if critic is None else prefixed("critic", critic))
+    optimiser = Optimiser(trained, rl, rl.steps * rl.inner_epochs * minibatches)
     progress = Progress(stage, optimiser, interrupt, ctx.device)
     return Loop(ctx, stage, actors, chat, task, prompts, sampling, optimiser, progress)
 
 
 def roll_out(loop: Loop, step: int) -> Phase:
-    """Samples the step's responses from the policy as it is now, and grades them where a task can."""
+    """Samples the step's responses from the policy as it is now, and grades them where a task can. With dynamic
+    sampling groups without signal make room for those of other prompts."""
+    rl = loop.ctx.recipe.rl
+    phase = sample_phase(loop, step, 0)
+    for again in range(1, DYNAMIC_ROUNDS + 1) if rl.dynamic_sampling else ():
+        phase = with_signal(phase, rl.responses_per_prompt)
+        if len(phase.chosen) >= rl.prompts_per_step:
+            break
+        phase = joined(phase, sample_phase(loop, step, again))
+    return first_prompts(phase, rl.prompts_per_step, rl.responses_per_prompt)
+
+
+def sample_phase(loop: Loop, step: int, again: int) -> Phase:
+    """Responses to the step's prompts; ``again`` counts how often the step has sampled before."""
     recipe, rl = loop.ctx.recipe, loop.ctx.recipe.rl
-    prompts = step_prompts(loop, step)
+    n = rl.prompts_per_step
+    chosen = endless(len(loop.prompts), derive(recipe.seed, "prompts", again) if again else recipe.seed, step * n, n)
 
     def between_batches(done: int) -> None:
         line.update(done)
@@ -124,21 +148,21 @@ def roll_out(loop: Loop, step: int) -> Phase:
             loop.progress.save(step)
             loop.progress.stop(step)
 
-    ids = [loop.chat.prompt(p.messages) for p in prompts for _ in range(rl.responses_per_prompt)]
+    ids = [loop.chat.prompt(loop.prompts[i].messages) for i in chosen for _ in range(rl.responses_per_prompt)]
     engine = LocalEngine(loop.actors.policy, loop.chat.end)
     with (
         loop.ctx.clock("rollout"),
         loop.ctx.console.progress(len(ids), "rollout") as line,
-        seeded(recipe.seed, "rollout", step),
+        seeded(recipe.seed, "rollout", step, *([again] if again else [])),
     ):
         responses = engine.generate(ids, loop.sampling, between_batches)
-    return Phase(prompts, responses, grade(loop, prompts, responses))
+    return Phase(chosen, loop.sampling.max_new_tokens, responses, grade(loop, chosen, responses))
 
 
-def grade(loop: Loop, prompts: Sequence[Prompt], responses: Sequence[Response]) -> torch.Tensor | None:
+def grade(loop: Loop, chosen: Sequence[int], responses: Sequence[Response]) -> torch.Tensor | None:
     """[N] of +1 right and -1 wrong; None where prompts are not a task's items."""
     task, each = loop.task, loop.ctx.recipe.rl.responses_per_prompt
-    items = [p.item for p in prompts if p.item is not None for _ in range(each)]
+    items = [item for i in chosen if (item := loop.prompts[i].item) is not None for _ in range(each)]
     if task is None or len(items) < len(responses):
         return None
     texts = [loop.chat.text(r.example.response) for r in responses]
@@ -177,25 +201,43 @@ def update_policy(loop: Loop, phase: Phase, scored: list[list[Scored]], step: in
 
 
 def accumulate(loop: Loop, minibatch: list[Scored]) -> dict[str, float]:
-    """Adds the gradient of the objective's mean over the minibatch's response tokens; returns what it saw."""
-    rl, role = loop.ctx.recipe.rl, loop.actors.policy
-    tokens = sum(len(s.batch.actions) for s in minibatch)
-    loss, norms, advantages = 0.0, [], []
+    """Adds the gradient of the objective's mean over the minibatch; returns what it saw."""
+    role = loop.actors.policy
+    size = sum(len(s.advantages) for s in minibatch), sum(int(s.batch.rows[-1]) + 1 for s in minibatch)
+    loss = 0.0
+    diagnostics: list[dict[str, torch.Tensor]] = []
     seen: dict[str, torch.Tensor] = {}
-    for s in minibatch:
-        batch, target = s.batch.to(role.model.device), s.target.to(role.model.device)
-        hidden = role.hidden(batch)
-        part, diagnostics = lco_loss(
-            rl.objective, hidden, role.model.head, target, rl.weighting, standardise=rl.standardise
-        )
-        part = part * (len(batch.actions) / tokens)
+    for s in (kept.to(role.model.device) for kept in minibatch):
+        hidden = role.hidden(s.batch)
+        part, found = (lco if loop.ctx.recipe.rl.is_lco else policy_gradient)(loop, s, hidden, *size)
         part.backward()
         loss += part.item()
-        norms.append(diagnostics["logit_grad_norm"].cpu())
-        advantages.append(s.advantages)
-        seen = seen or monitor(hidden, target.old, role.model.head, batch.actions, target.old_head)
-    metrics = {"loss": loss} | {name: value.item() for name, value in seen.items()}
-    return metrics | norms_by_sign(torch.cat(norms), torch.cat(advantages))
+        diagnostics.append({name: value.cpu() for name, value in found.items()} | {"advantages": s.advantages.cpu()})
+        old_head = None if s.target is None else s.target.old_head
+        seen = seen or monitor(hidden, s.old, role.model.head, s.batch.actions, old_head)
+    return {"loss": loss} | {name: value.item() for name, value in seen.items()} | pooled(diagnostics)
+
+
+def lco(loop: Loop, s: Scored, hidden: torch.Tensor, tokens: int, sequences: int) -> Found:
+    """This micro-batch's part of the mean over the minibatch's tokens (eqs 8 to 10)."""
+    rl, head = loop.ctx.recipe.rl, loop.actors.policy.model.head
+    assert s.target is not None
+    loss, found = lco_loss(rl.objective, hidden, head, s.target, rl.weighting, standardise=rl.standardise)
+    return loss * (len(s.advantages) / tokens), {"logit_grad_norm": found["logit_grad_norm"]}
+
+
+def policy_gradient(loop: Loop, s: Scored, hidden: torch.Tensor, tokens: int, sequences: int) -> Found:
+    """This micro-batch's part of the minibatch's loss, and of the critic's."""
+    rl, head = loop.ctx.recipe.rl, loop.actors.policy.model.head
+    assert s.old_logprobs is not None
+    logprobs, _ = token_logprobs(hidden, head, s.batch.actions)
+    batch = PolicyBatch(logprobs, s.old_logprobs, s.advantages, s.batch.rows, tokens, sequences)
+    loss, found = POLICY_GRADIENTS[rl.objective](batch, Clip(rl.clip_low, rl.clip_high))
+    if loop.actors.critic is not None:
+        assert s.values is not None and s.returns is not None
+        values = loop.actors.critic(hidden)
+        loss = loss + rl.value_coef * value_loss(values, s.values, s.returns, rl.value_clip, tokens)
+    return loss, found
 
 
 def evaluate(loop: Loop) -> float | None:
@@ -216,16 +258,10 @@ def evaluate(loop: Loop) -> float | None:
     return accuracy(rows)
 
 
-def resume_phase(loop: Loop, step: int) -> Phase | None:
+def resume_phase(loop: Loop) -> Phase | None:
     """The phase that the checkpoint was written inside, if it was."""
     saved = loop.progress.state.pop("phase", None)
-    return Phase.from_json(step_prompts(loop, step), saved) if saved else None
-
-
-def step_prompts(loop: Loop, step: int) -> list[Prompt]:
-    """Each step goes on where the one before ended; every pass over the prompts is shuffled anew."""
-    n = loop.ctx.recipe.rl.prompts_per_step
-    return [loop.prompts[i] for i in endless(len(loop.prompts), loop.ctx.recipe.seed, step * n, n)]
+    return Phase.from_json(saved) if saved else None
 
 
 def try_longest(loop: Loop) -> None:
@@ -235,9 +271,10 @@ def try_longest(loop: Loop) -> None:
     rl = loop.ctx.recipe.rl
 
     def score_and_update(examples: list[Example]) -> None:
-        phase = Phase([], [Response(e, True) for e in examples], torch.zeros(len(examples)))
+        phase = Phase([], len(longest), [Response(e, True) for e in examples], torch.zeros(len(examples)))
         group = list(range(len(examples)))
-        accumulate(loop, score(loop.actors, phase, [[group]], rl.model_copy(update={"baseline": "none"}))[0])
+        plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False})
+        accumulate(loop, score(loop.actors, phase, [[group]], plain)[0])
 
     with loop.actors.policy.model.training_mode():
         preflight(loop.ctx, [longest] * rl.minibatch, rl.micro_batch_tokens, score_and_update, loop.optimiser)

@@ -108,3 +108,8 @@ class Progress:
             f"stopped after step {step}; the checkpoint is in {self.stage.checkpoints}, "
             "and the same command goes on from there"
         )
+
+
+def prefixed(prefix: str, module: torch.nn.Module) -> list[tuple[str, Parameter]]:
+    """A module's parameters by name, for an optimiser that trains others too."""
+    return [(f"{prefix}.{name}", p) for name, p in module.named_parameters()]

@@ -24,6 +24,7 @@ METRICS: dict[str, str] = {
     "kl_to_old": "KL(pi || pi_old) a token after the step's updates, nats",
     "entropy": "entropy of the policy a token, nats",
     "sampled_prob": "mean probability of the sampled tokens, 0 to 1",
+    "clipped": "share of tokens, or of sequences (gspo, rloo), whose ratio the clip holds, 0 to 1",
     "logit_grad_norm_pos": "2-norm of the gradient in the logits, tokens with positive advantage",
     "logit_grad_norm_neg": "2-norm of the gradient in the logits, tokens with negative advantage",
     "response_tokens": "response tokens trained on in this step",

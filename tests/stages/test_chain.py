@@ -264,7 +264,7 @@ def test_a_prompt_longer_than_the_window_is_left_out_and_counted(tiny, capsys):
 
 
 def test_stages_not_in_the_recipe_are_refused_with_the_reason(tiny):
-    with start(tiny, "rl.feedback=rule") as ctx, pytest.raises(UsageError, match="feedback is not dpo"):
+    with start(tiny, "rl.feedback=rule") as ctx, pytest.raises(UsageError, match="feedback is neither dpo"):
         train(ctx, "rm")
 
 

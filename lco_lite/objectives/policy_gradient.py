@@ -1,0 +1,100 @@
+"""The policy gradients that LCO is compared with, side by side. Each is a function of one micro-batch.
+
+Legend: T response tokens of the micro-batch, in sequences of it; the minibatch it is a part of has ``tokens`` tokens in
+``sequences`` sequences, and the losses of its micro-batches add up to its own. ρ = π_θ/π_old, A the advantage.
+
+==========  ==================================================  ==================  =================================
+reinforce   log π_θ · A                                         mean over tokens    Williams 1992
+ppo         min(ρA, clip(ρ)A)                                   mean over tokens    Schulman et al. 2017, eq 7
+grpo        the same                                            per sequence first  Shao et al. 2024, eq 3
+dapo        the same, the clip wider above than below           mean over tokens    Yu et al. 2025, eq 8
+gspo        the same with one ρ a sequence, (Π ρ_t)^(1/length)  over sequences      Zheng et al. 2025, eqs 5 and 7
+rloo        the same with one ρ a sequence, Π ρ_t               over sequences      Ahmadian et al. 2024; TRL 1.16
+==========  ==================================================  ==================  =================================
+
+Ratios differ from 1 only from the second update of a rollout on: with one update a phase the clip never acts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Diagnostics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """``logprobs`` [T] of π_θ carry the gradient; ``old_logprobs``, ``advantages``, ``rows`` (which sequence) [T]."""
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    rows: Tensor
+    tokens: int
+    sequences: int
+
+    def per_sequence(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """([B] sums over each sequence's tokens, [B] their number)."""
+        size = int(self.rows.max()) + 1
+        zeros = values.new_zeros(size)
+        return zeros.index_add(0, self.rows, values), zeros.index_add(0, self.rows, torch.ones_like(values))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """ρ is held within 1 - ``low`` and 1 + ``high``."""
+
+    low: float
+    high: float
+
+
+def reinforce(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Diagnostics]:
+    return -(b.logprobs * b.advantages).sum() / b.tokens, {}
+
+
+def ppo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Diagnostics]:
+    gain, clipped = surrogate((b.logprobs - b.old_logprobs).exp(), b.advantages, clip)
+    return -gain.sum() / b.tokens, {"clipped": clipped}
+
+
+def grpo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Diagnostics]:
+    gain, clipped = surrogate((b.logprobs - b.old_logprobs).exp(), b.advantages, clip)
+    total, length = b.per_sequence(gain)
+    return -(total / length).sum() / b.sequences, {"clipped": clipped}
+
+
+def dapo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Diagnostics]:
+    return ppo(b, clip)  # what differs is the clip, the advantage, and which groups are sampled
+
+
+def gspo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Diagnostics]:
+    total, length = b.per_sequence(b.logprobs - b.old_logprobs)
+    gain, clipped = surrogate((total / length).exp(), b.per_sequence(b.advantages)[0] / length, clip)
+    return -gain.sum() / b.sequences, {"clipped": clipped}
+
+
+def rloo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Diagnostics]:
+    total, length = b.per_sequence(b.logprobs - b.old_logprobs)
+    gain, clipped = surrogate(total.exp(), b.per_sequence(b.advantages)[0] / length, clip)
+    return -gain.sum() / b.sequences, {"clipped": clipped}
+
+
+def surrogate(ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+    """(min(ρA, clip(ρ)A), 1 where the clip took the gradient away)."""
+    free, held = ratio * advantages, ratio.clamp(1 - clip.low, 1 + clip.high) * advantages
+    return torch.minimum(free, held), (held < free).float().detach()
+
+
+Loss = Callable[[PolicyBatch, Clip], tuple[Tensor, Diagnostics]]
+POLICY_GRADIENTS: dict[str, Loss] = {
+    "reinforce": reinforce,
+    "ppo": ppo,
+    "rloo": rloo,
+    "grpo": grpo,
+    "dapo": dapo,
+    "gspo": gspo,
+}
