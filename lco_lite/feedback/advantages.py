@@ -61,6 +61,14 @@ def gae(rewards: Tensor, values: Tensor, rows: Tensor, gamma: float, lam: float)
     return advantages
 
 
+def mean_reward_to_go(rewards: Tensor, rows: Tensor) -> Tensor:
+    """[T] -> [T]: the mean reward of the tokens that follow in the same response, 0 for its last (MiniLLM's
+    length-normalised return)."""
+    following = gae(rewards, torch.zeros_like(rewards), rows, 1.0, 1.0) - rewards
+    left = gae(torch.ones_like(rewards), torch.zeros_like(rewards), rows, 1.0, 1.0) - 1
+    return following / left.clamp_min(1)
+
+
 def at_last_token(rewards: Tensor, rows: Tensor) -> Tensor:
     """Rewards [B] of whole responses -> [T]: each at the last of its tokens, 0 elsewhere."""
     last = torch.ones_like(rows, dtype=torch.bool)

@@ -5,6 +5,8 @@ Legend: C tokens of a chunk, V vocabulary; every large tensor is [C, V], every v
 the factor over V. log cosh and the divergences are written so that neither large nor small residuals lose digits.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,29 @@ def logprob(logits: Tensor, actions: Tensor, dtype: torch.dtype) -> tuple[Values
     grad = p.neg_()
     ones = torch.ones_like(actions, dtype=grad.dtype).unsqueeze(-1)
     return values, grad.scatter_add_(-1, actions.unsqueeze(-1), ones).to(dtype)
+
+
+def jsd(
+    logits: Tensor, teacher: Tensor, beta: float, weights: Tensor, dtype: torch.dtype
+) -> tuple[Values, Tensor]:
+    """w (β KL(φ ‖ m) + (1−β) KL(p ‖ m)), m = βφ + (1−β)p, and its gradient w (1−β) p (g − Σ p g), g = log p − log m;
+    at the ends KL(φ ‖ p) with p − φ, and KL(p ‖ φ) with p (g − Σ p g), g = log p − log φ. Overwrites ``teacher``."""
+    log_p, log_t = torch.log_softmax(logits, dim=-1), torch.log_softmax(teacher, dim=-1)
+    if beta == 0:
+        values, grad = _divergence(log_p, log_t, teacher, None, log_p.dtype)
+        loss = values["loss"]
+    else:
+        p = log_p.exp()
+        if beta == 1:
+            g, scale, loss = log_p - log_t, 1.0, 0.0
+        else:
+            log_m = torch.logaddexp(log_p + math.log1p(-beta), log_t + math.log(beta))
+            g, scale, loss = log_p - log_m, 1 - beta, beta * (log_t.exp() * (log_t - log_m)).sum(-1)
+        inner = (p * g).sum(-1, keepdim=True)
+        loss = loss + scale * inner.squeeze(-1)
+        grad = g.sub_(inner).mul_(p).mul_(scale)
+    grad = grad.mul_(weights.unsqueeze(-1))
+    return {"loss": weights * loss, "logit_grad_norm": torch.linalg.vector_norm(grad, dim=-1)}, grad.to(dtype)
 
 
 def _divergence(

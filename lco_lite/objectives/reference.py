@@ -30,6 +30,20 @@ def lch(logits: Tensor, target_logits: Tensor, weighting: str = "mean", old_logi
     return _weighted(log_cosh, target_logits - logits, weighting, old_logits)
 
 
+def jsd(logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024, eq 1), in nats. [..., V] -> [...].
+
+    β KL(φ ‖ m) + (1−β) KL(p ‖ m) with m = βφ + (1−β)p; KL(φ ‖ p) at β = 0 and KL(p ‖ φ) at β = 1, as in TRL.
+    """
+    log_p, log_t = torch.log_softmax(logits, dim=-1), torch.log_softmax(teacher_logits, dim=-1)
+    if beta in (0, 1):
+        a, b = (log_t, log_p) if beta == 0 else (log_p, log_t)
+        return (a.exp() * (a - b)).sum(-1)
+    p, t = log_p.exp(), log_t.exp()
+    log_m = (beta * t + (1 - beta) * p).log()
+    return beta * (t * (log_t - log_m)).sum(-1) + (1 - beta) * (p * (log_p - log_m)).sum(-1)
+
+
 def log_cosh(x: Tensor) -> Tensor:
     """log cosh x, element by element, without overflow."""
     return torch.logaddexp(x, -x) - torch.log(torch.full_like(x, 2.0))

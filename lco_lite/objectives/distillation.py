@@ -1,0 +1,82 @@
+"""Distillation from a teacher's whole distribution: generalised Jensen-Shannon divergence, and MiniLLM's loss.
+
+Legend: T tokens, C tokens of a chunk, V vocabulary, d hidden width of the policy, d_r of the teacher; p = π_θ, φ the
+teacher, m = βφ + (1−β)p.
+
+gkd      β KL(φ ‖ m) + (1−β) KL(p ‖ m); KL(φ ‖ p) at β = 0, KL(p ‖ φ) at β = 1     Agarwal et al. 2024; TRL 1.16
+minillm  w [KL(p ‖ φ) − min(ρR, clip(ρ)R)]                                         Gu et al. 2024, section 2.2
+
+MiniLLM's gradient of the reverse KL of whole responses has two parts: that of the next token, which is exact, and that
+of what follows, a policy gradient whose advantage R is the mean of log φ − log π_old over the tokens that follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lco_lite.objectives import elementwise
+from lco_lite.objectives.chunks import Gradients, asks_gradient, fused, spans
+from lco_lite.objectives.head import Head
+from lco_lite.objectives.policy_gradient import Clip, PolicyBatch, surrogate
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """``hidden`` [T, d_r]: the teacher's final hidden states. ``head``: its frozen head."""
+
+    hidden: Tensor
+    head: Head
+
+    def to(self, device: torch.device | str) -> Teacher:
+        return Teacher(self.hidden.to(device, non_blocking=True), self.head)
+
+
+def jsd_loss(
+    hidden: Tensor, head: Head, teacher: Teacher, beta: float, weights: Tensor | None = None, chunk: int | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The divergence, [], a mean over T tokens, in nats; and per token, [T], its ``loss`` and ``logit_grad_norm``.
+
+    ``hidden`` [T, d]: the policy's final hidden states. ``beta`` 0..1 as above. ``weights`` [T] multiply the tokens'
+    losses. ``chunk``: tokens at a time, None for what memory allows. Gradients reach ``hidden`` and the weight and bias
+    of a trained head. Heads of one tokenizer may differ in padding rows: the divergence is over the rows they share.
+    Raises ValueError where sizes do not fit.
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in 0..1, got {beta}")
+    if hidden.dim() != 2 or len(teacher.hidden) != len(hidden):
+        raise ValueError(f"hidden is {list(hidden.shape)}, the teacher's {list(teacher.hidden.shape)}")
+    rows = min(head.rows, teacher.head.rows)
+    head, teacher_head = head.prefix(rows), teacher.head.prefix(rows)
+    weights = torch.ones(len(hidden), device=hidden.device) if weights is None else weights
+    asks = (asks_gradient(hidden), asks_gradient(head.weight), asks_gradient(head.bias))
+    grads = Gradients(hidden, head, asks, scale=1 / len(hidden))
+    chunks = []
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for part in spans(len(hidden), chunk, rows, hidden.device):
+            logits, taught = head.logits(hidden[part]), teacher_head.logits(teacher.hidden[part])
+            values, grad = fused(elementwise.jsd, logits, taught, beta, weights[part], head.operand_dtype)
+            del taught
+            grads.add(head, part, hidden[part], grad, logits)
+            del grad, logits  # before the next chunk needs the room
+            chunks.append(values)
+        found = {name: torch.cat([values[name] for values in chunks]) for name in chunks[0]}
+    return grads.attach(found["loss"].mean()), found
+
+
+def minillm(
+    hidden: Tensor, head: Head, teacher: Teacher, batch: PolicyBatch, weights: Tensor, clip: Clip
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This micro-batch's part of MiniLLM's loss. ``weights`` [T]: w = π_old/π̃ at the sampled tokens, for responses
+    drawn from the mixture π̃ of policy and teacher; ``batch.advantages`` are R."""
+    next_token, found = jsd_loss(hidden, head, teacher, 1.0, weights)
+    gain, clipped = surrogate((batch.logprobs - batch.old_logprobs).exp(), batch.advantages, clip)
+    following = -(weights * gain).sum() / batch.tokens
+    return next_token * (len(hidden) / batch.tokens) + following, found | {"clipped": clipped}
+
+
+def mixture_weights(old_logprobs: Tensor, teacher_logprobs: Tensor, share: float) -> Tensor:
+    """w = π_old(a) / (α φ(a) + (1−α) π_old(a)), [T], with α the teacher's ``share`` (MiniLLM, eq 7, token by token)."""
+    return 1 / (share * (teacher_logprobs - old_logprobs).exp() + (1 - share))
