@@ -70,9 +70,7 @@ def logprob(logits: Tensor, actions: Tensor, dtype: torch.dtype) -> tuple[Values
     return values, grad.scatter_add_(-1, actions.unsqueeze(-1), ones).to(dtype)
 
 
-def jsd(
-    logits: Tensor, teacher: Tensor, beta: float, weights: Tensor, dtype: torch.dtype
-) -> tuple[Values, Tensor]:
+def jsd(logits: Tensor, teacher: Tensor, beta: float, weights: Tensor, dtype: torch.dtype) -> tuple[Values, Tensor]:
     """w (β KL(φ ‖ m) + (1−β) KL(p ‖ m)), m = βφ + (1−β)p, and its gradient w (1−β) p (g − Σ p g), g = log p − log m;
     at the ends KL(φ ‖ p) with p − φ, and KL(p ‖ φ) with p (g − Σ p g), g = log p − log φ. Overwrites ``teacher``."""
     log_p, log_t = torch.log_softmax(logits, dim=-1), torch.log_softmax(teacher, dim=-1)

@@ -6,9 +6,8 @@ rows with ``"split": "train"`` are trained on, all others are held out. The name
 ``Grade``.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lco_lite.tasks.benchmark import Benchmark, Problem, answer_text, grade_math
 from lco_lite.tasks.choice import grade_choice
 from lco_lite.tasks.minervamath import grade_rounded
 from lco_lite.tasks.source import Rows, read_rows
+from lco_lite.user_code import load_function, names_function
 
 Grader = Callable[[str, Item], Grade]
 
@@ -60,36 +60,24 @@ def _read(row: Mapping[str, Any]) -> Problem:
 def _grader(name: str) -> Grader:
     if name in GRADERS:
         return GRADERS[name]
-    file, colon, function = name.rpartition(":")
-    if not colon or not file.endswith(".py"):
+    if not names_function(name):
         raise UsageError(f"unknown grader {name!r}: one of {', '.join(GRADERS)}, or FILE.py:NAME")
-    return _users_own(file, function)
+    return _users_own(name)
 
 
-@cache
-def _users_own(file: str, name: str) -> Grader:
-    """``name`` of a Python file as a grader. An error inside it is the user's to see: it is raised, not graded."""
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None or spec.loader is None or not Path(file).is_file():
-        raise UsageError(f"{file}: no such file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:
-        raise UsageError(f"{file}: cannot be imported: {type(e).__name__}: {e}") from e
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UsageError(f"{file}: has no function {name!r}")
+def _users_own(spec: str) -> Grader:
+    """A function of the user's as a grader. An error inside it is the user's to see: it is raised, not graded."""
+    function = load_function(spec)
 
     def grade(response: str, item: Item) -> Grade:
         try:
             verdict = function(response, item)
         except Exception as e:
-            raise UsageError(f"{file}:{name} failed on item {item.id}: {type(e).__name__}: {e}") from e
+            raise UsageError(f"{spec} failed on item {item.id}: {type(e).__name__}: {e}") from e
         if isinstance(verdict, Grade):
             return verdict
         if isinstance(verdict, bool):
-            return Grade(verdict, None, f"{name} says {'right' if verdict else 'wrong'}")
-        raise UsageError(f"{file}:{name} returned {verdict!r:.60} on item {item.id}; a bool or a Grade is needed")
+            return Grade(verdict, None, f"{spec.rpartition(':')[2]} says {'right' if verdict else 'wrong'}")
+        raise UsageError(f"{spec} returned {verdict!r:.60} on item {item.id}; a bool or a Grade is needed")
 
     return grade

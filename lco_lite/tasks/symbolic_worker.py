@@ -1,34 +1,34 @@
 """The process behind ``symbolic``: a line ``[answer, gold, tolerance]`` in, ``true`` or ``false`` out."""
 
 import json
-import os
 import signal
-import sys
 from collections.abc import Callable
 from typing import Any
+
+from lco_lite.line_worker import serve
 
 _MEMORY = 4 * 2**30  # bytes of address space
 _ORPHAN_SECONDS = 10
 
 
-def main() -> None:
-    """Answers an empty line (a greeting) with ``ready`` and every other with its verdict, until the input ends."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever the libraries print must not look like a reply
-    _limit()
+def _prepare() -> Callable[[str], str]:
+    """Answers the empty line with ``ready`` and every other with its verdict."""
+    _limit_memory()
     same = _comparison()
     same(r"\frac{\sqrt{2} x}{3}", r"1 + x^{2}", 0.0)  # the first comparison builds the tables of the parser
-    for line in sys.stdin:
-        if not line.strip():
-            replies.write("ready\n")
-            continue
+
+    def verdict(line: str) -> str:
+        if not line:
+            return "ready"
         _alarm(_ORPHAN_SECONDS)
         try:
-            verdict = same(*json.loads(line))
+            equal = same(*json.loads(line))
         except Exception:  # sympy raises whatever it likes on malformed input: not equal
-            verdict = False
+            equal = False
         _alarm(0)
-        replies.write(json.dumps(verdict) + "\n")
+        return json.dumps(equal)
+
+    return verdict
 
 
 def _comparison() -> Callable[[str, str, float], bool]:
@@ -59,9 +59,7 @@ def _near(answer: Any, gold: Any, tolerance: float) -> bool:
     return difference <= tolerance * size
 
 
-def _limit() -> None:
-    """A bound on memory, and no part in the Ctrl-C of the terminal: the parent decides when this process ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _limit_memory() -> None:
     try:
         import resource
     except ImportError:  # not on Windows
@@ -76,4 +74,4 @@ def _alarm(seconds: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(_prepare)

@@ -72,8 +72,9 @@ def test_minillms_gradient_is_that_of_the_reverse_kl_of_whole_responses() -> Non
     gradient of KL(π_θ ‖ φ) over responses. Length normalisation divides by 1 here, as one token follows at most."""
     vocabulary = 3
     g = torch.Generator().manual_seed(0)
-    first, second = torch.randn(1, vocabulary, generator=g, dtype=torch.float64), torch.randn(
-        vocabulary, vocabulary, generator=g, dtype=torch.float64
+    first, second = (
+        torch.randn(1, vocabulary, generator=g, dtype=torch.float64),
+        torch.randn(vocabulary, vocabulary, generator=g, dtype=torch.float64),
     )
     states = torch.cat([first, second]).requires_grad_()  # logits are the states: the head is the identity
     taught = torch.randn(1 + vocabulary, vocabulary, generator=g, dtype=torch.float64)

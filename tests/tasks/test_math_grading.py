@@ -219,6 +219,6 @@ def test_a_worker_process_that_was_killed_is_replaced():
     from lco_lite.tasks import symbolic
 
     assert symbolic.equal(r"2\sqrt{2}", r"\sqrt{8}")
-    symbolic._verifier._process.kill()
-    symbolic._verifier._process.wait()
+    symbolic._verifier._worker._process.kill()
+    symbolic._verifier._worker._process.wait()
     assert symbolic.equal(r"2\sqrt{2}", r"\sqrt{8}")
