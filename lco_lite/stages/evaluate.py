@@ -61,6 +61,40 @@ def sample_scores(
     return rows
 
 
+def own_metrics(
+    task: Task,
+    passes: Sequence[Sequence[dict[str, Any]]],
+    prompts: Sequence[Prompt],
+    settings: Eval,
+    file: Path,
+    ctx: Context,
+) -> list[dict[str, float]] | None:
+    """What a task that is not right or wrong makes of each pass; None where ``grade`` says it all."""
+    aggregate = getattr(task, "aggregate", None)
+    if aggregate is None:
+        return None
+    items = {p.item.id: p.item for p in prompts if p.item is not None}
+    found = []
+    for k, rows in enumerate(passes):
+        folder = file.with_suffix(".files") / f"seed-{ctx.recipe.seed + k}"
+        folder.mkdir(parents=True, exist_ok=True)
+        found.append(
+            aggregate([{**row, "row": dict(items[row["id"]].row)} for row in rows], settings, folder, ctx.console)
+        )
+    return found
+
+
+def summarise_metrics(found: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Mean and sample deviation over passes of every metric; the first one is the main one."""
+    metrics = {
+        name: {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+        for name in found[0]
+        for values in [[one[name] for one in found]]
+    }
+    main = next(iter(metrics))
+    return {"metric": main, **metrics[main], "stderr": None, "metrics": metrics}
+
+
 def accuracy(rows: Sequence[dict[str, Any]]) -> float:
     return sum(row["right"] for row in rows) / len(rows)
 
@@ -163,7 +197,10 @@ def evaluate_engine(
 
             passes.append(sample_scores(engine, chat, task, prompts, sampling, recipe.seed + k, advance))
     result = {"task": task.name, "stage": stage} | summarise(passes, len(found)) | {"settings": asked}
-    rows = [{"seed": recipe.seed + k, **row} for k, made in enumerate(passes) for row in made]
+    made = own_metrics(task, passes, prompts, settings, file, ctx)
+    if made is not None:
+        result |= summarise_metrics(made)
+    rows = [{"seed": recipe.seed + k, **row} for k, done in enumerate(passes) for row in done]
     write_text(file.with_suffix(".rows.jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_json(file, result)
     return result
