@@ -307,7 +307,25 @@ class Eval(Section):
     top_p: float = setting(0.95, "nucleus", "paper", gt=0, le=1)
     items: int | None = setting(None, "first so many items; null: all", "all", ge=1)
     max_new_tokens: int | None = setting(None, "longest response, tokens; null: the task's", "the task", ge=1)
-    batch: int = setting(128, "responses generated at once", "fits 12 GB with a 3B policy", ge=1)
+    samples: int = setting(1, "responses an item and pass: pass@1, pass@k and maj@k for k of them", "paper: 1", ge=1)
+    scoring: Literal["generation", "likelihood"] = setting(
+        "generation", "likelihood: of each choice's letter, for items with choices", "small chat models need generation"
+    )
+    template: str | None = setting(None, "the user's turn around {problem}; null: the task's", "the task")
+    system: str | None = setting(None, "system message; null: chat.system, else the task's", "the task")
+    few_shot: int = setting(0, "worked examples as earlier turns, of the dev split, else of train", "paper: none", ge=0)
+    batch: int = setting(128, "responses generated at once, at most", "fits 12 GB with a 3B policy", ge=1)
+    batch_tokens: int = setting(
+        65_536, "padded tokens at once, responses of full length: fewer where they are long", "7 GB of Llama 3B", ge=16
+    )
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Eval:
+        if self.template is not None and "{problem}" not in self.template:
+            raise ValueError("template has no {problem}, so that every prompt would be the same")
+        if self.scoring == "likelihood" and self.samples > 1:
+            raise ValueError("samples: likelihood makes no responses")
+        return self
 
 
 class Recipe(Section):
