@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lco_lite import __version__
+from lco_lite.method_defaults import METHOD_DEFAULTS
 
 app = typer.Typer(
     name="lco-lite",
@@ -18,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+OBJECTIVES = f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME."
+FEEDBACK = "dpo, dpo_sampled, logprob, rule, function or reward_model."
 
 RecipeArg = Annotated[
     str | None,
@@ -126,12 +130,18 @@ def train_rm(
 @app.command()
 def rl(
     recipe: RecipeArg = None,
-    objective: Annotated[str | None, typer.Option("--objective", help="kld, lch or mse.", show_default=False)] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option("--objective", help=f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME.", show_default=False),
+    ] = None,
     beta: Annotated[
         float | None, typer.Option("--beta", help="Strength of the KL regulariser.", show_default=False)
     ] = None,
     feedback: Annotated[
-        str | None, typer.Option("--feedback", help="dpo (dense) or rule (+1 right, -1 wrong).", show_default=False)
+        str | None,
+        typer.Option(
+            "--feedback", help="dpo, dpo_sampled, logprob, rule, function or reward_model.", show_default=False
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Rollout phases.", show_default=False)] = None,
     sets: Set = None,
@@ -143,7 +153,7 @@ def rl(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Policy optimisation by LCO. Trains the stages it rests on first where they are missing."""
+    """Policy optimisation by LCO, or by what it is compared with; missing stages below it are trained first."""
     flags = {
         "seed": seed,
         "device": device,
@@ -251,6 +261,6 @@ def _stage(
     with command(recipe, runs, name, sets, flags, quiet=quiet, dry_run=dry_run) as ctx:
         from lco_lite.stages.pipeline import announce, train
 
-        stage = f"rl-{ctx.recipe.rl.objective}" if stage == "rl" else stage
+        stage = ctx.recipe.rl.stage if stage == "rl" else stage
         train(ctx, stage, fresh)
         announce(ctx, stage)

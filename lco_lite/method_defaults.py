@@ -1,6 +1,6 @@
 """What each objective brings along: the settings it is known with, and where they come from. A recipe overrides them.
 
-Numbers are those of TRL 1.16 (PPO: TRL 1.10, the last release that had it) unless the paper of lco-lite states one.
+Numbers are those of TRL 1.16 (PPO and MiniLLM: TRL 1.10, the last release that had them) unless the paper states one.
 Imports no torch: the recipe reads it.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 TRL, TRL_PPO, PAPER = "TRL 1.16", "TRL 1.10, its last PPO", "arXiv 2603.00963"
+MINILLM = "Gu et al. 2024, section 2.2"
 
 # objective -> field of the recipe's rl section -> (value, source)
 METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
@@ -62,9 +63,25 @@ METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
         "clip_low": (3e-4, "Zheng et al. 2025, section 5.1"),
         "clip_high": (4e-4, "Zheng et al. 2025, section 5.1"),
     },
+    "gkd": {
+        "feedback": ("dpo", "the reward model is the teacher: " + PAPER),
+        "lr": (2e-5, TRL),
+        "on_policy": (0.5, TRL + ": lmbda"),
+    },
+    "minillm": {
+        "feedback": ("dpo", "the reward model is the teacher: " + PAPER),
+        "lr": (1e-6, "TRL 1.10, its last MiniLLM"),
+        "teacher_mix": (0.2, MINILLM),
+    },
 }
+
+LCO = ("kld", "lch", "mse")
+DISTILLATION = ("gkd", "minillm")
+
+# an objective of the user's own is a policy gradient
+_OWN: dict[str, tuple[Any, str]] = {"feedback": ("rule", "its reward is a response's")}
 
 
 def method_defaults(objective: str) -> dict[str, Any]:
     """The values alone, by field."""
-    return {field: value for field, (value, _) in METHOD_DEFAULTS.get(objective, {}).items()}
+    return {field: value for field, (value, _) in METHOD_DEFAULTS.get(objective, _OWN).items()}

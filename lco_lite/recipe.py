@@ -8,13 +8,14 @@ combinations that make no sense are refused, all at once, each with its key path
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lco_lite.method_defaults import method_defaults
-
-LCO_OBJECTIVES = ("kld", "lch", "mse")
+from lco_lite.method_defaults import DISTILLATION, LCO, METHOD_DEFAULTS, method_defaults
+from lco_lite.user_code import names_function
 
 
 def setting(default: Any, what: str, source: str, **bounds: Any) -> Any:
@@ -194,15 +195,45 @@ class TrainRm(Training):
     )
 
 
+class Variant(Section):
+    """What the authors' public code does where it departs from the paper. All off."""
+
+    top_k: int | None = setting(
+        None, "kld, lch, mse see only the k likeliest tokens of π_old, their A standardised; sparse: 1", "5 there", ge=1
+    )
+    target: Literal["old", "current"] = setting(
+        "old", "lch, mse: current starts z* from the logits of each update instead of π_old's", "current there"
+    )
+    negative_beta: float | None = setting(None, "sparse: β times this where A ≤ 0", "100 there", gt=0)
+    agreement: float | None = setting(
+        None,
+        "logprob: β times 100 where π_old and φ both give the sampled token a log-probability above this",
+        "-0.02 there",
+        lt=0,
+    )
+
+    @property
+    def is_on(self) -> bool:
+        return self != Variant()
+
+
 class Rl(Training):
-    objective: Literal["kld", "lch", "mse", "reinforce", "ppo", "rloo", "grpo", "dapo", "gspo"] = setting(
-        "kld", "the loss; each brings its own defaults (method_defaults.py)", "paper eqs 8 to 10; KLD is the steadiest"
+    objective: str = setting(
+        "kld",
+        f"the loss, which brings its own defaults (method_defaults.py): {', '.join(METHOD_DEFAULTS)}; or FILE.py:NAME",
+        "paper eqs 8 to 10; KLD is the steadiest",
     )
     beta: float = setting(1.0, "strength of the KL regulariser, in units of the advantage", "paper", gt=0)
-    feedback: Literal["dpo", "dpo_sampled", "logprob", "rule"] = setting(
+    feedback: Literal["dpo", "dpo_sampled", "logprob", "rule", "function", "reward_model"] = setting(
         "dpo",
-        "dpo: dense, eq 13; dpo_sampled: that of the sampled token; logprob: dense, eq 12; rule: +1 right, -1 wrong",
+        "dpo: dense, eq 13; dpo_sampled: that of the sampled token; logprob: dense, eq 12; rule: +1 right, -1 wrong; "
+        "function: yours; reward_model: a sequence classifier. For gkd and minillm φ of dpo or logprob is the teacher",
         "paper",
+    )
+    reward_function: str | None = setting(None, "feedback function: FILE.py:NAME", "yours")
+    reward_timeout: float = setting(60.0, "seconds that reward_function may take for 32 responses", "a minute", gt=0)
+    reward_classifier: str | None = setting(
+        None, "feedback reward_model: hub id or folder of a sequence-classification model", "yours"
     )
     baseline: Literal["none", "batch", "group", "leave_one_out"] = setting(
         "batch",
@@ -225,6 +256,16 @@ class Rl(Training):
     dynamic_sampling: bool = setting(
         False, "sample other prompts for groups without signal, three times at most", "off; DAPO on"
     )
+    jsd_beta: float = setting(
+        0.5, "gkd: β of the divergence; 0 is KL(φ ‖ π_θ), 1 is KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1
+    )
+    on_policy: float = setting(
+        1.0, "gkd: share of prompts answered by the policy; the rest take their demonstration", "GKD 0.5", ge=0, le=1
+    )
+    teacher_mix: float = setting(
+        0.0, "minillm: share of the teacher in the mixture that responses are drawn from", "MiniLLM 0.2", ge=0, lt=1
+    )
+    variant: Variant = setting(Variant(), "the public code's choices", "see Variant")
     weighting: Literal["mean", "sum", "policy"] = setting(
         "mean", "mse, lch: weights over the vocabulary; policy: by π_old", "mean: paper eqs 8 and 9"
     )
@@ -256,11 +297,41 @@ class Rl(Training):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_objective(cls, given: Any) -> Any:
-        return {**method_defaults(str(given.get("objective"))), **given} if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        usual = method_defaults(str(given.get("objective", "kld")))
+        if given.get("feedback") == "dpo_sampled":
+            usual.pop("dynamic_sampling", None)  # sums of log-ratios never tie: every group has a signal
+        return {**usual, **given}
+
+    @field_validator("objective")
+    @classmethod
+    def _known(cls, objective: str) -> str:
+        if objective in METHOD_DEFAULTS or names_function(objective):
+            return objective
+        near = difflib.get_close_matches(objective, METHOD_DEFAULTS, 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(
+            f"unknown objective {objective!r}{hint} Accepted: {', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME"
+        )
+
+    @property
+    def stage(self) -> str:
+        """The name of the stage that trains with this objective."""
+        return f"rl-{self.objective.rpartition(':')[2]}"
 
     @property
     def is_lco(self) -> bool:
-        return self.objective in LCO_OBJECTIVES
+        return self.objective in LCO
+
+    @property
+    def is_distillation(self) -> bool:
+        """Whether the objective follows a teacher's distribution."""
+        return self.objective in DISTILLATION
+
+    @property
+    def is_policy_gradient(self) -> bool:
+        return not self.is_lco and not self.is_distillation
 
     @property
     def is_dense(self) -> bool:
@@ -268,36 +339,73 @@ class Rl(Training):
         return self.feedback in ("dpo", "logprob")
 
     @property
+    def rewards_responses(self) -> bool:
+        """Whether the feedback is one number a response."""
+        return self.feedback in ("rule", "function", "reward_model")
+
+    @property
     def needs_reward_model(self) -> bool:
+        """Whether the feedback is the φ_DPO that train-rm makes."""
         return self.feedback in ("dpo", "dpo_sampled")
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Rl:
-        problems = []
-        if not self.is_lco and self.is_dense:
-            problems.append(
-                f"feedback {self.feedback} is an advantage over the whole vocabulary, and {self.objective} takes that "
-                "of sampled tokens: dpo_sampled or rule"
-            )
-        if not self.is_lco and (self.weighting != "mean" or self.anchor):
-            problems.append(f"weighting and anchor belong to kld, lch and mse, not to {self.objective}")
-        if self.is_lco and self.kl_coef:
-            problems.append("kl_coef is for policy gradients: LCO's β is its KL regulariser")
-        grouped = self.baseline in ("group", "leave_one_out") or self.scale_rewards or self.dynamic_sampling
-        if not self.is_dense and grouped and self.responses_per_prompt < 2:
-            problems.append(
-                f"baseline {self.baseline}, scale_rewards and dynamic_sampling compare a prompt's responses: "
-                "responses_per_prompt must be at least 2"
-            )
-        if self.weighting != "mean" and self.objective == "kld":
-            problems.append(
-                f"weighting {self.weighting!r} has no meaning for kld: it is an expectation already (use mse or lch)"
-            )
-        if self.standardise and not self.is_dense:
-            problems.append("standardise needs the dense advantages of feedback dpo or logprob")
+        problems = [*self._wrong_for_the_objective(), *self._wrong_for_the_feedback(), *self._wrong_variant()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _wrong_for_the_objective(self) -> Iterator[str]:
+        name = self.objective
+        if self.is_policy_gradient and self.is_dense:
+            yield (
+                f"feedback {self.feedback} is an advantage over the whole vocabulary, and {name} takes that of sampled "
+                "tokens: dpo_sampled, rule, function or reward_model"
+            )
+        if self.is_distillation and not self.is_dense:
+            yield f"{name} follows a teacher: feedback dpo (φ_DPO) or logprob, not {self.feedback}"
+        if not self.is_lco and (self.weighting != "mean" or self.anchor):
+            yield f"weighting and anchor belong to kld, lch and mse, not to {name}"
+        if not self.is_policy_gradient and self.kl_coef:
+            yield f"kl_coef is for policy gradients: {name} stays near another model by itself"
+        if self.weighting != "mean" and name == "kld":
+            yield f"weighting {self.weighting!r} has no meaning for kld: it is an expectation already (use mse or lch)"
+        if self.on_policy < 1 and name != "gkd":
+            yield f"on_policy belongs to gkd: {name} learns from the policy's own responses"
+        if self.teacher_mix and name != "minillm":
+            yield f"teacher_mix belongs to minillm: {name} does not correct for another sampler"
+
+    def _wrong_for_the_feedback(self) -> Iterator[str]:
+        grouped = self.baseline in ("group", "leave_one_out") or self.scale_rewards or self.dynamic_sampling
+        if not self.is_dense and grouped and self.responses_per_prompt < 2:
+            yield (
+                f"baseline {self.baseline}, scale_rewards and dynamic_sampling compare a prompt's responses: "
+                "responses_per_prompt must be at least 2"
+            )
+        if self.dynamic_sampling and not self.rewards_responses:
+            yield f"dynamic_sampling looks at rewards of whole responses, and feedback {self.feedback} has none"
+        if self.standardise and (not self.is_dense or not self.is_lco):
+            yield "standardise needs kld, lch or mse with the dense advantages of feedback dpo or logprob"
+        for feedback, field in (("function", "reward_function"), ("reward_model", "reward_classifier")):
+            if (self.feedback == feedback) != (getattr(self, field) is not None):
+                yield f"feedback {feedback} and {field} go together"
+        if self.reward_function is not None and not names_function(self.reward_function):
+            yield f"reward_function {self.reward_function!r} is no FILE.py:NAME"
+
+    def _wrong_variant(self) -> Iterator[str]:
+        v = self.variant
+        if v.is_on and not self.is_lco:
+            yield f"variant belongs to kld, lch and mse, not to {self.objective}"
+        if v.top_k and (self.anchor or self.weighting != "mean" or self.standardise):
+            yield "variant.top_k standardises by itself and sums over its tokens: no anchor, weighting or standardise"
+        if v.top_k and not self.is_dense and (v.top_k > 1 or self.objective == "kld"):
+            yield "variant.top_k with sparse feedback is 1, the sampled token, and for lch and mse"
+        if v.target == "current" and self.objective == "kld":
+            yield "variant.target current is for lch and mse"
+        if v.negative_beta and self.is_dense:
+            yield "variant.negative_beta looks at the sign of a sampled token's advantage: feedback must be sparse"
+        if v.agreement and self.feedback != "logprob":
+            yield "variant.agreement compares π_old with φ of feedback logprob"
 
 
 class Eval(Section):
@@ -363,6 +471,8 @@ class Recipe(Section):
                 problems.append("rl.feedback: rule asks a task's grader, and task is null")
         if self.model.init is not None and not self.sft.enabled:
             problems.append("sft.enabled: a model from scratch has learnt nothing yet: it needs sft")
+        if self.model.train_head and self.rl.variant.is_on:
+            problems.append("rl.variant: needs a frozen head, and model.train_head is true")
         if (
             self.model.lora is None
             and self.reward_model == "self"

@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
+from lco_lite.method_defaults import METHOD_DEFAULTS
 from lco_lite.run import Run
 from lco_lite.shipped import shipped
 
@@ -51,7 +52,7 @@ def test_every_command_has_help_and_version_is_told():
         (["run", "none.yaml"], "no such recipe file"),
         (["sft", "quickstart", "--set", "rl.objectiv=kld"], "did you mean 'objective'"),
         (["sft", "quickstart", "--set", "rl.lr"], "--set key.path=value"),
-        (["rl", "quickstart", "--objective", "nope"], "'kld', 'lch'"),
+        (["rl", "quickstart", "--objective", "nope"], f"Accepted: {', '.join(METHOD_DEFAULTS)}"),
         (["rl", "quickstart", "--beta", "0"], "rl.beta"),
         (["rl", "quickstart", "-s", "rl.weighting=policy"], "no meaning for kld"),
         (["eval", "math5000", "--model", "x"], "did you mean math500"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from lco_lite.errors import RecipeError
+from lco_lite.method_defaults import METHOD_DEFAULTS
 from lco_lite.recipe import Recipe, Section
 from lco_lite.recipe_file import dump, load_recipe, override, validate
 from lco_lite.recipe_yaml import parse_yaml, write_yaml
@@ -72,7 +73,8 @@ def test_all_problems_are_reported_at_once_each_with_line_key_and_value(tmp_path
     assert sorted(problems(tmp_path, text)) == [
         "data (line 10): should be a mapping of settings, found [1]",
         "rl.beta (line 6): should be greater than 0, found -1",
-        "rl.objective (line 5): should be 'kld', 'lch' or 'mse', found 'kdl'",
+        "rl.objective (line 5): unknown objective 'kdl'; did you mean kld? Accepted: "
+        + f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME",
         "rl.steps (line 7): should be a whole number, found 1.5",
         "seed (line 3): should be a whole number, found 'x'",
         "sft.lerning_rate (line 9): unknown key; accepted: "

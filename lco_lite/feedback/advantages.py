@@ -49,24 +49,21 @@ def gae(rewards: Tensor, values: Tensor, rows: Tensor, gamma: float, lam: float)
 
     δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γλ A_{t+1}; past the last token of a response V and A are 0.
     """
-    advantages = torch.zeros_like(rewards)
-    following = torch.zeros((), dtype=rewards.dtype)
-    next_value = torch.zeros((), dtype=rewards.dtype)
-    for t in range(len(rewards) - 1, -1, -1):
-        if t + 1 == len(rewards) or rows[t + 1] != rows[t]:
-            following, next_value = torch.zeros_like(following), torch.zeros_like(next_value)
-        following = rewards[t] + gamma * next_value - values[t] + gamma * lam * following
-        next_value = values[t]
-        advantages[t] = following
-    return advantages
+    r, v, row = rewards.tolist(), values.tolist(), rows.tolist()  # a loop over floats is far quicker than over tensors
+    advantages = [0.0] * len(r)
+    for t in range(len(r) - 1, -1, -1):
+        inside = t + 1 < len(r) and row[t + 1] == row[t]
+        next_value, following = (v[t + 1], advantages[t + 1]) if inside else (0.0, 0.0)
+        advantages[t] = r[t] + gamma * next_value - v[t] + gamma * lam * following
+    return rewards.new_tensor(advantages)
 
 
 def mean_reward_to_go(rewards: Tensor, rows: Tensor) -> Tensor:
     """[T] -> [T]: the mean reward of the tokens that follow in the same response, 0 for its last (MiniLLM's
     length-normalised return)."""
-    following = gae(rewards, torch.zeros_like(rewards), rows, 1.0, 1.0) - rewards
-    left = gae(torch.ones_like(rewards), torch.zeros_like(rewards), rows, 1.0, 1.0) - 1
-    return following / left.clamp_min(1)
+    total, last = rewards.double().cumsum(0), rows.bincount().cumsum(0) - 1
+    left = last[rows] - torch.arange(len(rows), device=rows.device)
+    return ((total[last][rows] - total) / left.clamp_min(1)).to(rewards.dtype)
 
 
 def at_last_token(rewards: Tensor, rows: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def load_tokenizer(weights: Weights, folder: Path | None = None) -> PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_origin(weights, folder))
     except Exception as e:  # each tokenizer class raises its own kinds
-        raise _unloadable("tokenizer", source, e) from e
+        raise unloadable("tokenizer", source, e) from e
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         _choose_pad(tokenizer)
@@ -67,7 +67,7 @@ def load_base(weights: Weights, device: torch.device, folder: Path | None = None
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # transformers raises OSError, ValueError, KeyError, ImportError, and what remote code does
-        raise _unloadable("model", source, e) from e
+        raise unloadable("model", source, e) from e
     keep = model.generation_config
     model.generation_config = GenerationConfig(
         eos_token_id=keep.eos_token_id, pad_token_id=keep.pad_token_id, bos_token_id=keep.bos_token_id
@@ -105,7 +105,7 @@ def convert_gguf(path: str, gguf_file: str, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
         model = AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf_file, dtype=torch.bfloat16)
     except Exception as e:
-        raise _unloadable("GGUF file", f"{path}/{gguf_file}", e) from e
+        raise unloadable("GGUF file", f"{path}/{gguf_file}", e) from e
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the marks
     model.hf_quantizer = None  # type: ignore[assignment]
@@ -144,7 +144,8 @@ def _shortened(text: str, limit: int = 400) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
 
 
-def _unloadable(what: str, source: str, error: Exception) -> ModelError:
+def unloadable(what: str, source: str, error: Exception) -> ModelError:
+    """What to tell the user of whatever transformers raised."""
     if isinstance(error, ModelError):
         return error
     reason = " ".join(str(error).split()) or type(error).__name__

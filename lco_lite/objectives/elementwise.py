@@ -80,7 +80,7 @@ def jsd(logits: Tensor, teacher: Tensor, beta: float, weights: Tensor, dtype: to
     else:
         p = log_p.exp()
         if beta == 1:
-            g, scale, loss = log_p - log_t, 1.0, 0.0
+            g, scale, loss = log_p - log_t, 1.0, torch.zeros_like(log_p[:, 0])
         else:
             log_m = torch.logaddexp(log_p + math.log1p(-beta), log_t + math.log(beta))
             g, scale, loss = log_p - log_m, 1 - beta, beta * (log_t.exp() * (log_t - log_m)).sum(-1)

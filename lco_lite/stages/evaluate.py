@@ -1,30 +1,44 @@
-"""pass@1 by sampling: every held-out item once a seed, the mean over items, then mean and spread over seeds.
+"""Scores of a stage on a task: every held-out item ``samples`` times a seed, or its choices by log-likelihood.
 
 lco-lite eval math500 --seeds 4
+
+Batches hold prompts of like length within a budget of tokens. Which prompts meet in a batch, and its random numbers,
+depend on the prompts and the settings alone: not on the order of the data, nor on whether the score was interrupted.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lco_lite.data.chat import ChatFormat
-from lco_lite.data.prepare import Prompt, held_out
-from lco_lite.errors import DataError
+from lco_lite.data.prepare import Prompt
+from lco_lite.errors import DataError, Interrupted, UsageError
 from lco_lite.files import write_json, write_text
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe import Eval
-from lco_lite.rollout.engine import Engine, Sampling
+from lco_lite.rollout.engine import Engine, Response, Sampling
 from lco_lite.rollout.local import LocalEngine
 from lco_lite.rollout.lockstep import LockstepEngine, optimal_policy
 from lco_lite.seeding import seeded
 from lco_lite.stages import cast
 from lco_lite.stages.context import Context
-from lco_lite.tasks.base import Task
+from lco_lite.stages.likelihood import choice_logprobs, letter_ids, likelihood_row, need_choices
+from lco_lite.stages.partial import PartialRows, Row
+from lco_lite.stages.protocol import digest, eval_prompts, protocol
+from lco_lite.stages.summary import accuracy, main_first, summarise, summarise_own
+from lco_lite.tasks.base import Item, Task
+from lco_lite.telemetry.interrupt import InterruptGuard
+
+__all__ = ["accuracy", "eval_sampling", "evaluate_stage", "passes_of", "sample_scores"]
+
+Slot = tuple[int, int]
+"""A prompt's index and the number of its sample."""
+ScoreBatch = Callable[[int, int, Sequence[Slot]], list[Row]]
+"""(pass, batch, its slots) -> a row a slot."""
 
 
 def sample_scores(
@@ -35,85 +49,32 @@ def sample_scores(
     sampling: Sampling,
     seed: int,
     on_batch: Callable[[int], None] = lambda done: None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """One graded response an item: rows of id, prompt, response, extracted, gold, right, why, truncated."""
     with seeded(seed, "eval", task.name):
         ids = [chat.prompt(p.messages) for p in prompts]
         made = engine.generate(ids, sampling, on_batch)
-    rows = []
-    for prompt, response in zip(prompts, made, strict=True):
-        item = prompt.item
-        assert item is not None, "held-out prompts come from a task"
-        text = chat.text(response.example.response)
-        grade = task.grade(text, item)
-        rows.append(
-            {
-                "id": item.id,
-                "prompt": item.prompt,
-                "response": text,
-                "extracted": grade.extracted,
-                "gold": item.gold,
-                "right": grade.right,
-                "why": grade.why,
-                "truncated": response.truncated,
-            }
-        )
-    return rows
+    return [graded(task, item_of(p), chat, response) for p, response in zip(prompts, made, strict=True)]
 
 
-def own_metrics(
-    task: Task,
-    passes: Sequence[Sequence[dict[str, Any]]],
-    prompts: Sequence[Prompt],
-    settings: Eval,
-    file: Path,
-    ctx: Context,
-) -> list[dict[str, float]] | None:
-    """What a task that is not right or wrong makes of each pass; None where ``grade`` says it all."""
-    aggregate = getattr(task, "aggregate", None)
-    if aggregate is None:
-        return None
-    items = {p.item.id: p.item for p in prompts if p.item is not None}
-    found = []
-    for k, rows in enumerate(passes):
-        folder = file.with_suffix(".files") / f"seed-{ctx.recipe.seed + k}"
-        folder.mkdir(parents=True, exist_ok=True)
-        found.append(
-            aggregate([{**row, "row": dict(items[row["id"]].row)} for row in rows], settings, folder, ctx.console)
-        )
-    return found
-
-
-def summarise_metrics(found: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Mean and sample deviation over passes of every metric; the first one is the main one."""
-    metrics = {
-        name: {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
-        for name in found[0]
-        for values in [[one[name] for one in found]]
-    }
-    main = next(iter(metrics))
-    return {"metric": main, **metrics[main], "stderr": None, "metrics": metrics}
-
-
-def accuracy(rows: Sequence[dict[str, Any]]) -> float:
-    return sum(row["right"] for row in rows) / len(rows)
-
-
-def summarise(passes: Sequence[Sequence[dict[str, Any]]], n: int) -> dict[str, Any]:
-    """Over ``n`` items, of which those without a row count as wrong. mean over seeds; std: the sample deviation over
-    seeds (None for one); stderr: over items, of their mean over seeds."""
-    scores = [sum(row["right"] for row in rows) / n for rows in passes]
-    by_item = [statistics.fmean(float(rows[i]["right"]) for rows in passes) for i in range(len(passes[0]))]
-    by_item += [0.0] * (n - len(by_item))
+def graded(task: Task, item: Item, chat: ChatFormat, response: Response) -> Row:
+    text = chat.text(response.example.response)
+    grade = task.grade(text, item)
     return {
-        "metric": "pass@1",
-        "mean": statistics.fmean(scores),
-        "std": statistics.stdev(scores) if len(scores) > 1 else None,
-        "stderr": statistics.stdev(by_item) / math.sqrt(n) if n > 1 else None,
-        "n": n,
-        "seeds": len(scores),
-        "truncated": statistics.fmean(float(row["truncated"]) for rows in passes for row in rows),
+        "id": item.id,
+        "prompt": item.prompt,
+        "response": text,
+        "extracted": grade.extracted,
+        "gold": item.gold,
+        "right": grade.right,
+        "why": grade.why,
+        "truncated": response.truncated,
     }
+
+
+def item_of(prompt: Prompt) -> Item:
+    assert prompt.item is not None, "held-out prompts come from a task"
+    return prompt.item
 
 
 def eval_sampling(s: Eval, task: Task) -> Sampling:
@@ -121,18 +82,31 @@ def eval_sampling(s: Eval, task: Task) -> Sampling:
 
 
 def passes_of(s: Eval) -> int:
-    """Greedy decoding gives the same answers every time: one pass."""
-    return 1 if s.temperature == 0 else s.seeds
+    """Greedy decoding and likelihoods are the same every time: one pass."""
+    return 1 if s.temperature == 0 or s.scoring == "likelihood" else s.seeds
+
+
+def samples_of(s: Eval, task: Task) -> int:
+    """Responses an item and pass. UsageError where several have no meaning."""
+    if s.samples > 1 and hasattr(task, "aggregate"):
+        raise UsageError(
+            f"eval.samples: task {task.name} is not right or wrong, so pass@k and maj@k do not exist for it"
+        )
+    if s.samples > 1 and s.temperature == 0:
+        raise UsageError("eval.samples: greedy decoding makes the same response every time; set a temperature")
+    return s.samples
 
 
 def evaluate_stage(ctx: Context, task: Task, stage: str, settings: Eval) -> dict[str, Any]:
     """Scores a stage on a task, once: the result is kept and used again while nothing it rests on changes."""
     file = ctx.run.eval_path(task.name, stage)
-    asked = {
-        "made_by": made_by(ctx, stage),
-        "seed": ctx.recipe.seed,
-        "sampling": settings.model_dump(exclude={"tasks", "batch"}),
-    }
+    samples_of(settings, task)
+    prompts = eval_prompts(ctx.recipe, task, settings)
+    if settings.scoring == "likelihood":
+        need_choices(task, [item_of(p) for p in prompts])
+        if stage == "optimal":
+            raise UsageError("--scoring likelihood: π* is only decoded from; score a stage or base")
+    asked = asked_for(ctx, task, stage, settings, prompts)
     if file.exists():
         known = json.loads(file.read_text(encoding="utf-8"))
         if known["settings"] == asked:
@@ -140,16 +114,41 @@ def evaluate_stage(ctx: Context, task: Task, stage: str, settings: Eval) -> dict
             return known
     with ctx.clock("loading"):
         model, engine = open_engine(ctx, stage)
-    return evaluate_engine(ctx, model, engine, task, settings, file, stage, asked)
+    with ctx.clock("eval"):
+        return Evaluation(ctx, model, engine, task, settings, stage, file, asked).result(prompts)
+
+
+def asked_for(ctx: Context, task: Task, stage: str, s: Eval, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """All that a score rests on; how many responses are made at once is no part of it."""
+    kept = {"tasks", "batch", "batch_tokens", "template", "system", "few_shot", "scoring"}
+    return {
+        "made_by": made_by(ctx, stage),
+        "seed": ctx.recipe.seed,
+        "sampling": s.model_dump(exclude=kept),
+        "protocol": protocol(ctx.recipe, task, s),
+        "items": digest(prompts),
+    }
 
 
 def made_by(ctx: Context, stage: str) -> str:
     """What the score rests on: it is no longer known once that is trained again."""
     if stage == "base":
-        return "base"
+        return " ".join(["base", *map(str, base_of(ctx))])
     return (
         f"rm {ctx.run.stage('rm').id()}, beta {ctx.recipe.rl.beta}" if stage == "optimal" else ctx.run.stage(stage).id()
     )
+
+
+def base_of(ctx: Context) -> list[object]:
+    """Which weights, in what precision; of local files, when they were last written."""
+    model = ctx.recipe.model
+    if model.path is None:
+        return []
+    found: list[object] = [model.path, model.revision or "main", model.quantization, model.dtype]
+    for folder in filter(None, (Path(model.path), ctx.adapter)):
+        written = [file.stat().st_mtime_ns for file in folder.glob("*.safetensors")] if folder.is_dir() else []
+        found += [folder, *sorted(written)[-1:]] if written else []
+    return found
 
 
 def open_engine(ctx: Context, stage: str) -> tuple[LanguageModel, Engine]:
@@ -167,40 +166,137 @@ def chat_of(ctx: Context, model: LanguageModel) -> ChatFormat:
     return ChatFormat(model.tokenizer, ctx.recipe.chat.template_args)
 
 
-def evaluate_engine(
-    ctx: Context,
-    model: LanguageModel,
-    engine: Engine,
-    task: Task,
-    settings: Eval,
-    file: Path,
-    stage: str,
-    asked: dict[str, Any],
-) -> dict[str, Any]:
-    """All passes over the items; writes ``file`` and, beside it, one row an item and pass."""
-    console, recipe, chat = ctx.console, ctx.recipe, chat_of(ctx, model)
-    found = held_out(recipe, task, settings.items)
-    sampling = eval_sampling(settings, task)
-    prompts = [p for p in found if len(chat.prompt(p.messages)) + sampling.max_new_tokens <= model.max_length]
-    if not prompts:
-        raise DataError(f"no item of {task.name} fits the model's window of {model.max_length} tokens")
-    if len(prompts) < len(found):
-        console.warn(f"{len(found) - len(prompts)} of {len(found)} items do not fit the window and count as wrong")
-    passes = []
-    total = passes_of(settings) * len(prompts)
-    with console.progress(total, f"{task.name} {stage}") as line:
-        for k in range(passes_of(settings)):
-            so_far = k * len(prompts)
+def batches(ids: Sequence[list[int]], samples: int, new_tokens: int, s: Eval) -> list[list[Slot]]:
+    """The longest prompts first, so that what does not fit the memory shows at once: at most ``s.batch`` slots, and
+    ``s.batch_tokens`` tokens if every response takes ``new_tokens`` (a single long one may pass it)."""
+    slots = [(i, j) for i in range(len(ids)) for j in range(samples)]
+    groups: list[list[Slot]] = []
+    for slot in sorted(slots, key=lambda slot: (-len(ids[slot[0]]), ids[slot[0]], slot)):
+        width = len(ids[groups[-1][0][0]]) + new_tokens if groups else 0
+        if groups and len(groups[-1]) < s.batch and width * (len(groups[-1]) + 1) <= s.batch_tokens:
+            groups[-1].append(slot)
+        else:
+            groups.append([slot])
+    return groups
 
-            def advance(done: int, so_far: int = so_far) -> None:
-                line.update(so_far + done)
 
-            passes.append(sample_scores(engine, chat, task, prompts, sampling, recipe.seed + k, advance))
-    result = {"task": task.name, "stage": stage} | summarise(passes, len(found)) | {"settings": asked}
-    made = own_metrics(task, passes, prompts, settings, file, ctx)
-    if made is not None:
-        result |= summarise_metrics(made)
-    rows = [{"seed": recipe.seed + k, **row} for k, done in enumerate(passes) for row in done]
-    write_text(file.with_suffix(".rows.jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_json(file, result)
-    return result
+@dataclass
+class Evaluation:
+    """One stage on one task: from prompts to the two files of a score."""
+
+    ctx: Context
+    model: LanguageModel
+    engine: Engine
+    task: Task
+    settings: Eval
+    stage: str
+    file: Path
+    asked: dict[str, Any]
+
+    def result(self, found: Sequence[Prompt]) -> dict[str, Any]:
+        """All passes over the items; writes ``file`` and, beside it, one row an item, sample and pass."""
+        prompts, ids = self._fitting(found)
+        passes = self._passes(prompts, ids)
+        result = {"task": self.task.name, "stage": self.stage} | self._summary(prompts, passes, len(found))
+        result |= {"settings": self.asked}
+        rows = [{"seed": self._seed(k), **row} for k, made in enumerate(passes) for row in made]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(self.file.with_suffix(".rows.jsonl"), text)
+        write_json(self.file, result)
+        self._partial().remove()
+        return result
+
+    def _seed(self, k: int) -> int:
+        return self.ctx.recipe.seed + k
+
+    def _new_tokens(self) -> int:
+        return 1 if self.settings.scoring == "likelihood" else eval_sampling(self.settings, self.task).max_new_tokens
+
+    def _fitting(self, found: Sequence[Prompt]) -> tuple[list[Prompt], list[list[int]]]:
+        """The prompts that leave room for a response, and their token ids."""
+        chat, room = chat_of(self.ctx, self.model), self.model.max_length - self._new_tokens()
+        kept = [(p, ids) for p in found for ids in [chat.prompt(p.messages)] if len(ids) <= room]
+        if not kept:
+            raise DataError(f"no item of {self.task.name} fits the model's window of {self.model.max_length} tokens")
+        if len(kept) < len(found):
+            verdict = "are left out" if hasattr(self.task, "aggregate") else "count as wrong"
+            self.ctx.console.warn(f"{len(found) - len(kept)} of {len(found)} items do not fit the window and {verdict}")
+        return [p for p, _ in kept], [ids for _, ids in kept]
+
+    def _partial(self) -> PartialRows:
+        """Batches of another size hold other responses, so their size is part of what a started score rests on."""
+        at_once = {"batch": self.settings.batch, "batch_tokens": self.settings.batch_tokens}
+        return PartialRows(self.file.with_suffix(".partial.jsonl"), self.asked | at_once)
+
+    def _passes(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> list[list[Row]]:
+        """The rows of each pass in the order of the prompts, made batch by batch."""
+        console, samples = self.ctx.console, self.settings.samples
+        groups, n = batches(ids, samples, self._new_tokens(), self.settings), passes_of(self.settings)
+        score = (
+            self._by_likelihood(prompts, ids)
+            if self.settings.scoring == "likelihood"
+            else self._by_sampling(prompts, ids)
+        )
+        total, label = n * len(ids) * samples, f"{self.task.name} {self.stage}"
+        with self._partial() as partial, InterruptGuard() as guard:
+            done = sum(map(len, partial.rows.values()))
+            if done:
+                console.note(f"{label}: goes on after {done} of {total} responses")
+            elif partial.dropped:
+                console.note(f"{label}: starts anew, since the settings have changed")
+            with console.progress(total, label, done) as line:
+                for k, b in [(k, b) for k in range(n) for b in range(len(groups)) if (k, b) not in partial.rows]:
+                    partial.append(k, b, score(k, b, groups[b]))
+                    done += len(groups[b])
+                    line.update(done)
+                    if guard.requested:
+                        raise Interrupted(
+                            f"stopped after {done} of {total} responses; they are in {partial.path}, "
+                            "and the same command goes on from there"
+                        )
+        made = [
+            {s: r for b, g in enumerate(groups) for s, r in zip(g, partial.rows[k, b], strict=True)} for k in range(n)
+        ]
+        return [[one[slot] for slot in sorted(one)] for one in made]
+
+    def _by_sampling(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> ScoreBatch:
+        chat, sampling = chat_of(self.ctx, self.model), eval_sampling(self.settings, self.task)
+
+        def score(k: int, b: int, slots: Sequence[Slot]) -> list[Row]:
+            with seeded(self._seed(k), "eval", self.task.name, b):
+                made = self.engine.generate([ids[i] for i, _ in slots], replace(sampling, batch=len(slots)))
+            pairs = zip(slots, made, strict=True)
+            return [
+                {"sample": j} | graded(self.task, item_of(prompts[i]), chat, response) for (i, j), response in pairs
+            ]
+
+        return score
+
+    def _by_likelihood(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> ScoreBatch:
+        assert isinstance(self.engine, LocalEngine), "π* is refused"
+        role, letters = self.engine.role, letter_ids(chat_of(self.ctx, self.model))
+
+        def score(k: int, b: int, slots: Sequence[Slot]) -> list[Row]:
+            items = [item_of(prompts[i]) for i, _ in slots]
+            choices = [letters[: len(item.row["choices"])] for item in items]
+            found = choice_logprobs(role, [ids[i] for i, _ in slots], choices)
+            return [{"sample": 0} | likelihood_row(item, some) for item, some in zip(items, found, strict=True)]
+
+        return score
+
+    def _summary(self, prompts: Sequence[Prompt], passes: Sequence[Sequence[Row]], n: int) -> dict[str, Any]:
+        """A task that is not right or wrong makes its own metrics of each pass."""
+        result = summarise(passes, n, self.settings.samples)
+        if self.settings.scoring == "likelihood":
+            return result | main_first({"accuracy": result["metrics"]["pass@1"]})
+        aggregate = getattr(self.task, "aggregate", None)
+        if aggregate is None:
+            return result
+        items = {item_of(p).id: item_of(p) for p in prompts}
+        found = []
+        for k, rows in enumerate(passes):
+            folder = self.file.with_suffix(".files") / f"seed-{self._seed(k)}"
+            folder.mkdir(parents=True, exist_ok=True)
+            whole = [{**row, "row": dict(items[row["id"]].row)} for row in rows]
+            found.append(aggregate(whole, self.settings, folder, self.ctx.console))
+        return result | summarise_own(found) | {"own": True}

@@ -9,7 +9,7 @@ bit at the first update.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,15 +38,22 @@ class Actors:
 
 @dataclass
 class Phase:
-    """Responses in the order of their prompts, G in a row to each; ``rewards`` [N] of ±1 where a task grades them.
+    """Responses in the order of their prompts, G in a row to each.
 
-    ``chosen`` are the prompts' places among all, ``limit`` the longest response there could be, in tokens.
+    ``chosen`` are the prompts' places among all, ``limit`` the longest response there could be, in tokens. ``grades``
+    [N] of ±1 where a task can tell; ``rewards`` [N] where the feedback is one number a response. ``shown`` [N]: the
+    response is a demonstration, not the policy's own.
     """
 
     chosen: list[int]
     limit: int
     responses: list[Response]
-    rewards: Tensor | None
+    grades: Tensor | None = None
+    rewards: Tensor | None = None
+    shown: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.shown = self.shown or [False] * len(self.responses)
 
     @property
     def examples(self) -> list[Example]:
@@ -58,15 +65,16 @@ class Phase:
             "chosen": self.chosen,
             "limit": self.limit,
             "responses": [[r.example.prompt, r.example.response, r.truncated] for r in self.responses],
+            "grades": None if self.grades is None else self.grades.tolist(),
             "rewards": None if self.rewards is None else self.rewards.tolist(),
+            "shown": self.shown,
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Phase:
         responses = [Response(Example(prompt, ids), cut) for prompt, ids, cut in data["responses"]]
-        return cls(
-            data["chosen"], data["limit"], responses, None if data["rewards"] is None else torch.tensor(data["rewards"])
-        )
+        grades, rewards = (None if data[k] is None else torch.tensor(data[k]) for k in ("grades", "rewards"))
+        return cls(data["chosen"], data["limit"], responses, grades, rewards, data["shown"])
 
 
 def plan_minibatches(examples: Sequence[Example], rl: Rl, seed: int, step: int) -> list[list[list[int]]]:
@@ -91,7 +99,7 @@ def order_of_updates(n_minibatches: int, rl: Rl, seed: int, step: int) -> list[i
 
 def with_signal(phase: Phase, group: int) -> Phase:
     """Only the groups whose rewards differ (DAPO's dynamic sampling); all of them where none does."""
-    assert phase.rewards is not None, "the recipe makes sure of a task"
+    assert phase.rewards is not None, "the recipe makes sure"
     live = live_groups(phase.rewards, group).nonzero().flatten().tolist()
     return _groups(phase, live or list(range(len(phase.chosen))), group)
 
@@ -101,11 +109,26 @@ def first_prompts(phase: Phase, n: int, group: int) -> Phase:
 
 
 def joined(a: Phase, b: Phase) -> Phase:
-    rewards = None if a.rewards is None or b.rewards is None else torch.cat([a.rewards, b.rewards])
-    return Phase(a.chosen + b.chosen, a.limit, a.responses + b.responses, rewards)
+    def both(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        return None if x is None or y is None else torch.cat([x, y])
+
+    return Phase(
+        a.chosen + b.chosen,
+        a.limit,
+        a.responses + b.responses,
+        both(a.grades, b.grades),
+        both(a.rewards, b.rewards),
+        a.shown + b.shown,
+    )
 
 
 def _groups(phase: Phase, places: list[int], group: int) -> Phase:
     members = [i * group + k for i in places for k in range(group)]
-    rewards = None if phase.rewards is None else phase.rewards[members]
-    return Phase([phase.chosen[i] for i in places], phase.limit, [phase.responses[i] for i in members], rewards)
+    return Phase(
+        [phase.chosen[i] for i in places],
+        phase.limit,
+        [phase.responses[i] for i in members],
+        None if phase.grades is None else phase.grades[members],
+        None if phase.rewards is None else phase.rewards[members],
+        [phase.shown[i] for i in members],
+    )

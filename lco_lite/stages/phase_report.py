@@ -32,17 +32,19 @@ def pooled(diagnostics: Sequence[dict[str, Tensor]]) -> dict[str, float]:
 
 def describe(phase: Phase, group: int) -> dict[str, Any]:
     """What the rollouts were like; ``group`` responses to each prompt."""
-    lengths = [len(r.example.response) for r in phase.responses]
-    metrics: dict[str, Any] = {
-        "response_tokens": sum(lengths),
-        "mean_response_tokens": fmean(lengths),
-        "truncated": fmean(r.truncated for r in phase.responses),
-    }
-    if phase.rewards is not None:
-        metrics["reward"] = phase.rewards.mean().item()
-        metrics["accuracy"] = (phase.rewards > 0).float().mean().item()
+    metrics: dict[str, Any] = {"response_tokens": sum(len(r.example.response) for r in phase.responses)}
+    own = ~torch.tensor(phase.shown)
+    if own.any():
+        sampled = [r for r, shown in zip(phase.responses, phase.shown, strict=True) if not shown]
+        metrics["mean_response_tokens"] = fmean(len(r.example.response) for r in sampled)
+        metrics["truncated"] = fmean(r.truncated for r in sampled)
+    rewards = phase.grades if phase.rewards is None else phase.rewards
+    if rewards is not None and own.any():
+        metrics["reward"] = rewards[own].mean().item()
         if group > 1:
-            metrics["dead_groups"] = 1 - live_groups(phase.rewards, group).float().mean().item()
+            metrics["dead_groups"] = 1 - live_groups(rewards, group).float().mean().item()
+    if phase.grades is not None and own.any():
+        metrics["accuracy"] = (phase.grades[own] > 0).float().mean().item()
     return metrics
 
 
@@ -59,13 +61,14 @@ def with_cost(metrics: dict[str, Any], seconds: dict[str, float], responses: int
 
 def readable(phase: Phase, prompts: Sequence[Prompt], chat: ChatFormat, group: int, step: int) -> list[dict[str, Any]]:
     """The first responses of a step, as rows for samples.jsonl."""
+    rewards = phase.grades if phase.rewards is None else phase.rewards
     return [
         {
             "step": step,
             "prompt": prompts[phase.chosen[i // group]].messages[-1]["content"],
             "response": chat.text(r.example.response),
             "truncated": r.truncated,
-            "reward": None if phase.rewards is None else phase.rewards[i].item(),
+            "reward": None if rewards is None else rewards[i].item(),
         }
         for i, r in enumerate(phase.responses[:SAMPLES_A_STEP])
     ]

@@ -20,7 +20,7 @@ def stages_of(recipe: Recipe) -> list[str]:
     return [
         *(["sft"] if recipe.sft.enabled else []),
         *(["rm"] if recipe.rl.needs_reward_model else []),
-        f"rl-{recipe.rl.objective}",
+        recipe.rl.stage,
     ]
 
 

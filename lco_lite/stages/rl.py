@@ -1,17 +1,16 @@
 """Policy optimisation, by LCO or by what it is compared with: roll out, score, update against a fixed target, repeat.
 
 for each step (one rollout phase):
-    responses ~ π_old                                   rollout: temperature, top-p
-    z* = z_old + A/β, kept as hidden states             score: h_old and h_dpo - h_ref
+    responses ~ π_old                                   rollout: temperature, top-p       (rollouts.py)
+    z* = z_old + A/β, kept as hidden states             score: h_old and h_dpo - h_ref    (score.py)
     for each inner epoch, for each minibatch:
-        minimise LCO(z*, z_θ) over response tokens      update
+        minimise LCO(z*, z_θ) over response tokens      update                            (losses.py)
 
 lco-lite rl --objective lch --beta 1.0
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -19,36 +18,29 @@ from typing import Any
 import torch
 
 from lco_lite.data.chat import ChatFormat
-from lco_lite.data.prepare import Prompt, held_out, recipe_task, rl_prompts
+from lco_lite.data.prepare import held_out, recipe_task, rl_prompts
 from lco_lite.errors import Diverged
-from lco_lite.feedback.rule import rule_rewards
-from lco_lite.objectives.lco import lco_loss
-from lco_lite.objectives.logprobs import token_logprobs
+from lco_lite.feedback.responses import open_rater
 from lco_lite.objectives.monitor import monitor
-from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch
-from lco_lite.objectives.value import ValueHead, value_loss
+from lco_lite.objectives.value import ValueHead
 from lco_lite.rollout.engine import Response, Sampling
 from lco_lite.rollout.local import LocalEngine
 from lco_lite.run import StageFolder
-from lco_lite.seeding import derive, seeded
-from lco_lite.sequences import Example, endless
+from lco_lite.sequences import Example
 from lco_lite.stages import cast
 from lco_lite.stages.context import Context
 from lco_lite.stages.evaluate import accuracy, eval_sampling, sample_scores
-from lco_lite.stages.phase import Actors, Phase, first_prompts, joined, order_of_updates, plan_minibatches, with_signal
+from lco_lite.stages.losses import loss_part
+from lco_lite.stages.phase import Actors, Phase, order_of_updates, plan_minibatches
 from lco_lite.stages.phase_report import describe, pooled, readable, with_cost
+from lco_lite.stages.rollouts import Rollouts, open_engine
 from lco_lite.stages.score import Scored, score
 from lco_lite.stages.training import Optimiser, Progress, prefixed
 from lco_lite.stages.window import fitting, preflight
-from lco_lite.tasks.base import Task
 from lco_lite.telemetry.console import Progress as Line
 from lco_lite.telemetry.guard import Guard
 from lco_lite.telemetry.interrupt import InterruptGuard
 from lco_lite.telemetry.metrics import JsonLog, MetricsLog, read_log
-
-DYNAMIC_ROUNDS = 3  # how often a step samples again for groups without signal; the rest of the phase is smaller
-
-Found = tuple[torch.Tensor, dict[str, torch.Tensor]]  # a loss, and diagnostics per token
 
 
 @dataclass
@@ -58,10 +50,7 @@ class Loop:
     ctx: Context
     stage: StageFolder
     actors: Actors
-    chat: ChatFormat
-    task: Task | None
-    prompts: Sequence[Prompt]
-    sampling: Sampling
+    rollouts: Rollouts
     optimiser: Optimiser
     progress: Progress
 
@@ -91,7 +80,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                 if rl.eval_every and (step + 1) % rl.eval_every == 0:
                     metrics["eval"] = evaluate(loop)
                 log.write(with_cost(metrics, ctx.clock.lap(), group * rl.prompts_per_step))
-                for row in readable(phase, loop.prompts, loop.chat, group, step + 1):
+                for row in readable(phase, loop.rollouts.prompts, loop.rollouts.chat, group, step + 1):
                     samples.write(row)
                 line.update(step + 1, **metrics)
                 heed(loop, guard.check(metrics), step + 1)
@@ -112,61 +101,28 @@ def open_loop(ctx: Context, stage: StageFolder, interrupt: InterruptGuard) -> Lo
     model = policy.model
     chat = ChatFormat(model.tokenizer, recipe.chat.template_args)
     longest = rl.max_new_tokens or (task.max_new_tokens if task else rl.max_length // 2)
-    sampling = Sampling(rl.temperature, rl.top_p, longest, rl.rollout_batch)
     prompts = fitting(
         ctx, rl_prompts(recipe, task), model, rl.max_length, "prompts", lambda p: len(chat.prompt(p.messages)) + longest
     )
+    sampling = Sampling(rl.temperature, rl.top_p, longest, rl.rollout_batch)
+    engine = open_engine(actors, rl.teacher_mix, chat.end)
+    rollouts = Rollouts(ctx, engine, chat, task, prompts, sampling, open_rater(rl, ctx.device))
     minibatches = -(-rl.prompts_per_step * rl.responses_per_prompt // rl.minibatch)
     trained = cast.trainable(ctx, policy, "rl") + ([] if critic is None else prefixed("critic", critic))
     optimiser = Optimiser(trained, rl, rl.steps * rl.inner_epochs * minibatches)
     progress = Progress(stage, optimiser, interrupt, ctx.device)
-    return Loop(ctx, stage, actors, chat, task, prompts, sampling, optimiser, progress)
+    return Loop(ctx, stage, actors, rollouts, optimiser, progress)
 
 
 def roll_out(loop: Loop, step: int) -> Phase:
-    """Samples the step's responses from the policy as it is now, and grades them where a task can. With dynamic
-    sampling groups without signal make room for those of other prompts."""
-    rl = loop.ctx.recipe.rl
-    phase = sample_phase(loop, step, 0)
-    for again in range(1, DYNAMIC_ROUNDS + 1) if rl.dynamic_sampling else ():
-        phase = with_signal(phase, rl.responses_per_prompt)
-        if len(phase.chosen) >= rl.prompts_per_step:
-            break
-        phase = joined(phase, sample_phase(loop, step, again))
-    return first_prompts(phase, rl.prompts_per_step, rl.responses_per_prompt)
+    """The step's responses; Ctrl-C between two batches of them is a stop before the step."""
 
-
-def sample_phase(loop: Loop, step: int, again: int) -> Phase:
-    """Responses to the step's prompts; ``again`` counts how often the step has sampled before."""
-    recipe, rl = loop.ctx.recipe, loop.ctx.recipe.rl
-    n = rl.prompts_per_step
-    chosen = endless(len(loop.prompts), derive(recipe.seed, "prompts", again) if again else recipe.seed, step * n, n)
-
-    def between_batches(done: int) -> None:
-        line.update(done)
+    def heed_interrupt() -> None:
         if loop.progress.interrupt.requested:
             loop.progress.save(step)
             loop.progress.stop(step)
 
-    ids = [loop.chat.prompt(loop.prompts[i].messages) for i in chosen for _ in range(rl.responses_per_prompt)]
-    engine = LocalEngine(loop.actors.policy, loop.chat.end)
-    with (
-        loop.ctx.clock("rollout"),
-        loop.ctx.console.progress(len(ids), "rollout") as line,
-        seeded(recipe.seed, "rollout", step, *([again] if again else [])),
-    ):
-        responses = engine.generate(ids, loop.sampling, between_batches)
-    return Phase(chosen, loop.sampling.max_new_tokens, responses, grade(loop, chosen, responses))
-
-
-def grade(loop: Loop, chosen: Sequence[int], responses: Sequence[Response]) -> torch.Tensor | None:
-    """[N] of +1 right and -1 wrong; None where prompts are not a task's items."""
-    task, each = loop.task, loop.ctx.recipe.rl.responses_per_prompt
-    items = [item for i in chosen if (item := loop.prompts[i].item) is not None for _ in range(each)]
-    if task is None or len(items) < len(responses):
-        return None
-    texts = [loop.chat.text(r.example.response) for r in responses]
-    return rule_rewards([task.grade(text, item).right for text, item in zip(texts, items, strict=True)])
+    return loop.rollouts.phase(step, heed_interrupt)
 
 
 def score_phase(loop: Loop, phase: Phase, step: int) -> list[list[Scored]]:
@@ -209,50 +165,29 @@ def accumulate(loop: Loop, minibatch: list[Scored]) -> dict[str, float]:
     seen: dict[str, torch.Tensor] = {}
     for s in (kept.to(role.model.device) for kept in minibatch):
         hidden = role.hidden(s.batch)
-        part, found = (lco if loop.ctx.recipe.rl.is_lco else policy_gradient)(loop, s, hidden, *size)
+        part, found = loss_part(loop.actors, s, hidden, *size, loop.ctx.recipe.rl)
         part.backward()
         loss += part.item()
         diagnostics.append({name: value.cpu() for name, value in found.items()} | {"advantages": s.advantages.cpu()})
-        old_head = None if s.target is None else s.target.old_head
+        old_head = getattr(s.target, "old_head", None)
         seen = seen or monitor(hidden, s.old, role.model.head, s.batch.actions, old_head)
     return {"loss": loss} | {name: value.item() for name, value in seen.items()} | pooled(diagnostics)
-
-
-def lco(loop: Loop, s: Scored, hidden: torch.Tensor, tokens: int, sequences: int) -> Found:
-    """This micro-batch's part of the mean over the minibatch's tokens (eqs 8 to 10)."""
-    rl, head = loop.ctx.recipe.rl, loop.actors.policy.model.head
-    assert s.target is not None
-    loss, found = lco_loss(rl.objective, hidden, head, s.target, rl.weighting, standardise=rl.standardise)
-    return loss * (len(s.advantages) / tokens), {"logit_grad_norm": found["logit_grad_norm"]}
-
-
-def policy_gradient(loop: Loop, s: Scored, hidden: torch.Tensor, tokens: int, sequences: int) -> Found:
-    """This micro-batch's part of the minibatch's loss, and of the critic's."""
-    rl, head = loop.ctx.recipe.rl, loop.actors.policy.model.head
-    assert s.old_logprobs is not None
-    logprobs, _ = token_logprobs(hidden, head, s.batch.actions)
-    batch = PolicyBatch(logprobs, s.old_logprobs, s.advantages, s.batch.rows, tokens, sequences)
-    loss, found = POLICY_GRADIENTS[rl.objective](batch, Clip(rl.clip_low, rl.clip_high))
-    if loop.actors.critic is not None:
-        assert s.values is not None and s.returns is not None
-        values = loop.actors.critic(hidden)
-        loss = loss + rl.value_coef * value_loss(values, s.values, s.returns, rl.value_clip, tokens)
-    return loss, found
 
 
 def evaluate(loop: Loop) -> float | None:
     """pass@1 on held-out items, one sampling pass as in ``eval``; None without a task."""
     recipe = loop.ctx.recipe
-    if loop.task is None:
+    task, chat = loop.rollouts.task, loop.rollouts.chat
+    if task is None:
         return None
-    prompts = held_out(recipe, loop.task, recipe.rl.eval_items)
+    prompts = held_out(recipe, task, recipe.rl.eval_items)
     with loop.ctx.clock("eval"):
         rows = sample_scores(
-            LocalEngine(loop.actors.policy, loop.chat.end),
-            loop.chat,
-            loop.task,
+            LocalEngine(loop.actors.policy, chat.end),
+            chat,
+            task,
             prompts,
-            eval_sampling(recipe.eval, loop.task),
+            eval_sampling(recipe.eval, task),
             recipe.seed,
         )
     return accuracy(rows)
@@ -266,12 +201,13 @@ def resume_phase(loop: Loop) -> Phase | None:
 
 def try_longest(loop: Loop) -> None:
     """Scores and updates on the longest micro-batch there can be, before the first rollout."""
-    ids = max((loop.chat.prompt(p.messages) for p in loop.prompts), key=len)
-    longest = Example(ids, [loop.chat.end] * loop.sampling.max_new_tokens)
+    chat, limit = loop.rollouts.chat, loop.rollouts.sampling.max_new_tokens
+    ids = max((chat.prompt(p.messages) for p in loop.rollouts.prompts), key=len)
+    longest = Example(ids, [chat.end] * limit)
     rl = loop.ctx.recipe.rl
 
     def score_and_update(examples: list[Example]) -> None:
-        phase = Phase([], len(longest), [Response(e, True) for e in examples], torch.zeros(len(examples)))
+        phase = Phase([], limit, [Response(e, True) for e in examples], rewards=torch.zeros(len(examples)))
         group = list(range(len(examples)))
         plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False})
         accumulate(loop, score(loop.actors, phase, [[group]], plain)[0])

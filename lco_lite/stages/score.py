@@ -1,4 +1,5 @@
-"""From a phase's responses to what its updates need: for LCO a target, for the rest log-probabilities and advantages.
+"""From a phase's responses to what its updates need: for LCO a target, for distillation what the teacher says, for
+policy gradients log-probabilities and advantages.
 
 Legend: T response tokens of a micro-batch, N responses of the phase, d hidden width.
 """
@@ -14,12 +15,16 @@ from torch import Tensor
 from lco_lite.feedback import advantages as adv
 from lco_lite.feedback.dpo import dpo_shift, sampled_advantages
 from lco_lite.models.roles import Role
+from lco_lite.objectives.distillation import Teacher, mixture_weights
 from lco_lite.objectives.head import Head
 from lco_lite.objectives.logprobs import token_logprobs
 from lco_lite.objectives.targets import DenseTarget, SparseTarget
+from lco_lite.objectives.top_k import TopKTarget, dense_top_k, sampled_token
 from lco_lite.recipe import Rl
 from lco_lite.sequences import Batch, collate
 from lco_lite.stages.phase import Actors, Phase
+
+AGREED_BETA = 100.0  # rl.variant.agreement: β is so many times as large where π_old and φ agree
 
 
 @dataclass(frozen=True)
@@ -27,16 +32,19 @@ class Scored:
     """A micro-batch as π_old saw it, kept on the CPU until its turn. All per token, [T].
 
     ``old`` [T, d] is h_old; ``advantages`` those of the sampled tokens. LCO has a ``target``, the policy gradients
-    ``old_logprobs``, and PPO the critic's ``values`` and their ``returns``.
+    ``old_logprobs``, and PPO the critic's ``values`` and their ``returns``. Distillation has a ``teacher``, and MiniLLM
+    the ``importance`` of tokens that π_old alone did not draw.
     """
 
     batch: Batch
     old: Tensor
     advantages: Tensor
-    target: DenseTarget | SparseTarget | None = None
+    target: DenseTarget | SparseTarget | TopKTarget | None = None
     old_logprobs: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
+    teacher: Teacher | None = None
+    importance: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Scored:
         present = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
@@ -49,7 +57,9 @@ def score(actors: Actors, phase: Phase, plan: list[list[list[int]]], rl: Rl) -> 
     flat = [group for minibatch in plan for group in minibatch]
     batches = [collate([phase.examples[i] for i in group], actors.policy.model.pad_id) for group in flat]
     frozen = actors.policy.model.head.frozen() if actors.policy.model.head.is_trained else None
-    if rl.is_dense:
+    if rl.is_distillation:
+        scored = [_taught(actors, batch, rl) for batch in batches]
+    elif rl.is_dense:
         scored = [_dense(actors, batch, rl, frozen) for batch in batches]
     else:
         owners = [torch.tensor(group)[batch.rows] for group, batch in zip(flat, batches, strict=True)]
@@ -66,9 +76,29 @@ def _dense(actors: Actors, batch: Batch, rl: Rl, frozen: Head | None) -> Scored:
     old, shift = actors.policy.hidden(batch), actors.reward_model.hidden(batch)
     if actors.reference is not None:
         shift = dpo_shift(shift, actors.reference.hidden(batch))
-    head = actors.reward_model.model.head
+    head, policy_head = actors.reward_model.model.head, actors.policy.model.head
+    if rl.variant.agreement is not None:
+        pairs = (old, policy_head), (shift, head)
+        agreed = torch.minimum(*(token_logprobs(h, w, _actions(batch, h))[0] for h, w in pairs)) > rl.variant.agreement
+        shift = torch.where(agreed.unsqueeze(-1), shift / AGREED_BETA, shift)
+    advantages = sampled_advantages(shift, head, batch.actions)
+    if rl.variant.top_k:
+        top = dense_top_k(rl.objective, old, policy_head, shift, head, rl.beta, rl.variant.top_k)
+        return Scored(batch, old, advantages, top)
     target = DenseTarget(old, shift, rl.beta, shift_head=head, **_base(actors, batch, rl, frozen))
-    return Scored(batch, old, sampled_advantages(shift, head, batch.actions), target)
+    return Scored(batch, old, advantages, target)
+
+
+def _taught(actors: Actors, batch: Batch, rl: Rl) -> Scored:
+    """The teacher's hidden states; the advantage of a sampled token is what MiniLLM's policy gradient makes of it."""
+    assert actors.reward_model is not None, "distillation has a teacher"
+    teacher = Teacher(actors.reward_model.hidden(batch), actors.reward_model.model.head)
+    old = actors.policy.hidden(batch)
+    old_logprobs = token_logprobs(old, actors.policy.model.head, _actions(batch, old))[0]
+    says = token_logprobs(teacher.hidden, teacher.head, _actions(batch, teacher.hidden))[0].to(old.device)
+    returns = adv.mean_reward_to_go((says - old_logprobs).cpu(), batch.rows)
+    weights = mixture_weights(old_logprobs, says, rl.teacher_mix)
+    return Scored(batch, old, returns, old_logprobs=old_logprobs, teacher=teacher, importance=weights)
 
 
 def _sampled(actors: Actors, phase: Phase, batches: list[Batch], owners: list[Tensor], rl: Rl) -> list[Scored]:
@@ -77,18 +107,18 @@ def _sampled(actors: Actors, phase: Phase, batches: list[Batch], owners: list[Te
     scored, rewards, kl = [], [], []
     for batch in batches:
         old = actors.policy.hidden(batch)
-        old_logprobs = token_logprobs(old, actors.policy.model.head, batch.actions.to(old.device))[0]
+        old_logprobs = token_logprobs(old, actors.policy.model.head, _actions(batch, old))[0]
         values = None if actors.critic is None else actors.critic(old)
         scored.append(Scored(batch, old, old_logprobs, None, old_logprobs, values))
         rewards.append(_token_rewards(actors, batch) if rl.feedback == "dpo_sampled" else torch.zeros(len(batch.rows)))
         kl.append((old_logprobs - _logprobs(actors.start, batch)).cpu() if rl.kl_coef else torch.zeros(len(batch.rows)))
     owner = torch.cat(owners)
-    per_token = torch.cat(rewards) - rl.kl_coef * torch.cat(kl)
+    per_token = torch.cat(rewards) - rl.kl_coef * torch.cat(kl) + adv.at_last_token(_whole_rewards(phase, rl), owner)
     lengths = [len(s.batch.rows) for s in scored]
     if actors.critic is not None:
         values = torch.cat([s.values.cpu() for s in scored if s.values is not None])
-        advantages, returns = _critic_advantages(phase, per_token, values, owner, rl)
-        parts = zip(scored, advantages.split(lengths), returns.split(lengths), strict=True)
+        advantages = adv.gae(per_token, values, owner, rl.gamma, rl.gae_lambda)
+        parts = zip(scored, adv.whiten(advantages).split(lengths), (advantages + values).split(lengths), strict=True)
         return [replace(s, advantages=a, returns=r) for s, a, r in parts]
     pairs = zip(scored, _advantages(phase, per_token, owner, rl).split(lengths), strict=True)
     return [replace(s, advantages=a) for s, a in pairs]
@@ -98,40 +128,30 @@ def _advantages(phase: Phase, per_token: Tensor, owner: Tensor, rl: Rl) -> Tenso
     """[T of the phase]: a token's own where the feedback has one a token and compares no group, else its response's."""
     if rl.feedback == "dpo_sampled" and rl.baseline in ("none", "batch"):
         return per_token - per_token.mean() if rl.baseline == "batch" else per_token
-    rewards = _response_rewards(phase, per_token, owner, rl)
+    rewards = torch.zeros(len(phase.responses)).index_add(0, owner, per_token)
     advantages = adv.subtract_baseline(rewards, rl.baseline, rl.responses_per_prompt)
     if rl.scale_rewards:
         advantages = adv.divide_by_group_std(advantages, rewards, rl.responses_per_prompt)
     return advantages[owner]
 
 
-def _critic_advantages(phase: Phase, per_token: Tensor, values: Tensor, owner: Tensor, rl: Rl) -> tuple[Tensor, Tensor]:
-    """(GAE, whitened over the phase; returns): a response's reward arrives with its last token."""
-    if rl.feedback == "rule":
-        per_token = per_token + adv.at_last_token(_phase_rewards(phase, rl), owner)
-    advantages = adv.gae(per_token, values, owner, rl.gamma, rl.gae_lambda)
-    return adv.whiten(advantages), advantages + values
-
-
-def _response_rewards(phase: Phase, per_token: Tensor, owner: Tensor, rl: Rl) -> Tensor:
-    """[N]: the sum over a response's tokens, and the rule's reward."""
-    summed = torch.zeros(len(phase.responses)).index_add(0, owner, per_token)
-    return summed + _phase_rewards(phase, rl) if rl.feedback == "rule" else summed
-
-
-def _phase_rewards(phase: Phase, rl: Rl) -> Tensor:
-    """[N] of the rule, less DAPO's penalty for responses that come near the limit."""
-    assert phase.rewards is not None, "the recipe makes sure of a task"
+def _whole_rewards(phase: Phase, rl: Rl) -> Tensor:
+    """[N]: what the feedback gives a whole response, less DAPO's penalty for coming near the limit."""
+    rewards = torch.zeros(len(phase.responses)) if phase.rewards is None else phase.rewards
     if not rl.overlong_buffer:
-        return phase.rewards
+        return rewards
     lengths = torch.tensor([float(len(r.example.response)) for r in phase.responses])
-    return phase.rewards + adv.overlong_penalty(lengths, phase.limit, rl.overlong_buffer * phase.limit)
+    return rewards + adv.overlong_penalty(lengths, phase.limit, rl.overlong_buffer * phase.limit)
 
 
 def _with_sparse_target(actors: Actors, s: Scored, rl: Rl, frozen: Head | None) -> Scored:
     """LCO with the advantage of the sampled token alone (eq 11)."""
-    device, base = s.old.device, _base(actors, s.batch, rl, frozen)
-    target = SparseTarget(s.old, s.batch.actions.to(device), s.advantages.to(device), rl.beta, **base)
+    actions, advantages = _actions(s.batch, s.old), s.advantages.to(s.old.device)
+    if rl.variant.negative_beta is not None:
+        advantages = torch.where(advantages > 0, advantages, advantages / rl.variant.negative_beta)
+    if rl.variant.top_k:
+        return replace(s, target=sampled_token(s.old, actors.policy.model.head, actions, advantages, rl.beta))
+    target = SparseTarget(s.old, actions, advantages, rl.beta, **_base(actors, s.batch, rl, frozen))
     return replace(s, target=target)
 
 
@@ -142,7 +162,12 @@ def _token_rewards(actors: Actors, batch: Batch) -> Tensor:
 
 
 def _logprobs(role: Role, batch: Batch) -> Tensor:
-    return token_logprobs(role.hidden(batch), role.model.head, batch.actions.to(role.model.device))[0]
+    hidden = role.hidden(batch)
+    return token_logprobs(hidden, role.model.head, _actions(batch, hidden))[0]
+
+
+def _actions(batch: Batch, beside: Tensor) -> Tensor:
+    return batch.actions.to(beside.device)
 
 
 def _base(actors: Actors, batch: Batch, rl: Rl, frozen: Head | None) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Benchmark:
     template: str = BOXED
     system: str | None = None
     max_new_tokens: int = 1_536
+    likelihood_template: str | None = None  # in place of ``template`` where choices are scored by log-likelihood
     _items: dict[str, tuple[Item, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def items(self, split: str) -> Sequence[Item]:

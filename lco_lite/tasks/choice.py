@@ -39,6 +39,17 @@ def grade_choice(response: str, item: Item) -> Grade:
     return Grade(letter == item.gold, letter, "equal" if letter == item.gold else f"the answer is {item.gold}")
 
 
+def answer_index(item: Item) -> int | None:
+    """Which of ``item.row["choices"]`` is right: ``answer`` is its index or its letter. None where it is neither."""
+    choices, answer = item.row.get("choices"), item.row.get("answer")
+    if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
+        return None
+    if isinstance(answer, str):
+        answer = LETTERS.find(answer.strip()) if len(answer.strip()) == 1 else -1
+    known = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
+    return answer if known else None
+
+
 def _from_box(box: str, choices: Sequence[str], letters: str) -> str | None:
     match = _LINE.fullmatch(spell(box))
     if match and match[1] in letters:

@@ -7,6 +7,7 @@ rows with ``"split": "train"`` are trained on, all others are held out. The name
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,22 +63,23 @@ def _grader(name: str) -> Grader:
         return GRADERS[name]
     if not names_function(name):
         raise UsageError(f"unknown grader {name!r}: one of {', '.join(GRADERS)}, or FILE.py:NAME")
-    return _users_own(name)
+    return UsersGrader(name, load_function(name))
 
 
-def _users_own(spec: str) -> Grader:
+@dataclass(frozen=True)
+class UsersGrader:
     """A function of the user's as a grader. An error inside it is the user's to see: it is raised, not graded."""
-    function = load_function(spec)
 
-    def grade(response: str, item: Item) -> Grade:
+    spec: str
+    function: Callable[..., Any]
+
+    def __call__(self, response: str, item: Item) -> Grade:
         try:
-            verdict = function(response, item)
+            verdict = self.function(response, item)
         except Exception as e:
-            raise UsageError(f"{spec} failed on item {item.id}: {type(e).__name__}: {e}") from e
+            raise UsageError(f"{self.spec} failed on item {item.id}: {type(e).__name__}: {e}") from e
         if isinstance(verdict, Grade):
             return verdict
         if isinstance(verdict, bool):
-            return Grade(verdict, None, f"{spec.rpartition(':')[2]} says {'right' if verdict else 'wrong'}")
-        raise UsageError(f"{spec} returned {verdict!r:.60} on item {item.id}; a bool or a Grade is needed")
-
-    return grade
+            return Grade(verdict, None, f"{self.spec.rpartition(':')[2]} says {'right' if verdict else 'wrong'}")
+        raise UsageError(f"{self.spec} returned {verdict!r:.60} on item {item.id}; a bool or a Grade is needed")

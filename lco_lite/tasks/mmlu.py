@@ -1,7 +1,7 @@
 """MMLU (Hendrycks et al. 2021) and MMLU-Redux (Gema et al. 2024): four choices, one right, 57 subjects.
 
-Answered by generation here; ``item.row`` has ``choices`` (four texts) and ``answer`` (index of the right one) for
-scoring the choices by log-likelihood. ``dev`` has five answered questions a subject, to be shown as examples.
+Answered by generation, or by log-likelihood of the letters: ``item.row`` has ``choices`` (four texts) and ``answer``
+(index of the right one). ``dev`` has five answered questions a subject, to be shown as examples.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,28 +13,37 @@ from lco_lite.tasks.choice import LETTERS, grade_choice
 from lco_lite.tasks.source import EVERY_CONFIG, Rows, Source, splits
 
 TEMPLATE = "{problem}\n\nReason briefly, and put the letter of the right choice within \\boxed{}."
+LIKELIHOOD_TEMPLATE = "{problem}\n\nAnswer with the letter of the right choice."
+_DEV = Source(("mmlu_dev.jsonl",), "cais/mmlu", "dev", "all")
 _REDUX = Source(("mmlu_redux.jsonl",), "edinburgh-dawg/mmlu-redux-2.0", "test", EVERY_CONFIG)
 
 
 def mmlu(data: Path | None = None) -> Benchmark:
     """14,042 questions, and 285 answered ones."""
-    dev = Source(("mmlu_dev.jsonl",), "cais/mmlu", "dev", "all")
     test = Source(("mmlu_test.jsonl",), "cais/mmlu", "test", "all")
-    return _choices("mmlu", splits(data, dev=dev, test=test), _read)
+    return _choices("mmlu", splits(data, dev=_DEV, test=test), _read)
 
 
 def mmlu_redux(data: Path | None = None) -> Benchmark:
     """The questions of MMLU-Redux that its annotators found to be without fault (5,330 of 5,700)."""
-    return _choices("mmlu_redux", splits(data, test=_REDUX), _read_faultless)
+    found = splits(data, dev=_DEV, test=_REDUX)
+    examples = found["dev"]  # MMLU's, which nobody has annotated
+    return _choices("mmlu_redux", found | {"dev": lambda: _marked_ok(examples())}, _read_faultless)
 
 
 def mmlu_redux_all(data: Path | None = None) -> Benchmark:
     """All 5,700 questions of MMLU-Redux, against MMLU's own answers, right or wrong."""
-    return _choices("mmlu_redux_all", splits(data, test=_REDUX), _read)
+    return _choices("mmlu_redux_all", splits(data, dev=_DEV, test=_REDUX), _read)
 
 
 def _choices(name: str, found: Mapping[str, Callable[[], Rows]], read: Read) -> Benchmark:
-    return Benchmark(name, found, read, grade_choice, TEMPLATE, max_new_tokens=512)
+    return Benchmark(
+        name, found, read, grade_choice, TEMPLATE, max_new_tokens=512, likelihood_template=LIKELIHOOD_TEMPLATE
+    )
+
+
+def _marked_ok(rows: Rows) -> Rows:
+    return [(at, row | {"error_type": "ok"}) for at, row in rows]
 
 
 def _read_faultless(row: Mapping[str, Any]) -> Problem | None:

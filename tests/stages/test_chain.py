@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lco_lite.checkpoint import checkpoints
 from lco_lite.command import command
 from lco_lite.errors import Interrupted, UsageError
-from lco_lite.stages import rl as rl_stage
+from lco_lite.stages import losses
 from lco_lite.stages.context import Context
 from lco_lite.stages.pipeline import newest_stage, train
 from lco_lite.stages.scoring import run_all
@@ -113,6 +113,7 @@ def test_scores_have_mean_and_spread_over_seeds_and_a_row_an_item_and_seed(done)
         "right",
         "why",
         "truncated",
+        "sample",
     }
 
 
@@ -244,13 +245,13 @@ def test_a_trained_head_goes_through_the_logits_path(tiny):
 def test_the_loss_at_the_first_update_is_that_of_the_advantage_alone(tiny, monkeypatch):
     """h_θ = h_old to the last bit: r = A/β exactly, so the loss of the first micro-batch is a function of A only."""
     seen = []
-    real = rl_stage.lco_loss
+    real = losses.lco_loss
 
     def spy(objective, hidden, head, target, *args, **kw):
         seen.append(torch.equal(hidden.detach(), target.old))
         return real(objective, hidden, head, target, *args, **kw)
 
-    monkeypatch.setattr(rl_stage, "lco_loss", spy)
+    monkeypatch.setattr(losses, "lco_loss", spy)
     run_stage(tiny, "rl-mse", "rl.objective=mse", "rl.micro_batch_tokens=40")
     assert seen[0], "hidden states of the first update are those that were scored"
     assert not all(seen)

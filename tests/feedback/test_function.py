@@ -1,0 +1,76 @@
+"""A reward function of the user's runs in its own process, in bounded time, and its mistakes are named by row."""
+
+import pytest
+import torch
+
+from lco_lite.errors import UsageError
+from lco_lite.feedback.function import BATCH, RewardFunction
+
+GOOD = """
+calls = []
+def length(prompts, responses, rows):
+    calls.append(len(responses))
+    print("noise on stdout")
+    return [len(r) + len(calls) / 1000 + rows[i].get("bonus", 0) for i, r in enumerate(responses)]
+"""
+
+
+@pytest.fixture
+def function(tmp_path):
+    def make(body, name="score", seconds=30.0):
+        file = tmp_path / "rewards.py"
+        file.write_text(body)
+        return RewardFunction(f"{file}:{name}", seconds)
+
+    return make
+
+
+def test_it_gets_prompts_responses_and_rows_in_batches_of_one_process(function):
+    rate = function(GOOD, "length")
+    n = BATCH + 3
+    found = rate(["p"] * n, ["x" * i for i in range(n)], [{"bonus": 100} if i == 1 else {} for i in range(n)])
+    expected = torch.tensor([i + (0.001 if i < BATCH else 0.002) + (100 if i == 1 else 0) for i in range(n)])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def score(p, r, rows): return [1.0 if 'b' not in x else 1 / 0 for x in r]", "response 2 .*ZeroDivisionError"),
+        ("def score(p, r, rows): return [1.0] * (len(r) - 1)", "2 rewards for 3 responses"),
+        ("def score(p, r, rows): return [1.0, 'good', 1.0]", "response 2 .*not a number"),
+        ("def score(p, r, rows): return [1.0, 1.0, float('nan')]", "response 3 .*finite"),
+        ("def score(p, r, rows): return 7", "a list of numbers"),
+        ("import os\ndef score(p, r, rows): os._exit(1)", "responses 1 to 3.*died"),
+    ],
+)
+def test_its_mistakes_are_named_by_row(function, body, message):
+    with pytest.raises(UsageError, match=message):
+        function(body)(["p"] * 3, ["a", "b", "c"], [{}] * 3)
+
+
+def test_what_hangs_is_stopped_and_the_next_batch_gets_a_new_process(function):
+    rate = function("def score(p, r, rows):\n    while r[0] == 'hang': pass\n    return [1.0] * len(r)", seconds=1.0)
+    with pytest.raises(UsageError, match="within 1 s"):
+        rate(["p"], ["hang"], [{}])
+    assert rate(["p"], ["go"], [{}]).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "message"),
+    [
+        ("x = 1", "score", "no function"),
+        ("import nowhere", "score", "cannot be imported"),
+        ("score = 3", "score", "no f"),
+    ],
+)
+def test_what_is_wrong_with_the_file_is_said_before_any_rollout(function, body, name, message):
+    with pytest.raises(UsageError, match=message):
+        function(body, name)
+
+
+def test_a_name_that_is_no_file_and_function_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"FILE\.py:NAME"):
+        RewardFunction(str(tmp_path), 1.0)
+    with pytest.raises(UsageError, match="no such file"):
+        RewardFunction(f"{tmp_path}/absent.py:score", 1.0)
