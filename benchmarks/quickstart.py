@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from lco_lite.command import command
-from lco_lite.recipe import LCO_OBJECTIVES
+from lco_lite.method_defaults import LCO
 from lco_lite.stages.evaluate import evaluate_stage
 from lco_lite.stages.pipeline import train
 from lco_lite.tasks import load_task
@@ -34,7 +34,7 @@ def main(
 def scores(recipe: str, runs: Path, seed: int) -> dict[str, dict[str, Any]]:
     """The score of every stage of one seed, by stage."""
     found = {}
-    for objective in LCO_OBJECTIVES:
+    for objective in LCO:
         flags = {"seed": seed, "rl.objective": objective}
         with command(recipe, runs, f"seed-{seed}", [], flags, quiet=True) as ctx:
             stage = f"rl-{objective}"
@@ -46,7 +46,7 @@ def scores(recipe: str, runs: Path, seed: int) -> dict[str, dict[str, Any]]:
 
 
 def markdown(results: dict[int, dict[str, dict[str, Any]]]) -> str:
-    names = ["sft", *(f"rl-{objective}" for objective in LCO_OBJECTIVES), "rm"]
+    names = ["sft", *(f"rl-{objective}" for objective in LCO), "rm"]
     lines = ["| seed | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for seed, found in results.items():
         cells = [f"{found[name]['mean']:.3f} ± {found[name]['std']:.3f}" for name in names]

@@ -42,7 +42,8 @@ class Phase:
 
     ``chosen`` are the prompts' places among all, ``limit`` the longest response there could be, in tokens. ``grades``
     [N] of ±1 where a task can tell; ``rewards`` [N] where the feedback is one number a response. ``shown`` [N]: the
-    response is a demonstration, not the policy's own.
+    response is a demonstration, not the policy's own. ``drawn`` counts the responses that were sampled for the phase,
+    those of dropped groups too.
     """
 
     chosen: list[int]
@@ -51,9 +52,11 @@ class Phase:
     grades: Tensor | None = None
     rewards: Tensor | None = None
     shown: list[bool] = field(default_factory=list)
+    drawn: int = 0
 
     def __post_init__(self) -> None:
         self.shown = self.shown or [False] * len(self.responses)
+        self.drawn = self.drawn or self.shown.count(False)
 
     @property
     def examples(self) -> list[Example]:
@@ -68,13 +71,14 @@ class Phase:
             "grades": None if self.grades is None else self.grades.tolist(),
             "rewards": None if self.rewards is None else self.rewards.tolist(),
             "shown": self.shown,
+            "drawn": self.drawn,
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Phase:
         responses = [Response(Example(prompt, ids), cut) for prompt, ids, cut in data["responses"]]
         grades, rewards = (None if data[k] is None else torch.tensor(data[k]) for k in ("grades", "rewards"))
-        return cls(data["chosen"], data["limit"], responses, grades, rewards, data["shown"])
+        return cls(data["chosen"], data["limit"], responses, grades, rewards, data["shown"], data["drawn"])
 
 
 def plan_minibatches(examples: Sequence[Example], rl: Rl, seed: int, step: int) -> list[list[list[int]]]:
@@ -119,6 +123,7 @@ def joined(a: Phase, b: Phase) -> Phase:
         both(a.grades, b.grades),
         both(a.rewards, b.rewards),
         a.shown + b.shown,
+        a.drawn + b.drawn,
     )
 
 
@@ -131,4 +136,5 @@ def _groups(phase: Phase, places: list[int], group: int) -> Phase:
         None if phase.grades is None else phase.grades[members],
         None if phase.rewards is None else phase.rewards[members],
         [phase.shown[i] for i in members],
+        phase.drawn,
     )

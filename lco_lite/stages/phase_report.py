@@ -48,11 +48,11 @@ def describe(phase: Phase, group: int) -> dict[str, Any]:
     return metrics
 
 
-def with_cost(metrics: dict[str, Any], seconds: dict[str, float], responses: int) -> dict[str, Any]:
-    """``metrics`` and what the step cost: ``seconds`` by phase, for so many ``responses`` a step."""
+def with_cost(metrics: dict[str, Any], seconds: dict[str, float], samples: int) -> dict[str, Any]:
+    """``metrics`` and what it cost: ``seconds`` of the step by phase, ``samples`` drawn since the first step."""
     spent = sum(seconds.get(phase, 0.0) for phase in ("rollout", "score", "update"))
     return metrics | {
-        "samples_seen": metrics["step"] * responses,
+        "samples_seen": samples,
         "tokens_per_second": metrics["response_tokens"] / spent,
         "seconds": {name: seconds[name] for name in ("rollout", "score", "update", "eval") if name in seconds},
         "peak_mib": peak_mib(),

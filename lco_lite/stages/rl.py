@@ -66,8 +66,10 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
         )
         try_longest(loop)
         guard = Guard(loop.actors.policy.model.head.rows)
+        samples_seen = 0
         for before in read_log(stage.metrics)[:done]:
             guard.check(before)
+            samples_seen = before["samples_seen"]
         with (
             MetricsLog(stage.metrics, done or None) as log,
             JsonLog(stage.samples, done or None) as samples,
@@ -79,7 +81,8 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                 metrics = {"step": step + 1} | update_policy(loop, phase, scored, step, line) | describe(phase, group)
                 if rl.eval_every and (step + 1) % rl.eval_every == 0:
                     metrics["eval"] = evaluate(loop)
-                log.write(with_cost(metrics, ctx.clock.lap(), group * rl.prompts_per_step))
+                samples_seen += phase.drawn
+                log.write(with_cost(metrics, ctx.clock.lap(), samples_seen))
                 for row in readable(phase, loop.rollouts.prompts, loop.rollouts.chat, group, step + 1):
                     samples.write(row)
                 line.update(step + 1, **metrics)

@@ -30,7 +30,7 @@ METRICS: dict[str, str] = {
     "response_tokens": "response tokens trained on in this step",
     "mean_response_tokens": "mean length of a response, tokens",
     "truncated": "share of responses that hit the length limit, 0 to 1",
-    "samples_seen": "responses, demonstrations or pairs trained on so far",
+    "samples_seen": "responses drawn (rl), demonstrations or pairs trained on so far",
     "tokens_per_second": "response tokens made or trained on, a second of the whole step",
     "eval": "held-out score of the task after the step, 0 to 1",
     "seconds.loading": "time spent loading models and data, s",
