@@ -1,0 +1,227 @@
+"""Our losses and advantages against TRL's own code on identical tensors, in float64: extra ``bench``.
+
+TRL's methods are called on a stand-in for its trainer, so that no model, data set or accelerator is needed. What differs
+between the two, and is held fixed here:
+
+- TRL averages each micro-batch of GRPO, GSPO and RLOO over its own sequences and then over micro-batches; ours divides
+  by the minibatch's sequences. The same where micro-batches have as many sequences each.
+- TRL divides DAPO by the rollout's tokens times the share of it in one update; ours by those of the update itself. The
+  same for one update a rollout.
+- TRL masks padding of [B, L]; ours has response tokens only, [T].
+- TRL's GKD needs two logits of one width; ours takes the rows that both heads share, so here heads are of one width.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lco_lite.feedback.advantages import divide_by_group_std, subtract_baseline
+from lco_lite.objectives.distillation import Teacher, jsd_loss
+from lco_lite.objectives.head import Head
+from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch
+
+trl = pytest.importorskip("trl", reason="needs TRL 1.16: pip install 'lco-lite[bench]'")
+if not trl.__version__.startswith("1.16."):
+    pytest.skip(f"parity is stated for TRL 1.16, found {trl.__version__}", allow_module_level=True)
+
+from trl import GRPOTrainer, RLOOTrainer  # noqa: E402
+from trl.experimental.gkd import GKDTrainer  # noqa: E402
+
+GROUP, LENGTHS = 4, [3, 1, 6, 2, 5, 5, 1, 4]
+LONGEST, SEQUENCES = max(LENGTHS), len(LENGTHS)
+MASK = torch.arange(LONGEST) < torch.tensor(LENGTHS)[:, None]  # [B, L]
+ROWS = MASK.nonzero()[:, 0]
+LOSSES = {  # ours -> TRL's trainer, loss type, level of the ratio; clip below and above
+    "grpo": (GRPOTrainer, "grpo", "token", Clip(0.2, 0.2)),
+    "dapo": (GRPOTrainer, "dapo", "token", Clip(0.2, 0.28)),
+    "gspo": (GRPOTrainer, "grpo", "sequence", Clip(3e-4, 4e-4)),
+    "rloo": (RLOOTrainer, None, None, Clip(0.2, 0.2)),
+}
+
+
+def draw(seed: int, drift: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(log π_θ [B, L] with a gradient, log π_old [B, L], advantages [B]); ``drift`` sets how far ratios are from 1."""
+    g = torch.Generator().manual_seed(seed)
+    old = -2 * torch.rand(SEQUENCES, LONGEST, generator=g, dtype=torch.float64)
+    new = (old + drift * torch.randn(old.shape, generator=g, dtype=torch.float64)).requires_grad_()
+    return new, old, torch.randn(SEQUENCES, generator=g, dtype=torch.float64)
+
+
+def stand_in(new: Tensor, clip: Clip, loss_type: str | None, level: str | None, **more: Any) -> SimpleNamespace:
+    """A trainer whose model has just given ``new``, with TRL's defaults wherever the loss looks."""
+    metrics: dict[str, Any] = {"train": defaultdict(list)}
+    accelerator = SimpleNamespace(
+        num_processes=1,
+        process_index=0,
+        device=torch.device("cpu"),
+        gather=lambda x: x,
+        reduce=lambda x, reduction: x,
+    )
+    given = {
+        "model": SimpleNamespace(training=True),
+        "accelerator": accelerator,
+        "args": SimpleNamespace(delta=None, steps_per_generation=1),
+        "loss_type": loss_type,
+        "importance_sampling_level": level,
+        "epsilon_low": clip.low,
+        "epsilon_high": clip.high,
+        "beta": 0.0,
+        "current_gradient_accumulation_steps": 1,
+        "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None,
+        "use_vllm": False,
+        "aux_loss_enabled": False,
+        "_entropy_bonus_enabled": False,
+        "_metrics": metrics,
+        "_get_per_token_logps_and_entropies": lambda *a, **k: (new, torch.ones_like(new), None),
+    }
+    return SimpleNamespace(**given | more)
+
+
+def theirs(
+    name: str, new: Tensor, old: Tensor, advantages: Tensor, part: slice = slice(None), parts: int = 1
+) -> Tensor:
+    """TRL's loss of the sequences in ``part``, one of ``parts`` micro-batches of the only update of a rollout."""
+    trainer, loss_type, level, clip = LOSSES[name]
+    mask = MASK[part].long()
+    arguments = SimpleNamespace(delta=None, steps_per_generation=parts)
+    stub = stand_in(new[part], clip, loss_type, level, args=arguments, current_gradient_accumulation_steps=parts)
+    ids = torch.zeros_like(mask)
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": torch.ones_like(ids[:, :1]),
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "advantages": advantages[part],
+        "old_per_token_logps": old[part],
+        "old_logps": (old[part] * mask).sum(1),
+        "num_items_in_batch": MASK.sum(),
+    }
+    loss = trainer._compute_loss(stub, None, inputs)
+    return loss / parts if trainer is RLOOTrainer else loss  # transformers' loop divides what RLOO returns
+
+
+def ours(name: str, new: Tensor, old: Tensor, advantages: Tensor, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """(our loss, which tokens or sequences the clip holds)."""
+    mask = MASK[part]
+    rows = mask.nonzero()[:, 0]
+    batch = PolicyBatch(new[part][mask], old[part][mask], advantages[part][rows], rows, len(ROWS), SEQUENCES)
+    loss, found = POLICY_GRADIENTS[name](batch, LOSSES[name][3])
+    return loss, found["clipped"]
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradient_are_those_of_trl(name: str, seed: int, drift: float) -> None:
+    new, old, advantages = draw(seed, drift)
+    (got, clipped), want = ours(name, new, old, advantages), theirs(name, new, old, advantages)
+    assert clipped.any() == (drift > 0), "the clip acts only once the policy has moved"
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    got_grad, want_grad = (torch.autograd.grad(x, new)[0] for x in (got, want))
+    torch.testing.assert_close(got_grad, want_grad, rtol=1e-12, atol=1e-14)
+    assert want_grad[MASK].any() and not want_grad[~MASK].any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_micro_batches_add_up_to_trls_accumulated_loss(name: str) -> None:
+    new, old, advantages = draw(7, 0.3)
+    halves = slice(0, SEQUENCES // 2), slice(SEQUENCES // 2, SEQUENCES)
+    got = sum(ours(name, new, old, advantages, part)[0] for part in halves)
+    want = sum(theirs(name, new, old, advantages, part, parts=2) for part in halves)
+    assert isinstance(got, Tensor) and isinstance(want, Tensor)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*(torch.autograd.grad(x, new)[0] for x in (got, want)), rtol=1e-12, atol=1e-14)
+
+
+def rollout_advantages(trainer: Any, rewards: Tensor, **settings: Any) -> Tensor:
+    """The advantages [B] that TRL's trainer gives responses with ``rewards`` [B], in its own rollout code."""
+    made = [[5] * n for n in LENGTHS]
+    prompts, texts = [[1]] * SEQUENCES, ["x"] * SEQUENCES
+    answer: Any = (prompts, made, texts)
+    if trainer is GRPOTrainer:  # also tools, the sampler's log-probabilities, fields of the user's and images: none
+        answer = (prompts, made, None, texts, None, {}, None, None)
+    logs: dict[str, Any] = {k: [] for k in ("prompt", "completion", "advantages")}
+    old = settings.pop("old", torch.zeros(SEQUENCES, LONGEST, dtype=torch.float64))
+    reference = settings.pop("reference", None)
+    model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
+
+    def logprobs(asked: Any, *a: Any, **k: Any) -> tuple[Tensor | None, None, None]:
+        return (old if asked is model else reference), None, None
+
+    given = {
+        "model": model,
+        "ref_model": SimpleNamespace(),
+        "_get_per_token_logps_and_entropies": logprobs,
+        "_generate": lambda prompts: answer,
+        "_calculate_rewards": lambda *a: rewards[:, None],
+        "reward_weights": torch.ones(1, dtype=torch.float64),
+        "reward_func_names": ["given"],
+        "reward_clip_range": None,
+        "num_generations": GROUP,
+        "scale_rewards": "group",
+        "normalize_advantages": False,
+        "multi_objective_aggregation": "sum_then_normalize",
+        "environment_factories": None,
+        "environments": None,
+        "tools": None,
+        "num_iterations": 1,
+        "pad_to_multiple_of": None,
+        "mask_truncated_completions": False,
+        "_tokenizer": SimpleNamespace(pad_token_id=0),
+        "_logs": logs | {"rewards": defaultdict(list), "extra": defaultdict(list)},
+        "_pending_extra_logs": {},
+        "_pending_metrics": {},
+        "args": SimpleNamespace(
+            per_device_train_batch_size=SEQUENCES,
+            gradient_checkpointing_kwargs=None,
+            steps_per_generation=1,
+            gradient_accumulation_steps=1,
+        ),
+    }
+    stub = stand_in(torch.zeros(0), Clip(0.2, 0.2), None, None, **given | settings)
+    return trainer._generate_and_score_completions(stub, [{"prompt": "x"}] * SEQUENCES)["advantages"]
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_grpos_group_advantages_are_those_of_trl(scale: str) -> None:
+    rewards = torch.tensor([1.0, -1, -1, 1, 1, 1, 1, 1], dtype=torch.float64)
+    got = subtract_baseline(rewards, "group", GROUP)
+    if scale == "group":
+        got = divide_by_group_std(got, rewards, GROUP)
+    torch.testing.assert_close(got, rollout_advantages(GRPOTrainer, rewards, scale_rewards=scale))
+
+
+def test_rloos_advantages_less_the_kl_to_the_reference_are_those_of_trl() -> None:
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.randn(SEQUENCES, generator=g, dtype=torch.float64)
+    old, reference = -torch.rand(2, SEQUENCES, LONGEST, generator=g, dtype=torch.float64)
+    want = rollout_advantages(RLOOTrainer, rewards, beta=0.05, old=old, reference=reference)
+    penalised = rewards - 0.05 * ((old - reference) * MASK).sum(1)
+    torch.testing.assert_close(subtract_baseline(penalised, "leave_one_out", GROUP), want)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_gkds_divergence_and_its_gradient_are_those_of_trl(beta: float) -> None:
+    g = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    head, teacher = Head(normal(11, 5)), Teacher(normal(len(ROWS), 7), Head(normal(11, 7)))
+    hidden = normal(len(ROWS), 5).requires_grad_()
+    got, _ = jsd_loss(hidden, head, teacher, beta, chunk=4)
+    padded = torch.zeros(2, SEQUENCES, LONGEST, 11, dtype=torch.float64)
+    student, taught = padded.unbind()
+    student = student.index_put((MASK,), head.logits(hidden))
+    taught[MASK] = teacher.head.logits(teacher.hidden)
+    labels = torch.where(MASK, 1, -100)
+    want = GKDTrainer.generalized_jsd_loss(student, taught, labels, beta=beta)  # its mean is over unmasked tokens
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (got, want)), rtol=1e-10, atol=1e-12)
