@@ -26,7 +26,7 @@ from lco_lite.stages.pipeline import train
 from lco_lite.tasks import load_task
 from lco_lite.telemetry.metrics import read_log
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3)
 RESPONSES = 640  # a phase, however they are spread over prompts
 
 

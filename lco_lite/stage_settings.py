@@ -28,6 +28,7 @@ _NO_MATTER = {
     "eval_items",
     "check_items",
     "guard",
+    "reward_timeout",
 }
 
 
@@ -41,7 +42,9 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     elif stage == "rm":
         roots = _RM
     elif stage.startswith("rl-"):
-        roots = (*(_RM if recipe.rl.needs_reward_model else _SFT), "data.prompts", "rl")
+        upstream = _RM if recipe.rl.needs_reward_model else _SFT
+        judge = ("reward_model",) if recipe.rl.feedback == "logprob" else ()  # its base is φ
+        roots = (*upstream, *judge, "data.prompts", "rl")
     else:
         raise UsageError(f"no stage {stage!r}: sft, rm or rl-OBJECTIVE")
     values = flat(recipe.model_dump(mode="json"))

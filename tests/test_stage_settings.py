@@ -82,3 +82,12 @@ def test_differences_name_each_key_with_both_values_also_where_one_is_absent():
     before = {"a": 1.0, "b": "self", "c": None}
     after = {"a": 0.5, "b.path": "x", "c": None}
     assert differences(before, after) == ["a: 1.0 → 0.5", "b: self → unset", "b.path: unset → x"]
+
+
+def test_with_the_log_probabilities_of_a_model_as_feedback_that_model_counts():
+    rl = {"rl": {"feedback": "logprob"}}
+    before, after = (
+        stage_settings(Recipe.model_validate({**BASE, **rl, "reward_model": {"path": path}}), "rl-kld")
+        for path in ("small", "large")
+    )
+    assert differences(before, after) == ["reward_model.path: small → large"]
