@@ -1,7 +1,7 @@
 """Our losses and advantages against TRL's own code on identical tensors, in float64: extra ``bench``.
 
-TRL's methods are called on a stand-in for its trainer, so that no model, data set or accelerator is needed. What differs
-between the two, and is held fixed here:
+TRL's methods are called on a stand-in for its trainer, so that no model, data set or accelerator is needed. What
+differs between the two, and is held fixed here:
 
 - TRL averages each micro-batch of GRPO, GSPO and RLOO over its own sequences and then over micro-batches; ours divides
   by the minibatch's sequences. The same where micro-batches have as many sequences each.
@@ -37,7 +37,8 @@ GROUP, LENGTHS = 4, [3, 1, 6, 2, 5, 5, 1, 4]
 LONGEST, SEQUENCES = max(LENGTHS), len(LENGTHS)
 MASK = torch.arange(LONGEST) < torch.tensor(LENGTHS)[:, None]  # [B, L]
 ROWS = MASK.nonzero()[:, 0]
-LOSSES = {  # ours -> TRL's trainer, loss type, level of the ratio; clip below and above
+# ours -> TRL's trainer, loss type and level of the ratio; the clip of both
+LOSSES: dict[str, tuple[Any, str | None, str | None, Clip]] = {
     "grpo": (GRPOTrainer, "grpo", "token", Clip(0.2, 0.2)),
     "dapo": (GRPOTrainer, "dapo", "token", Clip(0.2, 0.28)),
     "gspo": (GRPOTrainer, "grpo", "sequence", Clip(3e-4, 4e-4)),
