@@ -27,19 +27,35 @@ COMMON: dict[str, Any] = {
 }
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+WRAPPED = {"mistral3": "mistral", "ministral3": "ministral3", "gemma3-vision": "gemma3_text"}
+
+
 def config(family: str) -> Any:
-    if family == "mistral3":
-        vision = {
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 16,
-        }
-        text = {"model_type": "mistral", "head_dim": 8, **COMMON}
-        return tf.Mistral3Config(text_config=text, vision_config={"model_type": "pixtral", "patch_size": 8, **vision})
+    if family == "gemma3-vision":
+        text = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, **COMMON}
+        return tf.Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4)
+    if family in WRAPPED:
+        text = {"model_type": WRAPPED[family], "head_dim": 8, **COMMON}
+        return tf.Mistral3Config(text_config=text, vision_config={"model_type": "pixtral", **VISION})
     kinds = {
         "llama": (tf.LlamaConfig, {"tie_word_embeddings": False}),
+        "llama3.2": (tf.LlamaConfig, {"tie_word_embeddings": True, "head_dim": 8, "rope_parameters": LLAMA3_ROPE}),
         "qwen2": (tf.Qwen2Config, {"tie_word_embeddings": True}),
         "qwen3": (tf.Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
         "gemma2": (tf.Gemma2Config, {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
@@ -52,7 +68,7 @@ def config(family: str) -> Any:
     return kind(**{**COMMON, **more})
 
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "granite", "cohere", "ministral", "mistral3")
+FAMILIES = ("llama", "llama3.2", "qwen2", "qwen3", "gemma2", "gemma3", "granite", "cohere", "ministral", *WRAPPED)
 
 
 def save(family: str, folder: Path, **changes: Any) -> Path:
@@ -61,7 +77,7 @@ def save(family: str, folder: Path, **changes: Any) -> Path:
     for key, value in changes.items():
         setattr(made.get_text_config(), key, value)
     torch.manual_seed(0)
-    kind = tf.AutoModelForImageTextToText if family == "mistral3" else tf.AutoModelForCausalLM
+    kind = tf.AutoModelForImageTextToText if family in WRAPPED else tf.AutoModelForCausalLM
     model = kind.from_config(made)
     with torch.no_grad():
         for p in model.parameters():
