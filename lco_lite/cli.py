@@ -199,6 +199,19 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option("--data", help="A local JSONL file with the task's items.", show_default=False)
     ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            "--judge-url",
+            metavar="URL",
+            help="alpaca_eval: chat-completions API that judges, or alpaca-eval for that package.",
+            show_default=False,
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option("--judge-model", help="The judge's name there.", show_default=False)
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Judge, whatever number of requests it takes.")] = False,
     list_tasks: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
     sets: Set = None,
     name: Name = None,
@@ -215,6 +228,7 @@ def evaluate(
         return tell_tasks()
     flags: dict[str, Any] = {"seed": seed, "device": device, "eval.seeds": seeds, "eval.items": limit, "rl.beta": beta}
     flags |= {"eval.temperature": 0.0 if greedy else None, "data.task": data and str(data)}
+    flags |= {"eval.judge_url": judge_url, "eval.judge_model": judge_model, "eval.judge_confirmed": yes or None}
     with command_for_eval(model, tasks, runs, name, sets, flags, quiet=quiet, json=json) as ctx:
         from lco_lite.stages.scoring import score
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -408,6 +409,14 @@ class Rl(Training):
             yield "variant.agreement compares π_old with φ of feedback logprob"
 
 
+class RewardModels(Section):
+    """Token- or sequence-classification models that read a question, its passages and an answer."""
+
+    relevance: str | None = setting(None, "hub id or folder", "yours")
+    factuality: str | None = setting(None, "hub id or folder", "yours")
+    completeness: str | None = setting(None, "hub id or folder", "yours")
+
+
 class Eval(Section):
     tasks: list[str] | None = setting(None, "tasks scored at the end of a run; null: the recipe's task", "the task")
     seeds: int = setting(4, "sampling passes over all items", "paper: mean ± std over 4", ge=1)
@@ -426,6 +435,23 @@ class Eval(Section):
     batch_tokens: int = setting(
         65_536, "padded tokens at once, responses of full length: fewer where they are long", "7 GB of Llama 3B", ge=16
     )
+    judge_url: str | None = setting(
+        None, "alpaca_eval: base of a chat-completions API, e.g. http://localhost:8000/v1; or alpaca-eval", "none"
+    )
+    judge_model: str | None = setting(None, "the judge's name there; of alpaca-eval its annotator", "yours")
+    judge_key_variable: str | None = setting(
+        None, "environment variable with the API's key; null: OPENAI_API_KEY for https and this machine", "OpenAI's"
+    )
+    judge_options: dict[str, Any] = setting(
+        {"temperature": 0, "max_tokens": 1024}, "more fields of the judge's requests", "one word is asked for"
+    )
+    judge_price: tuple[float, float] | None = setting(
+        None, "dollars a million tokens, in and out: shown before judging starts", "unknown"
+    )
+    judge_limit: int = setting(100, "requests a pass that are sent without --yes", "cents", ge=0)
+    judge_confirmed: bool = setting(False, "--yes: any number of requests may be sent", "off")
+    judge_parallel: int = setting(8, "requests at once", "common rate limits", ge=1, le=64)
+    reward_models: RewardModels = setting(RewardModels(), "qa_feedback: what scores the answers", "yours")
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Eval:
@@ -433,7 +459,20 @@ class Eval(Section):
             raise ValueError("template has no {problem}, so that every prompt would be the same")
         if self.scoring == "likelihood" and self.samples > 1:
             raise ValueError("samples: likelihood makes no responses")
+        if self.judge_url is not None and self.judge_url != "alpaca-eval":
+            _need_plain_url(self.judge_url)
+            if self.judge_model is None:
+                raise ValueError("judge_url needs judge_model, the name of the model that judges there")
         return self
+
+
+def _need_plain_url(url: str) -> None:
+    """It goes into results and messages, so it must hold no secret."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"judge_url {url!r} is neither http://… nor https://… nor alpaca-eval")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("judge_url holds more than host and path: a key belongs into an environment variable")
 
 
 class Recipe(Section):

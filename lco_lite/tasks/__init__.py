@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from lco_lite.errors import DataError, UsageError
+from lco_lite.tasks.alpaca_eval import alpaca_eval
 from lco_lite.tasks.arithmetic import Arithmetic
 from lco_lite.tasks.base import Grade, Item, Task
 from lco_lite.tasks.contests import aime24, aime25, amc23
@@ -34,6 +35,7 @@ _TASKS: dict[str, Callable[[Path | None], Task]] = {
     "mmlu": mmlu,
     "mmlu_redux": mmlu_redux,
     "mmlu_redux_all": mmlu_redux_all,
+    "alpaca_eval": alpaca_eval,
     "custom": custom,
 }
 

@@ -44,13 +44,24 @@ def rows(source: Source, data: Path | None = None) -> Rows:
 
     ``data`` is the folder to look in; where it lacks one of the files, the hub is asked.
     """
-    if data is not None and not data.is_dir():
-        data = None
-    folder = data if data is not None else Path(os.environ[FOLDER]) if os.environ.get(FOLDER) else None
+    folder = folder_of(data)
     paths = [] if folder is None else [folder / name for name in source.files]
     if paths and all(path.exists() for path in paths):
         return read_rows(*paths)
     return _fetch(source, folder)
+
+
+def folder_of(data: Path | None) -> Path | None:
+    """The folder to look in: ``data`` where it is one, else the one that ``LCO_LITE_DATA`` names, if any."""
+    if data is not None and data.is_dir():
+        return data
+    return Path(os.environ[FOLDER]) if os.environ.get(FOLDER) else None
+
+
+def first_file(data: Path | None, *names: str) -> Path | None:
+    """The first of these files that is in the folder to look in."""
+    folder = folder_of(data)
+    return next((folder / name for name in names if folder and (folder / name).exists()), None)
 
 
 def read_rows(*paths: Path) -> Rows:
