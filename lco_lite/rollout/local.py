@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lco_lite.models.roles import Role
 from lco_lite.rollout.engine import Response, Sampling, finished, in_batches, left_padded
 
 
 class LocalEngine:
-    """Samples from ``role``; ``end`` closes a response besides the model's own EOS ids."""
+    """Samples from ``role``; ``end`` closes a response besides the model's own EOS ids.
 
-    def __init__(self, role: Role, end: int) -> None:
+    Rows of the head that only pad it are never drawn: they are no tokens. ``rows`` draws from so many tokens at most,
+    for responses that a model with fewer of them shall read.
+    """
+
+    def __init__(self, role: Role, end: int, rows: int | None = None) -> None:
         self.role, self.model = role, role.model
         self.stop_ids = {end, *role.model.eos_ids}
+        self.tokens_only = LogitsProcessorList([_FirstRows(min(role.model.head.rows, rows or role.model.head.rows))])
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, on_batch: Callable[[int], None] = lambda done: None
@@ -31,6 +37,7 @@ class LocalEngine:
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 generation_config=self._config(sampling),
+                logits_processor=self.tokens_only,
             )
         made = out[:, ids.shape[1] :].tolist()
         return [finished(prompt, row, self.stop_ids) for prompt, row in zip(prompts, made, strict=True)]
@@ -46,3 +53,14 @@ class LocalEngine:
         return GenerationConfig(
             do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, **common
         )
+
+
+class _FirstRows(LogitsProcessor):
+    """Nothing past the first ``rows`` ids can be drawn."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        beyond = torch.arange(scores.shape[1], device=scores.device) >= self.rows
+        return scores.masked_fill(beyond, -torch.inf) if scores.shape[1] > self.rows else scores

@@ -99,8 +99,10 @@ class Rollouts:
 
 
 def open_engine(actors: Actors, teacher_mix: float, end: int) -> Engine:
-    """The policy alone, or in step with its teacher (MiniLLM)."""
+    """The policy alone, or in step with its teacher (MiniLLM); over the tokens that whoever scores them has too."""
     if not teacher_mix:
-        return LocalEngine(actors.policy, end)
+        return LocalEngine(
+            actors.policy, end, None if actors.reward_model is None else actors.reward_model.model.head.rows
+        )
     assert actors.reward_model is not None, "distillation has a teacher"
     return LockstepEngine([actors.policy, actors.reward_model], mixture(teacher_mix), end)

@@ -74,18 +74,22 @@ def _dense(actors: Actors, batch: Batch, rl: Rl, frozen: Head | None) -> Scored:
     """eq 13, or eq 12 where there is no reference: the shift of hidden states is the advantage over the vocabulary."""
     assert actors.reward_model is not None, "dense feedback comes from a model"
     old, shift = actors.policy.hidden(batch), actors.reward_model.hidden(batch)
-    if actors.reference is not None:
-        shift = dpo_shift(shift, actors.reference.hidden(batch))
+    before = None if actors.reference is None else actors.reference.hidden(batch)
+    if before is not None:
+        shift = dpo_shift(shift, before)
     head, policy_head = actors.reward_model.model.head, actors.policy.model.head
+    base = None  # a soft cap asks where the shift begins
+    if head.softcap is not None:
+        base = torch.zeros_like(shift) if before is None else before
     if rl.variant.agreement is not None:
         pairs = (old, policy_head), (shift, head)
         agreed = torch.minimum(*(token_logprobs(h, w, _actions(batch, h))[0] for h, w in pairs)) > rl.variant.agreement
         shift = torch.where(agreed.unsqueeze(-1), shift / AGREED_BETA, shift)
-    advantages = sampled_advantages(shift, head, batch.actions)
+    advantages = sampled_advantages(shift, head, batch.actions, base)
     if rl.variant.top_k:
         top = dense_top_k(rl.objective, old, policy_head, shift, head, rl.beta, rl.variant.top_k)
         return Scored(batch, old, advantages, top)
-    target = DenseTarget(old, shift, rl.beta, shift_head=head, **_base(actors, batch, rl, frozen))
+    target = DenseTarget(old, shift, rl.beta, shift_head=head, shift_base=base, **_base(actors, batch, rl, frozen))
     return Scored(batch, old, advantages, target)
 
 

@@ -43,11 +43,11 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
     with ctx.clock("loading"):
         start = cast.open_start(ctx)
         chat = ChatFormat(start.model.tokenizer, recipe.chat.template_args)
-    pairs = fitting(ctx, make_pairs(ctx, stage, start, chat), start.model, s.max_length, "pairs", Pair.longest)
+        reward_model, reference = cast.open_untrained_reward_model(ctx, start)
+    engine = LocalEngine(start, chat.end, reward_model.model.head.rows)
+    pairs = fitting(ctx, make_pairs(ctx, stage, engine, chat), start.model, s.max_length, "pairs", Pair.longest)
     kept_out = min(round(len(pairs) * s.held_out), len(pairs) - 1)
     held, pairs = pairs[:kept_out], pairs[kept_out:]
-    with ctx.clock("loading"):
-        reward_model, reference = cast.open_untrained_reward_model(ctx, start)
     total = s.max_steps or math.ceil(s.epochs * len(pairs) / s.batch_size)
     optimiser = Optimiser(cast.trainable(ctx, reward_model, "rm"), s, total)
 
@@ -75,8 +75,8 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
     stage.finish(result)
 
 
-def make_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatFormat) -> list[Pair]:
-    """From data, or sampled from the policy before RL and graded; sampled ones are kept in rm/pairs.jsonl."""
+def make_pairs(ctx: Context, stage: StageFolder, engine: LocalEngine, chat: ChatFormat) -> list[Pair]:
+    """From data, or sampled by ``engine`` and graded; sampled ones are kept in rm/pairs.jsonl."""
     recipe, s = ctx.recipe, ctx.recipe.train_rm
     task = recipe_task(recipe)
     if recipe.data.preferences != "sampled":
@@ -91,7 +91,7 @@ def make_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatFormat) 
     prompts = fitting(
         ctx,
         task_prompts(recipe, task)[: s.prompts],
-        start.model,
+        engine.model,
         s.max_length,
         "prompts",
         lambda p: len(chat.prompt(p.messages)) + sampling.max_new_tokens,
@@ -101,7 +101,7 @@ def make_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatFormat) 
         "train-rm", f"sampling {s.samples_per_prompt} responses to each of {len(prompts)} prompts for pairs"
     )
     with ctx.clock("rollout"), ctx.console.progress(total, "pairs") as line, seeded(recipe.seed, "pairs"):
-        pairs = sample_pairs(LocalEngine(start, chat.end), chat, task, prompts, s, sampling, line.update)
+        pairs = sample_pairs(engine, chat, task, prompts, s, sampling, line.update)
     if len(pairs) < 2:
         raise DataError(
             f"{total} responses to {len(prompts)} prompts gave {len(pairs)} pairs of right and wrong: raise "

@@ -16,6 +16,7 @@ from lco_lite.rollout.local import LocalEngine
 from lco_lite.rollout.lockstep import LockstepEngine, draw, mixture, optimal_policy
 from lco_lite.seeding import seeded
 from lco_lite.sequences import Example
+from tests.models.families import load, save
 
 PROMPTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
 GREEDY = Sampling(temperature=0, top_p=1.0, max_new_tokens=6, batch=2)
@@ -60,6 +61,20 @@ def test_greedy_decoding_takes_the_likeliest_token_of_a_plain_forward_pass(model
             for token in response.example.response:
                 assert token == logits(Role(model), ids).argmax().item()
                 ids.append(token)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_rows_that_pad_the_head_are_never_drawn(tmp_path, greedy):
+    padded = load(save("llama", tmp_path / "m", vocab_size=400))
+    assert padded.head.rows == 260 and padded.head.weight.shape[0] == 400
+    sampling = GREEDY if greedy else Sampling(1.0, 1.0, 30, 3)
+    for rows, engine in (
+        (260, LocalEngine(Role(padded), end=3)),
+        (200, LocalEngine(Role(padded), end=3, rows=200)),
+        (260, LockstepEngine([Role(padded)], lambda z: z[0], end=3)),
+    ):
+        drawn = [i for r in engine.generate(PROMPTS, sampling) for i in r.example.response]
+        assert max(drawn) < rows, "an id past the tokenizer's tokens has neither text nor a row in the losses"
 
 
 def test_an_adapter_is_sampled_from_only_through_its_role(model):
