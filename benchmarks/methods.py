@@ -26,7 +26,8 @@ from lco_lite.stages.pipeline import train
 from lco_lite.tasks import load_task
 from lco_lite.telemetry.metrics import read_log
 
-RATES = (1e-3, 3e-3)
+RATES = {"gkd": (1e-3, 3e-3)}  # a divergence, as LCO-KLD
+RATES_OF_POLICY_GRADIENTS = (3e-4, 1e-3)
 RESPONSES = 640  # a phase, however they are spread over prompts
 
 
@@ -39,7 +40,7 @@ def main(
 ) -> None:
     table = {}
     for objective in objectives.split(","):
-        rates = (None,) if objective in LCO else RATES
+        rates = (None,) if objective in LCO else RATES.get(objective, RATES_OF_POLICY_GRADIENTS)
         tried = {rate: result(recipe, runs, 0, objective, rate) for rate in rates}
         best = max(tried, key=lambda rate: tried[rate]["after"])
         found = [result(recipe, runs, seed, objective, best) for seed in range(seeds)]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lco_lite.data.chat import ChatFormat
-from lco_lite.data.prepare import held_out, recipe_task, rl_prompts
+from lco_lite.data.prepare import Prompt, held_out, recipe_task, rl_prompts
 from lco_lite.errors import Diverged
 from lco_lite.feedback.responses import open_rater
 from lco_lite.objectives.monitor import monitor
@@ -61,9 +61,8 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
     with InterruptGuard() as interrupt:
         loop = open_loop(ctx, stage, interrupt)
         done, ui, group = loop.progress.done, ctx.console, rl.responses_per_prompt
-        ui.stage(
-            stage.name, f"{rl.steps} steps of {rl.prompts_per_step} prompts, feedback {rl.feedback}, β {rl.beta:g}"
-        )
+        strength = f", β {rl.beta:g}" if rl.is_lco else ""
+        ui.stage(stage.name, f"{rl.steps} steps of {rl.prompts_per_step} prompts, feedback {rl.feedback}{strength}")
         try_longest(loop)
         guard = Guard(loop.actors.policy.model.head.rows)
         samples_seen = 0
@@ -104,9 +103,12 @@ def open_loop(ctx: Context, stage: StageFolder, interrupt: InterruptGuard) -> Lo
     model = policy.model
     chat = ChatFormat(model.tokenizer, recipe.chat.template_args)
     longest = rl.max_new_tokens or (task.max_new_tokens if task else rl.max_length // 2)
-    prompts = fitting(
-        ctx, rl_prompts(recipe, task), model, rl.max_length, "prompts", lambda p: len(chat.prompt(p.messages)) + longest
-    )
+
+    def room(prompt: Prompt) -> int:
+        shown = prompt.item.demonstration if prompt.item and rl.on_policy < 1 else None
+        return len(chat.prompt(prompt.messages)) + max(longest, len(chat.response(shown)) if shown else 0)
+
+    prompts = fitting(ctx, rl_prompts(recipe, task), model, rl.max_length, "prompts", room)
     sampling = Sampling(rl.temperature, rl.top_p, longest, rl.rollout_batch)
     engine = open_engine(actors, rl.teacher_mix, chat.end)
     rollouts = Rollouts(ctx, engine, chat, task, prompts, sampling, open_rater(rl, ctx.device))
