@@ -22,6 +22,7 @@ from lco_lite.telemetry.console import Console
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _PACKAGE_PROMPT = 250  # tokens of what the package asks about the texts
+_FEW = 0.05
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 Row = Mapping[str, Any]
@@ -88,6 +89,11 @@ def _metrics(
         console.warn(f"{off_point} of {2 * len(found)} verdicts were neither A, B nor tie, and count as ties")
     scores = [one.score for one in found]
     differences = [len(p.answer) - len(p.reference) for p in pairs]
+    longer = sum(d > 0 for d in differences) / len(differences)
+    if not _FEW <= longer <= 1 - _FEW:
+        console.warn(
+            f"{longer:.0%} of the answers are longer than the reference's: the length-controlled win rate extrapolates"
+        )
     return {
         "win_rate": sum(scores) / len(scores),
         "length_controlled_win_rate": length_controlled(scores, differences, difficulty),

@@ -51,7 +51,7 @@ def load_tokenizer(weights: Weights, folder: Path | None = None) -> PreTrainedTo
 def load_base(weights: Weights, device: torch.device, folder: Path | None = None) -> PreTrainedModel:
     """The model on ``device``, in eval mode, frozen; its own sampling defaults are dropped: the recipe's hold."""
     source = str(folder or weights.path)
-    _refuse_unusable_folder(Path(source))
+    refuse_unusable_folder(Path(source))
     dtype = base_dtype(weights, device)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
     if weights.attention != "auto":
@@ -60,19 +60,37 @@ def load_base(weights: Weights, device: torch.device, folder: Path | None = None
         options["quantization_config"] = quantization_config(weights, dtype)
     try:
         config = AutoConfig.from_pretrained(source, **_origin(weights, folder))
-        kind = (
-            AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+        model, loaded = language_model_class(config).from_pretrained(
+            source, config=config, output_loading_info=True, **_origin(weights, folder), **options
         )
-        model = kind.from_pretrained(source, config=config, **_origin(weights, folder), **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # transformers raises OSError, ValueError, KeyError, ImportError, and what remote code does
         raise unloadable("model", source, e) from e
+    if loaded["missing_keys"]:  # transformers draws them at random
+        missing = sorted(loaded["missing_keys"])
+        raise ModelError(
+            f"{source}: is {_architecture(config)}, and lacks {len(missing)} weights of {type(model).__name__}, e.g. "
+            f"{missing[0]}: a causal language model with its LM head is needed"
+        )
     keep = model.generation_config
     model.generation_config = GenerationConfig(
         eos_token_id=keep.eos_token_id, pad_token_id=keep.pad_token_id, bos_token_id=keep.bos_token_id
     )
     return model.requires_grad_(False).eval()
+
+
+def language_model_class(config: Any) -> Any:
+    """The auto class whose models predict the next token: of text alone, or of text inside a multimodal wrapper.
+
+    Raises ModelError naming the architecture where there is none.
+    """
+    own = getattr(config, "auto_map", None) or {}
+    if not getattr(config, "is_encoder_decoder", False):
+        for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            if type(config) in kind._model_mapping or kind.__name__ in own:
+                return kind
+    raise ModelError(f"{_architecture(config)} is no causal language model: it is not supported")
 
 
 def base_dtype(weights: Weights, device: torch.device) -> torch.dtype:
@@ -114,6 +132,10 @@ def convert_gguf(path: str, gguf_file: str, folder: Path) -> None:
         tokenizer.save_pretrained(new)
 
 
+def _architecture(config: Any) -> str:
+    return ", ".join(config.architectures or []) or type(config).__name__
+
+
 def _origin(weights: Weights, folder: Path | None) -> dict[str, Any]:
     revision = None if folder is not None else weights.revision
     return {"trust_remote_code": weights.trust_remote_code, **({"revision": revision} if revision else {})}
@@ -130,7 +152,8 @@ def _choose_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.pad_token = chosen[0]
 
 
-def _refuse_unusable_folder(folder: Path) -> None:
+def refuse_unusable_folder(folder: Path) -> None:
+    """Raises ModelError for a folder without a config or with pickled weights only."""
     if not folder.is_dir():
         return
     if not (folder / "config.json").is_file():

@@ -17,7 +17,7 @@ from typing import Any
 from lco_lite.data.chat import ChatFormat
 from lco_lite.data.prepare import Prompt
 from lco_lite.errors import DataError, Interrupted, UsageError
-from lco_lite.files import write_json, write_text
+from lco_lite.files import remove, write_json, write_text
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe import Eval
 from lco_lite.rollout.engine import Engine, Response, Sampling
@@ -27,9 +27,10 @@ from lco_lite.seeding import seeded
 from lco_lite.stages import cast
 from lco_lite.stages.context import Context
 from lco_lite.stages.likelihood import choice_logprobs, letter_ids, likelihood_row, need_choices
+from lco_lite.stages.own_metrics import check_own, own_metrics, responses_of, scored_anew
 from lco_lite.stages.partial import PartialRows, Row
-from lco_lite.stages.protocol import digest, eval_prompts, protocol
-from lco_lite.stages.summary import accuracy, main_first, summarise, summarise_own
+from lco_lite.stages.protocol import asked_for, eval_prompts
+from lco_lite.stages.summary import accuracy, main_first, summarise
 from lco_lite.tasks.base import Item, Task
 from lco_lite.telemetry.interrupt import InterruptGuard
 
@@ -107,48 +108,17 @@ def evaluate_stage(ctx: Context, task: Task, stage: str, settings: Eval) -> dict
         if stage == "optimal":
             raise UsageError("--scoring likelihood: π* is only decoded from; score a stage or base")
     asked = asked_for(ctx, task, stage, settings, prompts)
-    if file.exists():
-        known = json.loads(file.read_text(encoding="utf-8"))
-        if known["settings"] == asked:
-            ctx.console.note(f"{task.name}: {stage} has been scored already ({file})")
-            return known
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if known is not None and known["settings"] == asked:
+        ctx.console.note(f"{task.name}: {stage} has been scored already ({file})")
+        return known
+    check_own(task, settings, len(prompts), passes_of(settings), ctx.console)
+    if known is not None and responses_of(known["settings"]) == responses_of(asked):
+        return scored_anew(task, settings, file, known, asked, ctx.console)
     with ctx.clock("loading"):
         model, engine = open_engine(ctx, stage)
     with ctx.clock("eval"):
         return Evaluation(ctx, model, engine, task, settings, stage, file, asked).result(prompts)
-
-
-def asked_for(ctx: Context, task: Task, stage: str, s: Eval, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """All that a score rests on; how many responses are made at once is no part of it."""
-    kept = {"tasks", "batch", "batch_tokens", "template", "system", "few_shot", "scoring"}
-    return {
-        "made_by": made_by(ctx, stage),
-        "seed": ctx.recipe.seed,
-        "sampling": s.model_dump(exclude=kept),
-        "protocol": protocol(ctx.recipe, task, s),
-        "items": digest(prompts),
-    }
-
-
-def made_by(ctx: Context, stage: str) -> str:
-    """What the score rests on: it is no longer known once that is trained again."""
-    if stage == "base":
-        return " ".join(["base", *map(str, base_of(ctx))])
-    return (
-        f"rm {ctx.run.stage('rm').id()}, beta {ctx.recipe.rl.beta}" if stage == "optimal" else ctx.run.stage(stage).id()
-    )
-
-
-def base_of(ctx: Context) -> list[object]:
-    """Which weights, in what precision; of local files, when they were last written."""
-    model = ctx.recipe.model
-    if model.path is None:
-        return []
-    found: list[object] = [model.path, model.revision or "main", model.quantization, model.dtype]
-    for folder in filter(None, (Path(model.path), ctx.adapter)):
-        written = [file.stat().st_mtime_ns for file in folder.glob("*.safetensors")] if folder.is_dir() else []
-        found += [folder, *sorted(written)[-1:]] if written else []
-    return found
 
 
 def open_engine(ctx: Context, stage: str) -> tuple[LanguageModel, Engine]:
@@ -203,7 +173,7 @@ class Evaluation:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(self.file.with_suffix(".rows.jsonl"), text)
         write_json(self.file, result)
-        self._partial().remove()
+        remove(self._partial_file())
         return result
 
     def _seed(self, k: int) -> int:
@@ -223,10 +193,13 @@ class Evaluation:
             self.ctx.console.warn(f"{len(found) - len(kept)} of {len(found)} items do not fit the window and {verdict}")
         return [p for p, _ in kept], [ids for _, ids in kept]
 
+    def _partial_file(self) -> Path:
+        return self.file.with_suffix(".partial.jsonl")
+
     def _partial(self) -> PartialRows:
         """Batches of another size hold other responses, so their size is part of what a started score rests on."""
         at_once = {"batch": self.settings.batch, "batch_tokens": self.settings.batch_tokens}
-        return PartialRows(self.file.with_suffix(".partial.jsonl"), self.asked | at_once)
+        return PartialRows(self._partial_file(), self.asked | at_once)
 
     def _passes(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> list[list[Row]]:
         """The rows of each pass in the order of the prompts, made batch by batch."""
@@ -289,14 +262,8 @@ class Evaluation:
         result = summarise(passes, n, self.settings.samples)
         if self.settings.scoring == "likelihood":
             return result | main_first({"accuracy": result["metrics"]["pass@1"]})
-        aggregate = getattr(self.task, "aggregate", None)
-        if aggregate is None:
+        if not hasattr(self.task, "aggregate"):
             return result
+        by_seed = {self._seed(k): rows for k, rows in enumerate(passes)}
         items = {item_of(p).id: item_of(p) for p in prompts}
-        found = []
-        for k, rows in enumerate(passes):
-            folder = self.file.with_suffix(".files") / f"seed-{self._seed(k)}"
-            folder.mkdir(parents=True, exist_ok=True)
-            whole = [{**row, "row": dict(items[row["id"]].row)} for row in rows]
-            found.append(aggregate(whole, self.settings, folder, self.ctx.console))
-        return result | summarise_own(found) | {"own": True}
+        return result | own_metrics(self.task, self.settings, self.file, by_seed, items, self.ctx.console)

@@ -14,6 +14,7 @@ from lco_lite.tasks.gsm8k import gsm8k
 from lco_lite.tasks.math500 import math500
 from lco_lite.tasks.minervamath import minervamath
 from lco_lite.tasks.mmlu import mmlu, mmlu_redux, mmlu_redux_all
+from lco_lite.tasks.qa_feedback import qa_feedback
 
 __all__ = ["Grade", "Item", "Task", "load_task", "task_names"]
 
@@ -36,6 +37,7 @@ _TASKS: dict[str, Callable[[Path | None], Task]] = {
     "mmlu_redux": mmlu_redux,
     "mmlu_redux_all": mmlu_redux_all,
     "alpaca_eval": alpaca_eval,
+    "qa_feedback": qa_feedback,
     "custom": custom,
 }
 
