@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lco_lite.files import remove, write_bytes, write_errors
+from lco_lite.files import write_bytes, write_errors
 
 Row = dict[str, Any]
 
@@ -39,11 +39,6 @@ class PartialRows:
             while line:
                 line = line[self._file.write(line) :]
         self.rows[k, batch] = rows
-
-    def remove(self) -> None:
-        """The score is written: this is no longer needed."""
-        self._file.close()
-        remove(self.path)
 
     def __enter__(self) -> PartialRows:
         return self

@@ -19,6 +19,8 @@ from lco_lite.data.chat import conversation
 from lco_lite.data.prepare import Prompt, system_text
 from lco_lite.errors import DataError, UsageError
 from lco_lite.recipe import Eval, Recipe
+from lco_lite.stages.context import Context
+from lco_lite.stages.own_metrics import scored_by
 from lco_lite.tasks.base import Item, Task
 from lco_lite.tasks.benchmark import grade_math
 from lco_lite.tasks.custom import UsersGrader
@@ -126,3 +128,37 @@ def digest(prompts: Sequence[Prompt]) -> str:
     """Of what is asked and what is right: another for other items, texts, examples or gold answers."""
     lines = [json.dumps([list(map(dict, p.messages)), p.item and p.item.gold]) for p in prompts]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def asked_for(ctx: Context, task: Task, stage: str, s: Eval, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """All that a score rests on; how many responses are made at once is no part of it."""
+    kept = {"tasks", "batch", "batch_tokens", "template", "system", "few_shot", "scoring"}
+    kept |= {name for name in Eval.model_fields if name.startswith(("judge_", "reward_"))}
+    return scored_by(task, s) | {
+        "made_by": made_by(ctx, stage),
+        "seed": ctx.recipe.seed,
+        "sampling": s.model_dump(exclude=kept),
+        "protocol": protocol(ctx.recipe, task, s),
+        "items": digest(prompts),
+    }
+
+
+def made_by(ctx: Context, stage: str) -> str:
+    """What the score rests on: it is no longer known once that is trained again."""
+    if stage == "base":
+        return " ".join(["base", *map(str, base_of(ctx))])
+    return (
+        f"rm {ctx.run.stage('rm').id()}, beta {ctx.recipe.rl.beta}" if stage == "optimal" else ctx.run.stage(stage).id()
+    )
+
+
+def base_of(ctx: Context) -> list[object]:
+    """Which weights, in what precision; of local files, when they were last written."""
+    model = ctx.recipe.model
+    if model.path is None:
+        return []
+    found: list[object] = [model.path, model.revision or "main", model.quantization, model.dtype]
+    for folder in filter(None, (Path(model.path), ctx.adapter)):
+        written = [file.stat().st_mtime_ns for file in folder.glob("*.safetensors")] if folder.is_dir() else []
+        found += [folder, *sorted(written)[-1:]] if written else []
+    return found

@@ -105,6 +105,7 @@ def test_scores_have_mean_and_spread_over_seeds_and_a_row_an_item_and_seed(done)
     assert result["mean"] == pytest.approx(sum(json.loads(r)["right"] for r in rows) / 16)
     assert set(json.loads(rows[0])) == {
         "seed",
+        "sample",
         "id",
         "prompt",
         "response",
