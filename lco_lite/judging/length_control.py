@@ -12,6 +12,10 @@ score is the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RIDGE = 1.0  # of phi and psi
 RIDGE_OF_CONSTANT = 1e-6
@@ -22,36 +26,41 @@ def length_controlled(
     scores: Sequence[float], differences: Sequence[float], difficulty: Sequence[float] | None = None
 ) -> float:
     """Win rate in [0, 1]. ``scores`` in [0, 1]; ``differences`` in characters; ``difficulty`` where it is known."""
-    import numpy as np
+    import torch
 
-    s, d = np.asarray(scores, float), np.asarray(differences, float)
-    spread = d.std(ddof=1) if len(d) > 1 else 0.0
-    length = np.tanh(d / spread) if spread > 0 else np.zeros_like(d)
-    columns = [np.ones_like(s), length, *([] if difficulty is None else [np.asarray(difficulty, float)])]
-    x = np.stack(columns, axis=1)
-    ridge = np.diag([RIDGE_OF_CONSTANT] + [RIDGE] * (len(columns) - 1))
+    def column(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor([float(v) for v in values], dtype=torch.float64)
 
-    def cost(w: np.ndarray) -> float:
-        z = x @ w
-        return float(np.logaddexp(0, z).sum() - s @ z + w @ ridge @ w / 2)
-
-    weights = np.zeros(len(columns))
-    for _ in range(_STEPS):
-        p = _sigmoid(x @ weights)
-        gradient = x.T @ (p - s) + ridge @ weights
-        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + ridge, gradient)
-        scale = 1.0
-        while cost(weights - scale * step) > cost(weights) and scale > _ENOUGH:
-            scale /= 2  # Newton's step may overshoot where the scores are all alike
-        weights = weights - scale * step
-        if np.abs(scale * step).max() < _ENOUGH:
-            break
-    even = x.copy()
+    s, d = column(scores), column(differences)
+    spread = float(d.std()) if len(d) > 1 else 0.0
+    length = torch.tanh(d / spread) if spread > 0 else torch.zeros_like(d)
+    x = torch.stack([torch.ones_like(s), length, *([] if difficulty is None else [column(difficulty)])], dim=1)
+    weights = _fit(x, s)
+    even = x.clone()
     even[:, 1] = 0.0
-    return float(_sigmoid(even @ weights).mean())
+    return float(torch.sigmoid(even @ weights).mean())
 
 
-def _sigmoid(z):  # type: ignore[no-untyped-def]
-    import numpy as np
+def _fit(x: Tensor, s: Tensor) -> Tensor:
+    """[N, K], [N] -> [K]: the weights of highest posterior, by Newton's method."""
+    import torch
 
-    return np.exp(-np.logaddexp(0, -z))
+    ridge = torch.full((x.shape[1],), RIDGE, dtype=x.dtype)
+    ridge[0] = RIDGE_OF_CONSTANT
+
+    def cost(w: Tensor) -> float:
+        z = x @ w
+        return float(torch.nn.functional.softplus(z).sum() - s @ z + (ridge * w * w).sum() / 2)
+
+    w = torch.zeros_like(ridge)
+    for _ in range(_STEPS):
+        p = torch.sigmoid(x @ w)
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + torch.diag(ridge)
+        step = torch.linalg.solve(curvature, x.T @ (p - s) + ridge * w)
+        scale = 1.0
+        while cost(w - scale * step) > cost(w) and scale > _ENOUGH:
+            scale /= 2  # a whole step may overshoot where the scores are all alike
+        w = w - scale * step
+        if float((scale * step).abs().max()) < _ENOUGH:
+            break
+    return w

@@ -194,6 +194,25 @@ def test_openais_key_goes_to_https_and_this_machine_only_and_a_named_one_everywh
     assert judge_key(judged(url, judge_key_variable=named)) == sent
 
 
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("localhost:8000/v1", "neither http"),
+        ("ftp://host/v1", "neither http"),
+        ("https://me:sk-secret@host/v1", "belongs into an environment variable"),
+        ("https://host/v1?key=sk-secret", "belongs into an environment variable"),
+    ],
+)
+def test_a_judges_url_is_host_and_path_and_nothing_secret(url, told):
+    with pytest.raises(ValueError, match=told):
+        judged(url)
+
+
+def test_a_judge_needs_a_models_name():
+    with pytest.raises(ValueError, match="judge_model"):
+        Eval(judge_url="http://localhost:8000/v1")
+
+
 def test_a_key_variable_that_is_not_set_is_said_before_anything_is_generated(task, monkeypatch):
     monkeypatch.delenv("MY_KEY", raising=False)
     with pytest.raises(UsageError, match="MY_KEY is not set"):
