@@ -196,8 +196,28 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", help="Only the first so many items.", show_default=False)
     ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", help="Responses an item and pass: pass@k and maj@k.", show_default=False),
+    ] = None,
+    scoring: Annotated[
+        str | None,
+        typer.Option("--scoring", help="generation, or likelihood of the letters of the choices.", show_default=False),
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="A local JSONL file with the task's items.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--data", help="A local JSONL file with the task's items, or a folder of such.", show_default=False
+        ),
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--compare",
+            metavar="A B",
+            help="Two scores that are there, STAGE or RUN/STAGE: difference, p-value, answers that flipped.",
+            show_default=False,
+        ),
     ] = None,
     judge_url: Annotated[
         str | None,
@@ -222,17 +242,19 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """pass@1 of the newest policy, or of any model folder or hub id, with its spread over seeds."""
-    from lco_lite.command import command_for_eval, tell_tasks
+    from lco_lite.command import command_for_compare, command_for_eval, tell_tasks
 
     if list_tasks:
         return tell_tasks()
+    if compare:
+        return command_for_compare(compare, model or policy, tasks, runs, name, quiet, json)
     flags: dict[str, Any] = {"seed": seed, "device": device, "eval.seeds": seeds, "eval.items": limit, "rl.beta": beta}
-    flags |= {"eval.temperature": 0.0 if greedy else None, "data.task": data and str(data)}
+    flags |= {"eval.temperature": 0.0 if greedy else None, "eval.samples": samples, "eval.scoring": scoring}
     flags |= {"eval.judge_url": judge_url, "eval.judge_model": judge_model, "eval.judge_confirmed": yes or None}
     with command_for_eval(model, tasks, runs, name, sets, flags, quiet=quiet, json=json) as ctx:
         from lco_lite.stages.scoring import score
 
-        score(ctx, tasks, policy, model, json)
+        score(ctx, tasks, policy, model, json, data)
 
 
 @app.command()

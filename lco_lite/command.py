@@ -99,6 +99,25 @@ def command_for_eval(
             yield ctx
 
 
+def command_for_compare(
+    pair: tuple[str, str],
+    scored_now: str | None,
+    tasks: list[str] | None,
+    runs: Path,
+    name: str | None,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """Reads scores that are there; loads no model and locks no run."""
+    with boundary():
+        from lco_lite.stages.compare import compare_scores
+        from lco_lite.telemetry.console import Console
+
+        if scored_now:
+            raise UsageError("eval --compare reads two scores that are there: leave out --model and --policy")
+        compare_scores(runs, name, tasks, pair, Console(quiet=quiet, json=json), json)
+
+
 def tell_tasks() -> None:
     from lco_lite.tasks import task_names
 
@@ -151,7 +170,8 @@ def out_of_memory(phase: str, peak_mib: float, recipe: Recipe, detail: str) -> s
     remedies = []
     if phase in ("rollout", "eval"):
         remedies.append(
-            f"rl.rollout_batch (now {recipe.rl.rollout_batch}) or eval.batch (now {recipe.eval.batch}): halve it"
+            f"rl.rollout_batch (now {recipe.rl.rollout_batch}) or eval.batch_tokens "
+            f"(now {recipe.eval.batch_tokens}): halve it"
         )
     remedies.append(f"micro_batch_tokens (now {section.micro_batch_tokens}): halve it; the gradient stays the same")
     if not recipe.model.gradient_checkpointing:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lco_lite.errors import UsageError
@@ -14,17 +15,29 @@ from lco_lite.tasks import load_task
 from lco_lite.telemetry.console import Console
 
 
-def score(ctx: Context, tasks: Sequence[str] | None, stage: str | None, model: str | None, json: bool) -> None:
-    """Scores, then a table or, for machines, one JSON object by task."""
+def score(
+    ctx: Context,
+    tasks: Sequence[str] | None,
+    stage: str | None,
+    model: str | None,
+    json: bool,
+    data: Path | None = None,
+) -> None:
+    """Scores, then a table or, for machines, one JSON object by task. ``data``: where the items are."""
     names = list(tasks or ([ctx.recipe.task] if ctx.recipe.task else []))
     if not names:
         raise UsageError("eval: name a task (`lco-lite eval --list`): the run's recipe has none")
+    if data is not None and data.is_file() and len(names) > 1:
+        raise UsageError(
+            f"--data {data}: one file holds the items of one task, and {len(names)} are named; give a folder"
+        )
     stage = "base" if model else stage or newest_stage(ctx)
     needed = "rm" if stage == "optimal" else stage
     if needed != "base" and not ctx.run.stage(needed).is_done():
         done = ", ".join(["base", *(s.name for s in ctx.run.stages() if s.is_done())])
         raise UsageError(f"eval --policy {stage}: that is not trained in run {ctx.run.name}; there are: {done}")
-    results = [evaluate_stage(ctx, load_task(n, task_file(ctx.recipe, n)), stage, ctx.recipe.eval) for n in names]
+    loaded = [load_task(n, data or task_file(ctx.recipe, n)) for n in names]
+    results = [evaluate_stage(ctx, task, stage, ctx.recipe.eval) for task in loaded]
     if json:
         ctx.console.emit({r["task"]: r for r in results})
     else:
@@ -41,18 +54,32 @@ def score_all(ctx: Context) -> list[dict[str, Any]]:
 
 
 def show(console: Console, results: Sequence[dict[str, Any]]) -> None:
-    """score ± std over seeds, a row a task and stage."""
-    rows = [
-        [
-            r["task"],
-            r["stage"],
-            f"{r['mean']:.3f}" + ("" if r["std"] is None else f" ± {r['std']:.3f}"),
-            r["n"],
-            r["seeds"],
-        ]
+    """The paper's table, mean ± std over seeds in percent: a row a stage, a column a task (and metric, if not pass@1).
+
+    A task's own metrics are shown in the task's own unit.
+    """
+    cells = {
+        (r["stage"], _column(r["task"], name)): _cell(value, percent=not r.get("own"))
         for r in results
-    ]
-    console.table("pass@1", ["task", "stage", "score", "items", "seeds"], rows)
+        for name, value in r["metrics"].items()
+    }
+    stages, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    rows = [[stage, *(cells.get((stage, column), "") for column in columns)] for stage in stages]
+    console.table("mean ± std over seeds, %", ["stage", *columns], rows)
+    for r in results:
+        error = "" if r["stderr"] is None else f", standard error over items {100 * r['stderr']:.1f}"
+        cut = f", {100 * r['truncated']:.1f} % cut at the length limit" if r["truncated"] else ""
+        console.note(f"{r['task']} {r['stage']}: {r['n']} items, {r['seeds']} seed{'s' * (r['seeds'] > 1)}{error}{cut}")
+
+
+def _column(task: str, metric: str) -> str:
+    return task if metric == "pass@1" else f"{task} {metric}"
+
+
+def _cell(metric: Mapping[str, float | None], percent: bool) -> str:
+    scale, digits = (100, 1) if percent else (1, 3)
+    texts = [f"{scale * value:.{digits}f}" for value in (metric["mean"], metric["std"]) if value is not None]
+    return " ± ".join(texts)
 
 
 def task_file(recipe: Recipe, name: str) -> str | None:

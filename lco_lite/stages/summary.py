@@ -39,7 +39,8 @@ def item_scores(rows: Sequence[Row], samples: int) -> dict[str, list[float]]:
         powers = (2**i for i in range(1, samples.bit_length()))
         for k in [*(k for k in powers if k < samples), samples]:
             scores[f"pass@{k}"] = [pass_at(k, samples, c) for c in right]
-        scores[f"maj@{samples}"] = [float(majority_right(group)) for group in groups]
+        if all(row["extracted"] is not None for row in rows if row["right"]):  # else its grader takes no answer out
+            scores[f"maj@{samples}"] = [float(majority_right(group)) for group in groups]
     return scores
 
 
@@ -48,7 +49,7 @@ def summarise(passes: Sequence[Sequence[Row]], n: int, samples: int = 1) -> dict
     deviation over seeds (None for one); stderr: over items, of their mean over seeds (None for one item)."""
     scores = [item_scores(rows, samples) for rows in passes]
     metrics = {}
-    for name in scores[0]:
+    for name in [name for name in scores[0] if all(name in one for one in scores)]:
         values = [one[name] for one in scores]
         by_item = [statistics.fmean(value) for value in zip(*values, strict=True)]
         by_item += [0.0] * (n - len(by_item))
