@@ -96,7 +96,7 @@ def _metrics(
         )
     return {
         "win_rate": sum(scores) / len(scores),
-        "length_controlled_win_rate": length_controlled(scores, differences, difficulty),
+        "lc_win_rate": length_controlled(scores, differences, difficulty),
         "orders_agree": sum(one.in_order[0] == one.in_order[1] for one in found) / len(found),
         "off_point": off_point / (2 * len(found)),
     }

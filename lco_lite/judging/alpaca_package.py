@@ -22,7 +22,7 @@ def need_package() -> None:
 def package_win_rates(
     outputs: Sequence[dict[str, Any]], references: Sequence[dict[str, Any]], annotator: str | None, folder: Path
 ) -> dict[str, float]:
-    """``win_rate`` and ``length_controlled_win_rate`` in [0, 1]; its annotations and its cache go to ``folder``.
+    """``win_rate`` and ``lc_win_rate`` in [0, 1]; its annotations and its cache go to ``folder``.
 
     The package finds an instruction's difficulty by its place, so ``outputs`` are the first so many, in order. Raises
     LcoError where the package fails.
@@ -46,4 +46,4 @@ def package_win_rates(
         win_rate, controlled = float(row["win_rate"]), float(row["length_controlled_winrate"])
     except Exception as e:  # its annotators raise what their clients raise
         raise LcoError(f"{NAME} failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
-    return {"win_rate": win_rate / 100, "length_controlled_win_rate": controlled / 100}
+    return {"win_rate": win_rate / 100, "lc_win_rate": controlled / 100}

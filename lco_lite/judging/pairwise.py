@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from lco_lite.recipe import Eval
 from lco_lite.telemetry.console import Console
 
 ANSWERS = 3  # times that a judge may answer off the point before its verdict is a tie
+_LINES = 40  # of progress, where there is no terminal
 _WORD = 4  # tokens of a verdict
 _REMINDER = "Reply with one word only: A, B or tie."
 _VERDICT = re.compile(
@@ -102,7 +104,8 @@ class Judge:
             try:
                 for done, future in enumerate(as_completed(waiting), 1):
                     future.result()
-                    line.update(done)
+                    if done % math.ceil(len(new) / _LINES) == 0 or done == len(new):
+                        line.update(done)
             except BaseException:
                 self.client.stop()
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -50,7 +50,7 @@ class AlpacaEval(Benchmark):
             check_judge(settings, n, passes, console)
 
     def aggregate(self, rows: list[dict[str, Any]], settings: Eval, folder: Path, console: Any) -> dict[str, float]:
-        """Metrics of one pass: ``win_rate`` and ``length_controlled_win_rate`` in [0, 1] first, where there is a judge.
+        """Metrics of one pass: ``win_rate`` and ``lc_win_rate`` in [0, 1] first, where there is a judge.
 
         Writes ``outputs.json`` and, of a judge, ``judged.jsonl``. Raises UsageError where that takes more requests than
         are confirmed, and what ``ChatClient.ask`` raises.

@@ -134,7 +134,7 @@ def test_a_judge_gives_win_rates_and_its_verdicts_are_kept(task, tmp_path):
         metrics = task.aggregate(rows, judged(server.url, judge_price=(1.0, 1.0)), folder, screen)
         again = task.aggregate(rows, judged(server.url, judge_limit=0), folder, Screen())
         assert len(server.requests) == 8
-    assert list(metrics)[:2] == ["win_rate", "length_controlled_win_rate"]
+    assert list(metrics)[:2] == ["win_rate", "lc_win_rate"]
     assert metrics["win_rate"] == 0.5  # the third is one character shorter than its reference
     assert metrics["orders_agree"] == 1.0 and metrics["off_point"] == 0.0
     assert again == metrics
@@ -176,7 +176,7 @@ def test_the_difficulty_of_instructions_is_used_where_the_data_has_it(tmp_path):
             folder.mkdir(parents=True)
             found.append(task.aggregate(rows_of(task, responses), judged(server.url), folder, Screen()))
     assert found[0]["win_rate"] == found[1]["win_rate"]
-    assert found[0]["length_controlled_win_rate"] != pytest.approx(found[1]["length_controlled_win_rate"], abs=1e-3)
+    assert found[0]["lc_win_rate"] != pytest.approx(found[1]["lc_win_rate"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_the_package_judges_where_it_is_asked_for(task, tmp_path, package):
     folder = folder_of(tmp_path)
     rows = rows_of(task, ["a", "b", "c", "d"])
     metrics = task.aggregate(rows, Eval(judge_url="alpaca-eval", judge_confirmed=True), folder, Screen())
-    assert metrics == {"win_rate": 0.125, "length_controlled_win_rate": 0.25, "mean_length": 1.0}
+    assert metrics == {"win_rate": 0.125, "lc_win_rate": 0.25, "mean_length": 1.0}
     called = package.calls[0]
     assert called["model_outputs"] == json.loads((folder / "outputs.json").read_text())
     assert called["reference_outputs"] == ROWS
