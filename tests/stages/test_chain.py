@@ -114,7 +114,6 @@ def test_scores_have_mean_and_spread_over_seeds_and_a_row_an_item_and_seed(done)
         "right",
         "why",
         "truncated",
-        "sample",
     }
 
 
