@@ -247,7 +247,7 @@ def evaluate(
     if list_tasks:
         return tell_tasks()
     if compare:
-        return command_for_compare(compare, model or policy, tasks, runs, name, quiet, json)
+        return command_for_compare(compare, model or policy, tasks, runs, name, scoring, quiet, json)
     flags: dict[str, Any] = {"seed": seed, "device": device, "eval.seeds": seeds, "eval.items": limit, "rl.beta": beta}
     flags |= {"eval.temperature": 0.0 if greedy else None, "eval.samples": samples, "eval.scoring": scoring}
     flags |= {"eval.judge_url": judge_url, "eval.judge_model": judge_model, "eval.judge_confirmed": yes or None}

@@ -105,6 +105,7 @@ def command_for_compare(
     tasks: list[str] | None,
     runs: Path,
     name: str | None,
+    scoring: str | None,
     quiet: bool,
     json: bool,
 ) -> None:
@@ -115,7 +116,7 @@ def command_for_compare(
 
         if scored_now:
             raise UsageError("eval --compare reads two scores that are there: leave out --model and --policy")
-        compare_scores(runs, name, tasks, pair, Console(quiet=quiet, json=json), json)
+        compare_scores(runs, name, tasks, pair, scoring or "generation", Console(quiet=quiet, json=json), json)
 
 
 def tell_tasks() -> None:

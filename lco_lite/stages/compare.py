@@ -18,6 +18,7 @@ from lco_lite.errors import UsageError
 from lco_lite.run import Run
 from lco_lite.stage_settings import differences, flat
 from lco_lite.stages.bootstrap import RESAMPLES, paired_bootstrap
+from lco_lite.stages.protocol import score_name
 from lco_lite.tasks import load_task
 from lco_lite.telemetry.console import Console
 
@@ -45,10 +46,17 @@ class Scored:
 
 
 def compare_scores(
-    runs: Path, name: str | None, tasks: Sequence[str] | None, pair: tuple[str, str], console: Console, as_json: bool
+    runs: Path,
+    name: str | None,
+    tasks: Sequence[str] | None,
+    pair: tuple[str, str],
+    scoring: str,
+    console: Console,
+    as_json: bool,
 ) -> None:
     """Both scores, their difference and the answers that flipped, a task after the other."""
-    found = {task: compare(*(find(runs, name, task, which) for which in pair)) for task in _tasks(runs, name, tasks)}
+    named = _tasks(runs, name, tasks)
+    found = {task: compare(*(find(runs, name, task, which, scoring) for which in pair)) for task in named}
     for task, (result, warnings) in found.items():
         for line in warnings:
             console.warn(f"{task}: {line}")
@@ -58,7 +66,7 @@ def compare_scores(
         console.emit({task: result for task, (result, _) in found.items()})
 
 
-def find(runs: Path, name: str | None, task: str, which: str) -> Scored:
+def find(runs: Path, name: str | None, task: str, which: str, scoring: str = "generation") -> Scored:
     """The score of STAGE or RUN/STAGE. UsageError with the command that makes it where it is not there."""
     run_name, _, stage = which.rpartition("/")
     run_name = run_name or name or Run.newest(runs).name
@@ -66,10 +74,11 @@ def find(runs: Path, name: str | None, task: str, which: str) -> Scored:
         raise UsageError(
             f"--compare {which}: a stage of the run, or RUN/STAGE; there is no run {run_name!r} in {runs}/"
         )
-    file = Run(runs / run_name).eval_path(load_task(task).name, stage)
+    file = Run(runs / run_name).eval_path(score_name(load_task(task).name, scoring), stage)
     rows = file.with_suffix(".rows.jsonl")
     if not file.exists() or not rows.exists():
         whose = f"--policy {stage}" if Run(runs / run_name).has_recipe() else "--model MODEL"
+        whose += " --scoring likelihood" if scoring == "likelihood" else ""
         raise UsageError(
             f"run {run_name} has no score of {stage} on {task} yet; this makes it:\n"
             f"  lco-lite eval {task} {whose} --name {run_name}" + ("" if str(runs) == "runs" else f" --runs {runs}")

@@ -29,7 +29,7 @@ from lco_lite.stages.context import Context
 from lco_lite.stages.likelihood import choice_logprobs, letter_ids, likelihood_row, need_choices
 from lco_lite.stages.own_metrics import check_own, own_metrics, responses_of, scored_anew
 from lco_lite.stages.partial import PartialRows, Row
-from lco_lite.stages.protocol import asked_for, eval_prompts
+from lco_lite.stages.protocol import asked_for, eval_prompts, score_name
 from lco_lite.stages.summary import accuracy, main_first, summarise
 from lco_lite.tasks.base import Item, Task
 from lco_lite.telemetry.interrupt import InterruptGuard
@@ -100,7 +100,7 @@ def samples_of(s: Eval, task: Task) -> int:
 
 def evaluate_stage(ctx: Context, task: Task, stage: str, settings: Eval) -> dict[str, Any]:
     """Scores a stage on a task, once: the result is kept and used again while nothing it rests on changes."""
-    file = ctx.run.eval_path(task.name, stage)
+    file = ctx.run.eval_path(score_name(task.name, settings.scoring), stage)
     samples_of(settings, task)
     prompts = eval_prompts(ctx.recipe, task, settings)
     if settings.scoring == "likelihood":

@@ -27,6 +27,11 @@ from lco_lite.tasks.custom import UsersGrader
 from lco_lite.tasks.minervamath import grade_rounded
 
 
+def score_name(task: str, scoring: str) -> str:
+    """What the files of a score are called: one by likelihood does not replace one by generation."""
+    return f"{task}-likelihood" if scoring == "likelihood" else task
+
+
 def configured(task: Task, s: Eval) -> Task:
     """The task with the template of ``s``, where it has one to replace."""
     template = template_of(task, s)

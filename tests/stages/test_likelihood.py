@@ -65,7 +65,7 @@ def test_log_likelihoods_are_those_of_whole_logits(tmp_path, family, choices):
 def test_the_score_of_a_task_is_that_of_the_computation_by_hand(model, mmlu):
     result = score(model, mmlu, "mmlu", mmlu, "--scoring", "likelihood", "-s", "eval.few_shot=2")
     assert result.exit_code == 0, result.output
-    made, rows = result_of(mmlu, "mmlu"), rows_of(mmlu, "mmlu")
+    made, rows = result_of(mmlu, "mmlu-likelihood"), rows_of(mmlu, "mmlu-likelihood")
     recipe = Recipe.model_validate({"model": {"path": str(model)}, "task": "mmlu", "sft": {"enabled": False}})
     role = Role(families.load(model))
     chat = ChatFormat(role.model.tokenizer)
@@ -98,12 +98,21 @@ def test_nothing_is_sampled(model, mmlu, monkeypatch):
     assert score(model, mmlu, "mmlu", mmlu, "--scoring", "likelihood").exit_code == 0
 
 
+def test_a_score_by_likelihood_stands_beside_that_by_generation_and_is_compared_with_its_like(model, mmlu):
+    for more in (["--scoring", "likelihood"], ["--limit", "2", "--greedy"]):
+        assert score(model, mmlu, "mmlu", mmlu, *more).exit_code == 0
+    assert result_of(mmlu, "mmlu")["n"] == 2 and result_of(mmlu, "mmlu-likelihood")["n"] == 6
+    flags = ["eval", "mmlu", "--runs", mmlu, "--name", "run", "--compare", "base", "base", "--json"]
+    assert json.loads(call(*flags).stdout)["mmlu"]["items"] == 2
+    assert json.loads(call(*flags, "--scoring", "likelihood").stdout)["mmlu"]["items"] == 6
+
+
 def test_your_own_questions_need_choices_and_a_letter_or_index(model, tmp_path):
     data = tmp_path / "own.jsonl"
     rows: list[dict[str, Any]] = [{"prompt": f"Pick {c}.", "answer": c, "choices": ["x", "y"]} for c in "AB"]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert score(model, tmp_path, "custom:choice", data, "--scoring", "likelihood").exit_code == 0
-    assert [list(row["logprobs"]) for row in rows_of(tmp_path)] == [["A", "B"]] * 2
+    assert [list(row["logprobs"]) for row in rows_of(tmp_path, "custom-likelihood")] == [["A", "B"]] * 2
 
 
 @pytest.mark.parametrize(
