@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lco_lite.errors import ModelError
 from lco_lite.objectives.head import Head
 
+# relative, of logits; bfloat16's rounding may differ by some percent from one shape of batch to another
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
@@ -66,13 +69,33 @@ def _scale(config: Any) -> float:
 
 @torch.no_grad()
 def _prove(base: PreTrainedModel, head: Head) -> None:
-    ids = torch.tensor([[1, 2, 3]], device=head.weight.device)
-    logits = base(input_ids=ids, use_cache=False).logits[0].float()
-    hidden = decoder_of(base)(input_ids=ids, use_cache=False).last_hidden_state[0]
-    ours = head.logits(hidden).float()
-    error = (ours - logits[:, : head.rows]).norm() / logits[:, : head.rows].norm()
+    name, ids = type(base).__name__, torch.tensor([[1, 2, 3]], device=head.weight.device)
+    try:
+        logits = base(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = decoder_of(base)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    except (TypeError, ValueError, AttributeError) as e:
+        raise ModelError(f"{name}: does not take token ids alone to logits ({e}): it is not supported") from e
+    error = _difference(head.logits(hidden).float(), logits[:, : head.rows])
     if not error < _TOLERANCE.get(hidden.dtype, 3e-2):
         raise ModelError(
-            f"{type(base).__name__}: its logits are not scale · (W·h + b), soft-capped or not (relative error "
+            f"{name}: its logits are not scale · (W·h + b), soft-capped or not (relative error "
             f"{error:.1e}): this architecture's head is not supported"
         )
+
+
+@torch.no_grad()
+def prove_padding(base: PreTrainedModel, hidden_states: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Raises ModelError naming the architecture where padding on the left, which rollouts need, changes
+    ``hidden_states`` of (ids, mask)."""
+    padded, mask = torch.tensor([[[0, 0, 1, 2, 3]], [[0, 0, 1, 1, 1]]], device=base.device)
+    plain, left = hidden_states(padded[:, 2:], mask[:, 2:])[0], hidden_states(padded, mask)[0, 2:]
+    error = _difference(left.float(), plain.float())
+    if not error < 10 * _TOLERANCE.get(plain.dtype, 3e-2):
+        raise ModelError(
+            f"{type(base).__name__}: padding on the left changes its hidden states (relative error {error:.1e}): "
+            "this architecture is not supported"
+        )
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lco_lite.errors import ModelError
 from lco_lite.files import write_folder
-from lco_lite.models.heads import decoder_of, inspect_head
+from lco_lite.models.heads import decoder_of, inspect_head, prove_padding
 from lco_lite.recipe import Lora
 
 
@@ -33,6 +33,7 @@ class LanguageModel:
         self.config = base.config.get_text_config()
         self.decoder = decoder_of(base)
         self.head = inspect_head(base, max(tokenizer.get_vocab().values()) + 1)
+        prove_padding(base, self.hidden_states)
         inside = set(self.decoder.modules()) - {base.get_output_embeddings()}
         # asked before any adapter wraps them: name -> is it part of the language model
         self._linear = {name: m in inside for name, m in base.named_modules() if isinstance(m, Linear)}

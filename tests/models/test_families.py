@@ -8,8 +8,9 @@ import transformers as tf
 
 from lco_lite.errors import ModelError
 from lco_lite.models.heads import inspect_head
+from lco_lite.models.scratch import byte_tokenizer
 from lco_lite.recipe import Lora
-from tests.models.families import FAMILIES, load, save
+from tests.models.families import FAMILIES, config, load, save
 
 IDS = torch.tensor([[10, 20, 30, 40, 50], [60, 70, 80, 90, 100]])
 ONES = torch.ones_like(IDS)
@@ -79,3 +80,34 @@ def test_a_model_without_a_language_head_is_refused(tmp_path):
     made = tf.BertConfig(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     with pytest.raises(ModelError, match="Bert"):
         inspect_head(tf.BertModel(made))
+
+
+@pytest.mark.parametrize("kind", [tf.T5ForConditionalGeneration, tf.BartForConditionalGeneration])
+def test_an_encoder_decoder_is_refused_by_name(tmp_path, kind):
+    sizes = {"vocab_size": 264, "d_model": 8, "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
+    layers = {"num_layers": 1, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
+    layers |= {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    kind(kind.config_class(**sizes, **layers)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"{kind.__name__} is no causal language model: it is not supported"):
+        load(tmp_path)
+
+
+def test_a_model_that_sees_its_padding_is_refused_by_name(tmp_path):
+    sizes = {"vocab_size": 264, "hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2}
+    tf.RwkvForCausalLM(tf.RwkvConfig(**sizes)).save_pretrained(tmp_path)
+    byte_tokenizer(64).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="RwkvForCausalLM: padding on the left changes its hidden states"):
+        load(tmp_path)
+
+
+def test_a_state_space_model_is_proved_like_any_other(tmp_path):
+    sizes = {"vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    tf.MambaForCausalLM(tf.MambaConfig(**sizes)).save_pretrained(tmp_path)
+    byte_tokenizer(64).save_pretrained(tmp_path)
+    assert load(tmp_path).head.rows == 260
+
+
+def test_a_classifier_is_not_taken_for_a_language_model_with_a_random_head(tmp_path):
+    tf.LlamaForSequenceClassification(config("llama")).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"LlamaForSequenceClassification, and lacks 1 weights.*lm_head\.weight"):
+        load(tmp_path)
