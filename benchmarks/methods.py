@@ -19,8 +19,8 @@ import typer
 
 from lco_lite.command import command
 from lco_lite.files import write_json
-from lco_lite.method_defaults import LCO, METHOD_DEFAULTS
 from lco_lite.recipe import Rl
+from lco_lite.recipe.method_defaults import LCO, METHOD_DEFAULTS
 from lco_lite.stages.evaluate import evaluate_stage
 from lco_lite.stages.pipeline import train
 from lco_lite.tasks import load_task

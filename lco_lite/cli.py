@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lco_lite import __version__
-from lco_lite.method_defaults import METHOD_DEFAULTS
+from lco_lite.recipe.method_defaults import METHOD_DEFAULTS
 
 app = typer.Typer(
     name="lco-lite",
@@ -266,7 +266,7 @@ def recipes(
 ) -> None:
     """List, show or copy the shipped recipes."""
     from lco_lite.command import boundary
-    from lco_lite.shipped import copy_recipes, show_recipes
+    from lco_lite.recipe.shipped import copy_recipes, show_recipes
 
     with boundary():
         copy_recipes(name, copy) if copy else show_recipes(name)

@@ -16,8 +16,8 @@ import typer
 
 from lco_lite.errors import LcoError, UsageError
 from lco_lite.recipe import Recipe, Rl
-from lco_lite.recipe_file import load_recipe, override, validate
-from lco_lite.shipped import find_recipe
+from lco_lite.recipe.file import load_recipe, override, validate
+from lco_lite.recipe.shipped import find_recipe
 
 if TYPE_CHECKING:
     from lco_lite.run import Run

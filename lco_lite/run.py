@@ -23,9 +23,9 @@ from lco_lite.environment import environment
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.files import recover, remove, write_errors, write_json, write_text
 from lco_lite.recipe import Recipe
-from lco_lite.recipe_file import dump, load_recipe
+from lco_lite.recipe.file import dump, load_recipe
+from lco_lite.recipe.stage_settings import differences
 from lco_lite.run_lock import locked
-from lco_lite.stage_settings import differences
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 

@@ -12,9 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
-from lco_lite.method_defaults import METHOD_DEFAULTS
+from lco_lite.recipe.method_defaults import METHOD_DEFAULTS
+from lco_lite.recipe.shipped import shipped
 from lco_lite.run import Run
-from lco_lite.shipped import shipped
 
 runner = CliRunner()
 
@@ -95,7 +95,7 @@ def test_dry_run_shows_recipe_example_and_counts_and_makes_nothing(tiny):
 
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_recipe_is_valid_and_explains_itself(name):
-    from lco_lite.recipe_file import load_recipe
+    from lco_lite.recipe.file import load_recipe
 
     text = shipped()[name].read_text(encoding="utf-8")
     assert text.startswith("# ") and "lco-lite" in text.split("name:")[0], "opens with what it is and a launch line"

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from lco_lite.errors import RecipeError
-from lco_lite.method_defaults import METHOD_DEFAULTS
 from lco_lite.recipe import Recipe, Section
-from lco_lite.recipe_file import dump, load_recipe, override, validate
-from lco_lite.recipe_yaml import parse_yaml, write_yaml
+from lco_lite.recipe.file import dump, load_recipe, override, validate
+from lco_lite.recipe.method_defaults import METHOD_DEFAULTS
+from lco_lite.recipe.text import parse_yaml, write_yaml
 
 ROOT = Path(__file__).parent.parent
 SMALL = "task: arithmetic\nmodel: {init: {}}\n"
@@ -52,7 +52,7 @@ def test_every_shipped_recipe_is_valid_and_bears_its_file_name(path):
 
 
 def test_reading_recipes_does_not_import_torch():
-    code = "import sys, lco_lite.recipe, lco_lite.recipe_file; sys.exit('torch' in sys.modules)"
+    code = "import sys, lco_lite.recipe, lco_lite.recipe.file; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from lco_lite.errors import UsageError
+from lco_lite.recipe.stage_settings import differences, flat
 from lco_lite.run import Run
-from lco_lite.stage_settings import differences, flat
 from lco_lite.stages.bootstrap import RESAMPLES, paired_bootstrap
 from lco_lite.stages.protocol import score_name
 from lco_lite.tasks import load_task

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from lco_lite.checkpoint import checkpoints
 from lco_lite.errors import Diverged, UsageError
 from lco_lite.recipe import Recipe
+from lco_lite.recipe.stage_settings import stage_settings
 from lco_lite.run import StageFolder
-from lco_lite.stage_settings import stage_settings
 from lco_lite.stages.context import Context
 from lco_lite.stages.rl import train_rl
 from lco_lite.stages.sft import train_sft

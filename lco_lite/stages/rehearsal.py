@@ -15,7 +15,7 @@ from lco_lite.data.prepare import file_pairs, held_out, recipe_task, rl_prompts,
 from lco_lite.models.loading import load_tokenizer
 from lco_lite.models.scratch import build_scratch
 from lco_lite.recipe import Recipe
-from lco_lite.recipe_file import dump
+from lco_lite.recipe.file import dump
 from lco_lite.sequences import Example
 
 

@@ -6,9 +6,9 @@ import pytest
 import typer
 
 from lco_lite.errors import RecipeError
-from lco_lite.method_defaults import DISTILLATION, LCO, METHOD_DEFAULTS
 from lco_lite.recipe import Rl
-from lco_lite.recipe_file import load_recipe
+from lco_lite.recipe.file import load_recipe
+from lco_lite.recipe.method_defaults import DISTILLATION, LCO, METHOD_DEFAULTS
 from lco_lite.stages.pipeline import train
 from lco_lite.telemetry.metrics import read_log
 from tests.stages.test_chain import run_stage, same, start, trained

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from lco_lite.errors import RecipeError
 from lco_lite.recipe import Recipe
-from lco_lite.recipe_problems import describe_problems
-from lco_lite.recipe_yaml import parse_yaml, write_yaml
+from lco_lite.recipe.problems import describe_problems
+from lco_lite.recipe.text import parse_yaml, write_yaml
 
 Places = dict[tuple[str, ...], str]
 

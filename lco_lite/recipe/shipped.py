@@ -13,8 +13,8 @@ from lco_lite.errors import RecipeError, UsageError
 
 def folder() -> Path:
     """``recipes/`` of a checkout, else the copy inside the installed package."""
-    checkout = Path(__file__).resolve().parent.parent / "recipes"
-    return checkout if checkout.is_dir() else Path(__file__).resolve().parent / "shipped_recipes"
+    checkout = Path(__file__).resolve().parents[2] / "recipes"
+    return checkout if checkout.is_dir() else Path(__file__).resolve().parents[1] / "shipped_recipes"
 
 
 def shipped() -> dict[str, Path]:

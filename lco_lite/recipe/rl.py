@@ -1,0 +1,227 @@
+"""The recipe's ``rl`` stage, and which of its settings make no sense together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from lco_lite.recipe.method_defaults import DISTILLATION, LCO, METHOD_DEFAULTS, method_defaults
+from lco_lite.recipe.section import Section, setting
+from lco_lite.recipe.training import Training
+from lco_lite.user_code import names_function
+
+
+class Variant(Section):
+    """What the authors' public code does where it departs from the paper. All off."""
+
+    top_k: int | None = setting(
+        None, "kld, lch, mse see only the k likeliest tokens of π_old, their A standardised; sparse: 1", "5 there", ge=1
+    )
+    target: Literal["old", "current"] = setting(
+        "old", "lch, mse: current starts z* from the logits of each update instead of π_old's", "current there"
+    )
+    negative_beta: float | None = setting(None, "sparse: β times this where A ≤ 0", "100 there", gt=0)
+    agreement: float | None = setting(
+        None,
+        "logprob: β times 100 where π_old and φ both give the sampled token a log-probability above this",
+        "-0.02 there",
+        lt=0,
+    )
+
+    @property
+    def is_on(self) -> bool:
+        return self != Variant()
+
+
+class Rl(Training):
+    objective: str = setting(
+        "kld",
+        f"the loss, which brings its own defaults (method_defaults.py): {', '.join(METHOD_DEFAULTS)}; or FILE.py:NAME",
+        "paper eqs 8 to 10; KLD is the steadiest",
+    )
+    beta: float = setting(1.0, "strength of the KL regulariser, in units of the advantage", "paper", gt=0)
+    feedback: Literal["dpo", "dpo_sampled", "logprob", "rule", "function", "reward_model"] = setting(
+        "dpo",
+        "dpo: dense, eq 13; dpo_sampled: that of the sampled token; logprob: dense, eq 12; rule: +1 right, -1 wrong; "
+        "function: yours; reward_model: a sequence classifier. For gkd and minillm φ of dpo or logprob is the teacher",
+        "paper",
+    )
+    reward_function: str | None = setting(None, "feedback function: FILE.py:NAME", "yours")
+    reward_timeout: float = setting(60.0, "seconds that reward_function may take for 32 responses", "a minute", gt=0)
+    reward_classifier: str | None = setting(
+        None, "feedback reward_model: hub id or folder of a sequence-classification model", "yours"
+    )
+    baseline: Literal["none", "batch", "group", "leave_one_out"] = setting(
+        "batch",
+        "what is subtracted from a reward: the mean of the phase, of the prompt's responses, of its other ones",
+        "prototype: none collapses",
+    )
+    scale_rewards: bool = setting(False, "divide by the deviation of the prompt's rewards", "off: paper; on: GRPO")
+    kl_coef: float = setting(
+        0.0, "policy gradients: coefficient of log π/π_ref, taken off the reward", "paper: none", ge=0
+    )
+    clip_low: float = setting(0.2, "policy gradients: the ratio's lower clip, 1 less this", "TRL 1.16", gt=0, lt=1)
+    clip_high: float = setting(0.2, "policy gradients: the ratio's upper clip, 1 plus this", "TRL 1.16", gt=0)
+    gamma: float = setting(1.0, "ppo: discount a token", "TRL 1.10", gt=0, le=1)
+    gae_lambda: float = setting(0.95, "ppo: GAE's λ", "TRL 1.10", ge=0, le=1)
+    value_coef: float = setting(0.1, "ppo: weight of the value loss", "TRL 1.10", gt=0)
+    value_clip: float = setting(0.2, "ppo: values move at most so far from the old ones", "TRL 1.10", gt=0)
+    overlong_buffer: float = setting(
+        0.0, "the last share of max_new_tokens, over which the reward falls by 1", "off; DAPO 0.2", ge=0, lt=1
+    )
+    dynamic_sampling: bool = setting(
+        False, "sample other prompts for groups without signal, three times at most", "off; DAPO on"
+    )
+    jsd_beta: float = setting(
+        0.5, "gkd: β of the divergence; 0 is KL(φ ‖ π_θ), 1 is KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1
+    )
+    on_policy: float = setting(
+        1.0, "gkd: share of prompts answered by the policy; the rest take their demonstration", "GKD 0.5", ge=0, le=1
+    )
+    teacher_mix: float = setting(
+        0.0, "minillm: share of the teacher in the mixture that responses are drawn from", "MiniLLM 0.2", ge=0, lt=1
+    )
+    variant: Variant = setting(Variant(), "the public code's choices", "see Variant")
+    weighting: Literal["mean", "sum", "policy"] = setting(
+        "mean", "mse, lch: weights over the vocabulary; policy: by π_old", "mean: paper eqs 8 and 9"
+    )
+    anchor: float = setting(
+        0.0, "λ in z* = (1-λ) z_old + λ z_ref + A/β", "0: paper; 0.5 stops the compounding", ge=0, le=1
+    )
+    standardise: bool = setting(
+        False, "dpo: divide A by its standard deviation over the vocabulary, per token", "off: paper"
+    )
+    lr: float = setting(5e-6, "peak learning rate of AdamW", "paper", gt=0)
+    schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after warm-up", "paper's public code")
+    warmup_steps: int = setting(10, "updates of linear warm-up", "prototype: Adam's first steps are sign-like", ge=0)
+    steps: int = setting(4, "rollout phases; π_old and the target are fixed within one", "prototype", ge=1)
+    prompts_per_step: int = setting(512, "prompts a phase", "prototype: hundreds; paper's public code: 3,072", ge=1)
+    responses_per_prompt: int = setting(1, "responses a prompt", "paper: 1 for LCO", ge=1)
+    minibatch: int = setting(64, "responses an update", "prototype", ge=1)
+    inner_epochs: int = setting(1, "passes over a phase's responses", "paper's public code", ge=1)
+    temperature: float = setting(0.6, "of rollouts; 0 is greedy", "paper", ge=0)
+    top_p: float = setting(0.95, "of rollouts", "paper", gt=0, le=1)
+    max_new_tokens: int | None = setting(None, "longest response, tokens; null: the task's", "the task", ge=1)
+    rollout_batch: int = setting(128, "responses generated at once", "fits 12 GB with a 3B policy", ge=1)
+    save_every: int = setting(1, "steps between checkpoints", "a phase is minutes of work", ge=1)
+    eval_every: int = setting(1, "steps between held-out evaluations; 0: none", "one a phase", ge=0)
+    eval_items: int = setting(256, "held-out items of such an evaluation", "std error 0.03", ge=1)
+    guard: Literal["warn", "stop", "off"] = setting(
+        "warn", "on collapse of entropy, reward or length", "say it in words; stop exits 4"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_objective(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        usual = method_defaults(str(given.get("objective", "kld")))
+        if given.get("feedback") == "dpo_sampled":
+            usual.pop("dynamic_sampling", None)  # sums of log-ratios never tie: every group has a signal
+        return {**usual, **given}
+
+    @field_validator("objective")
+    @classmethod
+    def _known(cls, objective: str) -> str:
+        if objective in METHOD_DEFAULTS or names_function(objective):
+            return objective
+        near = difflib.get_close_matches(objective, METHOD_DEFAULTS, 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(
+            f"unknown objective {objective!r}{hint} Accepted: {', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME"
+        )
+
+    @property
+    def stage(self) -> str:
+        """The name of the stage that trains with this objective."""
+        return f"rl-{self.objective.rpartition(':')[2]}"
+
+    @property
+    def is_lco(self) -> bool:
+        return self.objective in LCO
+
+    @property
+    def is_distillation(self) -> bool:
+        """Whether the objective follows a teacher's distribution."""
+        return self.objective in DISTILLATION
+
+    @property
+    def is_policy_gradient(self) -> bool:
+        return not self.is_lco and not self.is_distillation
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the feedback is an advantage for every token of the vocabulary."""
+        return self.feedback in ("dpo", "logprob")
+
+    @property
+    def rewards_responses(self) -> bool:
+        """Whether the feedback is one number a response."""
+        return self.feedback in ("rule", "function", "reward_model")
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether the feedback is the φ_DPO that train-rm makes."""
+        return self.feedback in ("dpo", "dpo_sampled")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Rl:
+        problems = [*self._wrong_for_the_objective(), *self._wrong_for_the_feedback(), *self._wrong_variant()]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _wrong_for_the_objective(self) -> Iterator[str]:
+        name = self.objective
+        if self.is_policy_gradient and self.is_dense:
+            yield (
+                f"feedback {self.feedback} is an advantage over the whole vocabulary, and {name} takes that of sampled "
+                "tokens: dpo_sampled, rule, function or reward_model"
+            )
+        if self.is_distillation and not self.is_dense:
+            yield f"{name} follows a teacher: feedback dpo (φ_DPO) or logprob, not {self.feedback}"
+        if not self.is_lco and (self.weighting != "mean" or self.anchor):
+            yield f"weighting and anchor belong to kld, lch and mse, not to {name}"
+        if not self.is_policy_gradient and self.kl_coef:
+            yield f"kl_coef is for policy gradients: {name} stays near another model by itself"
+        if self.weighting != "mean" and name == "kld":
+            yield f"weighting {self.weighting!r} has no meaning for kld: it is an expectation already (use mse or lch)"
+        if self.on_policy < 1 and name != "gkd":
+            yield f"on_policy belongs to gkd: {name} learns from the policy's own responses"
+        if self.teacher_mix and name != "minillm":
+            yield f"teacher_mix belongs to minillm: {name} does not correct for another sampler"
+
+    def _wrong_for_the_feedback(self) -> Iterator[str]:
+        grouped = self.baseline in ("group", "leave_one_out") or self.scale_rewards or self.dynamic_sampling
+        if not self.is_dense and grouped and self.responses_per_prompt < 2:
+            yield (
+                f"baseline {self.baseline}, scale_rewards and dynamic_sampling compare a prompt's responses: "
+                "responses_per_prompt must be at least 2"
+            )
+        if self.dynamic_sampling and not self.rewards_responses:
+            yield f"dynamic_sampling looks at rewards of whole responses, and feedback {self.feedback} has none"
+        if self.standardise and (not self.is_dense or not self.is_lco):
+            yield "standardise needs kld, lch or mse with the dense advantages of feedback dpo or logprob"
+        for feedback, field in (("function", "reward_function"), ("reward_model", "reward_classifier")):
+            if (self.feedback == feedback) != (getattr(self, field) is not None):
+                yield f"feedback {feedback} and {field} go together"
+        if self.reward_function is not None and not names_function(self.reward_function):
+            yield f"reward_function {self.reward_function!r} is no FILE.py:NAME"
+
+    def _wrong_variant(self) -> Iterator[str]:
+        v = self.variant
+        if v.is_on and not self.is_lco:
+            yield f"variant belongs to kld, lch and mse, not to {self.objective}"
+        if v.top_k and (self.anchor or self.weighting != "mean" or self.standardise):
+            yield "variant.top_k standardises by itself and sums over its tokens: no anchor, weighting or standardise"
+        if v.top_k and not self.is_dense and (v.top_k > 1 or self.objective == "kld"):
+            yield "variant.top_k with sparse feedback is 1, the sampled token, and for lch and mse"
+        if v.target == "current" and self.objective == "kld":
+            yield "variant.target current is for lch and mse"
+        if v.negative_beta and self.is_dense:
+            yield "variant.negative_beta looks at the sign of a sampled token's advantage: feedback must be sparse"
+        if v.agreement and self.feedback != "logprob":
+            yield "variant.agreement compares π_old with φ of feedback logprob"
