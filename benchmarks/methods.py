@@ -2,6 +2,7 @@
 
     python benchmarks/methods.py                        # about an hour on two cores
     python benchmarks/methods.py --seeds 1 --objectives kld,grpo --json
+    python benchmarks/methods.py --objectives kld,ppo --rates 3e-4,1e-3 --set rl.feedback=dpo_sampled
 
 Each seed trains its own model and reward model; the objectives share them. LCO has the recipe's learning rate; for
 every other objective seed 0 tries several, and the one with the best score is used for all seeds. What is known already
@@ -35,15 +36,18 @@ def main(
     recipe: Annotated[str, typer.Argument(help="A recipe file or a shipped recipe's name.")] = "quickstart",
     seeds: Annotated[int, typer.Option(help="Seeds 0 to this less one.")] = 3,
     objectives: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(METHOD_DEFAULTS),
+    rates: Annotated[str, typer.Option(help="Learning rates to try, with commas; the method's unless given.")] = "",
+    sets: Annotated[list[str] | None, typer.Option("--set", help="For all of them, e.g. rl.steps=12.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/methods"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     table = {}
     for objective in objectives.split(","):
-        rates = (None,) if objective in LCO else RATES.get(objective, RATES_OF_POLICY_GRADIENTS)
-        tried = {rate: result(recipe, runs, 0, objective, rate) for rate in rates}
+        usual = (None,) if objective in LCO else RATES.get(objective, RATES_OF_POLICY_GRADIENTS)
+        to_try = [float(rate) for rate in rates.split(",")] if rates else usual
+        tried = {rate: result(recipe, runs, 0, objective, rate, sets or []) for rate in to_try}
         best = max(tried, key=lambda rate: tried[rate]["after"])
-        found = [result(recipe, runs, seed, objective, best) for seed in range(seeds)]
+        found = [result(recipe, runs, seed, objective, best, sets or []) for seed in range(seeds)]
         scores = {str(rate): one["after"] for rate, one in tried.items()}
         table[objective] = {"lr": found[0]["lr"], "seeds": found, "tried": scores}
         if not as_json:
@@ -52,15 +56,15 @@ def main(
         typer.echo(json.dumps(table))
 
 
-def result(recipe: str, runs: Path, seed: int, objective: str, lr: float | None) -> dict[str, Any]:
+def result(recipe: str, runs: Path, seed: int, objective: str, lr: float | None, sets: list[str]) -> dict[str, Any]:
     """Scores before and after, samples drawn and seconds of one training run; kept under ``runs/results``."""
-    file = runs / "results" / f"{objective}-{'recipe' if lr is None else f'{lr:g}'}-{seed}.json"
+    file = runs / "results" / f"{'-'.join([objective, 'recipe' if lr is None else f'{lr:g}', *sets, str(seed)])}.json"
     if file.exists():
         known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return known
     each = Rl.model_validate({"objective": objective}).responses_per_prompt
     flags = {"seed": seed, "rl.objective": objective, "rl.prompts_per_step": RESPONSES // each, "rl.lr": lr}
-    with command(recipe, runs, f"seed-{seed}", [], flags, quiet=True) as ctx:
+    with command(recipe, runs, f"seed-{seed}", sets, flags, quiet=True) as ctx:
         stage = ctx.recipe.rl.stage
         train(ctx, stage, fresh=(ctx.run.stage(stage).path / "done.json").exists())
         task = load_task(ctx.recipe.task or "arithmetic")
