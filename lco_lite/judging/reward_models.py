@@ -9,19 +9,14 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
+from transformers import AutoTokenizer
 
 from lco_lite.errors import ModelError
-from lco_lite.models.loading import refuse_unusable_folder, unloadable
+from lco_lite.models.classifier import SEQUENCE, TOKEN, load_classifier
+from lco_lite.models.loading import unloadable
 
 NO_ERROR, IGNORED = "O", "Ignore"  # FG-RLHF's labels; whatever else there is marks an error
 _EMPTY = -1.0  # an answer without a word
@@ -57,30 +52,21 @@ class RewardModel:
 
     def __init__(self, path: str, split: Split, device: torch.device, batch: int = 8) -> None:
         self.split, self.batch = split, batch
-        if Path(path).is_dir():
-            refuse_unusable_folder(Path(path))
+        self.model, kind = load_classifier(path, (TOKEN, SEQUENCE), None, device)
+        self.by_token = kind == TOKEN
+        # words tokenised one by one, as in training: byte-level BPE wants a space before each
+        spaced = {"add_prefix_space": True} if self.by_token else {}
         try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            self.by_token = _is_by_token(path, config)
-            # words tokenised one by one, as in training: byte-level BPE wants a space before each
-            spaced = {"add_prefix_space": True} if self.by_token else {}
             self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **spaced)
-            kind = AutoModelForTokenClassification if self.by_token else AutoModelForSequenceClassification
-            self.model, loaded = kind.from_pretrained(
-                path, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-            )
-        except Exception as e:  # transformers raises many kinds
-            raise unloadable("reward model", path, e) from e
-        if loaded["missing_keys"]:
-            raise ModelError(f"{path}: weights are missing, e.g. {sorted(loaded['missing_keys'])[0]}")
+        except Exception as e:  # each tokenizer class raises its own kinds
+            raise unloadable("tokenizer", path, e) from e
         if self.by_token and not self.tokenizer.is_fast:
             raise ModelError(f"{path}: its tokenizer does not tell which token belongs to which word; a fast one does")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.good, self.bad = _labels(path, config, self.by_token)
-        self.model.requires_grad_(False).eval().to(device)
+        self.good, self.bad = _labels(path, self.model.config, self.by_token)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[Text]) -> list[Reward]:
@@ -146,16 +132,6 @@ class RewardModel:
         own, positions = self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None)
         limits = [own] if own < _NO_LIMIT else [positions - 2] if positions else [4_096]
         return int(min([*limits, *([positions] if positions else [])]))
-
-
-def _is_by_token(path: str, config: Any) -> bool:
-    named = config.architectures or []
-    if any("TokenClassification" in name for name in named):
-        return True
-    if any("SequenceClassification" in name for name in named):
-        return False
-    found = ", ".join(named) or "no architecture"
-    raise ModelError(f"{path}: is {found}; a token- or sequence-classification model is wanted")
 
 
 def _labels(path: str, config: Any, by_token: bool) -> tuple[int, int | None]:

@@ -1,18 +1,22 @@
-"""A sequence-classification model from the hub or a folder: one number for a whole response."""
+"""Classification models as reward models: how they are loaded, and one number for a whole response."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from lco_lite.data.chat import Message
 from lco_lite.errors import ModelError
-from lco_lite.models.loading import base_dtype, load_tokenizer, unloadable
+from lco_lite.models.loading import base_dtype, load_tokenizer, refuse_unusable_folder, unloadable
 from lco_lite.recipe import Weights
+
+SEQUENCE, TOKEN = "sequence", "token"
+_KINDS: dict[str, Any] = {SEQUENCE: AutoModelForSequenceClassification, TOKEN: AutoModelForTokenClassification}
 
 
 class SequenceClassifier:
@@ -25,22 +29,12 @@ class SequenceClassifier:
     def __init__(self, path: str, device: torch.device, batch: int = 32) -> None:
         weights = Weights(path=path)
         self.batch = batch
+        self.model, _ = load_classifier(path, (SEQUENCE,), base_dtype(weights, device), device)
         self.tokenizer = load_tokenizer(weights)
         self.tokenizer.truncation_side = "left"
-        try:
-            config = AutoConfig.from_pretrained(path)
-            if not any("SequenceClassification" in name for name in config.architectures or []):
-                found = ", ".join(config.architectures or ["no architecture"])
-                raise ModelError(f"{path}: is {found}; a reward model is a sequence-classification model")
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                path, config=config, dtype=base_dtype(weights, device), use_safetensors=True, device_map={"": device}
-            )
-        except Exception as e:  # transformers raises many kinds
-            raise unloadable("reward model", path, e) from e
         if self.model.config.num_labels > 2:
             raise ModelError(f"{path}: has {self.model.config.num_labels} labels; a reward model has 1 or 2")
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.model.requires_grad_(False).eval()
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> Tensor:
@@ -72,3 +66,33 @@ class SequenceClassifier:
 
     def _accepted(self, ids: Any) -> dict[str, Tensor]:
         return {name: ids[name] for name in ("input_ids", "attention_mask")}
+
+
+def load_classifier(
+    path: str, kinds: Sequence[str], dtype: torch.dtype | None, device: torch.device
+) -> tuple[Any, str]:
+    """(model, kind): frozen, in eval mode; its config says which of ``kinds`` it is.
+
+    Raises ModelError for what is no such model, for pickled weights, and where weights are missing.
+    """
+    refuse_unusable_folder(Path(path))
+    options = {} if dtype is None else {"dtype": dtype}
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        kind = _kind(path, config, kinds)
+        model, loaded = _KINDS[kind].from_pretrained(
+            path, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except Exception as e:  # transformers raises many kinds
+        raise unloadable("reward model", path, e) from e
+    if loaded["missing_keys"]:  # transformers draws them at random
+        raise ModelError(f"{path}: weights are missing, e.g. {sorted(loaded['missing_keys'])[0]}")
+    return model.requires_grad_(False).eval().to(device), kind
+
+
+def _kind(path: str, config: Any, kinds: Sequence[str]) -> str:
+    named = config.architectures or ["no architecture"]
+    for kind in kinds:
+        if any(f"{kind.capitalize()}Classification" in name for name in named):
+            return kind
+    raise ModelError(f"{path}: is {', '.join(named)}; a reward model is a {'- or '.join(kinds)}-classification model")
