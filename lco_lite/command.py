@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lco_lite.errors import LcoError, UsageError
+from lco_lite.files import write_text
 from lco_lite.recipe import Recipe, Rl
 from lco_lite.recipe.file import load_recipe, override, validate
 from lco_lite.recipe.shipped import find_recipe
@@ -161,7 +162,7 @@ def _context(run: Run, recipe: Recipe, quiet: bool = False, json: bool = False) 
         raise
     except Exception as e:
         log = run.path / "error.log"
-        log.write_text(traceback.format_exc(), encoding="utf-8")
+        write_text(log, traceback.format_exc())
         _leave(f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\nThe traceback is in {log}", 1)
 
 

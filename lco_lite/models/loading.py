@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from lco_lite.errors import ModelError, UsageError
-from lco_lite.files import write_folder
 from lco_lite.recipe import Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -113,23 +112,6 @@ def quantization_config(weights: Weights, dtype: torch.dtype) -> BitsAndBytesCon
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=["lm_head"],
     )
-
-
-def convert_gguf(path: str, gguf_file: str, folder: Path) -> None:
-    """Writes the GGUF's weights and tokenizer to ``folder`` as an ordinary bfloat16 model, whole or not at all."""
-    if Path(path).is_dir() and not (Path(path) / gguf_file).is_file():
-        raise ModelError(f"{Path(path) / gguf_file}: no such GGUF file")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
-        model = AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf_file, dtype=torch.bfloat16)
-    except Exception as e:
-        raise unloadable("GGUF file", f"{path}/{gguf_file}", e) from e
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the marks
-    model.hf_quantizer = None  # type: ignore[assignment]
-    with write_folder(folder) as new:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
 
 
 def _architecture(config: Any) -> str:

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from torch.nn import Parameter
 
+from lco_lite.models.gguf import converted_gguf
 from lco_lite.models.heads import check_same_tokenizer
 from lco_lite.models.language_model import LanguageModel
-from lco_lite.models.loading import convert_gguf, load_base, load_tokenizer
+from lco_lite.models.loading import load_base, load_tokenizer
 from lco_lite.models.roles import Role
 from lco_lite.models.scratch import build_scratch
 from lco_lite.recipe import RewardModel, Weights
@@ -44,7 +45,7 @@ def open_base(ctx: Context) -> LanguageModel:
         if not base.exists():
             build_scratch(model.init, base, derive(ctx.recipe.seed, "weights"))
         return _load(ctx, model, base)
-    return _load(ctx, model, _converted(model, base))
+    return _load(ctx, model, converted_gguf(model, base))
 
 
 def open_sft(ctx: Context) -> Role:
@@ -160,17 +161,9 @@ def _trainable_copy(ctx: Context, start: Role, name: str) -> Role:
 
 
 def _own_reward_base(ctx: Context, settings: RewardModel, policy: LanguageModel) -> LanguageModel:
-    model = _load(ctx, settings, _converted(settings, ctx.run.path / "base-rm"))
+    model = _load(ctx, settings, converted_gguf(settings, ctx.run.path / "base-rm"))
     check_same_tokenizer(policy.tokenizer, model.tokenizer)
     return model
-
-
-def _converted(weights: Weights, folder: Path) -> Path | None:
-    if weights.gguf_file is None or weights.path is None:
-        return None
-    if not folder.exists():
-        convert_gguf(weights.path, weights.gguf_file, folder)
-    return folder
 
 
 def _load(ctx: Context, weights: Weights, folder: Path | None) -> LanguageModel:

@@ -115,7 +115,9 @@ def test_segments_that_the_window_cuts_off_are_left_out(tmp_path):
 def test_what_is_no_reward_model_is_refused_with_what_is_wanted(tmp_path):
     from tests.models.families import save
 
-    with pytest.raises(ModelError, match="LlamaForCausalLM; a reward model is a token- or sequence-classification model"):
+    with pytest.raises(
+        ModelError, match="LlamaForCausalLM; a reward model is a token- or sequence-classification model"
+    ):
         RewardModel(str(save("llama", tmp_path / "lm")), sentences, CPU)
     with pytest.raises(ModelError, match="no such folder"):
         RewardModel(str(tmp_path / "none"), sentences, CPU)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lco_lite.errors import ModelError, UsageError
+from lco_lite.models.gguf import converted_gguf
 from lco_lite.models.heads import check_same_tokenizer
-from lco_lite.models.loading import convert_gguf, load_base, load_tokenizer, resolve_device
+from lco_lite.models.loading import load_base, load_tokenizer, resolve_device
 from lco_lite.models.scratch import build_scratch, byte_tokenizer
 from lco_lite.recipe import Init, Model
 from tests.models.families import load, save
@@ -144,7 +145,8 @@ def test_a_gguf_becomes_an_ordinary_folder_that_answers(tmp_path):
     from lco_lite.rollout.local import LocalEngine
 
     assert GGUF is not None
-    convert_gguf(str(GGUF.parent), GGUF.name, tmp_path / "base")
+    weights = Model(path=str(GGUF.parent), gguf_file=GGUF.name)
+    assert converted_gguf(weights, tmp_path / "base") == tmp_path / "base"
     assert not list((tmp_path / "base").glob("*.bin"))
     model = load(tmp_path / "base")
     chat = ChatFormat(model.tokenizer)
@@ -153,14 +155,18 @@ def test_a_gguf_becomes_an_ordinary_folder_that_answers(tmp_path):
     prompt = chat.prompt([{"role": "user", "content": "What is the capital of France? Answer in one word."}])
     (answer,) = LocalEngine(Role(model), chat.end).generate([prompt], Sampling(0, 1.0, 8, 1))
     assert "Paris" in chat.text(answer.example.response)
+    made = (tmp_path / "base/config.json").stat().st_mtime_ns
+    assert converted_gguf(weights, tmp_path / "base") and (tmp_path / "base/config.json").stat().st_mtime_ns == made
+    with pytest.raises(UsageError, match="another GGUF file"):
+        converted_gguf(Model(path=str(GGUF.parent), gguf_file="other.gguf"), tmp_path / "base")
 
 
 def test_a_missing_or_damaged_gguf_is_told(tmp_path):
     with pytest.raises(ModelError, match="no such GGUF file"):
-        convert_gguf(str(tmp_path), "none.gguf", tmp_path / "base")
+        converted_gguf(Model(path=str(tmp_path), gguf_file="none.gguf"), tmp_path / "base")
     (tmp_path / "bad.gguf").write_bytes(b"not a gguf")
     with pytest.raises(ModelError, match="GGUF file cannot be loaded"):
-        convert_gguf(str(tmp_path), "bad.gguf", tmp_path / "base")
+        converted_gguf(Model(path=str(tmp_path), gguf_file="bad.gguf"), tmp_path / "base")
     assert not (tmp_path / "base").exists()
 
 
