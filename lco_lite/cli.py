@@ -65,6 +65,18 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _objective(name: str | None) -> str | None:
+    """Whether there is such an objective is told before a run is looked for."""
+    if name is not None:
+        from lco_lite.recipe.rl import known_objective
+
+        try:
+            known_objective(name)
+        except ValueError as e:
+            raise typer.BadParameter(str(e)) from e
+    return name
+
+
 @app.callback()
 def _main(
     version: Annotated[
@@ -132,7 +144,12 @@ def rl(
     recipe: RecipeArg = None,
     objective: Annotated[
         str | None,
-        typer.Option("--objective", help=f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME.", show_default=False),
+        typer.Option(
+            "--objective",
+            help=f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME.",
+            show_default=False,
+            callback=_objective,
+        ),
     ] = None,
     beta: Annotated[
         float | None, typer.Option("--beta", help="Strength of the KL regulariser.", show_default=False)

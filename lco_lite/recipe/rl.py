@@ -126,13 +126,7 @@ class Rl(Training):
     @field_validator("objective")
     @classmethod
     def _known(cls, objective: str) -> str:
-        if objective in METHOD_DEFAULTS or names_function(objective):
-            return objective
-        near = difflib.get_close_matches(objective, METHOD_DEFAULTS, 1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise ValueError(
-            f"unknown objective {objective!r}{hint} Accepted: {', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME"
-        )
+        return known_objective(objective)
 
     @property
     def stage(self) -> str:
@@ -225,3 +219,12 @@ class Rl(Training):
             yield "variant.negative_beta looks at the sign of a sampled token's advantage: feedback must be sparse"
         if v.agreement and self.feedback != "logprob":
             yield "variant.agreement compares π_old with φ of feedback logprob"
+
+
+def known_objective(name: str) -> str:
+    """``name`` itself. Raises ValueError with all names where there is no such objective."""
+    if name in METHOD_DEFAULTS or names_function(name):
+        return name
+    near = difflib.get_close_matches(name, METHOD_DEFAULTS, 1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise ValueError(f"unknown objective {name!r}{hint} Accepted: {', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME")
