@@ -24,6 +24,7 @@ def changed_stages(**changes) -> set[str]:
         {"model": {"path": "some/model", "lora": None}},
         {"chat": {"system": "Be brief."}},
         {"data": {"demonstrations": "x.jsonl"}},
+        {"data": {"columns": {"demonstrations": {"prompt": "q"}}}},
         {"data": {"task": "x.jsonl"}},
         {"sft": {"lr": 1e-4}},
     ],
@@ -37,6 +38,7 @@ def test_what_decides_sft_decides_everything_after_it(changes):
     [
         {"reward_model": {"path": "big/model"}},
         {"data": {"preferences": "pairs.jsonl"}},
+        {"data": {"columns": {"preferences": {"chosen": "best"}}}},
         {"train_rm": {"temperature": 0.8}},
     ],
 )
@@ -44,7 +46,15 @@ def test_what_decides_the_reward_model_leaves_sft_alone(changes):
     assert changed_stages(**changes) == {"rm", "rl-kld"}
 
 
-@pytest.mark.parametrize("changes", [{"data": {"prompts": "x.jsonl"}}, {"rl": {"beta": 2.0}}, {"rl": {"steps": 9}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"prompts": "x.jsonl"}},
+        {"data": {"columns": {"prompts": {"prompt": "q"}}}},
+        {"rl": {"beta": 2.0}},
+        {"rl": {"steps": 9}},
+    ],
+)
 def test_what_decides_rl_leaves_the_stages_before_alone(changes):
     assert changed_stages(**changes) == {"rl-kld"}
 
@@ -59,6 +69,7 @@ def test_what_decides_rl_leaves_the_stages_before_alone(changes):
         {"sft": {"micro_batch_tokens": 64, "save_every": 3}},
         {"train_rm": {"micro_batch_tokens": 64, "check_items": 0}},
         {"rl": {"rollout_batch": 2, "save_every": 3, "eval_every": 0, "eval_items": 2, "guard": "off"}},
+        {"data": {"allow_overlap": ["math500"]}},
         {"eval": {"seeds": 1, "tasks": ["gsm8k"]}},
     ],
 )

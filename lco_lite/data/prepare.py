@@ -7,11 +7,14 @@ the rest (all of them where sft leaves none). Held-out items are the task's ``te
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from lco_lite.data import rows
 from lco_lite.data.chat import ChatFormat, Message, conversation
+from lco_lite.data.overlap import refuse_same
+from lco_lite.data.shapes import Demonstration, Preference
 from lco_lite.errors import DataError
 from lco_lite.recipe import Recipe
 from lco_lite.seeding import derive
@@ -22,10 +25,11 @@ from lco_lite.tasks.base import Item, Task
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation up to the response; ``item`` where a task can grade the response."""
+    """A conversation up to the response; ``item`` where a task can grade the response; the data row it came from."""
 
     messages: Sequence[Message]
     item: Item | None = None
+    row: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def system_text(recipe: Recipe, task: Task | None) -> str | None:
 
 
 def item_prompt(item: Item, recipe: Recipe, task: Task) -> Prompt:
-    return Prompt(conversation(item.prompt, system_text(recipe, task)), item)
+    return Prompt(conversation(item.prompt, system_text(recipe, task)), item, item.row)
 
 
 def held_out(recipe: Recipe, task: Task, limit: int | None) -> list[Prompt]:
@@ -61,11 +65,17 @@ def held_out(recipe: Recipe, task: Task, limit: int | None) -> list[Prompt]:
 
 
 def sft_examples(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Example]:
-    """Demonstrations as token ids, from ``data.demonstrations`` or the task. Raises DataError where there are none."""
-    system = system_text(recipe, task)
-    if recipe.data.demonstrations is not None:
-        shown = _shuffled(rows.demonstrations(recipe.data.demonstrations, system), recipe.seed)[: recipe.sft.examples]
-        return [chat.example(d.messages, d.response) for d in shown]
+    """What sft trains on, as token ids. Raises DataError where there are no demonstrations."""
+    return [chat.example(d.messages, d.response) for d in demonstrations(recipe, task)]
+
+
+def demonstrations(recipe: Recipe, task: Task | None) -> list[Demonstration]:
+    """``data.demonstrations``, else the task's. Raises DataError where there are none or they are held-out items."""
+    source = recipe.data.demonstrations
+    if source is not None:
+        found = rows.demonstrations(source, system_text(recipe, task), recipe.data.columns.demonstrations)
+        _refuse_held_out(recipe, task, source, [d.messages for d in found])
+        return _shuffled(found, recipe.seed)[: recipe.sft.examples]
     assert task is not None, "the recipe makes sure of one or the other"
     first, _ = _split(recipe, task)
     shown = [(item, item.demonstration) for item in first if item.demonstration]
@@ -73,14 +83,16 @@ def sft_examples(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Ex
         raise DataError(
             f"task {task.name} has no demonstrations: name a file in data.demonstrations, or set sft.enabled: false"
         )
-    return [chat.example(item_prompt(item, recipe, task).messages, text) for item, text in shown]
+    return [Demonstration(item_prompt(item, recipe, task).messages, text) for item, text in shown]
 
 
 def rl_prompts(recipe: Recipe, task: Task | None) -> list[Prompt]:
     """Prompts for rollouts: ``data.prompts``, or the task's items that sft left."""
-    if recipe.data.prompts is not None:
-        found = rows.prompts(recipe.data.prompts, system_text(recipe, task))
-        return [Prompt(messages) for messages in _shuffled(found, recipe.seed)]
+    source = recipe.data.prompts
+    if source is not None:
+        found = rows.prompts(source, system_text(recipe, task), recipe.data.columns.prompts)
+        _refuse_held_out(recipe, task, source, [messages for messages, _ in found])
+        return [Prompt(messages, row=row) for messages, row in _shuffled(found, recipe.seed)]
     assert task is not None, "the recipe makes sure of one or the other"
     return task_prompts(recipe, task)
 
@@ -93,12 +105,24 @@ def task_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
 
 def file_pairs(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Pair]:
     """Preference pairs of ``data.preferences`` as token ids."""
-    found = rows.preferences(recipe.data.preferences, system_text(recipe, task))
     pairs = []
-    for p in _shuffled(found, recipe.seed):
+    for p in preferences(recipe, task):
         prompt = chat.prompt(p.messages)
         pairs.append(Pair(Example(prompt, chat.response(p.chosen)), Example(prompt, chat.response(p.rejected))))
     return pairs
+
+
+def preferences(recipe: Recipe, task: Task | None) -> list[Preference]:
+    """Those of ``data.preferences``, a file or hub set. Raises DataError where they are held-out items."""
+    source = recipe.data.preferences
+    found = rows.preferences(source, system_text(recipe, task), recipe.data.columns.preferences)
+    _refuse_held_out(recipe, task, source, [p.messages for p in found])
+    return _shuffled(found, recipe.seed)
+
+
+def _refuse_held_out(recipe: Recipe, task: Task | None, source: str, found: Sequence[Sequence[Message]]) -> None:
+    if task is not None:
+        refuse_same([messages[-1]["content"] for messages in found], task, recipe.data.allow_overlap, source)
 
 
 def _split(recipe: Recipe, task: Task) -> tuple[list[Item], list[Item]]:

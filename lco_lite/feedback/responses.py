@@ -22,7 +22,7 @@ def open_rater(rl: Rl, device: torch.device) -> Rater | None:
     if rl.reward_function is not None:
         function = RewardFunction(rl.reward_function, rl.reward_timeout)
         return lambda prompts, texts, grades: function(
-            [p.messages[-1]["content"] for p in prompts], texts, [p.item.row if p.item else {} for p in prompts]
+            [p.messages[-1]["content"] for p in prompts], texts, [p.row for p in prompts]
         )
     if rl.reward_classifier is not None:
         classifier = SequenceClassifier(rl.reward_classifier, device)

@@ -13,8 +13,8 @@ from typing import Any
 from lco_lite.errors import UsageError
 from lco_lite.recipe import Recipe
 
-_SFT = ("seed", "task", "model", "chat", "data.demonstrations", "data.task", "sft")
-_RM = (*_SFT, "reward_model", "data.preferences", "train_rm")
+_SFT = ("seed", "task", "model", "chat", "data.demonstrations", "data.columns.demonstrations", "data.task", "sft")
+_RM = (*_SFT, "reward_model", "data.preferences", "data.columns.preferences", "train_rm")
 
 # last part of the key, wherever it stands
 _NO_MATTER = {
@@ -44,7 +44,7 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     elif stage.startswith("rl-"):
         upstream = _RM if recipe.rl.needs_reward_model else _SFT
         judge = ("reward_model",) if recipe.rl.feedback == "logprob" else ()  # its base is φ
-        roots = (*upstream, *judge, "data.prompts", "rl")
+        roots = (*upstream, *judge, "data.prompts", "data.columns.prompts", "rl")
     else:
         raise UsageError(f"no stage {stage!r}: sft, rm or rl-OBJECTIVE")
     values = flat(recipe.model_dump(mode="json"))
