@@ -20,8 +20,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-OBJECTIVES = f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME."
-FEEDBACK = "dpo, dpo_sampled, logprob, rule, function or reward_model."
+data_app = typer.Typer(help="Look at a recipe's training data.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
 
 RecipeArg = Annotated[
     str | None,
@@ -272,6 +272,18 @@ def evaluate(
         from lco_lite.stages.scoring import score
 
         score(ctx, tasks, policy, model, json, data)
+
+
+@data_app.command("check")
+def data_check(
+    recipe: Annotated[str, typer.Argument(help="A recipe file or a shipped recipe's name.")],
+    sets: Set = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+) -> None:
+    """Rows, lengths, template, duplicates, and evaluation items among the training prompts."""
+    from lco_lite.command import command_for_data
+
+    command_for_data(recipe, sets, json)
 
 
 @app.command()

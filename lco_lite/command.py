@@ -120,6 +120,17 @@ def command_for_compare(
         compare_scores(runs, name, tasks, pair, scoring or "generation", Console(quiet=quiet, json=json), json)
 
 
+def command_for_data(recipe: str, sets: list[str] | None, json: bool) -> None:
+    """Reads a recipe's data; makes no run."""
+    with boundary():
+        from lco_lite.models.quiet import quiet_libraries
+        from lco_lite.stages.data_check import check_data
+        from lco_lite.telemetry.console import Console
+
+        quiet_libraries()
+        check_data(load_recipe(find_recipe(recipe), sets, {}), Console(json=json), json)
+
+
 def tell_tasks() -> None:
     from lco_lite.tasks import task_names
 

@@ -31,11 +31,11 @@ class ChatFormat:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to where the response begins. Raises ModelError where the template refuses the messages."""
-        return self._ids(self.prompt_text(messages))
+        return self.ids(self.prompt_text(messages))
 
     def response(self, text: str, closed: bool = True) -> list[int]:
         """Token ids of a response; ``closed`` appends the end of turn, a response cut short has none."""
-        return self._ids(text) + ([self.end] if closed else [])
+        return self.ids(text) + ([self.end] if closed else [])
 
     def example(self, messages: Sequence[Message], response: str, closed: bool = True) -> Example:
         return Example(self.prompt(messages), self.response(response, closed))
@@ -61,7 +61,7 @@ class ChatFormat:
         eos = self.tokenizer.eos_token_id
         if self.tokenizer.chat_template is not None:
             turn = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARK}])
-            after = self._ids(turn.partition(_MARK)[2].strip())
+            after = self.ids(turn.partition(_MARK)[2].strip())
             if after and after[0] in self.tokenizer.all_special_ids + list(self.tokenizer.added_tokens_decoder):
                 return after[0]
         if eos is None:
@@ -70,7 +70,7 @@ class ChatFormat:
             )
         return eos
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -26,7 +26,7 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
         if not record.exists() or json.loads(record.read_text(encoding="utf-8")) != origin:
             raise UsageError(f"{folder}: was converted from another GGUF file: delete it, or choose another --name")
         return folder
-    model, tokenizer = _load_gguf(weights.path, weights.gguf_file, weights.revision)
+    model, tokenizer = _load_gguf(weights)
     with write_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -34,16 +34,27 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
     return folder
 
 
-def _load_gguf(path: str, gguf_file: str, revision: str | None) -> tuple[Any, Any]:
-    if Path(path).is_dir() and not (Path(path) / gguf_file).is_file():
-        raise ModelError(f"{Path(path) / gguf_file}: no such GGUF file")
-    options = {"gguf_file": gguf_file, **({"revision": revision} if revision else {})}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options)
-    except Exception as e:
-        raise unloadable("GGUF file", f"{path}/{gguf_file}", e) from e
+def gguf_tokenizer(weights: Weights) -> Any:
+    """The tokenizer inside the GGUF file. Raises ModelError where it cannot be read."""
+    return _from_gguf(AutoTokenizer, weights)
+
+
+def _load_gguf(weights: Weights) -> tuple[Any, Any]:
+    tokenizer = gguf_tokenizer(weights)
+    model = _from_gguf(AutoModelForCausalLM, weights, dtype=torch.bfloat16)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the marks
-    model.hf_quantizer = None  # type: ignore[assignment]
+    model.hf_quantizer = None
     return model, tokenizer
+
+
+def _from_gguf(kind: Any, weights: Weights, **options: Any) -> Any:
+    file = Path(str(weights.path)) / str(weights.gguf_file)
+    if file.parent.is_dir() and not file.is_file():
+        raise ModelError(f"{file}: no such GGUF file")
+    if weights.revision:
+        options["revision"] = weights.revision
+    try:
+        return kind.from_pretrained(weights.path, gguf_file=weights.gguf_file, **options)
+    except Exception as e:  # transformers raises many kinds
+        raise unloadable("GGUF file", str(file), e) from e

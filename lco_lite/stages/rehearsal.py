@@ -12,6 +12,7 @@ import typer
 
 from lco_lite.data.chat import ChatFormat
 from lco_lite.data.prepare import file_pairs, held_out, recipe_task, rl_prompts, sft_examples
+from lco_lite.models.gguf import gguf_tokenizer
 from lco_lite.models.loading import load_tokenizer
 from lco_lite.models.scratch import build_scratch
 from lco_lite.recipe import Recipe
@@ -45,6 +46,8 @@ def rehearse(recipe: Recipe) -> None:
 
 def open_tokenizer(recipe: Recipe) -> Any:
     """The policy's tokenizer; a model from scratch is built beside the run, in a folder that is thrown away."""
+    if recipe.model.gguf_file is not None:
+        return gguf_tokenizer(recipe.model)
     if recipe.model.init is None:
         return load_tokenizer(recipe.model)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,124 @@
+"""``lco-lite data check``: what it counts, what it refuses, and that it makes no run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lco_lite.cli import app
+from lco_lite.data.chat import ChatFormat
+from lco_lite.data.check import Sample, lengths, report
+from lco_lite.models.scratch import byte_tokenizer
+from lco_lite.tasks import load_task
+
+REAL = Path(os.environ.get("LCO_LITE_DATA", ""))
+real = pytest.mark.skipif(
+    not (REAL / "math_train.jsonl").is_file(), reason="LCO_LITE_DATA names no folder of real data"
+)
+
+
+def check(*arguments: object):
+    return CliRunner().invoke(app, ["data", "check", *map(str, arguments)])
+
+
+def found(*arguments: object) -> dict:
+    return json.loads(check(*arguments, "--json").stdout)
+
+
+def write(file: Path, rows: list[dict]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_lengths_are_order_statistics():
+    assert (lengths([3]).least, lengths([3]).most) == (3, 3)
+    spread = lengths(range(101))
+    assert (spread.least, spread.median, spread.p95, spread.most) == (0, 50, 95, 100)
+
+
+def test_a_report_counts_in_tokens_of_the_recipes_model():
+    chat = ChatFormat(byte_tokenizer(64))
+    samples = [
+        Sample("row 1", user("ab"), ("yes", "no")),
+        Sample("row 2", user("AB"), ("Yes", "no")),
+        Sample("row 3", user("c" * 30), ("same", "SAME ")),
+        Sample("row 4", user("d"), ("word", "")),
+    ]
+    r = report("preferences", "x.jsonl", samples, chat, window=30)
+    assert (r.rows, r.unit, r.duplicates, r.same_pairs, r.silent, r.over_window) == (4, "tokens", 1, 1, 1, 1)
+    assert (r.prompt.least, r.prompt.most) == (3, 32), "a byte is a token, and so are the marks of the two speakers"
+    assert r.response is not None and (r.response.least, r.response.most) == (1, 6), "with the end of the turn"
+    assert r.example == "<|user|>ab<|assistant|>⟦yes<|end|>⟧"
+    assert report("prompts", "x", [Sample("row 1", user("ab"))], chat, window=30, room=27).over_window == 1
+    assert report("prompts", "x", [Sample("row 1", user("ab"))], chat, window=30, room=26).over_window == 0
+
+
+def test_without_a_tokenizer_lengths_are_in_characters_and_that_is_said(tiny, tmp_path):
+    sets = ["-s", "model={path: /none/such}", "-s", f"data.demonstrations={tmp_path / 'd.jsonl'}"]
+    write(tmp_path / "d.jsonl", [{"prompt": "abc", "completion": "de"}])
+    said = found(tiny, *sets)
+    shown = said["sources"][0]
+    assert (shown["unit"], shown["prompt"]["most"], shown["over_window"]) == ("characters", 5, None)
+    assert any("no tokenizer" in note and "/none/such" in note for note in said["notes"])
+
+
+def test_the_quickstart_has_no_duplicates_and_no_overlap_and_no_run_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = check("quickstart")
+    assert result.exit_code == 0, result.stderr
+    assert "⟦2+5+0=7 1+9+0=10 #107<|end|>⟧" in result.stdout and "preferences: sampled" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_items_in_a_training_file_are_told_by_row_and_refused_unless_named(tiny, tmp_path):
+    items = load_task("arithmetic").items("test")
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "free"}, {"prompt": f" {items[3].prompt}\n"}])
+    sets = [tiny, "-s", f"data.prompts={prompts}"]
+    result = check(*sets)
+    assert result.exit_code == 2
+    assert f"prompts, row 2: the same as {items[3].id}" in result.stdout
+    assert "data.allow_overlap: [arithmetic:same]" in result.stderr
+    allowed = check(*sets, "-s", "data.allow_overlap=['arithmetic:same']")
+    assert allowed.exit_code == 0 and "allowed" in allowed.stdout
+
+
+def test_evaluation_data_that_is_not_to_be_had_is_said(tiny, monkeypatch):
+    def offline(*args: object, **kw: object) -> None:
+        raise ConnectionError("offline")
+
+    monkeypatch.delenv("LCO_LITE_DATA", raising=False)
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    notes = found(tiny, "-s", "eval.tasks=[arithmetic, amc23]")["notes"]
+    assert any("overlap with amc23 is not checked" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        (["data.demonstrations=none.jsonl"], "none.jsonl: no such file"),
+        (["data.columns.demonstrations.promt=q"], "did you mean 'prompt'?"),
+        (["eval.tasks=[math5000]"], "did you mean math500?"),
+    ],
+)
+def test_a_mistake_is_one_message(tiny, sets, told):
+    result = check(tiny, *(part for text in sets for part in ("-s", text)))
+    assert result.exit_code == 2 and told in result.stderr
+
+
+@real
+def test_mathematics_is_held_out_but_for_near_twins_which_its_recipe_allows_by_name(tmp_path):
+    byte_tokenizer(8_192).save_pretrained(tmp_path / "model")
+    sets = ["math", "-s", f"model.path={tmp_path / 'model'}"]
+    shown, asked = found(*sets)["overlaps"]
+    assert shown["same"] == asked["same"] == 0 and shown["checked"] == 500
+    assert shown["twins"] + asked["twins"] == 114
+    refused = check(*sets, "-s", "data.allow_overlap=[]")
+    assert refused.exit_code == 2 and "data.allow_overlap: [math500]" in refused.stderr
