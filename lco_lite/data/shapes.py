@@ -2,7 +2,7 @@
 
 =================  ==============================================================================================
 demonstrations     ``prompt`` + ``completion`` | ``response`` | ``output``; ``instruction`` (+ ``input``) + ``output``;
-                   ``messages`` ending with an assistant turn; sharegpt ``conversations``
+                   ``messages`` ending with an assistant turn; sharegpt ``conversations``; preferences: their ``chosen``
 preferences        ``chosen`` + ``rejected``, with ``prompt`` | ``question`` | ``instruction`` or ``conversations``;
                    chosen and rejected are text, one message, whole conversations that share the prompt, or transcripts
                    as HH-RLHF has them; FG-RLHF's ``question``, ``passages``, ``prediction 1…``, ``preference``
@@ -47,16 +47,21 @@ class Preference:
 
 
 def demonstration(row: Row, system: str | None, at: str) -> Demonstration:
-    turns = _turns(row, at)
-    if turns is not None:
-        roles = ", ".join(turn["role"] for turn in turns)
-        if turns[-1]["role"] != "assistant" or len(turns) < 2:
-            raise DataError(f"{at}: a demonstration ends with an assistant turn after a user's, found roles {roles}")
-        return Demonstration(_with_system(turns[:-1], row, system, at), turns[-1]["content"])
     for key in RESPONSES:
         if key in row:
             return Demonstration(prompt(row, system, at), _response(row[key], f"{at}, field {key}"))
-    raise DataError(f"{at}: no response: one of {', '.join(RESPONSES)} or messages is needed, found {_keys(row)}")
+    if "chosen" in row:
+        (pair,) = preferences(row, system, at)
+        return Demonstration(pair.messages, pair.chosen)
+    turns = _turns(row, at)
+    if turns is None:
+        raise DataError(
+            f"{at}: no response: one of {', '.join(RESPONSES)}, chosen or messages is needed, found {_keys(row)}"
+        )
+    if turns[-1]["role"] != "assistant" or len(turns) < 2:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise DataError(f"{at}: a demonstration ends with an assistant turn after a user's, found roles {roles}")
+    return Demonstration(_with_system(turns[:-1], row, system, at), turns[-1]["content"])
 
 
 def preferences(row: Row, system: str | None, at: str) -> list[Preference]:

@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 
+UNGRADED = ("alpaca_eval", "qa_feedback")  # tasks that compare or score responses by a model, without right and wrong
+
+
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = setting(
         "run", "the run's folder under --runs", "the recipe's"
@@ -70,6 +73,14 @@ class Recipe(Section):
                 )
             if self.rl.feedback == "rule":
                 problems.append("rl.feedback: rule asks a task's grader, and task is null")
+        if self.task in UNGRADED:
+            if self.rl.feedback == "rule":
+                problems.append(f"rl.feedback: {self.task} grades no response right or wrong, as rule needs it")
+            if self.rl.needs_reward_model and self.data.preferences == "sampled":
+                problems.append(
+                    f"data.preferences: {self.task} grades no response right or wrong, as `sampled` pairs need it: "
+                    "name a file or hub set"
+                )
         if self.model.init is not None and not self.sft.enabled:
             problems.append("sft.enabled: a model from scratch has learnt nothing yet: it needs sft")
         if self.model.train_head and self.rl.variant.is_on:

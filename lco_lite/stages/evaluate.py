@@ -31,7 +31,7 @@ from lco_lite.stages.own_metrics import check_own, own_metrics, responses_of, sc
 from lco_lite.stages.partial import PartialRows, Row
 from lco_lite.stages.protocol import asked_for, eval_prompts, score_name
 from lco_lite.stages.summary import accuracy, main_first, summarise
-from lco_lite.tasks.base import Item, Task
+from lco_lite.tasks.base import Item, Task, grades
 from lco_lite.telemetry.interrupt import InterruptGuard
 
 __all__ = ["accuracy", "eval_sampling", "evaluate_stage", "passes_of", "sample_scores"]
@@ -89,7 +89,7 @@ def passes_of(s: Eval) -> int:
 
 def samples_of(s: Eval, task: Task) -> int:
     """Responses an item and pass. UsageError where several have no meaning."""
-    if s.samples > 1 and hasattr(task, "aggregate"):
+    if s.samples > 1 and not grades(task):
         raise UsageError(
             f"eval.samples: task {task.name} is not right or wrong, so pass@k and maj@k do not exist for it"
         )
@@ -189,7 +189,7 @@ class Evaluation:
         if not kept:
             raise DataError(f"no item of {self.task.name} fits the model's window of {self.model.max_length} tokens")
         if len(kept) < len(found):
-            verdict = "are left out" if hasattr(self.task, "aggregate") else "count as wrong"
+            verdict = "are left out" if not grades(self.task) else "count as wrong"
             self.ctx.console.warn(f"{len(found) - len(kept)} of {len(found)} items do not fit the window and {verdict}")
         return [p for p, _ in kept], [ids for _, ids in kept]
 
@@ -262,7 +262,7 @@ class Evaluation:
         result = summarise(passes, n, self.settings.samples)
         if self.settings.scoring == "likelihood":
             return result | main_first({"accuracy": result["metrics"]["pass@1"]})
-        if not hasattr(self.task, "aggregate"):
+        if grades(self.task):
             return result
         by_seed = {self._seed(k): rows for k, rows in enumerate(passes)}
         items = {item_of(p).id: item_of(p) for p in prompts}

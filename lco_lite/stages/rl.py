@@ -37,6 +37,7 @@ from lco_lite.stages.rollouts import Rollouts, open_engine
 from lco_lite.stages.score import Scored, score
 from lco_lite.stages.training import Optimiser, Progress, prefixed
 from lco_lite.stages.window import fitting, preflight
+from lco_lite.tasks.base import grades
 from lco_lite.telemetry.console import Progress as Line
 from lco_lite.telemetry.guard import Guard
 from lco_lite.telemetry.interrupt import InterruptGuard
@@ -180,10 +181,10 @@ def accumulate(loop: Loop, minibatch: list[Scored]) -> dict[str, float]:
 
 
 def evaluate(loop: Loop) -> float | None:
-    """pass@1 on held-out items, one sampling pass as in ``eval``; None without a task."""
+    """pass@1 on held-out items, one sampling pass as in ``eval``; None without a task that grades."""
     recipe = loop.ctx.recipe
     task, chat = loop.rollouts.task, loop.rollouts.chat
-    if task is None:
+    if task is None or not grades(task):
         return None
     prompts = held_out(recipe, task, recipe.rl.eval_items)
     with loop.ctx.clock("eval"):

@@ -20,7 +20,7 @@ from lco_lite.seeding import derive, seeded
 from lco_lite.sequences import endless
 from lco_lite.stages.context import Context
 from lco_lite.stages.phase import Actors, Phase, first_prompts, joined, with_signal
-from lco_lite.tasks.base import Task
+from lco_lite.tasks.base import Task, grades
 
 DYNAMIC_ROUNDS = 3  # how often a step samples again for groups without signal; the rest of the phase is smaller
 
@@ -91,9 +91,9 @@ class Rollouts:
         return Response(self.chat.example(prompt.messages, prompt.item.demonstration), False)
 
     def _grade(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor | None:
-        """[N] of +1 right and -1 wrong; None where prompts are not a task's items."""
+        """[N] of +1 right and -1 wrong; None where no task grades them."""
         items = [p.item for p in prompts if p.item is not None]
-        if self.task is None or len(items) < len(prompts):
+        if self.task is None or not grades(self.task) or len(items) < len(prompts):
             return None
         return rule_rewards([self.task.grade(t, item).right for t, item in zip(texts, items, strict=True)])
 

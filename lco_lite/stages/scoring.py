@@ -9,9 +9,10 @@ from typing import Any
 from lco_lite.errors import UsageError
 from lco_lite.recipe import Recipe
 from lco_lite.stages.context import Context
-from lco_lite.stages.evaluate import evaluate_stage
+from lco_lite.stages.evaluate import evaluate_stage, passes_of
+from lco_lite.stages.own_metrics import check_own
 from lco_lite.stages.pipeline import newest_stage, stages_of, train
-from lco_lite.tasks import load_task
+from lco_lite.tasks import Task, load_task
 from lco_lite.telemetry.console import Console
 
 
@@ -48,9 +49,13 @@ def score(
 def score_all(ctx: Context) -> list[dict[str, Any]]:
     """Every stage of the recipe, and the base where it is no model from scratch, on the recipe's evaluation tasks."""
     recipe = ctx.recipe
-    names = recipe.eval.tasks if recipe.eval.tasks is not None else [recipe.task] if recipe.task else []
     stages = [*([] if recipe.model.init else ["base"]), *stages_of(recipe)]
-    return [evaluate_stage(ctx, load_task(n, task_file(recipe, n)), s, recipe.eval) for n in names for s in stages]
+    return [evaluate_stage(ctx, task, s, recipe.eval) for task in eval_tasks(recipe) for s in stages]
+
+
+def eval_tasks(recipe: Recipe) -> list[Task]:
+    names = recipe.eval.tasks if recipe.eval.tasks is not None else [recipe.task] if recipe.task else []
+    return [load_task(name, task_file(recipe, name)) for name in names]
 
 
 def show(console: Console, results: Sequence[dict[str, Any]]) -> None:
@@ -89,7 +94,10 @@ def task_file(recipe: Recipe, name: str) -> str | None:
 
 def run_all(ctx: Context, fresh: bool) -> None:
     """``lco-lite run``: every stage of the recipe, then the score after each."""
-    last = stages_of(ctx.recipe)[-1]
+    last, s = stages_of(ctx.recipe)[-1], ctx.recipe.eval
+    if fresh or not ctx.run.stage(last).is_done():
+        for task in eval_tasks(ctx.recipe):  # what a score will lack is said before hours of training
+            check_own(task, s, len(task.items("test")[: s.items]), passes_of(s), ctx.console)
     train(ctx, stages_of(ctx.recipe)[0] if fresh else last, fresh)
     train(ctx, last)
     results = score_all(ctx)

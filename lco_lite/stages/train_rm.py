@@ -32,6 +32,7 @@ from lco_lite.stages.context import Context
 from lco_lite.stages.evaluate import accuracy, eval_sampling, sample_scores
 from lco_lite.stages.training import Optimiser, Progress
 from lco_lite.stages.window import fitting, preflight
+from lco_lite.tasks.base import grades
 from lco_lite.telemetry.interrupt import InterruptGuard
 from lco_lite.telemetry.memory import peak_mib
 from lco_lite.telemetry.metrics import MetricsLog
@@ -159,7 +160,7 @@ def pair_accuracy(ctx: Context, reward_model: Role, reference: Role, held: Seque
 def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFormat) -> dict[str, float]:
     """pass@1 of φ_DPO and of the policy it shall teach, on held-out items; warns where there is nothing to teach."""
     task, s = recipe_task(ctx.recipe), ctx.recipe.train_rm
-    if task is None or not s.check_items:
+    if task is None or not grades(task) or not s.check_items:
         return {}
     prompts = held_out(ctx.recipe, task, s.check_items)
     sampling = eval_sampling(ctx.recipe.eval, task)

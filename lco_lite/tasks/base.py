@@ -50,3 +50,8 @@ class Task(Protocol):
     def first_error(self, response: str, item: Item) -> int | None:
         """Index of the first wrong character; None if the response is right or the task cannot tell."""
         ...
+
+
+def grades(task: Task) -> bool:
+    """Whether the task says of a response that it is right or wrong; one with ``aggregate`` makes its own metrics."""
+    return not hasattr(task, "aggregate")
