@@ -122,3 +122,34 @@ def test_mathematics_is_held_out_but_for_near_twins_which_its_recipe_allows_by_n
     assert shown["twins"] + asked["twins"] == 114
     refused = check(*sets, "-s", "data.allow_overlap=[]")
     assert refused.exit_code == 2 and "data.allow_overlap: [math500]" in refused.stderr
+
+
+@real
+@pytest.mark.parametrize(
+    ("recipe", "sets", "rows"),
+    [
+        (
+            "ultrafeedback",  # a sample of the same kind of data stands in for the hub's set
+            [f"data.{use}={REAL / 'dpo_en_demo.jsonl'}" for use in ("demonstrations", "preferences", "prompts")],
+            [300, 300, 300],
+        ),
+        (
+            "qa_feedback",  # the comparisons on the dev questions, which are evaluation items, stand in for train's
+            [f"data.preferences={REAL / 'qa_feedback_dev_feedback.jsonl'}", "data.allow_overlap=['qa_feedback:same']"],
+            [1_000, 2_616, 1_000],
+        ),
+    ],
+)
+def test_the_recipes_of_the_papers_other_domains_pass_on_real_data(tmp_path, recipe, sets, rows):
+    byte_tokenizer(8_192).save_pretrained(tmp_path / "model")
+    said = found(recipe, "-s", f"model.path={tmp_path / 'model'}", *(part for text in sets for part in ("-s", text)))
+    assert [source["rows"] for source in said["sources"]] == rows
+    assert all(overlap["allowed"] for overlap in said["overlaps"])
+
+
+@real
+def test_questions_on_shared_passages_are_all_that_qa_feedbacks_recipe_allows(tmp_path):
+    sets = ["-s", "model={path: /none/such}", "-s", f"data.preferences={REAL / 'qa_feedback_dev_feedback.jsonl'}"]
+    by_use = {o["use"]: o for o in found("qa_feedback", *sets)["overlaps"]}
+    assert by_use["prompts"]["same"] == 0 and by_use["prompts"]["twins"] and by_use["prompts"]["allowed"]
+    assert by_use["preferences"]["same"] and not by_use["preferences"]["allowed"]

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from lco_lite.errors import RecipeError
-from lco_lite.recipe import Recipe, Section
+from lco_lite.recipe import UNGRADED, Recipe, Section
 from lco_lite.recipe.file import dump, load_recipe, override, validate
 from lco_lite.recipe.method_defaults import METHOD_DEFAULTS
 from lco_lite.recipe.text import parse_yaml, write_yaml
+from lco_lite.tasks import load_task, task_names
+from lco_lite.tasks.base import grades
 
 ROOT = Path(__file__).parent.parent
 SMALL = "task: arithmetic\nmodel: {init: {}}\n"
@@ -129,6 +131,23 @@ def test_checks_across_sections_point_to_their_keys(tmp_path):
         load_recipe(path)
     assert "  data.demonstrations (line 3): needed where task is null" in str(caught.value)
     assert "  data.prompts (line 2): needed where task is null" in str(caught.value)
+
+
+@pytest.mark.parametrize("task", UNGRADED)
+def test_without_right_and_wrong_there_is_no_rule_and_no_sampled_pair(tmp_path, task):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"task: {task}\nmodel: {{path: x}}\n")
+    with pytest.raises(RecipeError, match="data.preferences.*grades no response right or wrong.*file or hub set"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="rl.feedback.*grades no response right or wrong"):
+        load_recipe(path, ["rl.objective=grpo"])
+    assert load_recipe(path, ["data.preferences=pairs.jsonl"]).data.preferences == "pairs.jsonl"
+
+
+def test_tasks_without_right_and_wrong_are_those_that_make_their_own_metrics():
+    of_a_users_own = {"custom"}  # has a grader by construction, and needs a file
+    names = set(task_names()) - of_a_users_own
+    assert {name for name in names if not grades(load_task(name))} == set(UNGRADED)
 
 
 def test_a_long_value_is_shown_in_part(tmp_path):

@@ -138,8 +138,8 @@ def _cells(o: OverlapReport) -> tuple[Any, ...]:
 def _refusal(o: OverlapReport) -> str:
     allow = f"{o.task}:same" if o.same else o.task
     return (
-        f"{o.use}: {o.same} rows are items of {o.task} and {o.twins} near twins of such: a score on them says little. "
-        f"Take them out, or allow it by name: data.allow_overlap: [{allow}]"
+        f"{o.use}: {o.same:,} rows are evaluation items of {o.task} and {o.twins:,} their near twins: a score on those "
+        f"says little. Take the rows out, or allow it by name: data.allow_overlap: [{allow}]"
     )
 
 

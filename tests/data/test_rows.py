@@ -25,6 +25,8 @@ def write(path, rows):
         {"question": "2+2?", "response": "4"},
         {"messages": [USER, {"role": "assistant", "content": "4"}]},
         {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+        {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+        {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"},
     ],
 )
 def test_demonstrations_of_every_shape_read_alike(tmp_path, row):
