@@ -93,7 +93,8 @@ def command_for_eval(
                 raise UsageError("eval --model: name at least one task, e.g. `lco-lite eval math500 --model PATH`")
             run = Run.open(runs, name or "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
             base, adapter = _base_and_adapter(model)
-            bare = {"model": {"path": base}, "task": tasks[0], "sft": {"enabled": False}}
+            bare: dict[str, Any] = {"model": {"path": base}, "task": tasks[0], "sft": {"enabled": False}}
+            bare["data"] = {"preferences": "unused"}  # nothing is trained: no pairs are sampled
             resolved = validate(override(bare, sets, flags), "eval --model")
         with run.lock(), _context(run, resolved, quiet=quiet, json=json) as ctx:
             ctx.adapter = adapter

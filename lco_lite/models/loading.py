@@ -76,7 +76,19 @@ def load_base(weights: Weights, device: torch.device, folder: Path | None = None
     model.generation_config = GenerationConfig(
         eos_token_id=keep.eos_token_id, pad_token_id=keep.pad_token_id, bos_token_id=keep.bos_token_id
     )
-    return model.requires_grad_(False).eval()
+    return keep_4bit_layout(model).requires_grad_(False).eval()
+
+
+def keep_4bit_layout(model: PreTrainedModel) -> PreTrainedModel:
+    """``model``, whose 4-bit layers stay as they were loaded.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks them in their first forward without gradients, for a product that has
+    no gradient and rounds the scales to bfloat16. A layer narrower than a block of 64 fails there.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def language_model_class(config: Any) -> Any:
