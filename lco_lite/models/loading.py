@@ -85,9 +85,9 @@ def keep_4bit_layout(model: PreTrainedModel) -> PreTrainedModel:
     On a CPU with AVX512-BF16 bitsandbytes repacks them in their first forward without gradients, for a product that has
     no gradient and rounds the scales to bfloat16. A layer narrower than a block of 64 fails there.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    repacked: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    for layer in repacked:
+        layer.support_avx512bf16_for_cpu = False
     return model
 
 
