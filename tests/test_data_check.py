@@ -148,7 +148,7 @@ def test_the_recipes_of_the_papers_other_domains_pass_on_real_data(tmp_path, rec
 
 
 @real
-def test_questions_on_shared_passages_are_all_that_qa_feedbacks_recipe_allows(tmp_path):
+def test_near_twins_are_all_that_qa_feedbacks_recipe_allows(tmp_path):
     sets = ["-s", "model={path: /none/such}", "-s", f"data.preferences={REAL / 'qa_feedback_dev_feedback.jsonl'}"]
     by_use = {o["use"]: o for o in found("qa_feedback", *sets)["overlaps"]}
     assert by_use["prompts"]["same"] == 0 and by_use["prompts"]["twins"] and by_use["prompts"]["allowed"]

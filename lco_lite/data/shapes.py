@@ -51,7 +51,7 @@ def demonstration(row: Row, system: str | None, at: str) -> Demonstration:
         if key in row:
             return Demonstration(prompt(row, system, at), _response(row[key], f"{at}, field {key}"))
     if "chosen" in row:
-        (pair,) = preferences(row, system, at)
+        pair = _pair(row, system, at)
         return Demonstration(pair.messages, pair.chosen)
     turns = _turns(row, at)
     if turns is None:
@@ -68,18 +68,22 @@ def preferences(row: Row, system: str | None, at: str) -> list[Preference]:
     """The pairs of one row: one, or one a comparison where a row compares several answers."""
     if "preference" in row and "prediction 1" in row:
         return _compared(row, system, at)
+    return [_pair(row, system, at)]
+
+
+def _pair(row: Row, system: str | None, at: str) -> Preference:
     for key in ("chosen", "rejected"):
         if key not in row:
             raise DataError(f"{at}: field {key} is missing, found {_keys(row)}")
     if is_transcript(row["chosen"]):
-        return [_of_transcripts(row, system, at)]
+        return _of_transcripts(row, system, at)
     chosen = _response(row["chosen"], f"{at}, field chosen")
     rejected = _response(row["rejected"], f"{at}, field rejected")
     if any(row.get(key) for key in (*PROMPTS, *CONVERSATIONS)):
-        return [Preference(prompt(row, system, at), chosen, rejected)]
+        return Preference(prompt(row, system, at), chosen, rejected)
     if isinstance(row["chosen"], list) and len(row["chosen"]) > 1:
         shared = _as_turns(row["chosen"][:-1], f"{at}, field chosen")
-        return [Preference(_with_system(shared, row, system, at), chosen, rejected)]
+        return Preference(_with_system(shared, row, system, at), chosen, rejected)
     raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)}, conversations, or whole conversations in chosen")
 
 

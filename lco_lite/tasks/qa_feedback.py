@@ -47,7 +47,7 @@ class QaFeedback(Benchmark):
         if missing:
             wanted = " ".join(f"-s eval.reward_models.{name}=ID_OR_FOLDER" for name in missing)
             raise UsageError(
-                f"task {self.name} needs three reward models, and {' and '.join(missing)} is not named: add {wanted} "
+                f"task {self.name} needs three reward models; without a name: {', '.join(missing)}. Add {wanted} "
                 "(each a token- or sequence-classification model in safetensors)"
             )
 

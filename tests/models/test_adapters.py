@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lco_lite.errors import ModelError
+from lco_lite.models.scratch import byte_tokenizer
 from lco_lite.recipe import Lora
 from tests.models.families import load, save
 
@@ -149,6 +150,21 @@ def test_scoring_and_training_see_the_same_bits(folder, weights, checkpointing):
         now.float().square().sum().backward()
     assert torch.equal(now.detach(), scored)
     assert all(p.grad is not None and p.grad.isfinite().all() for _, p in trained)
+
+
+def test_4_bit_layers_pass_the_gradient_on_after_scoring(tmp_path):
+    """Whole blocks and no biases: such layers bitsandbytes repacks on some CPUs, and their gradient is lost unsaid."""
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **size)).save_pretrained(tmp_path)
+    byte_tokenizer(64).save_pretrained(tmp_path)
+    model = load(tmp_path, quantization="nf4")
+    hidden(model, None)
+    layers = [m for m in model.base.modules() if type(m).__name__ == "Linear4bit"]
+    assert len(layers) == 7
+    for layer in layers:
+        x = torch.randn(2, layer.in_features, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad is not None and x.grad.any()
 
 
 def test_recomputing_activations_changes_no_gradient_and_ends_with_the_block(folder):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,6 +116,17 @@ def test_scores_have_mean_and_spread_over_seeds_and_a_row_an_item_and_seed(done)
         "why",
         "truncated",
     }
+
+
+def test_what_a_score_will_lack_is_said_before_anything_is_trained(tiny, tmp_path, monkeypatch, capsys):
+    row = {"question": "Who?", "passages": [["A", "B."]], "answer": ["C"]}
+    (tmp_path / "qa_feedback_dev.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("LCO_LITE_DATA", str(tmp_path))
+    ran = []
+    monkeypatch.setattr("lco_lite.stages.scoring.train", lambda *_: ran.append(True))
+    with pytest.raises(typer.Exit), start(tiny, "eval.tasks=[qa_feedback]") as ctx:
+        run_all(ctx, fresh=False)
+    assert not ran and "eval.reward_models.relevance" in capsys.readouterr().err
 
 
 def test_the_newest_policy_is_what_rl_made_and_never_the_reward_model(done):
