@@ -83,8 +83,8 @@ def keep_4bit_layout(model: PreTrainedModel) -> PreTrainedModel:
     """``model``, whose 4-bit layers stay as they were loaded.
 
     On a CPU with AVX512-BF16 bitsandbytes repacks them in their first forward without gradients, for a product that has
-    no gradient and rounds the scales to bfloat16: training after scoring goes wrong without a word. Layers with a bias or
-    narrower than a block of 64 fail there.
+    no gradient and rounds the scales to bfloat16: training after scoring goes wrong without a word. Layers with a
+    bias, or narrower than a block of 64, fail there.
     """
     repacked: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
     for layer in repacked:
