@@ -33,8 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lco_lite.objectives import reference
-from lco_lite.objectives.gram import gram
-from lco_lite.objectives.head import Head
+from lco_lite.objectives.head import Head, gram
 from lco_lite.objectives.lco import lco_loss
 from lco_lite.objectives.targets import DenseTarget
 

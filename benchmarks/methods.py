@@ -19,13 +19,13 @@ from typing import Annotated, Any
 import typer
 
 from lco_lite.command import command
+from lco_lite.evaluation.evaluate import evaluate_stage
 from lco_lite.files import write_json
+from lco_lite.metrics import read_log
 from lco_lite.recipe import Rl
-from lco_lite.recipe.method_defaults import LCO, METHOD_DEFAULTS
-from lco_lite.stages.evaluate import evaluate_stage
-from lco_lite.stages.pipeline import train
+from lco_lite.recipe.rl import LCO, METHOD_DEFAULTS
 from lco_lite.tasks import load_task
-from lco_lite.telemetry.metrics import read_log
+from lco_lite.train.pipeline import train
 
 RATES = {"gkd": (1e-3, 3e-3)}  # a divergence, as LCO-KLD
 RATES_OF_POLICY_GRADIENTS = (3e-4, 1e-3)

@@ -29,8 +29,8 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     from lco_lite.command import command
-    from lco_lite.stages.pipeline import train
-    from lco_lite.telemetry.metrics import read_log
+    from lco_lite.metrics import read_log
+    from lco_lite.train.pipeline import train
 
     with command(recipe, runs, name, sets, {}, quiet=True) as ctx:
         stage = f"rl-{ctx.recipe.rl.objective}"

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from lco_lite.command import command
-from lco_lite.recipe.method_defaults import LCO
-from lco_lite.stages.evaluate import evaluate_stage
-from lco_lite.stages.pipeline import train
+from lco_lite.evaluation.evaluate import evaluate_stage
+from lco_lite.recipe.rl import LCO
 from lco_lite.tasks import load_task
+from lco_lite.train.pipeline import train
 
 
 def main(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lco_lite import __version__
-from lco_lite.recipe.method_defaults import METHOD_DEFAULTS
+from lco_lite.recipe.rl import METHOD_DEFAULTS
 
 app = typer.Typer(
     name="lco-lite",
@@ -102,7 +102,7 @@ def run(
     from lco_lite.command import command
 
     with command(recipe, runs, name, sets, {"seed": seed, "device": device}, quiet=quiet, dry_run=dry_run) as ctx:
-        from lco_lite.stages.scoring import run_all
+        from lco_lite.train.pipeline import run_all
 
         run_all(ctx, fresh)
 
@@ -269,7 +269,7 @@ def evaluate(
     flags |= {"eval.temperature": 0.0 if greedy else None, "eval.samples": samples, "eval.scoring": scoring}
     flags |= {"eval.judge_url": judge_url, "eval.judge_model": judge_model, "eval.judge_confirmed": yes or None}
     with command_for_eval(model, tasks, runs, name, sets, flags, quiet=quiet, json=json) as ctx:
-        from lco_lite.stages.scoring import score
+        from lco_lite.evaluation.evaluate import score
 
         score(ctx, tasks, policy, model, json, data)
 
@@ -295,7 +295,7 @@ def recipes(
 ) -> None:
     """List, show or copy the shipped recipes."""
     from lco_lite.command import boundary
-    from lco_lite.recipe.shipped import copy_recipes, show_recipes
+    from lco_lite.recipe.file import copy_recipes, show_recipes
 
     with boundary():
         copy_recipes(name, copy) if copy else show_recipes(name)
@@ -324,7 +324,7 @@ def _stage(
     from lco_lite.command import command
 
     with command(recipe, runs, name, sets, flags, quiet=quiet, dry_run=dry_run) as ctx:
-        from lco_lite.stages.pipeline import announce, train
+        from lco_lite.train.pipeline import announce, train
 
         stage = ctx.recipe.rl.stage if stage == "rl" else stage
         train(ctx, stage, fresh)

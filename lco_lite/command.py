@@ -17,12 +17,11 @@ import typer
 from lco_lite.errors import LcoError, UsageError
 from lco_lite.files import write_text
 from lco_lite.recipe import Recipe, Rl
-from lco_lite.recipe.file import load_recipe, override, validate
-from lco_lite.recipe.shipped import find_recipe
+from lco_lite.recipe.file import find_recipe, load_recipe, override, validate
 
 if TYPE_CHECKING:
+    from lco_lite.context import Context
     from lco_lite.run import Run
-    from lco_lite.stages.context import Context
 
 
 @contextlib.contextmanager
@@ -59,7 +58,7 @@ def command(
             run = _existing(Run, runs, name)
             resolved = _overridden(run.recipe(), sets, flags)
         if dry_run:
-            from lco_lite.stages.rehearsal import rehearse
+            from lco_lite.dry_run import rehearse
 
             rehearse(resolved)
             raise typer.Exit
@@ -113,8 +112,8 @@ def command_for_compare(
 ) -> None:
     """Reads scores that are there; loads no model and locks no run."""
     with boundary():
-        from lco_lite.stages.compare import compare_scores
-        from lco_lite.telemetry.console import Console
+        from lco_lite.console import Console
+        from lco_lite.evaluation.compare import compare_scores
 
         if scored_now:
             raise UsageError("eval --compare reads two scores that are there: leave out --model and --policy")
@@ -124,9 +123,9 @@ def command_for_compare(
 def command_for_data(recipe: str, sets: list[str] | None, json: bool) -> None:
     """Reads a recipe's data; makes no run."""
     with boundary():
-        from lco_lite.models.quiet import quiet_libraries
-        from lco_lite.stages.data_check import check_data
-        from lco_lite.telemetry.console import Console
+        from lco_lite.console import Console
+        from lco_lite.data.check import check_data
+        from lco_lite.models.loading import quiet_libraries
 
         quiet_libraries()
         check_data(load_recipe(find_recipe(recipe), sets, {}), Console(json=json), json)
@@ -156,11 +155,10 @@ def tell_environment(json: bool) -> None:
 def _context(run: Run, recipe: Recipe, quiet: bool = False, json: bool = False) -> Iterator[Context]:
     import torch
 
-    from lco_lite.models.loading import resolve_device
-    from lco_lite.models.quiet import quiet_libraries
-    from lco_lite.stages.context import Context
-    from lco_lite.telemetry.console import Console
-    from lco_lite.telemetry.memory import peak_mib
+    from lco_lite.console import Console
+    from lco_lite.context import Context
+    from lco_lite.metrics import peak_mib
+    from lco_lite.models.loading import quiet_libraries, resolve_device
 
     quiet_libraries()
     if recipe.threads is not None:

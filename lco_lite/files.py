@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lco_lite.errors import LcoError, UsageError
+from lco_lite.errors import DataError, LcoError, UsageError
 
 # .NAME.TOKEN.new is being written, .old stepped aside to be replaced, .gone is on its way out
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{12}\.(?P<kind>new|old|gone)$")
@@ -168,3 +168,73 @@ def _disk_full(path: Path) -> LcoError:
     return LcoError(
         f"disk is full: {free:.0f} MiB free under {path.parent}; nothing was lost. Make room and start again."
     )
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """All rows, in the order of the file, so that row i stands in line i + 1; empty lines are allowed at the end only.
+
+    Raises DataError for a file that is missing, unreadable or empty, and for a line that is no JSON object in UTF-8.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
+    # Only \n ends a line here: str.splitlines would also split at characters that JSON strings may hold.
+    lines = content.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
+    if lines == [b""]:
+        raise DataError(f"{path}: is empty; one JSON object a line is expected")
+    return [_json_row(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+
+
+def _json_row(line: bytes, at: str) -> dict[str, Any]:
+    if not line.strip():
+        raise DataError(f"{at}: is empty; one JSON object a line is expected")
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise DataError(f"{at}: is not UTF-8 (byte {e.start + 1})") from e
+    except (json.JSONDecodeError, RecursionError) as e:
+        what = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else "nested too deeply"
+        raise DataError(f"{at}: is not JSON: {what}") from e
+    if not isinstance(row, dict):
+        raise DataError(f"{at}: is {_kind(row)}, not an object with named fields")
+    return row
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    return {list: "a list", str: "a string", bool: "a boolean"}.get(type(value), "a number")
+
+
+class JsonLines:
+    """JSON objects in a file, one a line, each on its way to the disk at once.
+
+    ``rows`` are those of the file: of one that is there already the whole lines, without a last one that a kill cut
+    short. Raises LcoError on a full disk, UsageError without permission or for a file that holds anything else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = read_jsonl(path) if path.exists() and _drop_torn_line(path) else []
+
+    def append(self, row: dict[str, Any]) -> None:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+        with write_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        self.rows.append(row)
+
+
+def _drop_torn_line(path: Path) -> bool:
+    """Cuts off what stands after the last line end; whether anything is left."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        write_bytes(path, whole)
+    return bool(whole)

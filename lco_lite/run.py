@@ -8,8 +8,11 @@ complete once ``done.json`` is there. Everything is written whole, so a run can 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,8 +27,6 @@ from lco_lite.errors import RecipeError, UsageError
 from lco_lite.files import recover, remove, write_errors, write_json, write_text
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump, load_recipe
-from lco_lite.recipe.stage_settings import differences
-from lco_lite.run_lock import locked
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
@@ -191,6 +192,11 @@ class Run:
         begun = [p.parent.name for p in self.path.glob("*/stage.json")]
         return [self.stage(name) for name in sorted(begun, key=_order)]
 
+    def newest_stage(self) -> str:
+        """The policy that was trained last; ``base`` where none has been."""
+        policies = [s for s in self.stages() if s.is_done() and s.name != "rm"]
+        return max(policies, key=lambda s: (s.path / "done.json").stat().st_mtime).name if policies else "base"
+
     def eval_path(self, task: str, stage: str) -> Path:
         """Where the score of ``stage`` on ``task`` is; its items lie beside it as .jsonl."""
         return self.path / "eval" / f"{task}--{stage}.json"
@@ -236,3 +242,115 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+_PID_WIDTH = 20
+
+if sys.platform == "win32":
+    import msvcrt
+
+    _LOCKED_BYTE = 2**30  # Windows forbids reading locked bytes, and the pid at the start of the file is to be read
+
+    def _try_lock(handle: int) -> None:
+        os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _try_lock(handle: int) -> None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds ``path`` for this process. UsageError names the process that has it. The file stays; its lock does not."""
+    with write_errors(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _acquire(handle, path)
+        try:
+            yield
+        finally:
+            os.utime(path)  # the time of the last use: a run that ends after another began is the newer one
+    finally:
+        os.close(handle)  # releases the lock
+
+
+def _acquire(handle: int, path: Path) -> None:
+    try:
+        _try_lock(handle)
+    except OSError as e:
+        if e.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            raise UsageError(f"{path}: this file system has no locks ({e.strerror}): choose a local --runs DIR") from e
+        os.lseek(handle, 0, os.SEEK_SET)
+        holder = os.read(handle, _PID_WIDTH).decode("ascii", "replace").strip() or "unknown"
+        raise UsageError(
+            f"{path.parent} is in use by process {holder}: wait for it, stop it, or start another run with --name"
+        ) from e
+    with write_errors(path):
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.write(handle, f"{os.getpid():<{_PID_WIDTH}}".encode("ascii"))  # one write: a reader never sees half of it
+
+
+_SFT = ("seed", "task", "model", "chat", "data.demonstrations", "data.columns.demonstrations", "data.task", "sft")
+_RM = (*_SFT, "reward_model", "data.preferences", "data.columns.preferences", "train_rm")
+
+# last part of the key, wherever it stands
+_NO_MATTER = {
+    "gradient_checkpointing",
+    "attention",
+    "trust_remote_code",
+    "micro_batch_tokens",
+    "rollout_batch",
+    "save_every",
+    "eval_every",
+    "eval_items",
+    "check_items",
+    "guard",
+    "reward_timeout",
+}
+
+
+def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The settings, by dotted key, that decide the outcome of ``stage`` (``sft``, ``rm`` or ``rl-OBJECTIVE``).
+
+    RL on a rule's rewards builds on no reward model, so the settings of one do not count there.
+    """
+    if stage == "sft":
+        roots: tuple[str, ...] = _SFT
+    elif stage == "rm":
+        roots = _RM
+    elif stage.startswith("rl-"):
+        upstream = _RM if recipe.rl.needs_reward_model else _SFT
+        judge = ("reward_model",) if recipe.rl.feedback == "logprob" else ()  # its base is φ
+        roots = (*upstream, *judge, "data.prompts", "data.columns.prompts", "rl")
+    else:
+        raise UsageError(f"no stage {stage!r}: sft, rm or rl-OBJECTIVE")
+    values = flat(recipe.model_dump(mode="json"))
+    return {
+        key: value
+        for key, value in values.items()
+        if any(key == root or key.startswith(f"{root}.") for root in roots) and key.rpartition(".")[2] not in _NO_MATTER
+    }
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """One line a setting that differs: ``rl.beta: 1.0 → 0.5``."""
+    missing = object()
+    lines = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key, missing), after.get(key, missing)
+        if old != new:
+            lines.append(f"{key}: {'unset' if old is missing else old} → {'unset' if new is missing else new}")
+    return lines
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots; an empty mapping stays as a value."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves

@@ -12,8 +12,8 @@ import yaml
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
-from lco_lite.recipe.method_defaults import METHOD_DEFAULTS
-from lco_lite.recipe.shipped import shipped
+from lco_lite.recipe.file import shipped
+from lco_lite.recipe.rl import METHOD_DEFAULTS
 from lco_lite.run import Run
 
 runner = CliRunner()
@@ -190,7 +190,7 @@ def test_what_cannot_be_had_is_named(tiny, sets, told):
 
 
 def test_a_failure_while_running_leaves_its_traceback_in_the_runs_log(tiny, monkeypatch):
-    from lco_lite.stages import pipeline
+    from lco_lite.train import pipeline
 
     def fail(ctx, stage):
         raise RuntimeError("the sky fell")
@@ -205,7 +205,7 @@ def test_a_failure_while_running_leaves_its_traceback_in_the_runs_log(tiny, monk
 def test_out_of_memory_exits_3_with_what_to_change_in_order(tiny, monkeypatch):
     import torch
 
-    from lco_lite.stages import pipeline
+    from lco_lite.train import pipeline
 
     def exhaust(ctx, stage):
         with ctx.clock("update"):
@@ -219,7 +219,7 @@ def test_out_of_memory_exits_3_with_what_to_change_in_order(tiny, monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_exits_4(tiny, monkeypatch):
-    from lco_lite.stages import sft
+    from lco_lite.train import sft
 
     real = sft.accumulate
 

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
-from lco_lite.data.chat import ChatFormat
 from lco_lite.data.check import Sample, lengths, report
-from lco_lite.models.scratch import byte_tokenizer
+from lco_lite.models.chat import ChatFormat
+from lco_lite.models.loading import byte_tokenizer
 from lco_lite.tasks import load_task
 
 REAL = Path(os.environ.get("LCO_LITE_DATA", ""))

@@ -11,9 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
+from lco_lite.metrics import read_log
 from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch
 from lco_lite.run import Run
-from lco_lite.telemetry.metrics import read_log
 from lco_lite.user_code import load_function
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs/extending.md").read_text(encoding="utf-8")

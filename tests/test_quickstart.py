@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lco_lite.command import command
-from lco_lite.stages.scoring import run_all
+from lco_lite.train.pipeline import run_all
 
 ROOT = Path(__file__).resolve().parent.parent
 

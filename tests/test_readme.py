@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
-from lco_lite.models.scratch import build_scratch
+from lco_lite.models.loading import build_scratch
 from lco_lite.recipe import Init
 from lco_lite.run import Run
 

@@ -9,9 +9,8 @@ from pydantic import BaseModel
 
 from lco_lite.errors import RecipeError
 from lco_lite.recipe import UNGRADED, Recipe, Section
-from lco_lite.recipe.file import dump, load_recipe, override, validate
-from lco_lite.recipe.method_defaults import METHOD_DEFAULTS
-from lco_lite.recipe.text import parse_yaml, write_yaml
+from lco_lite.recipe.file import dump, load_recipe, override, parse_yaml, validate, write_yaml
+from lco_lite.recipe.rl import METHOD_DEFAULTS
 from lco_lite.tasks import load_task, task_names
 from lco_lite.tasks.base import grades
 

@@ -9,8 +9,7 @@ import pytest
 from lco_lite.errors import UsageError
 from lco_lite.files import write_json
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.stage_settings import stage_settings
-from lco_lite.run import Run
+from lco_lite.run import Run, stage_settings
 
 ROOT = Path(__file__).parent.parent
 

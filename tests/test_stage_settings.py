@@ -2,7 +2,7 @@ import pytest
 
 from lco_lite.errors import UsageError
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.stage_settings import differences, stage_settings
+from lco_lite.run import differences, stage_settings
 
 BASE = {"model": {"path": "some/model"}, "task": "math"}
 

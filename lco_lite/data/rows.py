@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lco_lite.data import shapes
-from lco_lite.data.chat import Message
-from lco_lite.data.jsonl import read_jsonl
 from lco_lite.data.shapes import CONVERSATIONS, RESPONSES, Demonstration, Preference
 from lco_lite.errors import DataError
-from lco_lite.recipe.data import Columns
+from lco_lite.files import read_jsonl
+from lco_lite.models.chat import Message
+from lco_lite.recipe.sections import Columns
 
 FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _PLACES = {"response": RESPONSES[0]}  # where the shapes look for a field

@@ -15,14 +15,14 @@ DataError that begins with ``at``, its file and line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, TypeAlias
 
-from lco_lite.data.chat import Message, conversation
-from lco_lite.data.transcripts import is_transcript, parted, transcript
 from lco_lite.errors import DataError
+from lco_lite.models.chat import Message, conversation
 from lco_lite.tasks.qa_feedback import qa_prompt
 
 PROMPTS = ("prompt", "question", "problem", "instruction")
@@ -173,3 +173,38 @@ def _with_system(turns: list[Message], row: Row, system: str | None, at: str) ->
 
 def _keys(row: Row) -> str:
     return ", ".join(row) or "no fields"
+
+
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):[ \t]?")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and _SPEAKER.match(value) is not None
+
+
+def transcript(text: str) -> list[Message]:
+    """Its turns. Of several in a row by one speaker the texts are joined; a turn may be empty."""
+    parts = _SPEAKER.split(text)[1:]
+    turns: list[dict[str, str]] = []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        role, said = _SPEAKERS[speaker], said.strip()
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{said}".strip()
+        else:
+            turns.append({"role": role, "content": said})
+    return list(turns)
+
+
+def parted(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
+    """(prompt, chosen response, rejected response): what both share, and the two turns in which they first differ.
+
+    Two that are the same part at their last turn. Raises ValueError where that is no turn of the assistant after one
+    of the user.
+    """
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == 0 or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
+        raise ValueError("chosen and rejected part where the assistant does not answer the user")
+    return chosen[:shared], chosen[shared]["content"], rejected[shared]["content"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,15 +11,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lco_lite.errors import UsageError
+from torch import Tensor
+
+from lco_lite.console import Console
+from lco_lite.errors import LcoError, UsageError
 from lco_lite.files import write_text
-from lco_lite.judging import alpaca_package
-from lco_lite.judging.chat_api import ChatClient
-from lco_lite.judging.cost import Estimate, refuse_unconfirmed, tokens_of
-from lco_lite.judging.length_control import length_controlled
-from lco_lite.judging.pairwise import Answers, Judge, Judgement, Pair
+from lco_lite.judging.judge import Answers, ChatClient, Estimate, Judge, Judgement, Pair, refuse_unconfirmed, tokens_of
 from lco_lite.recipe import Eval
-from lco_lite.telemetry.console import Console
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _PACKAGE_PROMPT = 250  # tokens of what the package asks about the texts
@@ -30,9 +29,9 @@ Row = Mapping[str, Any]
 
 def check_judge(settings: Eval, n: int, passes: int, console: Console) -> None:
     """What can be said before there is a response. UsageError: the package or the key is absent."""
-    by_package = settings.judge_url == alpaca_package.NAME
+    by_package = settings.judge_url == PACKAGE
     if by_package:
-        alpaca_package.need_package()
+        need_package()
     else:
         judge_key(settings)
     requests = n if by_package else 2 * n
@@ -47,7 +46,7 @@ def win_rates(
     rows: Sequence[Row], outputs: Sequence[dict[str, str]], settings: Eval, folder: Path, console: Console
 ) -> dict[str, float]:
     """``rows`` have the reference in ``row``, ``outputs`` are theirs in AlpacaEval's format. Shares in [0, 1]."""
-    judged = _by_package if settings.judge_url == alpaca_package.NAME else _by_judge
+    judged = _by_package if settings.judge_url == PACKAGE else _by_judge
     return judged(rows, outputs, settings, folder, console)
 
 
@@ -111,13 +110,102 @@ def _difficulty(rows: Sequence[Row]) -> list[float] | None:
 def _by_package(
     rows: Sequence[Row], outputs: Sequence[dict[str, str]], settings: Eval, folder: Path, console: Console
 ) -> dict[str, float]:
-    alpaca_package.need_package()
+    need_package()
     references = [dict(row["row"]) for row in rows]
     texts = [(o["instruction"], o["output"], r["output"]) for o, r in zip(outputs, references, strict=True)]
     tokens_in = sum(_PACKAGE_PROMPT + tokens_of(*some) for some in texts)
     cost = Estimate.of(len(rows), 0, tokens_in, len(rows), settings.judge_price)
-    console.note(f"{alpaca_package.NAME} judges {len(rows)} pairs: {cost}")
+    console.note(f"{PACKAGE} judges {len(rows)} pairs: {cost}")
     refuse_unconfirmed(cost, settings)
     if [row["id"] for row in rows] != [f"alpaca_eval/test/{i}" for i in range(len(rows))]:
-        console.warn(f"{alpaca_package.NAME} knows an instruction's difficulty by its place, and some are left out")
-    return alpaca_package.package_win_rates(outputs, references, settings.judge_model, folder)
+        console.warn(f"{PACKAGE} knows an instruction's difficulty by its place, and some are left out")
+    return package_win_rates(outputs, references, settings.judge_model, folder)
+
+
+PACKAGE = "alpaca-eval"
+ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
+
+
+def need_package() -> None:
+    """Raises UsageError where it is not installed."""
+    if importlib.util.find_spec("alpaca_eval") is None:
+        raise UsageError(f"--judge-url {PACKAGE} needs that package: pip install 'lco-lite[alpaca]'")
+
+
+def package_win_rates(
+    outputs: Sequence[dict[str, Any]], references: Sequence[dict[str, Any]], annotator: str | None, folder: Path
+) -> dict[str, float]:
+    """``win_rate`` and ``lc_win_rate`` in [0, 1]; its annotations and its cache go to ``folder``.
+
+    The package finds an instruction's difficulty by its place, so ``outputs`` are the first so many, in order. Raises
+    LcoError where the package fails.
+    """
+    import alpaca_eval
+
+    try:
+        board, _ = alpaca_eval.evaluate(
+            model_outputs=list(outputs),
+            reference_outputs=list(references),
+            annotators_config=annotator or ANNOTATOR,
+            name=outputs[0]["generator"],
+            output_path=str(folder),
+            precomputed_leaderboard=None,
+            is_cache_leaderboard=False,
+            is_return_instead_of_print=True,
+            metric_kwargs={"save_weights_dir": None},  # else it writes into its own installation
+            caching_path=str(folder / "alpaca-eval-cache.json"),
+        )
+        row = board.loc[outputs[0]["generator"]]
+        win_rate, controlled = float(row["win_rate"]), float(row["length_controlled_winrate"])
+    except Exception as e:  # its annotators raise what their clients raise
+        raise LcoError(f"{PACKAGE} failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+    return {"win_rate": win_rate / 100, "lc_win_rate": controlled / 100}
+
+
+RIDGE = 1.0  # of phi and psi
+RIDGE_OF_CONSTANT = 1e-6
+_STEPS, _ENOUGH = 100, 1e-10
+
+
+def length_controlled(
+    scores: Sequence[float], differences: Sequence[float], difficulty: Sequence[float] | None = None
+) -> float:
+    """Win rate in [0, 1]. ``scores`` in [0, 1]; ``differences`` in characters; ``difficulty`` where it is known."""
+    import torch
+
+    def column(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor([float(v) for v in values], dtype=torch.float64)
+
+    s, d = column(scores), column(differences)
+    spread = float(d.std()) if len(d) > 1 else 0.0
+    length = torch.tanh(d / spread) if spread > 0 else torch.zeros_like(d)
+    x = torch.stack([torch.ones_like(s), length, *([] if difficulty is None else [column(difficulty)])], dim=1)
+    weights = _fit(x, s)
+    even = x.clone()
+    even[:, 1] = 0.0
+    return float(torch.sigmoid(even @ weights).mean())
+
+
+def _fit(x: Tensor, s: Tensor) -> Tensor:
+    """[N, K], [N] -> [K]: the weights of highest posterior, by Newton's method."""
+    import torch
+
+    ridge = torch.full((x.shape[1],), RIDGE, dtype=x.dtype)
+    ridge[0] = RIDGE_OF_CONSTANT
+
+    def cost(w: Tensor) -> float:
+        z = x @ w
+        return float(torch.nn.functional.softplus(z).sum() - s @ z + (ridge * w * w).sum() / 2)
+
+    w = torch.zeros_like(ridge)
+    for _ in range(_STEPS):
+        p = torch.sigmoid(x @ w)
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + torch.diag(ridge)
+        step = torch.linalg.solve(curvature, x.T @ (p - s) + ridge * w)
+        scale = 1.0
+        while cost(w - scale * step) > cost(w) and scale > _ENOUGH:
+            scale /= 2  # a whole step may overshoot where the scores are all alike
+        w = w - scale * step
+        if float((scale * step).abs().max()) < _ENOUGH:
+            break
+    return w

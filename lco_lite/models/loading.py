@@ -6,10 +6,16 @@ Only safetensors are read. Whatever cannot be loaded is one ModelError that says
 from __future__ import annotations
 
 import importlib.util
+import json
+import logging
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,12 +23,16 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from lco_lite.errors import ModelError, UsageError
-from lco_lite.recipe import Weights
+from lco_lite.files import write_folder, write_json
+from lco_lite.recipe import Init, Model, Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,6 +55,17 @@ def load_tokenizer(weights: Weights, folder: Path | None = None) -> PreTrainedTo
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         _choose_pad(tokenizer)
     return tokenizer
+
+
+def open_tokenizer(model: Model, seed: int) -> Any:
+    """The policy's tokenizer before there is a run: a model from scratch is built in a folder that is thrown away."""
+    if model.gguf_file is not None:
+        return gguf_tokenizer(model)
+    if model.init is None:
+        return load_tokenizer(model)
+    with tempfile.TemporaryDirectory() as folder:
+        build_scratch(model.init, Path(folder) / "model", seed)
+        return load_tokenizer(model, Path(folder) / "model")
 
 
 def load_base(weights: Weights, device: torch.device, folder: Path | None = None) -> PreTrainedModel:
@@ -172,3 +193,116 @@ def unloadable(what: str, source: str, error: Exception) -> ModelError:
     if not Path(source).exists():
         reason += " (no local folder of this name; a hub id needs the network or a cached copy)"
     return ModelError(f"{source}: this {what} cannot be loaded: {_shortened(reason)}")
+
+
+def converted_gguf(weights: Weights, folder: Path) -> Path | None:
+    """``folder`` with the GGUF's weights and tokenizer as an ordinary bfloat16 model, made the first time, whole or not
+    at all; None where the weights are no GGUF. Raises UsageError where ``folder`` was made from another one."""
+    if weights.gguf_file is None or weights.path is None:
+        return None
+    origin = {"path": weights.path, "revision": weights.revision, "gguf_file": weights.gguf_file}
+    record = folder / "converted_from.json"
+    if folder.exists():
+        if not record.exists() or json.loads(record.read_text(encoding="utf-8")) != origin:
+            raise UsageError(f"{folder}: was converted from another GGUF file: delete it, or choose another --name")
+        return folder
+    model, tokenizer = _load_gguf(weights)
+    with write_folder(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        write_json(new / record.name, origin)
+    return folder
+
+
+def gguf_tokenizer(weights: Weights) -> Any:
+    """The tokenizer inside the GGUF file. Raises ModelError where it cannot be read."""
+    return _from_gguf(AutoTokenizer, weights)
+
+
+def _load_gguf(weights: Weights) -> tuple[Any, Any]:
+    tokenizer = gguf_tokenizer(weights)
+    model = _from_gguf(AutoModelForCausalLM, weights, dtype=torch.bfloat16)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the marks
+    model.hf_quantizer = None
+    return model, tokenizer
+
+
+def _from_gguf(kind: Any, weights: Weights, **options: Any) -> Any:
+    file = Path(str(weights.path)) / str(weights.gguf_file)
+    if file.parent.is_dir() and not file.is_file():
+        raise ModelError(f"{file}: no such GGUF file")
+    if weights.revision:
+        options["revision"] = weights.revision
+    try:
+        return kind.from_pretrained(weights.path, gguf_file=weights.gguf_file, **options)
+    except Exception as e:  # transformers raises many kinds
+        raise unloadable("GGUF file", str(file), e) from e
+
+
+PAD, USER, ASSISTANT, END = SPECIALS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>"
+    "{% elif m.role == 'user' %}<|user|>{{ m.content }}"
+    "{% else %}{{ m.content }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build_scratch(init: Init, folder: Path, seed: int) -> None:
+    """Writes model and tokenizer to ``folder``, whole or not at all. The weights depend on ``seed`` alone."""
+    tokenizer = byte_tokenizer(init.max_length)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=init.hidden_size,
+        intermediate_size=init.intermediate_size,
+        num_hidden_layers=init.layers,
+        num_attention_heads=init.heads,
+        num_key_value_heads=init.heads,
+        max_position_embeddings=init.max_length,
+        initializer_range=init.std,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    with write_folder(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+
+
+def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """One token a byte, a chat template, and a padding token that is not EOS."""
+    bytes_as_text = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIALS, *bytes_as_text])}
+    core = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[USER, ASSISTANT],
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def quiet_libraries() -> None:
+    """No progress bars of transformers and datasets; no warnings that a user can do nothing about. Errors stay."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*kernels.*", module="bitsandbytes.*")

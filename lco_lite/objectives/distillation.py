@@ -12,14 +12,16 @@ of what follows, a policy gradient whose advantage R is the mean of log φ − l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lco_lite.objectives import elementwise
 from lco_lite.objectives.chunks import Gradients, asks_gradient, fused, spans
 from lco_lite.objectives.head import Head
+from lco_lite.objectives.lco import divergence
+from lco_lite.objectives.logprobs import Values
 from lco_lite.objectives.policy_gradient import Clip, PolicyBatch, surrogate
 
 
@@ -57,7 +59,7 @@ def jsd_loss(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for part in spans(len(hidden), chunk, rows, hidden.device):
             logits, taught = head.logits(hidden[part]), teacher_head.logits(teacher.hidden[part])
-            values, grad = fused(elementwise.jsd, logits, taught, beta, weights[part], head.operand_dtype)
+            values, grad = fused(jsd, logits, taught, beta, weights[part], head.operand_dtype)
             del taught
             grads.add(head, part, hidden[part], grad, logits)
             del grad, logits  # before the next chunk needs the room
@@ -80,3 +82,24 @@ def minillm(
 def mixture_weights(old_logprobs: Tensor, teacher_logprobs: Tensor, share: float) -> Tensor:
     """w = π_old(a) / (α φ(a) + (1−α) π_old(a)), [T], with α the teacher's ``share`` (MiniLLM, eq 7, token by token)."""
     return 1 / (share * (teacher_logprobs - old_logprobs).exp() + (1 - share))
+
+
+def jsd(logits: Tensor, teacher: Tensor, beta: float, weights: Tensor, dtype: torch.dtype) -> tuple[Values, Tensor]:
+    """w (β KL(φ ‖ m) + (1−β) KL(p ‖ m)), m = βφ + (1−β)p, and its gradient w (1−β) p (g − Σ p g), g = log p − log m;
+    at the ends KL(φ ‖ p) with p − φ, and KL(p ‖ φ) with p (g − Σ p g), g = log p − log φ. Overwrites ``teacher``."""
+    log_p, log_t = torch.log_softmax(logits, dim=-1), torch.log_softmax(teacher, dim=-1)
+    if beta == 0:
+        values, grad = divergence(log_p, log_t, teacher, None, log_p.dtype)
+        loss = values["loss"]
+    else:
+        p = log_p.exp()
+        if beta == 1:
+            g, scale, loss = log_p - log_t, 1.0, torch.zeros_like(log_p[:, 0])
+        else:
+            log_m = torch.logaddexp(log_p + math.log1p(-beta), log_t + math.log(beta))
+            g, scale, loss = log_p - log_m, 1 - beta, beta * (log_t.exp() * (log_t - log_m)).sum(-1)
+        inner = (p * g).sum(-1, keepdim=True)
+        loss = loss + scale * inner.squeeze(-1)
+        grad = g.sub_(inner).mul_(p).mul_(scale)
+    grad = grad.mul_(weights.unsqueeze(-1))
+    return {"loss": weights * loss, "logit_grad_norm": torch.linalg.vector_norm(grad, dim=-1)}, grad.to(dtype)

@@ -173,3 +173,29 @@ def _widening_product(x: Tensor, matrix: Tensor) -> Tensor:
         return torch.mm(x.to(matrix.dtype), matrix, out_dtype=torch.float32)
     gain = FP16_TOP / x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     return torch.mm((gain * x).half(), matrix, out_dtype=torch.float32) / gain
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """Second moments over V of the rows of one head, or of several side by side."""
+
+    covariance: Tensor  # Σ [d, d]
+    heads: tuple[Head, ...]  # kept alive, so that their ids name them
+
+
+def gram(head: Head, *others: Head) -> Gram:
+    """The moments of ``head`` (and ``others`` beside it, over the same rows), computed once and kept on ``head``."""
+    heads = (head, *others)
+    key = ("gram", *((id(h), h.weight._version) for h in heads))
+    return head.remember(key, lambda: Gram(_covariance(heads), heads))
+
+
+def _covariance(heads: tuple[Head, ...]) -> Tensor:
+    """Σ [Σd, Σd] in fp32 or fp64, in blocks of rows."""
+    dtype = wide(*(h.weight for h in heads))
+    mean = torch.cat([h.mean_row.to(dtype) for h in heads])
+    total = mean.new_zeros(len(mean), len(mean))
+    for blocks in zip(*(row_blocks(h.vocabulary, dtype) for h in heads), strict=True):
+        rows = torch.cat([block for _, block in blocks], dim=-1) - mean
+        total += rows.T @ rows
+    return total / heads[0].rows

@@ -1,16 +1,8 @@
-"""Logits-convex optimisation: LCO-MSE (eq 8), LCO-LCH (eq 9) and LCO-KLD (eq 10) from hidden states.
+"""The element-wise part of the losses, between two products with the head. One function, one kernel on a GPU.
 
-Legend: T tokens, C tokens of a chunk, V vocabulary, d hidden width; z_θ policy logits [C, V], p = softmax(z_θ),
-r = z* − z_θ the residual [C, V], q = softmax(z_old). All losses are convex in z_θ:
-
-    kld   Σ π* (log π* − log p)           ∂/∂z = p − π*               log π* = log-softmax(log p + r)
-    mse   mean over V of r²               ∂/∂z = −2 r / V             (eq 44)
-    lch   mean over V of log cosh r       ∂/∂z = −tanh(r) / V         (eq 44)
-
-``weighting`` "sum" is V times the mean. "policy" is ours: Σ q f(r − r̄) with r̄ = Σ q r, free of constants, to second
-order 2 KL for f(x) = x², and it gives a token that nobody says no weight; ∂/∂z = −q (f′ − Σ q f′).
-
-The gradient with respect to hidden states is found in the forward pass and kept, so backward is one multiplication.
+Legend: C tokens of a chunk, V vocabulary; every large tensor is [C, V], every value [C], ``actions`` [C].
+``residual`` is r = z* − z_θ and is overwritten. Each returns values per token and ∂loss/∂logits in ``dtype``, short of
+the factor over V. log cosh and the divergences are written so that neither large nor small residuals lose digits.
 """
 
 import functools
@@ -18,15 +10,80 @@ import functools
 import torch
 from torch import Tensor
 
-from lco_lite.objectives import elementwise
 from lco_lite.objectives.chunks import Gradients, asks_gradient, fused, spans
 from lco_lite.objectives.head import Head
+from lco_lite.objectives.logprobs import Values, policy_values, with_logprob
 from lco_lite.objectives.targets import DenseTarget, SparseTarget
+
+
+def kld(logits: Tensor, residual: Tensor, actions: Tensor | None, dtype: torch.dtype) -> tuple[Values, Tensor]:
+    """KL(π* ‖ π_θ) with π* ∝ π_θ e^r (eq 10)."""
+    log_p = torch.log_softmax(logits, dim=-1)
+    log_target = torch.log_softmax(residual.add_(log_p), dim=-1)
+    return divergence(log_p, log_target, residual, actions, dtype)
+
+
+def sparse_kld(
+    logits: Tensor, gap: Tensor, sampled: Tensor, tilt: Tensor, actions: Tensor | None, dtype: torch.dtype
+) -> tuple[Values, Tensor]:
+    """KL(π* ‖ π_θ) where π* is π_base ∝ π_θ e^gap with the ``sampled`` action made e^tilt times as likely, tilt = A/β.
+
+    log Z* = log Z_base + log(1 + π_base(a) (e^tilt − 1)), so one softmax gives both distributions.
+    """
+    log_p = torch.log_softmax(logits, dim=-1)
+    log_base = torch.log_softmax(gap.add_(log_p), dim=-1)
+    kl_to_base = torch.sub(log_p, log_base, out=gap).mul_(log_p.exp()).sum(-1)
+    log_sampled = log_base.gather(-1, sampled.unsqueeze(-1))
+    log_others = torch.log(-torch.expm1(log_sampled))
+    log_target = log_base.sub_(torch.logaddexp(log_others, log_sampled + tilt))
+    log_target = log_target.scatter_add_(-1, sampled.unsqueeze(-1), tilt)
+    values, grad = divergence(log_p, log_target, gap, actions, dtype)
+    return values | {"kl_to_old": kl_to_base}, grad
+
+
+def summed(objective: str, residual: Tensor, mean: Tensor, factor: float, dtype: torch.dtype) -> tuple[Values, Tensor]:
+    """factor · Σ f(r − mean) with f(x) = x² (mse, eq 8) or log cosh x (lch, eq 9); ``mean`` [C, 1] is that of A/β."""
+    value, slope = _curve(objective, residual.sub_(mean))
+    norm = torch.linalg.vector_norm(slope, dim=-1)
+    return {"loss": factor * value.sum(-1), "logit_grad_norm": factor * norm}, slope.neg_().to(dtype)
+
+
+def policy_weighted(objective: str, residual: Tensor, old_logits: Tensor, dtype: torch.dtype) -> tuple[Values, Tensor]:
+    """Σ q f(r − r̄), q = π_old, r̄ = Σ q r; the gradient goes through r̄ too."""
+    q = torch.softmax(old_logits, dim=-1)
+    value, slope = _curve(objective, residual.sub_((q * residual).sum(-1, keepdim=True)))
+    loss = (q * value).sum(-1)
+    grad = slope.sub_((q * slope).sum(-1, keepdim=True)).mul_(q).neg_()
+    return {"loss": loss, "logit_grad_norm": torch.linalg.vector_norm(grad, dim=-1)}, grad.to(dtype)
+
+
+def divergence(
+    log_p: Tensor, log_t: Tensor, scratch: Tensor, actions: Tensor | None, dtype: torch.dtype
+) -> tuple[Values, Tensor]:
+    """KL(t ‖ p) and its gradient p − t (eq 47). Overwrites ``log_t`` and ``scratch``."""
+    p = log_p.exp()
+    values = with_logprob({"entropy": -torch.mul(p, log_p, out=scratch).sum(-1)}, log_p, actions)
+    t = torch.exp(log_t, out=scratch)
+    grad = p.sub_(t)
+    # the sum of the gradient is 0: adding it takes the rounding of both normalisers out of the loss, to first order
+    values["loss"] = t.mul_(log_t.sub_(log_p)).sum(-1) + grad.sum(-1)
+    values["logit_grad_norm"] = torch.linalg.vector_norm(grad, dim=-1)
+    return values, grad.to(dtype)
+
+
+def _curve(objective: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x), f′(x): x², 2x or log cosh x = |x| + log1p(e/2), tanh x, with e = expm1(−2|x|). May overwrite ``x``."""
+    if objective == "mse":
+        return x.square(), x.mul_(2)
+    size = x.abs()
+    e = (-2 * size).expm1_()
+    slope = torch.copysign((e + 2).reciprocal_().mul_(e), x, out=x)  # tanh |x| = −e / (2 + e)
+    return e.mul_(0.5).log1p_().add_(size), slope
+
 
 OBJECTIVES = ("kld", "lch", "mse")
 WEIGHTINGS = ("mean", "sum", "policy")
 AnyTarget = DenseTarget | SparseTarget
-Values = dict[str, Tensor]  # per token, [C] or [T]
 
 
 def lco_loss(
@@ -89,9 +146,9 @@ def _kld(hidden: Tensor, head: Head, target: AnyTarget, actions: Tensor | None, 
     logits, dtype = head.logits(hidden), head.operand_dtype
     if isinstance(target, DenseTarget):
         residual, _ = target.residual(hidden, head, logits, standardise)
-        return *fused(elementwise.kld, logits, residual, actions, dtype), 1.0, logits
+        return *fused(kld, logits, residual, actions, dtype), 1.0, logits
     gap, tilt = target.gap(hidden, head, logits), target.tilt(logits)
-    values, grad = fused(elementwise.sparse_kld, logits, gap, target.actions, tilt, actions, dtype)
+    values, grad = fused(sparse_kld, logits, gap, target.actions, tilt, actions, dtype)
     if target.anchor:
         del values["kl_to_old"]  # it is the divergence from the anchored base
     return values, grad, 1.0, logits
@@ -109,13 +166,13 @@ def _regression(
     logits, dtype = None if target.is_hidden(head) else head.logits(hidden), head.operand_dtype
     residual, mean = target.residual(hidden, head, logits, standardise)
     if weighting == "policy":
-        values, grad = fused(elementwise.policy_weighted, objective, residual, target.old_logits(head), dtype)
+        values, grad = fused(policy_weighted, objective, residual, target.old_logits(head), dtype)
         factor = 1.0
     else:
         factor = 1.0 if weighting == "sum" else 1 / head.rows  # kept out of half precision
-        values, grad = fused(elementwise.summed, objective, residual, mean, factor, dtype)
+        values, grad = fused(summed, objective, residual, mean, factor, dtype)
     if logits is not None:
-        values |= fused(elementwise.policy_values, logits, actions)
+        values |= fused(policy_values, logits, actions)
     return values, grad, factor, logits
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from lco_lite.objectives import elementwise
 from lco_lite.objectives.chunks import Gradients, asks_gradient, fused, spans
 from lco_lite.objectives.head import Head
+
+Values = dict[str, Tensor]  # per token, [C] or [T]
 
 
 def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
@@ -38,11 +40,11 @@ def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | Non
         for part in spans(len(hidden), chunk, head.rows, hidden.device):
             logits = head.logits(hidden[part])
             if grads.wanted:
-                values, grad = fused(elementwise.logprob, logits, actions[part], head.operand_dtype)
+                values, grad = fused(logprob, logits, actions[part], head.operand_dtype)
                 grads.add(head, part, hidden[part], grad, logits)
                 del grad  # before the next chunk needs the room
             else:
-                values = fused(elementwise.policy_values, logits, actions[part])
+                values = fused(policy_values, logits, actions[part])
             del logits
             chunks.append(values)
     logprobs, entropy = (torch.cat([values[name] for values in chunks]) for name in ("logprob", "entropy"))
@@ -69,6 +71,38 @@ class _Recomputed(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part in spans(len(hidden), ctx.chunk, head.rows, hidden.device):
                 logits = head.logits(hidden[part])
-                _, grad = fused(elementwise.logprob, logits, actions[part], logits.dtype)
+                _, grad = fused(logprob, logits, actions[part], logits.dtype)
                 grads.add(head, part, hidden[part], grad * upstream[part].unsqueeze(-1), logits)
         return None, None, None, None, *grads.cast()
+
+
+ChosenRejected = tuple[Tensor, Tensor]  # log-probabilities of whole responses, each [N]
+
+
+def dpo_loss(logprobs: ChosenRejected, reference: ChosenRejected, beta: float) -> tuple[Tensor, Tensor]:
+    """Of N pairs under φ and φ_ref -> (loss [N], margin [N]): -log σ(margin), margin = r(chosen) - r(rejected)."""
+    chosen, rejected = (ours - ref for ours, ref in zip(logprobs, reference, strict=True))
+    margin = beta * (chosen - rejected)
+    return -F.logsigmoid(margin), margin.detach()
+
+
+def policy_values(logits: Tensor, actions: Tensor | None) -> Values:
+    """Entropy of π_θ in nats, and log π_θ(action)."""
+    log_p = torch.log_softmax(logits, dim=-1)
+    return with_logprob({"entropy": -(log_p.exp() * log_p).sum(-1)}, log_p, actions)
+
+
+def logprob(logits: Tensor, actions: Tensor, dtype: torch.dtype) -> tuple[Values, Tensor]:
+    """log π_θ(action), its gradient 1_a − p (eq 4), and the entropy."""
+    log_p = torch.log_softmax(logits, dim=-1)
+    p = log_p.exp()
+    values = with_logprob({"entropy": -(p * log_p).sum(-1)}, log_p, actions)
+    grad = p.neg_()
+    ones = torch.ones_like(actions, dtype=grad.dtype).unsqueeze(-1)
+    return values, grad.scatter_add_(-1, actions.unsqueeze(-1), ones).to(dtype)
+
+
+def with_logprob(values: Values, log_p: Tensor, actions: Tensor | None) -> Values:
+    if actions is not None:
+        values["logprob"] = log_p.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    return values

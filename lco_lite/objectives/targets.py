@@ -17,8 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from lco_lite.objectives.gram import gram
-from lco_lite.objectives.head import Head, wide
+from lco_lite.objectives.head import Head, gram, wide
 
 AnyTarget = TypeVar("AnyTarget", bound="Target")
 

@@ -12,12 +12,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lco_lite.recipe.data import Chat, Data
-from lco_lite.recipe.evaluation import Eval
 from lco_lite.recipe.rl import Rl
-from lco_lite.recipe.section import Section, setting
-from lco_lite.recipe.training import Sft, Training, TrainRm
-from lco_lite.recipe.weights import Init, Lora, Model, RewardModel, Weights
+from lco_lite.recipe.sections import (
+    Chat,
+    Data,
+    Eval,
+    Init,
+    Lora,
+    Model,
+    RewardModel,
+    Section,
+    Sft,
+    Training,
+    TrainRm,
+    Weights,
+    setting,
+)
 
 __all__ = [
     "Chat",
@@ -58,6 +68,12 @@ class Recipe(Section):
     train_rm: TrainRm = setting(TrainRm(), "the reward model φ_DPO", "see TrainRm")
     rl: Rl = setting(Rl(), "the policy", "see Rl")
     eval: Eval = setting(Eval(), "the score", "see Eval")
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that the recipe asks for, in order."""
+        sft, rm = ["sft"] * self.sft.enabled, ["rm"] * self.rl.needs_reward_model
+        return [*sft, *rm, self.rl.stage]
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Recipe:

@@ -1,15 +1,22 @@
-"""Prompts in, responses out: the protocol every rollout engine keeps."""
+"""Where responses come from: the protocol that every engine keeps, and ``open_engine``, the one place that knows them.
+
+Legend: B prompts of a batch, L their padded length, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lco_lite.models.language_model import Role
 from lco_lite.sequences import Example
+
+Combine = Callable[[list[Tensor]], Tensor]
+"""Logits of several models at one position, [B, V] each -> the logits to sample from, [B, V]."""
 
 
 @dataclass(frozen=True)
@@ -33,32 +40,51 @@ class Response:
     truncated: bool
 
 
+Made = tuple[list[int], list[Response]]
+"""Places among the prompts, and the response to each."""
+
+
 class Engine(Protocol):
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, on_batch: Callable[[int], None] = ...
-    ) -> list[Response]:
-        """One response a prompt, in the prompts' order. ``on_batch(done)`` is called after each batch and may raise."""
+    def sync(self) -> None:
+        """The weights have changed: what is sampled from now on comes from them as they are now."""
+        ...
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Iterator[Made]:
+        """One response a prompt, batch by batch as they are made. Whoever stops asking stops the sampling."""
         ...
 
 
-def in_batches(
-    prompts: Sequence[list[int]],
-    size: int,
-    generate: Callable[[list[list[int]]], list[Response]],
-    on_batch: Callable[[int], None],
-) -> list[Response]:
-    """``generate`` on ``size`` prompts at a time, like lengths together; answers in the order of the prompts."""
-    responses: dict[int, Response] = {}
+def open_engine(roles: Sequence[Role], end: int, combine: Combine | None = None, rows: int | None = None) -> Engine:
+    """Samples from one role, or from the distribution that ``combine`` makes of several.
+
+    ``end`` closes a response besides the model's own EOS ids. Only the first ``rows`` tokens are drawn, where a model
+    with fewer of them will read the responses; rows that only pad a head are never drawn.
+    """
+    from lco_lite.rollout.hf import HFEngine
+    from lco_lite.rollout.lockstep import LockstepEngine
+
+    rows = min([role.model.head.rows for role in roles] + ([] if rows is None else [rows]))
+    if combine is not None:
+        return LockstepEngine(roles, combine, end, rows)
+    (role,) = roles
+    return HFEngine(role, end, rows)
+
+
+def in_order(made: Iterable[Made]) -> list[Response]:
+    """All that an engine generates, in the order of the prompts."""
+    responses = {place: response for places, batch in made for place, response in zip(places, batch, strict=True)}
+    return [responses[place] for place in sorted(responses)]
+
+
+def batches(prompts: Sequence[list[int]], size: int) -> Iterator[list[int]]:
+    """The places of ``size`` prompts at a time, like lengths together."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        responses.update(zip(chosen, generate([prompts[i] for i in chosen]), strict=True))
-        on_batch(len(responses))
-    return [responses[i] for i in range(len(prompts))]
+        yield order[start : start + size]
 
 
 def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(ids, mask), each [B, longest]: every response begins in the same column."""
+    """(ids, mask), each [B, L]: every response begins in the same column."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros_like(ids)

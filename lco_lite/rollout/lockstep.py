@@ -6,17 +6,15 @@ distribution of their logits. Legend: B sequences, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
-from lco_lite.models.roles import Role
-from lco_lite.rollout.engine import Response, Sampling, finished, in_batches, left_padded
-
-Combine = Callable[[list[Tensor]], Tensor]
+from lco_lite.models.language_model import Role
+from lco_lite.rollout.engine import Combine, Made, Response, Sampling, batches, finished, left_padded
 
 
 def optimal_policy(beta: float) -> Combine:
@@ -40,18 +38,19 @@ def mixture(share: float) -> Combine:
 
 
 class LockstepEngine:
-    """An engine (see engine.py) over several roles whose models share a tokenizer."""
+    """Over several roles whose models share a tokenizer; see ``engine.open_engine``."""
 
-    def __init__(self, roles: Sequence[Role], combine: Combine, end: int) -> None:
-        self.roles, self.combine = roles, combine
-        self.rows = min(role.model.head.rows for role in roles)
+    def __init__(self, roles: Sequence[Role], combine: Combine, end: int, rows: int) -> None:
+        self.roles, self.combine, self.rows = roles, combine, rows
         self.pad_id = roles[0].model.pad_id
         self.stop_ids = {end, *roles[0].model.eos_ids}
 
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, on_batch: Callable[[int], None] = lambda done: None
-    ) -> list[Response]:
-        return in_batches(prompts, sampling.batch, lambda some: self._generate_batch(some, sampling), on_batch)
+    def sync(self) -> None:
+        """Nothing to do: it samples from the very weights that are trained."""
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Iterator[Made]:
+        for places in batches(prompts, sampling.batch):
+            yield places, self._generate_batch([prompts[i] for i in places], sampling)
 
     @torch.no_grad()
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
@@ -91,7 +90,8 @@ def draw(logits: Tensor, sampling: Sampling) -> Tensor:
     """[B, V] -> [B]: the temperature, then the smallest set of tokens whose probability reaches ``top_p``."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    p, ids = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
-    outside = p.cumsum(-1) - p >= sampling.top_p
-    kept = p.masked_fill(outside, 0.0)
-    return ids.gather(-1, torch.multinomial(kept, 1)).squeeze(-1)
+    no_ids = torch.empty(0, dtype=torch.long)  # these two look at the scores alone
+    scores = TemperatureLogitsWarper(float(sampling.temperature))(no_ids, logits)  # type: ignore[arg-type]
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(no_ids, scores)  # type: ignore[arg-type]
+    return torch.multinomial(scores.softmax(-1), 1).squeeze(-1)

@@ -8,11 +8,8 @@ from lco_lite.errors import DataError, UsageError
 from lco_lite.tasks.alpaca_eval import alpaca_eval
 from lco_lite.tasks.arithmetic import Arithmetic
 from lco_lite.tasks.base import Grade, Item, Task
-from lco_lite.tasks.contests import aime24, aime25, amc23
 from lco_lite.tasks.custom import custom
-from lco_lite.tasks.gsm8k import gsm8k
-from lco_lite.tasks.math500 import math500
-from lco_lite.tasks.minervamath import minervamath
+from lco_lite.tasks.mathematics import aime24, aime25, amc23, gsm8k, math500, minervamath
 from lco_lite.tasks.mmlu import mmlu, mmlu_redux, mmlu_redux_all
 from lco_lite.tasks.qa_feedback import qa_feedback
 

@@ -16,8 +16,7 @@ from typing import Any
 from lco_lite.errors import DataError
 from lco_lite.files import write_json
 from lco_lite.recipe import Eval
-from lco_lite.tasks.base import Grade, Item
-from lco_lite.tasks.benchmark import Benchmark, Problem
+from lco_lite.tasks.base import Benchmark, Grade, Item, Problem
 from lco_lite.tasks.source import FOLDER, Rows, first_file, read_rows
 
 FILES = ("alpaca_eval_gpt4_1106_preview.jsonl", "alpaca_eval_text_davinci_003.jsonl")

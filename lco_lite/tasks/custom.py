@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lco_lite.errors import DataError, UsageError
-from lco_lite.tasks.base import Grade, Item
-from lco_lite.tasks.benchmark import Benchmark, Problem, answer_text, grade_math, text
-from lco_lite.tasks.choice import grade_choice
-from lco_lite.tasks.minervamath import grade_rounded
+from lco_lite.grading.choice import grade_choice
+from lco_lite.tasks.base import Benchmark, Grade, Item, Problem, answer_text, grade_math, text
+from lco_lite.tasks.mathematics import grade_rounded
 from lco_lite.tasks.source import Rows, read_rows
 from lco_lite.user_code import load_function, names_function
 

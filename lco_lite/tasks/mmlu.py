@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lco_lite.tasks.benchmark import Benchmark, Problem, Read, text
-from lco_lite.tasks.choice import LETTERS, grade_choice
+from lco_lite.grading.choice import LETTERS, grade_choice
+from lco_lite.tasks.base import Benchmark, Problem, Read, text
 from lco_lite.tasks.source import EVERY_CONFIG, Rows, Source, splits
 
 TEMPLATE = "{problem}\n\nReason briefly, and put the letter of the right choice within \\boxed{}."

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 from lco_lite.errors import DataError, UsageError
 from lco_lite.files import write_text
 from lco_lite.recipe import Eval
-from lco_lite.tasks.base import Grade, Item
-from lco_lite.tasks.benchmark import Benchmark, Problem, text
+from lco_lite.tasks.base import Benchmark, Grade, Item, Problem, text
 from lco_lite.tasks.source import FOLDER, Rows, first_file, folder_of, read_rows
 
 if TYPE_CHECKING:
-    from lco_lite.judging.reward_models import Reward
+    from lco_lite.judging.classifiers import Reward
 
 FILES = {
     "train": ("qa_feedback_train.jsonl", "qa_feedback_train_1k.jsonl"),
@@ -89,8 +88,7 @@ def context_of(passages: Sequence[Any]) -> str:
 def _rewards(name: str, rows: Sequence[Mapping[str, Any]], settings: Eval, console: Any) -> list[Reward]:
     import torch
 
-    from lco_lite.judging.reward_models import RewardModel, Text
-    from lco_lite.judging.segments import clauses, sentences
+    from lco_lite.judging.classifiers import RewardModel, Text, clauses, sentences
 
     path = getattr(settings.reward_models, name)
     console.note(f"{name}: {path} scores {len(rows)} answers")

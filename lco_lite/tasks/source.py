@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lco_lite.data.jsonl import read_jsonl
 from lco_lite.errors import DataError
+from lco_lite.files import read_jsonl
 
 FOLDER = "LCO_LITE_DATA"
 EVERY_CONFIG = "*"

@@ -75,7 +75,7 @@ def test_normalising_keeps_every_sign():
 
 @pytest.mark.parametrize("key", ["demonstrations", "preferences", "prompts"])
 def test_training_on_held_out_items_is_refused_unless_allowed_by_name(tiny, tmp_path, key):
-    from lco_lite.data import prepare
+    from lco_lite.data import prompts as prepare
     from lco_lite.recipe.file import load_recipe
 
     task = load_task("arithmetic")

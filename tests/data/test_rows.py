@@ -6,7 +6,7 @@ import pytest
 
 from lco_lite.data.rows import demonstrations, load_rows, preferences, prompts
 from lco_lite.errors import DataError
-from lco_lite.recipe.data import DemonstrationColumns, PreferenceColumns, PromptColumns
+from lco_lite.recipe.sections import DemonstrationColumns, PreferenceColumns, PromptColumns
 
 USER = {"role": "user", "content": "2+2?"}
 

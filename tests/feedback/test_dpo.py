@@ -2,7 +2,7 @@
 
 import torch
 
-from lco_lite.feedback.dpo import dpo_shift, sampled_advantages
+from lco_lite.feedback.advantages import dpo_shift, sampled_advantages
 from lco_lite.objectives.head import Head
 
 

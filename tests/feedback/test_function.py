@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lco_lite.errors import UsageError
-from lco_lite.feedback.function import BATCH, RewardFunction
+from lco_lite.feedback.rewards import BATCH, RewardFunction
 
 GOOD = """
 calls = []

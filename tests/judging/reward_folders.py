@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers as tf
 
-from lco_lite.models.scratch import byte_tokenizer
+from lco_lite.models.loading import byte_tokenizer
 
 SIZE: dict[str, Any] = {
     "vocab_size": 260,

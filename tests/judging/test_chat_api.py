@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from lco_lite.errors import LcoError, UsageError
-from lco_lite.judging.chat_api import LONGEST_WAIT, TRIES, ChatClient, retry_after
+from lco_lite.judging.judge import LONGEST_WAIT, TRIES, ChatClient, retry_after
 from tests.judging.server import Said, chat_server
 
 REQUEST = {"model": "m", "messages": [{"role": "user", "content": "Hallo, wörld"}]}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lco_lite.judging.length_control import length_controlled
+from lco_lite.judging.alpaca import length_controlled
 
 
 def sigmoid(z: float) -> float:

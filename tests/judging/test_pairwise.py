@@ -9,12 +9,10 @@ import threading
 
 import pytest
 
+from lco_lite.console import Console
 from lco_lite.errors import UsageError
-from lco_lite.judging.chat_api import ChatClient
-from lco_lite.judging.cost import refuse_unconfirmed
-from lco_lite.judging.pairwise import ANSWERS, Answers, Judge, Pair, read_verdict
+from lco_lite.judging.judge import ANSWERS, Answers, ChatClient, Judge, Pair, read_verdict, refuse_unconfirmed
 from lco_lite.recipe import Eval
-from lco_lite.telemetry.console import Console
 from tests.judging.server import Said, chat_server
 
 PAIRS = [Pair("Name a fruit", "an apple", "fruit"), Pair("Say hi", "no", "hello there")]

@@ -9,9 +9,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from lco_lite.errors import ModelError
-from lco_lite.judging.reward_models import RewardModel, Text
-from lco_lite.judging.segments import clauses, sentences
-from lco_lite.models.scratch import END, byte_tokenizer
+from lco_lite.judging.classifiers import RewardModel, Text, clauses, sentences
+from lco_lite.models.loading import END, byte_tokenizer
 from tests.judging.reward_folders import save_reward_model
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lco_lite.judging.segments import clauses, sentences
+from lco_lite.judging.classifiers import clauses, sentences
 
 
 @pytest.mark.parametrize(

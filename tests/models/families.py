@@ -9,8 +9,7 @@ import torch
 import transformers as tf
 
 from lco_lite.models.language_model import LanguageModel
-from lco_lite.models.loading import load_base, load_tokenizer
-from lco_lite.models.scratch import byte_tokenizer
+from lco_lite.models.loading import byte_tokenizer, load_base, load_tokenizer
 from lco_lite.recipe import Model
 
 COMMON: dict[str, Any] = {

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lco_lite.errors import ModelError
-from lco_lite.models.scratch import byte_tokenizer
+from lco_lite.models.loading import byte_tokenizer
 from lco_lite.recipe import Lora
 from tests.models.families import load, save
 

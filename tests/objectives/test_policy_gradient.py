@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch
-from lco_lite.objectives.value import ValueHead, value_loss
+from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch, ValueHead, value_loss
 
 LENGTHS = [3, 1, 4]
 ROWS = torch.tensor([i for i, n in enumerate(LENGTHS) for _ in range(n)])

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lco_lite.objectives.preference import dpo_loss
+from lco_lite.objectives.logprobs import dpo_loss
 
 
 def test_the_loss_is_minus_log_sigmoid_of_the_margin():

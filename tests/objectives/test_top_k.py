@@ -5,8 +5,8 @@ import torch
 from objective_cases import make_case
 
 from lco_lite.objectives import reference
+from lco_lite.objectives.authors_code import dense_top_k, sampled_token, top_k_loss
 from lco_lite.objectives.head import Head
-from lco_lite.objectives.top_k import dense_top_k, sampled_token, top_k_loss
 
 K = 4
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lco_lite.models.language_model import LanguageModel
-from lco_lite.models.loading import load_base, load_tokenizer
-from lco_lite.models.roles import Role
-from lco_lite.models.scratch import build_scratch
+from lco_lite.models.language_model import LanguageModel, Role
+from lco_lite.models.loading import build_scratch, load_base, load_tokenizer
 from lco_lite.objectives.reference import optimal_logits
 from lco_lite.recipe import Init, Lora, Model
-from lco_lite.rollout.engine import Sampling, finished, left_padded
-from lco_lite.rollout.local import LocalEngine
-from lco_lite.rollout.lockstep import LockstepEngine, draw, mixture, optimal_policy
-from lco_lite.seeding import seeded
-from lco_lite.sequences import Example
+from lco_lite.rollout.engine import Sampling, finished, in_order, left_padded, open_engine
+from lco_lite.rollout.lockstep import draw, mixture, optimal_policy
+from lco_lite.sequences import Example, seeded
 from tests.models.families import load, save
 
 PROMPTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
@@ -55,8 +51,8 @@ def test_a_response_ends_with_its_first_stop_token_or_is_truncated():
 
 
 def test_greedy_decoding_takes_the_likeliest_token_of_a_plain_forward_pass(model):
-    for engine in (LocalEngine(Role(model), end=3), LockstepEngine([Role(model)], lambda z: z[0], end=3)):
-        for prompt, response in zip(PROMPTS, engine.generate(PROMPTS, GREEDY), strict=True):
+    for engine in (open_engine([Role(model)], 3), open_engine([Role(model)], 3, lambda z: z[0])):
+        for prompt, response in zip(PROMPTS, in_order(engine.generate(PROMPTS, GREEDY)), strict=True):
             ids = list(prompt)
             for token in response.example.response:
                 assert token == logits(Role(model), ids).argmax().item()
@@ -69,19 +65,19 @@ def test_rows_that_pad_the_head_are_never_drawn(tmp_path, greedy):
     assert padded.head.rows == 260 and padded.head.weight.shape[0] == 400
     sampling = GREEDY if greedy else Sampling(1.0, 1.0, 30, 3)
     for rows, engine in (
-        (260, LocalEngine(Role(padded), end=3)),
-        (200, LocalEngine(Role(padded), end=3, rows=200)),
-        (260, LockstepEngine([Role(padded)], lambda z: z[0], end=3)),
+        (260, open_engine([Role(padded)], 3)),
+        (200, open_engine([Role(padded)], 3, rows=200)),
+        (260, open_engine([Role(padded)], 3, lambda z: z[0])),
     ):
-        drawn = [i for r in engine.generate(PROMPTS, sampling) for i in r.example.response]
+        drawn = [i for r in in_order(engine.generate(PROMPTS, sampling)) for i in r.example.response]
         assert max(drawn) < rows, "an id past the tokenizer's tokens has neither text nor a row in the losses"
 
 
 def test_an_adapter_is_sampled_from_only_through_its_role(model):
-    plain = LocalEngine(Role(model), 3).generate(PROMPTS, GREEDY)
-    adapted = LocalEngine(Role(model, "reward"), 3).generate(PROMPTS, GREEDY)
+    plain = in_order(open_engine([Role(model)], 3).generate(PROMPTS, GREEDY))
+    adapted = in_order(open_engine([Role(model, "reward")], 3).generate(PROMPTS, GREEDY))
     assert plain != adapted
-    assert LocalEngine(Role(model), 3).generate(PROMPTS, GREEDY) == plain
+    assert in_order(open_engine([Role(model)], 3).generate(PROMPTS, GREEDY)) == plain
     assert model.active is None
 
 
@@ -89,23 +85,23 @@ def test_decoding_from_the_optimal_policy_is_exact_against_enumeration(model):
     """Next-token frequencies under the engine are softmax(z_old + A/β) of the reference, for β below and above 1."""
     roles = [Role(model), Role(model, "reward"), Role(model, "reference")]
     for beta in (0.5, 2.0):
-        engine = LockstepEngine(roles, optimal_policy(beta), end=3)
+        engine = open_engine(roles, 3, optimal_policy(beta))
         ids = PROMPTS[0]
         z, z_dpo, z_ref = (logits(role, ids) for role in roles)
         exact = optimal_logits(z, z_dpo.log_softmax(-1) - z_ref.log_softmax(-1), beta).softmax(-1)
         drawn = torch.zeros_like(exact)
         with seeded(0, "draws"):
             one = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=1, batch=2000)
-            for response in engine.generate([ids] * 4000, one):
+            for response in in_order(engine.generate([ids] * 4000, one)):
                 drawn[response.example.response[0]] += 1 / 4000
         assert (drawn - exact).abs().sum() < 4 * (exact * (1 - exact) / 4000).sqrt().sum()
-        greedy = engine.generate([ids], GREEDY)[0].example.response
+        greedy = in_order(engine.generate([ids], GREEDY))[0].example.response
         assert greedy[0] == exact.argmax().item()
 
 
 def test_the_caches_of_a_lockstep_follow_the_tokens_that_were_chosen(model):
     roles = [Role(model), Role(model, "reward"), Role(model, "reference")]
-    response = LockstepEngine(roles, optimal_policy(1.0), end=3).generate(PROMPTS, GREEDY)[2].example
+    response = in_order(open_engine(roles, 3, optimal_policy(1.0)).generate(PROMPTS, GREEDY))[2].example
     ids = list(response.prompt)
     for token in response.response:
         z, z_dpo, z_ref = (logits(role, ids) for role in roles)
@@ -131,10 +127,10 @@ def test_the_same_seed_gives_the_same_responses_and_leaves_other_draws_alone(mod
     sampling = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=5, batch=2)
     before = torch.get_rng_state()
     with seeded(3, "rollout", 1):
-        one = LocalEngine(Role(model), 3).generate(PROMPTS, sampling)
+        one = in_order(open_engine([Role(model)], 3).generate(PROMPTS, sampling))
     with seeded(3, "rollout", 1):
-        two = LocalEngine(Role(model), 3).generate(PROMPTS, sampling)
+        two = in_order(open_engine([Role(model)], 3).generate(PROMPTS, sampling))
     with seeded(3, "rollout", 2):
-        other = LocalEngine(Role(model), 3).generate(PROMPTS, sampling)
+        other = in_order(open_engine([Role(model)], 3).generate(PROMPTS, sampling))
     assert one == two != other
     assert torch.equal(torch.get_rng_state(), before)

@@ -14,11 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
+from lco_lite.console import Console
 from lco_lite.errors import DataError, LcoError, UsageError
 from lco_lite.judging.alpaca import judge_key
 from lco_lite.recipe import Eval
 from lco_lite.tasks import load_task
-from lco_lite.telemetry.console import Console
 from tests.judging.server import Said, chat_server
 from tests.models.families import save
 

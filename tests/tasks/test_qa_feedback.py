@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
+from lco_lite.console import Console
 from lco_lite.errors import DataError, ModelError, UsageError
 from lco_lite.recipe import Eval
 from lco_lite.tasks import load_task
 from lco_lite.tasks.qa_feedback import qa_prompt
-from lco_lite.telemetry.console import Console
 from tests.judging.reward_folders import save_reward_model
 from tests.models.families import save
 

@@ -1,0 +1,237 @@
+"""``lco-lite eval TASK --compare A B``: two scores that are there already, item by item.
+
+A and B are stages of one run (``sft``, ``rl-lch``) or ``RUN/STAGE``. What is told is B less A.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lco_lite.console import Console
+from lco_lite.errors import UsageError
+from lco_lite.evaluation.prompts import score_name
+from lco_lite.run import Run, differences, flat
+from lco_lite.tasks import load_task
+
+_SHOWN = 20
+_WIDTH = 40
+_SAME_SCORE = ("sampling", "protocol", "items")
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A score as it lies in a run."""
+
+    label: str
+    result: Mapping[str, Any]
+    rows: Rows
+
+    def by_seed(self) -> dict[int, dict[str, float]]:
+        """seed -> item -> share of its samples that are right."""
+        found: dict[int, dict[str, list[bool]]] = {}
+        for row in self.rows:
+            found.setdefault(row["seed"], {}).setdefault(row["id"], []).append(row["right"])
+        return {seed: {i: fmean(right) for i, right in items.items()} for seed, items in found.items()}
+
+
+def compare_scores(
+    runs: Path,
+    name: str | None,
+    tasks: Sequence[str] | None,
+    pair: tuple[str, str],
+    scoring: str,
+    console: Console,
+    as_json: bool,
+) -> None:
+    """Both scores, their difference and the answers that flipped, a task after the other."""
+    named = _tasks(runs, name, tasks)
+    found = {task: compare(*(find(runs, name, task, which, scoring) for which in pair)) for task in named}
+    for task, (result, warnings) in found.items():
+        for line in warnings:
+            console.warn(f"{task}: {line}")
+        if not as_json:
+            show(console, task, result)
+    if as_json:
+        console.emit({task: result for task, (result, _) in found.items()})
+
+
+def find(runs: Path, name: str | None, task: str, which: str, scoring: str = "generation") -> Scored:
+    """The score of STAGE or RUN/STAGE. UsageError with the command that makes it where it is not there."""
+    run_name, _, stage = which.rpartition("/")
+    run_name = run_name or name or Run.newest(runs).name
+    if not stage or not (runs / run_name).is_dir():
+        raise UsageError(
+            f"--compare {which}: a stage of the run, or RUN/STAGE; there is no run {run_name!r} in {runs}/"
+        )
+    file = Run(runs / run_name).eval_path(score_name(load_task(task).name, scoring), stage)
+    rows = file.with_suffix(".rows.jsonl")
+    if not file.exists() or not rows.exists():
+        whose = f"--policy {stage}" if Run(runs / run_name).has_recipe() else "--model MODEL"
+        whose += " --scoring likelihood" if scoring == "likelihood" else ""
+        raise UsageError(
+            f"run {run_name} has no score of {stage} on {task} yet; this makes it:\n"
+            f"  lco-lite eval {task} {whose} --name {run_name}" + ("" if str(runs) == "runs" else f" --runs {runs}")
+        )
+    lines = rows.read_text(encoding="utf-8").split("\n")[:-1]
+    return Scored(which, json.loads(file.read_text(encoding="utf-8")), [json.loads(line) for line in lines])
+
+
+def compare(a: Scored, b: Scored) -> tuple[dict[str, Any], list[str]]:
+    """(result for ``--json``, warnings). UsageError where the two have not answered the same items."""
+    warnings = _check(a, b)
+    n, seeds_a, seeds_b = a.result["n"], a.by_seed(), b.by_seed()
+    paired = list(seeds_a) == list(seeds_b)
+    if not paired:
+        warnings.append(f"{a.label} has other seeds than {b.label}: items are drawn again, seeds are averaged over")
+        seeds_a, seeds_b = {0: _item_means(seeds_a)}, {0: _item_means(seeds_b)}
+    ids = sorted({i for scores in (*seeds_a.values(), *seeds_b.values()) for i in scores})
+    columns = [[seeds_b[s].get(i, 0.0) - seeds_a[s].get(i, 0.0) for i in ids] for s in seeds_a]
+    grid = torch.zeros(n, len(columns), dtype=torch.float64)  # what fits neither window is wrong for both
+    grid[: len(ids)] = torch.tensor(columns, dtype=torch.float64).T
+    by_item = grid.mean(1)
+    wins, losses = int((by_item > 1e-12).sum()), int((by_item < -1e-12).sum())
+    found = paired_bootstrap(grid)
+    result = {
+        "a": a.label,
+        "b": b.label,
+        "mean_a": a.result["mean"],
+        "mean_b": b.result["mean"],
+        "difference": found.mean,
+        "interval": [found.low, found.high],
+        "p": found.p,
+        "resamples": RESAMPLES,
+        "items": n,
+        "seeds": len(columns) if paired else None,
+        "wins": wins,
+        "losses": losses,
+        "ties": n - wins - losses,
+        "flipped": flipped(a.rows, b.rows),
+    }
+    return result, warnings
+
+
+def flipped(a: Rows, b: Rows) -> list[dict[str, Any]]:
+    """Responses of which one is right and the other is not: the same item, pass and sample, in A's order."""
+    other = dict(zip(_places(b), b, strict=True))
+    return [
+        {
+            "id": row["id"],
+            "seed": row["seed"],
+            "gold": row["gold"],
+            "a": row["extracted"],
+            "b": other[place]["extracted"],
+            "right": "a" if row["right"] else "b",
+        }
+        for place, row in zip(_places(a), a, strict=True)
+        if place in other and row["right"] != other[place]["right"]
+    ]
+
+
+def show(console: Console, task: str, result: Mapping[str, Any]) -> None:
+    """The numbers in percent, then the first answers that flipped."""
+    scores = (f"{result[side]} {100 * result[f'mean_{side}']:.1f}" for side in ("a", "b"))
+    console.note(f"{task}: {' → '.join(scores)}")
+    low, high = result["interval"]
+    over = f"{result['items']} items" + (f" and {result['seeds']} seeds" if result["seeds"] else "")
+    console.note(
+        f"difference {100 * result['difference']:+.1f}, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
+        f"p = {result['p']:.4f} (paired bootstrap over {over}, {result['resamples']:,} resamples)"
+    )
+    console.note(f"{result['b']}: {result['wins']} wins, {result['losses']} losses, {result['ties']} ties")
+    if flips := result["flipped"]:
+        cells = [[f["id"], f["seed"], *(_short(f[key]) for key in ("gold", "a", "b"))] for f in flips[:_SHOWN]]
+        more = f", the first {_SHOWN} of {len(flips)}; all with --json" if len(flips) > _SHOWN else ""
+        console.table(f"answers that flipped{more}", ["item", "seed", "gold", result["a"], result["b"]], cells)
+
+
+def _tasks(runs: Path, name: str | None, tasks: Sequence[str] | None) -> list[str]:
+    if tasks:
+        return list(tasks)
+    own = (Run(runs / name) if name else Run.newest(runs)).recipe().task
+    if own is None:
+        raise UsageError("eval --compare: name a task: the run's recipe has none")
+    return [own]
+
+
+def _check(a: Scored, b: Scored) -> list[str]:
+    """What to warn of. UsageError where the scores cannot be set against each other."""
+    for one in (a, b):
+        if one.result.get("own"):
+            raise UsageError(f"--compare: task {one.result['task']} is not right or wrong item by item")
+    golds = [{row["id"]: row["gold"] for row in one.rows} for one in (a, b)]
+    same = a.result["settings"]["items"] == b.result["settings"]["items"]
+    if a.result["n"] != b.result["n"] or not (same or golds[0] == golds[1]):
+        raise UsageError(
+            f"--compare: {a.label} was scored on {a.result['n']} items and {b.label} on {b.result['n']}, and they are "
+            "not the same; score both with the same --limit and --data"
+        )
+    settings = [flat({key: one.result["settings"][key] for key in _SAME_SCORE}) for one in (a, b)]
+    changed = [line for line in differences(*settings) if not line.startswith("items:")]
+    return [f"{a.label} and {b.label} were scored in different ways: {'; '.join(changed)}"] if changed else []
+
+
+def _item_means(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    ids = dict.fromkeys(i for scores in by_seed.values() for i in scores)
+    return {i: fmean(scores[i] for scores in by_seed.values()) for i in ids}
+
+
+def _places(rows: Rows) -> list[tuple[str, int, int]]:
+    """(item, number of the pass, sample): passes are counted, since their seeds may differ."""
+    passes = {seed: k for k, seed in enumerate(dict.fromkeys(row["seed"] for row in rows))}
+    return [(row["id"], passes[row["seed"]], row["sample"]) for row in rows]
+
+
+def _short(text: str | None) -> str:
+    return "(none)" if text is None else text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
+
+
+RESAMPLES = 10_000
+_CELLS = 2**22  # numbers drawn at once
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean difference, its 95 % interval (2.5 % and 97.5 % of the resamples), and its two-sided p-value."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_bootstrap(differences: Tensor, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
+    """``differences`` [N, S]: B's score less A's. The same seed draws the same: B against A is the mirror image.
+
+    p is the share of resamples at least as far from their own mean as that is from 0, the observed one counted in:
+    1 where nothing differs, and never below 1 / (R + 1).
+    """
+    values = differences.double()
+    mean = values.mean()
+    drawn = _means(values, torch.Generator().manual_seed(seed), resamples)
+    rounding = 1e-12
+    extreme = int(((drawn - mean).abs() >= mean.abs() - rounding).sum())
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Difference(mean.item(), low, high, (1 + extreme) / (resamples + 1))
+
+
+def _means(values: Tensor, generator: torch.Generator, resamples: int) -> Tensor:
+    """[R]"""
+    n, s = values.shape
+    at_once = max(1, _CELLS // (n * s))
+    parts = []
+    for start in range(0, resamples, at_once):
+        r = min(at_once, resamples - start)
+        items = torch.randint(n, (r, n), generator=generator)
+        seeds = torch.randint(s, (r, s), generator=generator)
+        parts.append(values[items].mean(1).gather(1, seeds).mean(1))
+    return torch.cat(parts)

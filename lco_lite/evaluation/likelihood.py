@@ -1,0 +1,79 @@
+"""Choices by log-likelihood: which letter does the model find likeliest as the whole of its answer?
+
+The prompt ends where the response begins, and the letter alone is the response: log π(letter | prompt), summed over its
+tokens where the tokenizer needs several. Nothing is sampled, and no more logits are formed than tokens are scored.
+Legend: N items, C choices, d hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lco_lite.errors import UsageError
+from lco_lite.grading.choice import LETTERS, answer_index
+from lco_lite.models.chat import ChatFormat
+from lco_lite.models.language_model import Role
+from lco_lite.objectives.logprobs import token_logprobs
+from lco_lite.sequences import Example, collate
+from lco_lite.tasks.base import Item, Task
+
+
+def need_choices(task: Task, items: Sequence[Item]) -> None:
+    """UsageError unless every item has choices and tells which one is right."""
+    for item in items:
+        if answer_index(item) is None:
+            raise UsageError(
+                f"--scoring likelihood: item {item.id} of {task.name} has no `choices` with an `answer` among them; "
+                "score this task with --scoring generation"
+            )
+
+
+def letter_ids(chat: ChatFormat) -> list[list[int]]:
+    """The tokens of each letter as the beginning of a response."""
+    return [chat.response(letter, closed=False) for letter in LETTERS]
+
+
+@torch.no_grad()
+def choice_logprobs(
+    role: Role, prompts: Sequence[list[int]], choices: Sequence[Sequence[list[int]]]
+) -> list[list[float]]:
+    """log π(choice | prompt), nats, for each of an item's choices: N prompts, and for each of them C token lists.
+
+    One forward pass over the prompts where every choice is one token, else over every prompt with every choice.
+    """
+    counts = [len(some) for some in choices]
+    if all(len(choice) == 1 for some in choices for choice in some):
+        batch = collate([Example(p, some[0]) for p, some in zip(prompts, choices, strict=True)], role.model.pad_id)
+        hidden = role.hidden(batch)  # [N, d]: the position after which a letter comes
+        hidden = hidden.repeat_interleave(torch.tensor(counts, device=hidden.device), 0)
+        actions = torch.tensor([choice[0] for some in choices for choice in some], device=hidden.device)
+        values = token_logprobs(hidden, role.model.head, actions)[0].tolist()
+    else:
+        pairs = zip(prompts, choices, strict=True)
+        batch = collate([Example(p, choice) for p, some in pairs for choice in some], role.model.pad_id)
+        tokens, _ = token_logprobs(role.hidden(batch), role.model.head, batch.actions.to(role.model.device))
+        sums = torch.zeros(sum(counts), dtype=tokens.dtype, device=tokens.device)
+        values = sums.index_add(0, batch.rows.to(tokens.device), tokens).tolist()
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    return [values[end - n : end] for n, end in zip(counts, ends, strict=True)]
+
+
+def likelihood_row(item: Item, logprobs: Sequence[float]) -> dict[str, Any]:
+    """The likeliest letter, the first of equals, as a row of an evaluation; ``logprobs`` by letter."""
+    letters = LETTERS[: len(logprobs)]
+    best = max(range(len(logprobs)), key=logprobs.__getitem__)
+    right = best == answer_index(item)
+    return {
+        "id": item.id,
+        "prompt": item.prompt,
+        "response": letters[best],
+        "extracted": letters[best],
+        "gold": item.gold,
+        "right": right,
+        "why": "the likeliest letter" if right else f"the answer is {item.gold}",
+        "truncated": False,
+        "logprobs": dict(zip(letters, logprobs, strict=True)),
+    }

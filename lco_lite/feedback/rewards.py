@@ -1,0 +1,81 @@
+"""Feedback that is one number a response: by rule, by a function of the user's, by a sequence classifier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lco_lite.errors import UsageError
+from lco_lite.judging.classifiers import SequenceClassifier
+from lco_lite.models.chat import Message
+from lco_lite.recipe import Rl
+from lco_lite.user_code import LineWorker, load_function
+
+Conversations = Sequence[Sequence[Message]]
+Rater = Callable[[Conversations, Sequence[Mapping[str, Any]], Sequence[str], Tensor | None], Tensor]
+
+
+def open_rater(rl: Rl, device: torch.device) -> Rater | None:
+    """(prompts, data rows, responses, the task's grades of ±1 if any) -> rewards, [N]; None for feedback on tokens."""
+    if rl.feedback == "rule":
+        return rule
+    if rl.reward_function is not None:
+        function = RewardFunction(rl.reward_function, rl.reward_timeout)
+        return lambda prompts, rows, texts, grades: function([p[-1]["content"] for p in prompts], texts, rows)
+    if rl.reward_classifier is not None:
+        classifier = SequenceClassifier(rl.reward_classifier, device)
+        return lambda prompts, rows, texts, grades: classifier(prompts, texts)
+    return None
+
+
+def rule(
+    prompts: Conversations, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], grades: Tensor | None
+) -> Tensor:
+    """+1 right, -1 wrong (paper, eq 11)."""
+    assert grades is not None, "the recipe makes sure of a task, and its prompts are its items"
+    return grades
+
+
+def rule_rewards(right: Sequence[bool]) -> Tensor:
+    """[N] of +1 and -1."""
+    return torch.tensor([1.0 if r else -1.0 for r in right])
+
+
+BATCH = 32
+
+
+class RewardFunction:
+    """``spec`` is FILE.py:NAME; a batch may take ``seconds``."""
+
+    def __init__(self, spec: str, seconds: float) -> None:
+        load_function(spec)  # what is wrong with the file is said before the first rollout
+        self.spec, self.seconds = spec, seconds
+        self._worker = LineWorker("lco_lite.user_code", [spec])
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        """[N] rewards. Raises UsageError naming the row, counted from 1 within the phase."""
+        rewards: list[float] = []
+        for first in range(0, len(responses), BATCH):
+            part = slice(first, first + BATCH)
+            rewards += self._batch(list(prompts[part]), list(responses[part]), [dict(r) for r in rows[part]], first)
+        return torch.tensor(rewards)
+
+    def _batch(self, prompts: list[str], responses: list[str], rows: list[dict[str, Any]], first: int) -> list[float]:
+        answer = self._worker.ask(json.dumps([prompts, responses, rows], default=str), self.seconds)
+        where = f"{self.spec}, responses {first + 1} to {first + len(responses)} of the phase"
+        if answer is None:
+            raise UsageError(
+                f"{where}: no answer within {self.seconds:g} s, or its process died; rl.reward_timeout sets the limit"
+            )
+        found = json.loads(answer)
+        if "error" in found:
+            raise UsageError(f"{self.spec}{_at(found['row'], responses, first)}: {found['error']}")
+        return found["rewards"]
+
+
+def _at(row: int | None, responses: Sequence[str], first: int) -> str:
+    return "" if row is None else f", response {first + row + 1} of the phase ({responses[row]!r:.80})"

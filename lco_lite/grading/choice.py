@@ -1,0 +1,62 @@
+"""Which of the lettered choices does a response pick? The grader of multiple-choice tasks.
+
+In this order: the last ``\boxed{}``, holding a letter or the words of one choice; the last statement such as ``the
+answer is (B)``; a first or last line that is a letter, with or without its choice. A response that picks none is wrong.
+"""
+
+import re
+from collections.abc import Sequence
+
+from lco_lite.grading import Grade, Item
+from lco_lite.grading.equality import spell
+from lco_lite.grading.math import boxed
+
+LETTERS = "ABCDEFGHIJ"
+_END = r"(?=[).,:;*\]]|\s*$|\s+(?:because|since|as)\b|\n)"
+_STATED = re.compile(rf"(?i:\b(?:answer|choice|option)\b[^\n.]{{0,40}}?(?:\bis\b|:|\bas\b))[\s*(\[]*([A-J]){_END}")
+_LINE = re.compile(r"[\s*(\[]*([A-J])(?:[)\].,:*\s]*$|[).:]+\s*\S.*)")
+
+
+def picked(response: str, choices: Sequence[str]) -> str | None:
+    """The letter of the choice, among as many letters as there are choices; None where the response picks none."""
+    letters = LETTERS[: len(choices)]
+    box = boxed(response[-20_000:])
+    if box is not None:
+        return _from_box(box, choices, letters)
+    stated = [m[1] for m in _STATED.finditer(response) if m[1] in letters]
+    if stated:
+        return stated[-1]
+    lines = [line for line in response.splitlines() if line.strip()]
+    matches = [_LINE.fullmatch(line) for line in (lines[:1] + lines[-1:])]
+    return next((m[1] for m in matches if m and m[1] in letters), None)
+
+
+def grade_choice(response: str, item: Item) -> Grade:
+    """``item.gold`` is a letter, ``item.row["choices"]`` the texts."""
+    letter = picked(response, item.row["choices"])
+    if letter is None:
+        return Grade(False, None, "no choice found")
+    return Grade(letter == item.gold, letter, "equal" if letter == item.gold else f"the answer is {item.gold}")
+
+
+def answer_index(item: Item) -> int | None:
+    """Which of ``item.row["choices"]`` is right: ``answer`` is its index or its letter. None where it is neither."""
+    choices, answer = item.row.get("choices"), item.row.get("answer")
+    if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
+        return None
+    if isinstance(answer, str):
+        answer = LETTERS.find(answer.strip()) if len(answer.strip()) == 1 else -1
+    known = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
+    return answer if known else None
+
+
+def _from_box(box: str, choices: Sequence[str], letters: str) -> str | None:
+    match = _LINE.fullmatch(spell(box))
+    if match and match[1] in letters:
+        return match[1]
+    same = [letter for letter, choice in zip(letters, choices, strict=True) if _plain(choice) == _plain(box)]
+    return same[0] if len(same) == 1 else None
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\W+", " ", spell(text)).strip().casefold()

@@ -1,0 +1,216 @@
+"""Is a mathematical answer right? The grader of every mathematics task, and their reward.
+
+The final answer is found (``final_answer``), written in one spelling (``spelling``), and compared as text, as numbers
+or item by item (``forms``); what is left needs algebra and goes to math-verify in a process of its own (``symbolic``).
+"""
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+
+from lco_lite.grading import Grade, symbolic
+from lco_lite.grading.equality import number, same, spell
+
+_DEEPEST = 12
+_LONGEST = 500  # characters; the longest gold answer of MATH has 159
+
+
+def grade(response: str, gold: str) -> bool:
+    r"""Is the final answer of ``response`` equal to ``gold`` (LaTeX or plain text, or a text that boxes the answer)?
+
+    Takes at most ``symbolic.SECONDS`` and never raises, whatever the model wrote.
+    """
+    return explain(response, gold).right
+
+
+def explain(response: str, gold: str, tolerance: float = 0.0) -> Grade:
+    """The same with the answer that was found and the reason; numbers may differ by ``tolerance``, a part of gold's."""
+    answer = final_answer(response)
+    if answer is None:
+        return Grade(False, None, "no answer found")
+    right, why = compare(answer, boxed(gold) or gold, tolerance)
+    return Grade(right, answer, why)
+
+
+def compare(answer: str, gold: str, tolerance: float = 0.0) -> tuple[bool, str]:
+    """Are two answers equal, or numbers within ``tolerance``, and how that was told."""
+    if len(answer) > _LONGEST:
+        return False, f"longer than {_LONGEST} characters"
+    spelled, wanted = spell(answer), spell(gold)
+    verdict = same(spelled, wanted)
+    if not verdict and tolerance and (near := _near(spelled, wanted, tolerance)) is not None:
+        return near, f"within {tolerance:.0%}" if near else "not equal"
+    if verdict is not None:
+        return verdict, "equal" if verdict else "not equal"
+    if not _well_formed(spelled):
+        return False, "malformed"
+    verdict = symbolic.equal(spelled, wanted, tolerance)
+    if verdict is None:
+        return False, "too long or too large to compare"
+    return verdict, "equal by algebra" if verdict else "not equal by algebra"
+
+
+def _near(answer: str, gold: str, tolerance: float) -> bool | None:
+    """Whether two plain numbers are near each other; None where one of them is something else."""
+    a, g = number(_after_equals(answer)), number(_after_equals(gold))
+    if a is None or g is None:
+        return None
+    return abs(a.value - g.value) <= Fraction(tolerance) * abs(g.value)
+
+
+def _after_equals(text: str) -> str:
+    return re.split(r"=|\\approx|\\simeq", text)[-1].strip()
+
+
+def _well_formed(text: str) -> bool:
+    """Braces match and nest no deeper than in any answer a person writes: the parser guesses at the rest, or hangs."""
+    depth = 0
+    for c in text:
+        depth += (c == "{") - (c == "}")
+        if not 0 <= depth <= _DEEPEST:
+            return False
+    return depth == 0 and not text.endswith("\\")
+
+
+_TAIL = 20_000  # characters of a response that are looked at, counted from its end; formulas are bounded too, for speed
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
+_JOINT = re.compile(r"(?:[\s$,;&]|\\[()\[\]]|\\q?quad|\\text\s*\{[^{}]*\}|and|or)*")
+_STATEMENT = re.compile(
+    r"(?i)\banswers?(?:[ \t]+[a-z]+){0,6}?[*\s]*(?::|\bis\b|\bare\b|=)[*:\s]*|^[ \t]*####[ \t]*(?=[^\n]*$)",
+    re.MULTILINE,
+)
+_SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z<\[]|\s*$)|\n")
+_SPAN = re.compile(
+    r"\$\$([^$]{1,600})\$\$|\\\[((?:[^\\]|\\(?!\])){1,600})\\\]|\\\(((?:[^\\]|\\(?!\))){1,600})\\\)"
+    r"|(?<!\\)\$((?:[^$\n\\]|\\.){1,600})\$"
+)
+_NUMBER = re.compile(
+    r"(?<![A-Za-z\d_.])(?<!\d,)[-+]?\\?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:[.,]\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?"
+    r"(?:\s*(?:\\?%|percent\b|pct\b))?"
+)
+_MATH_WORDS = "and|or|sqrt|frac|sin|cos|tan|cot|sec|csc|log|exp|inf|infty|infinity|arcsin|arccos|arctan"
+_SHORT_WORDS = "[Aa][nst]|[Bb][ey]|[DdGg]o|[Hh]e|[Ii][fnst]|[MmWw][ey]|[Nn]o|[Oo][fn]|[Ss]o|[Tt]o|[Uu][ps]"
+_NO_PROSE = re.compile(r"\\(?:text|mbox|math|operatorname)[a-z]*\s*\{[^{}]*\}|\\(?:begin|end)\s*(?:\{[^{}]*\})+")
+_PROSE = re.compile(
+    rf"(?<![A-Za-z\\])(?!(?:{_MATH_WORDS})(?![a-z]))(?:(?=[A-Z]*[a-z])[A-Za-z]{{3,}}|(?:{_SHORT_WORDS})(?![A-Za-z]))"
+)
+
+
+def final_answer(response: str) -> str | None:
+    """The final answer as the response writes it, delimiters of mathematics removed; None where there is none."""
+    tail = response[-_TAIL:]
+    tail = tail.rpartition("</think>")[2] or tail
+    tail = _EMPTY_BOX.sub("", tail)
+    return boxed(tail) or _stated(tail) or _last_line(tail)
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last ``\boxed{}`` that is not empty, with those that it continues; None without a box."""
+    boxes = [box for box in (_box(text, match) for match in list(_BOX.finditer(text))[-16:]) if box[2]]
+    if not boxes:
+        return None
+    run = [boxes.pop()]
+    while boxes and boxes[-1][1] <= run[0][0] and _joins(text[boxes[-1][1] : run[0][0]]):
+        run.insert(0, boxes.pop())
+    contents = list(dict.fromkeys(content for _, _, content in run))
+    return ", ".join(contents)
+
+
+def _box(text: str, match: re.Match[str]) -> tuple[int, int, str]:
+    """Start, end and content of one box; without braces it holds one word, unterminated the rest of its line."""
+    at = match.end()
+    if text[at : at + 1] != "{":
+        word = re.compile(r"[^\s$]*").match(text, at)
+        end = word.end() if word else at
+        return match.start(), end, text[at:end].strip()
+    depth, i = 0, at
+    while i < len(text):
+        if text[i] == "\\":
+            i += 1
+        elif text[i] == "{":
+            depth += 1
+        elif text[i] == "}":
+            depth -= 1
+            if depth == 0:
+                return match.start(), i + 1, text[at + 1 : i].strip()
+        i += 1
+    line = text[at + 1 :].partition("\n")[0]
+    return match.start(), at + 1 + len(line), line.strip()
+
+
+def _joins(gap: str) -> bool:
+    return len(gap) <= 80 and "\n" not in gap and _JOINT.fullmatch(gap) is not None
+
+
+def _stated(text: str) -> str | None:
+    """What the last statement of an answer says; a heading of markdown that opens with ``####`` is no statement."""
+    for match in reversed(list(_STATEMENT.finditer(text))):
+        rest = text[match.end() : match.end() + 1_000].lstrip()
+        end = next((m.start() for m in _SENTENCE_END.finditer(rest) if not _inside_span(rest, m.start())), len(rest))
+        sentence = rest[:end].strip(" .*\n\t")
+        if match[0].lstrip().startswith("####") and _words(rest.partition("\n")[0]):
+            continue
+        first = _SPAN.match(sentence)
+        if first and not _words(_content(first)):
+            return _joined_spans(sentence, first)
+        found = _bare(sentence) or _last(sentence, 0)
+        if found:
+            return found
+    return None
+
+
+def _inside_span(text: str, at: int) -> bool:
+    return any(span.start() < at < span.end() for span in _SPAN.finditer(text[: at + 400]))
+
+
+def _joined_spans(sentence: str, first: re.Match[str]) -> str:
+    """``$1$, $2$ and $3$`` is one answer."""
+    answer, end = _content(first), first.end()
+    while (following := _SPAN.search(sentence, end)) and _joins(sentence[end : following.start()]):
+        answer, end = f"{answer}, {_content(following)}", following.end()
+    return answer + _percent(sentence, end)
+
+
+def _last_line(text: str) -> str | None:
+    text = text.rstrip()
+    start = text.rfind("\n") + 1
+    return _bare(text[start:].strip().strip("*")) or _last(text, start)
+
+
+def _bare(line: str) -> str | None:
+    """The line itself if it is nothing but an answer: no prose, or at most three words and no formula."""
+    if span := _SPAN.fullmatch(line):
+        line = _content(span)
+    if len(line) > 400 or not any(c.isalnum() for c in line):
+        return None
+    words = _words(line)
+    return line if words == 0 or (words <= 3 and not re.search(r"[\d$\\]", line)) else None
+
+
+def _words(text: str) -> int:
+    """How many words of prose; names of functions and environments, and the content of ``\\text{}``, are none."""
+    return len(_PROSE.findall(_NO_PROSE.sub("", text)))
+
+
+def _last(text: str, start: int) -> str | None:
+    """The last formula or number of ``text`` that ends after ``start``."""
+    spans = [s for s in _SPAN.finditer(text) if not _words(_content(s))]
+    found: list[tuple[int, str]] = [(s.end(), _content(s) + _percent(text, s.end())) for s in spans]
+    found += [(n.end(), n[0]) for n in _numbers_outside(text, start, spans)]
+    found = [f for f in found if f[0] > start]
+    return max(found)[1].strip() if found else None
+
+
+def _numbers_outside(text: str, start: int, spans: list[re.Match[str]]) -> Iterator[re.Match[str]]:
+    for match in _NUMBER.finditer(text, start):
+        if not any(s.start() <= match.start() < s.end() for s in spans):
+            yield match
+
+
+def _content(span: re.Match[str]) -> str:
+    return next(group for group in span.groups() if group is not None).strip()
+
+
+def _percent(text: str, at: int) -> str:
+    return r"\%" if re.compile(r"\s*(?:\\?%|percent\b|pct\b)").match(text, at) else ""

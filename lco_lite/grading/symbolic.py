@@ -1,0 +1,106 @@
+"""Equality by computer algebra in a process of its own: each comparison ends in time, whatever the LaTeX says."""
+
+import json
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from lco_lite.errors import LcoError
+from lco_lite.user_code import LineWorker, serve
+
+SECONDS = 3.0
+
+
+class Verifier:
+    """One worker process and the lock that callers share."""
+
+    def __init__(self) -> None:
+        self._worker = LineWorker("lco_lite.grading.symbolic")
+
+    def equal(self, answer: str, gold: str, tolerance: float = 0.0) -> bool | None:
+        """Is ``answer`` mathematically equal to ``gold`` (LaTeX without dollar signs)? None if it could not be told.
+
+        With a ``tolerance``, values that differ by no more than that part of gold's count as equal.
+        """
+        if self._worker.greet() is None:
+            raise LcoError("the process that compares formulas does not start; is math-verify installed?")
+        line = self._worker.ask(json.dumps([answer, gold, tolerance]), SECONDS)
+        return None if line is None else bool(json.loads(line))
+
+    def close(self) -> None:
+        """Ends the worker process; the next comparison starts another."""
+        self._worker.close()
+
+
+_verifier = Verifier()
+equal = _verifier.equal
+
+
+_MEMORY = 4 * 2**30  # bytes of address space
+_ORPHAN_SECONDS = 10
+
+
+def _prepare() -> Callable[[str], str]:
+    """Answers the empty line with ``ready`` and every other with its verdict."""
+    _limit_memory()
+    same = _comparison()
+    same(r"\frac{\sqrt{2} x}{3}", r"1 + x^{2}", 0.0)  # the first comparison builds the tables of the parser
+
+    def verdict(line: str) -> str:
+        if not line:
+            return "ready"
+        _alarm(_ORPHAN_SECONDS)
+        try:
+            equal = same(*json.loads(line))
+        except Exception:  # sympy raises whatever it likes on malformed input: not equal
+            equal = False
+        _alarm(0)
+        return json.dumps(equal)
+
+    return verdict
+
+
+def _comparison() -> Callable[[str, str, float], bool]:
+    """math-verify on two whole answers: what does not parse is not searched for something inside that does."""
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # Units are gone already; math-verify would take the letters of 2ab for some.
+    plain = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True)
+    whole = [LatexExtractionConfig(normalization_config=plain)]
+
+    def parsed(text: str) -> list[Any]:
+        return parse(f"${text}$", whole, "no_fallback", "first_match", parsing_timeout=None)
+
+    def same(answer: str, gold: str, tolerance: float) -> bool:
+        left, right = parsed(answer), parsed(gold)
+        if verify(right, left, float_rounding=12, timeout_seconds=None):
+            return True
+        return bool(tolerance and left and right) and _near(left[0], right[0], tolerance)
+
+    return same
+
+
+def _near(answer: Any, gold: Any, tolerance: float) -> bool:
+    """Both are constants, and near each other. Raises whatever sympy raises on what has no numerical value."""
+    answer, gold = (getattr(value, "rhs", value) for value in (answer, gold))
+    difference, size = abs(complex(answer) - complex(gold)), abs(complex(gold))
+    return difference <= tolerance * size
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _alarm(seconds: int) -> None:
+    """Unhandled, the signal ends this process even inside native code, should the parent be gone by then."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds)
+
+
+if __name__ == "__main__":
+    serve(_prepare)

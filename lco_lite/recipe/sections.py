@@ -1,0 +1,284 @@
+"""A part of a recipe: fields with their meaning and source; unknown keys are refused."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def setting(default: Any, what: str, source: str, **bounds: Any) -> Any:
+    """A field with its meaning (unit included) and where its default comes from."""
+    return Field(default, description=what, json_schema_extra={"source": source}, **bounds)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class Lora(Section):
+    r: int = setting(32, "rank of the update", "QLoRA practice; 16 to 64 are alike", ge=1)
+    alpha: float = setting(64, "scale: the update is multiplied by alpha / r", "twice the rank, QLoRA practice", gt=0)
+    dropout: float = setting(
+        0.0, "share of adapter inputs dropped", "0: h_old and h must come from the same numerics", ge=0, lt=1
+    )
+    targets: Literal["all-linear"] | list[str] = setting(
+        "all-linear", "modules that get an adapter; never the LM head", "QLoRA: all linear layers"
+    )
+
+
+class Init(Section):
+    """A Llama-shaped model from scratch with a byte-level tokenizer (256 bytes and 4 specials)."""
+
+    hidden_size: int = setting(128, "width d", "prototype", ge=8)
+    layers: int = setting(4, "transformer blocks", "prototype", ge=1)
+    heads: int = setting(4, "attention heads", "prototype", ge=1)
+    intermediate_size: int = setting(384, "width of the feed-forward layer", "3 x hidden_size", ge=8)
+    max_length: int = setting(256, "longest sequence, tokens", "ample for the arithmetic task", ge=16)
+    std: float = setting(0.05, "standard deviation of the first weights", "prototype", gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Init:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of heads {self.heads}")
+        return self
+
+
+class Weights(Section):
+    """Base weights and the adapter on them."""
+
+    path: str | None = setting(None, "hub id or local folder", "yours")
+    revision: str | None = setting(None, "branch, tag or commit on the hub", "the hub's main")
+    gguf_file: str | None = setting(None, "name of a GGUF file under path; converted once into the run", "none")
+    quantization: Literal["none", "nf4", "int8"] = setting(
+        "none", "storage of the frozen base (bitsandbytes)", "nf4 with double quantisation is what fits 12 GB"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "weights and compute; auto: bfloat16 on a GPU, float32 on a CPU", "bfloat16 where it is fast"
+    )
+    lora: Lora | None = setting(
+        Lora(), "the adapter; null trains all weights but the LM head", "LoRA keeps the head frozen"
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "recompute activations in the backward pass: about a third more time, far less memory",
+        "off on small models",
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting(
+        "auto", "attention kernel", "the model's own default"
+    )
+    trust_remote_code: bool = setting(False, "run Python that comes with the weights", "off: safe by default")
+
+
+class Model(Weights):
+    train_head: bool = setting(
+        False,
+        "full fine-tuning trains the LM head too: a slower loss path",
+        "off: a frozen linear head is what makes LCO cheap",
+    )
+    init: Init | None = setting(
+        None, "build a small model instead of loading one; sft then trains all its weights", "none"
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give either path (hub id or folder) or init (a model from scratch)")
+        if self.init is not None and (self.gguf_file or self.quantization != "none"):
+            raise ValueError("init builds a small model in plain precision: no gguf_file, no quantization")
+        if self.lora is None and self.quantization != "none":
+            raise ValueError("quantized weights cannot be trained: keep lora, or set quantization: none")
+        return self
+
+
+class RewardModel(Weights):
+    """φ_DPO on a base of its own; ``reward_model: self`` shares the policy's base instead."""
+
+    @model_validator(mode="after")
+    def _has_path(self) -> RewardModel:
+        if self.path is None:
+            raise ValueError("needs path (hub id or folder); write `reward_model: self` to share the policy's base")
+        if self.lora is None:
+            raise ValueError("a reward model of its own is an adapter on its base: lora cannot be null")
+        return self
+
+
+class Chat(Section):
+    system: str | None = setting(None, "system message; null: the task's own", "the task")
+    template_args: dict[str, Any] = setting(
+        {}, "arguments for the chat template, e.g. {enable_thinking: false}", "none"
+    )
+
+
+class Columns(Section):
+    """What a file's columns are called where they have other names."""
+
+    prompt: str | None = setting(None, "column of the prompt: text or turns", "the usual names")
+    system: str | None = setting(None, "column of the system message", "system")
+
+
+class DemonstrationColumns(Columns):
+    response: str | None = setting(None, "column of the response", "the usual names")
+    messages: str | None = setting(None, "column of whole conversations", "the usual names")
+
+
+class PreferenceColumns(Columns):
+    chosen: str | None = setting(None, "column of the better response", "chosen")
+    rejected: str | None = setting(None, "column of the worse response", "rejected")
+
+
+class PromptColumns(Columns):
+    messages: str | None = setting(None, "column of whole conversations", "the usual names")
+
+
+class AllColumns(Section):
+    demonstrations: DemonstrationColumns = setting(DemonstrationColumns(), "names in data.demonstrations", "usual ones")
+    preferences: PreferenceColumns = setting(PreferenceColumns(), "names in data.preferences", "usual ones")
+    prompts: PromptColumns = setting(PromptColumns(), "names in data.prompts", "usual ones")
+
+
+class Data(Section):
+    """Each is a file (.jsonl, .json, .parquet, .csv) or ``hub-id[:split]``; null takes the task's training items."""
+
+    demonstrations: str | None = setting(
+        None, "prompts with responses to imitate, for sft", "the task's demonstrations"
+    )
+    preferences: str = setting(
+        "sampled",
+        "prompt/chosen/rejected for train-rm; `sampled`: made from the policy's own responses",
+        "paper: sampled and graded",
+    )
+    prompts: str | None = setting(None, "prompts for rl", "the task's training items")
+    task: str | None = setting(None, "file with the task's items instead of its hub set", "the task's own")
+    columns: AllColumns = setting(AllColumns(), "columns of the files above that have other names", "the usual names")
+    allow_overlap: list[str] = setting(
+        [],
+        "TASK: its items may have near twins among the training prompts; TASK:same: they may be trained on themselves",
+        "none: such a score says little",
+    )
+
+
+class RewardModels(Section):
+    """Token- or sequence-classification models that read a question, its passages and an answer."""
+
+    relevance: str | None = setting(None, "hub id or folder", "yours")
+    factuality: str | None = setting(None, "hub id or folder", "yours")
+    completeness: str | None = setting(None, "hub id or folder", "yours")
+
+
+class Eval(Section):
+    tasks: list[str] | None = setting(None, "tasks scored at the end of a run; null: the recipe's task", "the task")
+    seeds: int = setting(4, "sampling passes over all items", "paper: mean ± std over 4", ge=1)
+    temperature: float = setting(0.6, "0 is greedy, and then one pass", "paper", ge=0)
+    top_p: float = setting(0.95, "nucleus", "paper", gt=0, le=1)
+    items: int | None = setting(None, "first so many items; null: all", "all", ge=1)
+    max_new_tokens: int | None = setting(None, "longest response, tokens; null: the task's", "the task", ge=1)
+    samples: int = setting(1, "responses an item and pass: pass@1, pass@k and maj@k for k of them", "paper: 1", ge=1)
+    scoring: Literal["generation", "likelihood"] = setting(
+        "generation", "likelihood: of each choice's letter, for items with choices", "small chat models need generation"
+    )
+    template: str | None = setting(None, "the user's turn around {problem}; null: the task's", "the task")
+    system: str | None = setting(None, "system message; null: chat.system, else the task's", "the task")
+    few_shot: int = setting(0, "worked examples as earlier turns, of the dev split, else of train", "paper: none", ge=0)
+    batch: int = setting(128, "responses generated at once, at most", "fits 12 GB with a 3B policy", ge=1)
+    batch_tokens: int = setting(
+        65_536, "padded tokens at once, responses of full length: fewer where they are long", "7 GB of Llama 3B", ge=16
+    )
+    judge_url: str | None = setting(
+        None, "alpaca_eval: base of a chat-completions API, e.g. http://localhost:8000/v1; or alpaca-eval", "none"
+    )
+    judge_model: str | None = setting(None, "the judge's name there; of alpaca-eval its annotator", "yours")
+    judge_key_variable: str | None = setting(
+        None, "environment variable with the API's key; null: OPENAI_API_KEY for https and this machine", "OpenAI's"
+    )
+    judge_options: dict[str, Any] = setting(
+        {"temperature": 0, "max_tokens": 1024}, "more fields of the judge's requests", "one word is asked for"
+    )
+    judge_price: tuple[float, float] | None = setting(
+        None, "dollars a million tokens, in and out: shown before judging starts", "unknown"
+    )
+    judge_limit: int = setting(100, "requests a pass that are sent without --yes", "cents", ge=0)
+    judge_confirmed: bool = setting(False, "--yes: any number of requests may be sent", "off")
+    judge_parallel: int = setting(8, "requests at once", "common rate limits", ge=1, le=64)
+    reward_models: RewardModels = setting(RewardModels(), "qa_feedback: what scores the answers", "yours")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Eval:
+        if self.template is not None and "{problem}" not in self.template:
+            raise ValueError("template has no {problem}, so that every prompt would be the same")
+        if self.scoring == "likelihood" and self.samples > 1:
+            raise ValueError("samples: likelihood makes no responses")
+        if self.judge_url is not None and self.judge_url != "alpaca-eval":
+            _need_plain_url(self.judge_url)
+            if self.judge_model is None:
+                raise ValueError("judge_url needs judge_model, the name of the model that judges there")
+        return self
+
+
+def _need_plain_url(url: str) -> None:
+    """It goes into results and messages, so it must hold no secret."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"judge_url {url!r} is neither http://… nor https://… nor alpaca-eval")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("judge_url holds more than host and path: a key belongs into an environment variable")
+
+
+class Training(Section):
+    """What every training stage shares."""
+
+    lr: float = setting(2e-5, "peak learning rate of AdamW", "TRL 1.16 SFT", gt=0)
+    schedule: Literal["constant", "cosine"] = setting("cosine", "learning rate after warm-up", "common practice")
+    warmup_steps: int = setting(0, "updates of linear warm-up", "TRL", ge=0)
+    adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas", "TRL")
+    weight_decay: float = setting(0.0, "AdamW's decoupled decay", "TRL", ge=0)
+    max_grad_norm: float | None = setting(
+        1.0, "clip the gradient's 2-norm here; null: never. Logged before clipping", "TRL", gt=0
+    )
+    micro_batch_tokens: int = setting(
+        8192,
+        "padded tokens in one forward pass; smaller needs less memory and gives the same gradient",
+        "fits 12 GB with a 3B policy",
+        ge=16,
+    )
+    max_length: int = setting(2048, "prompt and response, tokens; longer ones are skipped and counted", "paper", ge=8)
+    save_every: int = setting(50, "updates between checkpoints (in rl: steps)", "minutes of work at risk", ge=1)
+
+
+class Sft(Training):
+    enabled: bool = setting(True, "false: RL starts from the base as it is", "paper: SFT warm-up")
+    examples: int | None = setting(1000, "demonstrations used; null: all", "paper", ge=1)
+    epochs: float = setting(1.0, "passes over the examples", "paper", gt=0)
+    max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
+    batch_size: int = setting(16, "responses an update", "common practice", ge=1)
+
+
+class TrainRm(Training):
+    lr: float = setting(1e-6, "peak learning rate of AdamW", "paper", gt=0)
+    epochs: float = setting(1.0, "passes over the pairs", "paper", gt=0)
+    max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
+    batch_size: int = setting(16, "pairs an update", "common practice", ge=1)
+    beta: float = setting(0.1, "DPO's beta", "paper", gt=0)
+    sft_weight: float = setting(
+        0.0, "weight of the chosen responses' mean token likelihood beside DPO", "0: plain DPO (paper)", ge=0
+    )
+    prompts: int | None = setting(None, "sampled pairs: prompts to sample for; null: all that sft left", "all", ge=1)
+    samples_per_prompt: int = setting(4, "sampled pairs: responses a prompt", "two of four differ often enough", ge=2)
+    pairs_per_prompt: int = setting(1, "sampled pairs: at most so many a prompt", "every prompt counts alike", ge=1)
+    temperature: float = setting(1.0, "sampled pairs: temperature", "1: varied mistakes", gt=0)
+    top_p: float = setting(1.0, "sampled pairs: nucleus", "1: varied mistakes", gt=0, le=1)
+    demonstrations_as_chosen: bool = setting(
+        False,
+        "sampled pairs: where no sample is right, take the item's demonstration as chosen",
+        "off: on-policy pairs",
+    )
+    cut_rejected: bool = setting(
+        True,
+        "cut a rejected response after its first wrong token, where the task knows it",
+        "prototype: this decides what φ_DPO teaches",
+    )
+    held_out: float = setting(0.05, "share of pairs kept for measuring accuracy", "common practice", ge=0, lt=1)
+    check_items: int = setting(
+        200, "held-out items on which φ_DPO is scored as a policy; 0: no check", "std error 0.035", ge=0
+    )

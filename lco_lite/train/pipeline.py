@@ -1,0 +1,73 @@
+"""The order of the stages, and what each rests on: sft, then rm, then rl, then a score of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lco_lite.checkpoint import checkpoints
+from lco_lite.context import Context
+from lco_lite.errors import Diverged, UsageError
+from lco_lite.evaluation.evaluate import check_own, eval_tasks, passes_of, score_all, show
+from lco_lite.run import StageFolder, stage_settings
+from lco_lite.train.reward_model import train_rm
+from lco_lite.train.rl import train_rl
+from lco_lite.train.sft import train_sft
+
+
+def train(ctx: Context, stage: str, fresh: bool = False) -> None:
+    """Trains a stage and, where they are missing, those it rests on. One that is done says so and is left alone."""
+    wanted = ctx.recipe.stages
+    if stage not in wanted:
+        raise UsageError(f"the recipe has no {stage} stage ({why_absent(stage)}); it has {', '.join(wanted)}")
+    if fresh:
+        for name in ctx.run.discard_from(stage):
+            ctx.console.note(f"{name}: deleted, to start again")
+    for i, name in enumerate(wanted[: wanted.index(stage) + 1]):
+        _train_one(ctx, name, {before: ctx.run.stage(before).id() for before in wanted[:i]})
+
+
+def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
+    stage = ctx.run.stage(name)
+    stage.begin(stage_settings(ctx.recipe, name), upstream)
+    if not ctx.run.has_recipe():
+        ctx.run.write_recipe(ctx.recipe)
+        ctx.run.write_environment()
+    if stage.is_done():
+        ctx.console.note(f"{name}: done already ({stage.path})")
+        return
+    trainer: Callable[[Context, StageFolder], None] = {"sft": train_sft, "rm": train_rm}.get(name, train_rl)
+    try:
+        trainer(ctx, stage)
+    except Diverged as e:
+        good = checkpoints(stage.checkpoints)
+        where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        raise Diverged(
+            f"{name}: {e}; {where}. A lower learning rate or max_grad_norm helps; --fresh starts again."
+        ) from e
+
+
+def announce(ctx: Context, stage: str) -> None:
+    """The last line: what the stage made, and what comes next."""
+    folder = ctx.run.stage(stage)
+    following = {"sft": "lco-lite train-rm", "rm": "lco-lite rl"}.get(
+        stage, f"lco-lite eval {ctx.recipe.task or 'TASK'}"
+    )
+    ctx.console.done(folder.adapter if folder.adapter.exists() else folder.model, following)
+
+
+def why_absent(stage: str) -> str:
+    reasons = {"sft": "sft.enabled: false", "rm": "rl.feedback is neither dpo nor dpo_sampled"}
+    return reasons.get(stage, "rl.objective is another")
+
+
+def run_all(ctx: Context, fresh: bool) -> None:
+    """``lco-lite run``: every stage of the recipe, then the score after each."""
+    last, s = ctx.recipe.stages[-1], ctx.recipe.eval
+    if fresh or not ctx.run.stage(last).is_done():
+        for task in eval_tasks(ctx.recipe):  # what a score will lack is said before hours of training
+            check_own(task, s, len(task.items("test")[: s.items]), passes_of(s), ctx.console)
+    train(ctx, ctx.recipe.stages[0] if fresh else last, fresh)
+    train(ctx, last)
+    results = score_all(ctx)
+    show(ctx.console, results)
+    ctx.console.done(ctx.run.path, "lco-lite eval --help")

@@ -1,0 +1,404 @@
+"""Scores: resumed to the same bits, batched within a budget, with all on record that they rest on."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lco_lite.console import Console
+from lco_lite.errors import UsageError
+from lco_lite.evaluation import evaluate as scoring
+from lco_lite.evaluation.evaluate import PartialRows, batches
+from lco_lite.evaluation.prompts import eval_prompts, grader_of, protocol
+from lco_lite.evaluation.summary import majority_right, pass_at, summarise
+from lco_lite.models.chat import ChatFormat
+from lco_lite.models.loading import build_scratch
+from lco_lite.recipe import Eval, Init, Recipe
+from lco_lite.rollout.hf import HFEngine
+from lco_lite.tasks import Grade, Item, load_task
+from tests.evaluation.eval_cases import GRADER, chance_task, result_of, rows_of, score
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights") / "model"
+    build_scratch(Init(hidden_size=32, layers=1, heads=2, intermediate_size=64, max_length=160), folder, seed=0)
+    return folder
+
+
+def row(right: bool, extracted: str | None = "1", **more: Any) -> dict[str, Any]:
+    return {"right": right, "extracted": extracted, "truncated": False, **more}
+
+
+# resuming
+
+
+def stop_in_batch(patch: pytest.MonkeyPatch, number: int, how: str) -> None:
+    """Ctrl-C, or death, while batch ``number`` is made."""
+    real, calls = HFEngine.generate, itertools.count(1)
+
+    def generate(self, *args):
+        if next(calls) == number:
+            if how == "killed":
+                raise RuntimeError("killed")
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args)
+
+    patch.setattr(HFEngine, "generate", generate)
+
+
+@pytest.mark.parametrize(("how", "number"), [("ctrl-c", 1), ("ctrl-c", 6), ("killed", 3), ("ctrl-c", 9)])
+def test_a_score_that_was_stopped_goes_on_and_ends_in_the_same_bits(model, tmp_path, monkeypatch, how, number):
+    task, data = chance_task(tmp_path)
+    args = (task, data, "--seeds", 3, "--samples", 1)  # nine batches of four
+    assert score(model, tmp_path / "whole", *args).exit_code == 0
+    with monkeypatch.context() as patch:
+        stop_in_batch(patch, number, how)
+        stopped = score(model, tmp_path / "cut", *args)
+    partial = tmp_path / "cut/run/eval/custom--base.partial.jsonl"
+    if how == "ctrl-c":
+        assert stopped.exit_code == 130
+        assert f"stopped after {4 * number} of 36 responses" in stopped.stderr
+        assert "the same command goes on from there" in stopped.stderr
+    else:
+        assert stopped.exit_code == 1
+        partial.write_bytes(partial.read_bytes()[:-9])  # the write of the last batch was cut short
+    assert not (tmp_path / "cut/run/eval/custom--base.json").exists()
+    again = score(model, tmp_path / "cut", *args)
+    assert again.exit_code == 0, again.output
+    assert "goes on after" in again.stdout
+    for name in ("custom--base.json", "custom--base.rows.jsonl"):
+        files = [(tmp_path / where / "run/eval" / name).read_bytes() for where in ("whole", "cut")]
+        assert files[0] == files[1]
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("change", [("--seed", 1), ("-s", "eval.batch=3"), ("-s", 'eval.template="{problem}?"')])
+def test_a_started_score_with_other_settings_starts_anew(model, tmp_path, monkeypatch, change):
+    task, data = chance_task(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_in_batch(patch, 2, "ctrl-c")
+        assert score(model, tmp_path / "cut", task, data, "--seeds", 2).exit_code == 130
+    result = score(model, tmp_path / "cut", task, data, "--seeds", 2, *change)
+    assert result.exit_code == 0 and "starts anew" in result.stdout
+    score(model, tmp_path / "whole", task, data, "--seeds", 2, *change)
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+
+
+def test_rows_are_on_disk_as_soon_as_their_batch_is_graded(tmp_path):
+    file = tmp_path / "x.partial.jsonl"
+    with PartialRows(file, {"seed": 0}) as partial:
+        partial.append(0, 1, [{"id": "ä\u2028"}])
+        assert PartialRows(file, {"seed": 0}).rows == {(0, 1): [{"id": "ä\u2028"}]}
+    other = PartialRows(file, {"seed": 1})
+    assert other.rows == {} and other.dropped
+
+
+# when a score is known
+
+
+def test_a_score_is_made_once_and_again_when_the_grader_or_the_weights_change(model, tmp_path):
+    task, data = chance_task(tmp_path)
+    score(model, tmp_path, task, data, "--seeds", 1)
+    assert "scored already" in score(model, tmp_path, task, data, "--seeds", 1).stdout
+    (tmp_path / "grader.py").write_text(GRADER.replace("% 3", "% 2"))
+    from lco_lite.user_code import load_function
+
+    load_function.cache_clear()
+    assert "scored already" not in score(model, tmp_path, task, data, "--seeds", 1).stdout
+    assert "scored already" in score(model, tmp_path, task, data, "--seeds", 1).stdout
+    weights = model / "model.safetensors"
+    before = weights.stat()
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    assert "scored already" not in score(model, tmp_path, task, data, "--seeds", 1).stdout
+
+
+# batches
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    samples=st.integers(1, 3),
+    new=st.integers(1, 20),
+    batch=st.integers(1, 8),
+    tokens=st.integers(16, 200),
+    seed=st.integers(0, 99),
+)
+def test_batches_hold_every_slot_once_within_the_budget_whatever_the_order(lengths, samples, new, batch, tokens, seed):
+    s = Eval(batch=batch, batch_tokens=tokens)
+    ids = [[k] * n for k, n in enumerate(lengths)]
+    groups = batches(ids, samples, new, s)
+    assert sorted(slot for g in groups for slot in g) == [(i, j) for i in range(len(ids)) for j in range(samples)]
+    for group in groups:
+        width = max(len(ids[i]) for i, _ in group) + new
+        assert len(group) <= batch and (len(group) == 1 or width * len(group) <= tokens)
+    order = list(range(len(ids)))
+    random.Random(seed).shuffle(order)
+    other = batches([ids[i] for i in order], samples, new, s)
+    assert [[(order[i], j) for i, j in g] for g in other] == groups
+
+
+def test_the_order_of_the_data_decides_no_response(model, tmp_path):
+    task, data = chance_task(tmp_path)
+    lines = data.read_text().splitlines()
+    random.Random(1).shuffle(lines)
+    shuffled = tmp_path / "shuffled.jsonl"
+    shuffled.write_text("\n".join(lines) + "\n")
+    for name, file in (("one", data), ("two", shuffled)):
+        assert score(model, tmp_path / name, task, file, "--seeds", 1).exit_code == 0
+    one, two = ({r["prompt"]: r["response"] for r in rows_of(tmp_path / name)} for name in ("one", "two"))
+    assert one == two and len(set(one.values())) > 6
+
+
+# samples
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 7), data=st.data())
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_response(n, data):
+    right, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    draws = list(itertools.combinations([i < right for i in range(n)], k))
+    assert pass_at(k, n, right) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_the_majority_counts_answers_only_and_takes_the_first_seen_of_equals():
+    assert majority_right([row(False, "1"), row(True, "2"), row(True, "2")])
+    assert majority_right([row(True, "2"), row(False, "1")])
+    assert not majority_right([row(False, "1"), row(True, "2")])
+    assert majority_right([row(False, None), row(False, None), row(True, "2")])
+    assert not majority_right([row(False, None)])
+
+
+def test_several_samples_give_pass_at_k_and_a_majority_that_agree_with_the_rows(model, tmp_path):
+    task, data = chance_task(tmp_path, n=8)
+    result = score(model, tmp_path, task, data, "--samples", 4, "--seeds", 2)
+    assert result.exit_code == 0, result.output
+    made, rows = result_of(tmp_path), rows_of(tmp_path)
+    assert list(made["metrics"]) == ["pass@1", "pass@2", "pass@4", "maj@4"]
+    assert [r["sample"] for r in rows] == list(range(4)) * 16 and len({r["response"] for r in rows}) > 8
+    groups = [rows[i : i + 4] for i in range(0, 64, 4)]
+    assert all(len({(r["id"], r["seed"]) for r in group}) == 1 for group in groups)
+    assert made["mean"] == pytest.approx(sum(r["right"] for r in rows) / 64)
+    assert made["metrics"]["pass@4"]["mean"] == pytest.approx(sum(any(r["right"] for r in g) for g in groups) / 16)
+    assert made["metrics"]["maj@4"]["mean"] == pytest.approx(sum(majority_right(g) for g in groups) / 16)
+    assert made["metrics"]["pass@1"]["mean"] <= made["metrics"]["pass@2"]["mean"] <= made["metrics"]["pass@4"]["mean"]
+    assert "custom maj@4" in result.stdout
+
+
+def test_a_grader_that_takes_no_answer_out_has_no_majority():
+    assert "maj@2" not in summarise([[row(True, None), row(False, None)]], 1, 2)["metrics"]
+
+
+def test_samples_of_greedy_decoding_are_refused(model, tmp_path):
+    task, data = chance_task(tmp_path)
+    result = score(model, tmp_path, task, data, "--samples", 2, "--greedy")
+    assert result.exit_code == 2 and "same response every time" in result.stderr
+
+
+def test_the_spread_is_over_seeds_and_the_error_over_items():
+    passes = [[row(True), row(True)], [row(True), row(False)]]
+    made = summarise(passes, n=4)
+    assert made["mean"] == pytest.approx(3 / 8) and made["std"] == pytest.approx(0.25 / 2**0.5)
+    assert made["stderr"] == pytest.approx(0.4787136 / 2)  # of 1, 1/2, 0, 0
+    assert summarise(passes[:1], n=2)["std"] is None
+
+
+# prompts on record
+
+
+ITEMS = [Item(f"t/test/{i}", f"q{i}", str(i), None, {"subject": "ab"[i % 2]}) for i in range(3)]
+SHOWN = [Item(f"t/dev/{i}", f"e{i}", str(i), f"so {i}", {"subject": "ab"[i % 2]}) for i in range(4)]
+
+
+@dataclasses.dataclass
+class Stub:
+    """A task of three items; ``splits`` by name."""
+
+    splits: dict[str, list[Item]]
+    name: str = "stub"
+    system: str | None = "task's own"
+    max_new_tokens: int = 8
+
+    def items(self, split: str) -> list[Item]:
+        if split not in self.splits:
+            raise UsageError(f"no {split}")
+        return self.splits[split]
+
+    def grade(self, response: str, item: Item) -> Grade:
+        return Grade(False, None, "no verdict")
+
+    def first_error(self, response: str, item: Item) -> int | None:
+        return None
+
+
+class Rewarded(Stub):
+    """Not right or wrong: it measures lengths."""
+
+    def aggregate(self, rows, settings, folder, console):
+        (folder / "seen.json").write_text(json.dumps(rows))
+        return {"length": sum(len(r["response"]) for r in rows) / len(rows), "items": float(len(rows))}
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe.model_validate({"model": {"path": "x"}, "task": "arithmetic", "sft": {"enabled": False}, **changes})
+
+
+def test_worked_examples_are_earlier_turns_of_the_items_own_subject():
+    prompts = eval_prompts(recipe(), Stub({"test": ITEMS, "dev": SHOWN}), Eval(few_shot=2, system="be brief"))
+    assert [(m["role"], m["content"]) for m in prompts[1].messages] == [
+        ("system", "be brief"),
+        ("user", "e1"),
+        ("assistant", "so 1"),
+        ("user", "e3"),
+        ("assistant", "so 3"),
+        ("user", "q1"),
+    ]
+
+
+def test_without_a_dev_split_the_first_training_items_are_shown_to_all():
+    prompts = eval_prompts(recipe(), Stub({"test": ITEMS, "train": SHOWN}), Eval(few_shot=1))
+    assert [p.messages[1]["content"] for p in prompts] == ["e0"] * 3
+    assert prompts[0].messages[0]["content"] == "task's own"
+
+
+@pytest.mark.parametrize(
+    ("splits", "n", "told"),
+    [
+        ({"dev": SHOWN}, 3, "2 worked examples of subject a"),
+        ({"train": SHOWN}, 5, "has 4 worked examples"),
+        ({}, 1, "neither a dev nor a train split"),
+    ],
+)
+def test_too_few_worked_examples_are_refused(splits, n, told):
+    with pytest.raises(UsageError, match=told):
+        eval_prompts(recipe(), Stub({"test": ITEMS, **splits}), Eval(few_shot=n))
+
+
+def test_a_template_takes_the_place_of_the_tasks_own_in_examples_too(tmp_path):
+    problem = {"question": "1+1?", "answer": "so #### 2"}
+    for name in ("gsm8k_train", "gsm8k_test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(problem) + "\n")
+    (prompt,) = eval_prompts(recipe(), load_task("gsm8k", tmp_path), Eval(template="Q: {problem}", few_shot=1))
+    assert [m["content"] for m in prompt.messages] == ["Q: 1+1?", "so\nThe answer is $\\boxed{2}$.", "Q: 1+1?"]
+    (plain,) = eval_prompts(recipe(), Stub({"test": ITEMS[:1]}), Eval(template="Q: {problem}", system=""))
+    assert [m["content"] for m in plain.messages] == ["Q: q0"], "also of a task that knows no template"
+
+
+def test_a_template_without_a_place_for_the_problem_is_refused():
+    with pytest.raises(ValueError, match="no {problem}"):
+        Eval(template="Answer!")
+
+
+def test_everything_a_score_rests_on_is_in_its_result(model, tmp_path):
+    task, data = chance_task(tmp_path)
+    sets = ["-s", 'eval.template="Q: {problem}"', "-s", "eval.system=be brief", "-s", "chat.template_args={x: 1}"]
+    score(model, tmp_path, task, data, "--seeds", 1, *sets)
+    made = result_of(tmp_path)["settings"]["protocol"]
+    assert {k: made[k] for k in ("template", "system", "few_shot", "template_args", "scoring")} == {
+        "template": "Q: {problem}",
+        "system": "be brief",
+        "few_shot": 0,
+        "template_args": {"x": 1},
+        "scoring": "generation",
+    }
+    assert made["grader"]["name"] == task.removeprefix("custom:") and len(made["grader"]["file"]) == 16
+    from lco_lite import __version__
+
+    assert made["lco_lite"] == __version__
+    assert rows_of(tmp_path)[0]["prompt"] == "Q: x"
+
+
+def test_the_grader_of_mathematics_is_recorded_with_math_verifys_version():
+    found = grader_of(load_task("math500"))
+    assert found["name"] == "lco_lite.tasks.base.grade_math" and found["math_verify"][0].isdigit()
+    assert protocol(recipe(), load_task("math500"), Eval())["template"].endswith("within \\boxed{}.")
+
+
+def test_system_and_examples_reach_the_model(model, tmp_path, monkeypatch):
+    rows = [{"prompt": f"p{i}", "answer": "a", "response": f"r{i}", "split": "train"} for i in range(2)]
+    data = tmp_path / "custom.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"prompt": "asked", "answer": "a"}]))
+    seen = []
+    real = ChatFormat.prompt_text
+    monkeypatch.setattr(ChatFormat, "prompt_text", lambda self, m: seen.append(real(self, m)) or seen[-1])
+    result = score(
+        model, tmp_path, "custom:exact", data, "--greedy", "-s", "eval.few_shot=1", "-s", "eval.system=short"
+    )
+    assert result.exit_code == 0, result.output
+    assert [seen[-1].index(text) for text in ("short", "p0", "r0", "asked")] == sorted(
+        seen[-1].index(text) for text in ("short", "p0", "r0", "asked")
+    )
+
+
+# items
+
+
+def test_what_does_not_fit_the_window_counts_as_wrong(model, tmp_path):
+    task, data = chance_task(tmp_path, n=4)
+    data.write_text(data.read_text() + json.dumps({"prompt": "y" * 200, "answer": "1"}) + "\n")
+    result = score(model, tmp_path, task, data, "--seeds", 2)
+    assert "1 of 5 items do not fit the window and count as wrong" in result.stderr
+    made, rows = result_of(tmp_path), rows_of(tmp_path)
+    assert made["n"] == 5 and len(rows) == 8
+    assert made["mean"] == pytest.approx(sum(r["right"] for r in rows) / 10)
+
+
+def test_one_file_of_items_is_for_one_task(model, tmp_path):
+    _, data = chance_task(tmp_path)
+    result = score(model, tmp_path, "custom", data, "gsm8k")
+    assert result.exit_code == 2 and "one file holds the items of one task" in result.stderr
+
+
+# a task's own metrics, and the table
+
+
+def test_a_task_that_is_not_right_or_wrong_shows_its_own_metrics_with_their_spread(model, tmp_path, monkeypatch):
+    stub = Rewarded({"test": ITEMS})
+    monkeypatch.setattr(scoring, "load_task", lambda name, data=None: stub)
+    data = tmp_path / "none.jsonl"
+    data.touch()
+    result = score(model, tmp_path, "stub", data, "--seeds", 2, "--json")
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)["stub"]
+    folders = sorted((tmp_path / "run/eval/stub--base.files").iterdir())
+    seen = [json.loads((folder / "seen.json").read_text()) for folder in folders]
+    assert [f.name for f in folders] == ["seed-0", "seed-1"]
+    assert seen[0][0]["row"] == {"subject": "a"} and seen[0][0]["prompt"] == "q0"
+    lengths = [sum(len(r["response"]) for r in rows) / 3 for rows in seen]
+    assert made["metric"] == "length" and made["mean"] == pytest.approx(sum(lengths) / 2)
+    assert made["std"] == pytest.approx(abs(lengths[0] - lengths[1]) / 2**0.5)
+    assert made["metrics"]["items"] == {"mean": 3.0, "std": 0.0, "stderr": None}
+    assert "pass@1" not in made["metrics"]
+    table = score(model, tmp_path, "stub", data, "--seeds", 2).stdout
+    assert "stub length" in table and "3.000 ± 0.000" in table
+    refused = score(model, tmp_path, "stub", data, "--samples", 2)
+    assert refused.exit_code == 2 and "not right or wrong" in refused.stderr
+
+
+def test_the_table_has_a_row_a_stage_a_column_a_task_and_percent():
+    def made(task: str, stage: str, mean: float, std: float | None) -> dict[str, Any]:
+        metric = {"mean": mean, "std": std, "stderr": 0.02}
+        counts = {"n": 500, "seeds": 4 if std else 1, "truncated": 0.031}
+        return {"task": task, "stage": stage, "metric": "pass@1", **metric, "metrics": {"pass@1": metric}, **counts}
+
+    out = io.StringIO()
+    results = [made("math500", "sft", 0.4162, 0.0049), made("math500", "rl", 0.5, None), made("gsm8k", "sft", 0.7, 0.1)]
+    scoring.show(Console(stdout=out), results)
+    lines = out.getvalue().splitlines()
+    (head,) = [line for line in lines if "math500" in line and "gsm8k" in line]
+    assert head.index("math500") < head.index("gsm8k")
+    assert any("sft" in x and "41.6 ± 0.5" in x and "70.0 ± 10.0" in x for x in lines)
+    assert any("rl" in x and "50.0" in x and "±" not in x for x in lines)
+    assert "math500 sft: 500 items, 4 seeds, standard error over items 2.0, 3.1 % cut at the length limit" in lines

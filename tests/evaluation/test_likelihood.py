@@ -1,0 +1,164 @@
+"""Choices by log-likelihood: equal to a computation by hand on whole logits, one pass, refused where there are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lco_lite.evaluation.likelihood import choice_logprobs, letter_ids, likelihood_row
+from lco_lite.evaluation.prompts import eval_prompts
+from lco_lite.grading.choice import answer_index
+from lco_lite.models.chat import ChatFormat
+from lco_lite.models.language_model import Role
+from lco_lite.models.loading import build_scratch
+from lco_lite.recipe import Eval, Init, Recipe
+from lco_lite.tasks import Item, load_task
+from tests.evaluation.eval_cases import call, result_of, rows_of, score
+from tests.models import families
+
+QUESTIONS = [
+    {"question": f"Which is {i}?", "subject": "counting", "choices": ["0", "1", "2", "3"], "answer": i % 4}
+    for i in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights") / "model"
+    build_scratch(Init(hidden_size=32, layers=1, heads=2, intermediate_size=64, max_length=512), folder, seed=0)
+    return folder
+
+
+@pytest.fixture
+def mmlu(tmp_path: Path) -> Path:
+    for name, rows in (("mmlu_test", QUESTIONS), ("mmlu_dev", QUESTIONS[:5])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def by_hand(role: Role, prompt: list[int], choice: list[int]) -> float:
+    """The sum of log-softmax over whole logits, one unpadded sequence at a time."""
+    with torch.no_grad(), role.model.use(role.adapter):
+        logits = role.model.base(input_ids=torch.tensor([prompt + choice])).logits[0].double()
+    rows = role.model.head.rows  # what pads the head is no token
+    logprobs = logits[len(prompt) - 1 : -1, :rows].log_softmax(-1)
+    return sum(logprobs[i, token].item() for i, token in enumerate(choice))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "cohere"])
+@pytest.mark.parametrize("choices", [[[34], [35], [36]], [[34, 40], [34, 41, 42], [35]]], ids=["letters", "words"])
+def test_log_likelihoods_are_those_of_whole_logits(tmp_path, family, choices):
+    role = Role(families.load(families.save(family, tmp_path)))
+    prompts = [[5, 6, 7], [8] * 11, [9]]
+    asked = [choices, choices[:2], choices]
+    found = choice_logprobs(role, prompts, asked)
+    for prompt, some, values in zip(prompts, asked, found, strict=True):
+        assert values == pytest.approx([by_hand(role, prompt, choice) for choice in some], abs=2e-4)
+    assert len({round(v, 3) for values in found for v in values}) == 8, "nothing is equal by accident"
+
+
+def test_the_score_of_a_task_is_that_of_the_computation_by_hand(model, mmlu):
+    result = score(model, mmlu, "mmlu", mmlu, "--scoring", "likelihood", "-s", "eval.few_shot=2")
+    assert result.exit_code == 0, result.output
+    made, rows = result_of(mmlu, "mmlu-likelihood"), rows_of(mmlu, "mmlu-likelihood")
+    recipe = Recipe.model_validate({"model": {"path": str(model)}, "task": "mmlu", "sft": {"enabled": False}})
+    role = Role(families.load(model))
+    chat = ChatFormat(role.model.tokenizer)
+    prompts = eval_prompts(recipe, load_task("mmlu", mmlu), Eval(scoring="likelihood", few_shot=2))
+    rights = []
+    for prompt, row in zip(prompts, rows, strict=True):
+        values = [by_hand(role, chat.prompt(prompt.messages), ids) for ids in letter_ids(chat)[:4]]
+        assert list(row["logprobs"].values()) == pytest.approx(values, abs=2e-4)
+        assert row["extracted"] == "ABCD"[values.index(max(values))]
+        rights.append(row["extracted"] == row["gold"])
+    assert made["metric"] == "accuracy" and made["mean"] == pytest.approx(sum(rights) / 6)
+    assert made["seeds"] == 1 and made["std"] is None
+    assert "mmlu accuracy" in result.stdout
+
+
+def test_the_prompt_asks_for_a_letter_and_examples_answer_with_one(mmlu):
+    recipe = Recipe.model_validate({"model": {"path": "x"}, "task": "mmlu", "sft": {"enabled": False}})
+    task = load_task("mmlu", mmlu)
+    first = eval_prompts(recipe, task, Eval(scoring="likelihood", few_shot=1))[0].messages
+    assert first[-1]["content"].endswith("D. 3\n\nAnswer with the letter of the right choice.")
+    assert first[1] == {"role": "assistant", "content": "A"}
+    generated = eval_prompts(recipe, task, Eval(few_shot=1))[0].messages
+    assert "boxed" in generated[-1]["content"] and generated[1]["content"] == r"\boxed{A}"
+
+
+def test_nothing_is_sampled(model, mmlu, monkeypatch):
+    from lco_lite.rollout.hf import HFEngine
+
+    monkeypatch.setattr(HFEngine, "generate", lambda *_: pytest.fail("sampled"))
+    assert score(model, mmlu, "mmlu", mmlu, "--scoring", "likelihood").exit_code == 0
+
+
+def test_a_score_by_likelihood_stands_beside_that_by_generation_and_is_compared_with_its_like(model, mmlu):
+    for more in (["--scoring", "likelihood"], ["--limit", "2", "--greedy"]):
+        assert score(model, mmlu, "mmlu", mmlu, *more).exit_code == 0
+    assert result_of(mmlu, "mmlu")["n"] == 2 and result_of(mmlu, "mmlu-likelihood")["n"] == 6
+    flags = ["eval", "mmlu", "--runs", mmlu, "--name", "run", "--compare", "base", "base", "--json"]
+    assert json.loads(call(*flags).stdout)["mmlu"]["items"] == 2
+    assert json.loads(call(*flags, "--scoring", "likelihood").stdout)["mmlu"]["items"] == 6
+
+
+def test_your_own_questions_need_choices_and_a_letter_or_index(model, tmp_path):
+    data = tmp_path / "own.jsonl"
+    rows: list[dict[str, Any]] = [{"prompt": f"Pick {c}.", "answer": c, "choices": ["x", "y"]} for c in "AB"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert score(model, tmp_path, "custom:choice", data, "--scoring", "likelihood").exit_code == 0
+    assert [list(row["logprobs"]) for row in rows_of(tmp_path, "custom-likelihood")] == [["A", "B"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "index"),
+    [
+        ({"choices": ["x", "y"], "answer": 1}, 1),
+        ({"choices": ["x", "y"], "answer": "B"}, 1),
+        ({"choices": ["x", "y"], "answer": "C"}, None),
+        ({"choices": ["x", "y"], "answer": -1}, None),
+        ({"choices": ["x", "y"], "answer": True}, None),
+        ({"choices": ["x", "y"], "answer": "y"}, None),
+        ({"choices": ["x"], "answer": 0}, None),
+        ({"answer": 0}, None),
+    ],
+)
+def test_the_right_choice_is_known_by_index_or_letter(row, index):
+    assert answer_index(Item("i", "p", "g", None, row)) == index
+
+
+def test_the_first_of_equally_likely_letters_is_picked():
+    row = likelihood_row(Item("i", "p", "B", None, {"choices": ["x", "y"], "answer": 1}), [-1.0, -1.0])
+    assert row["extracted"] == "A" and not row["right"] and row["why"] == "the answer is B"
+
+
+def test_a_letter_may_take_several_tokens():
+    chat = SimpleNamespace(response=lambda text, closed: [1, ord(text)])
+    assert letter_ids(chat)[1] == [1, 66]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["arithmetic", "--scoring", "likelihood"], "has no `choices`"),
+        (["arithmetic", "--scoring", "likelyhood"], "eval.scoring"),
+        (["arithmetic", "--scoring", "likelihood", "--samples", "2"], "likelihood makes no responses"),
+    ],
+)
+def test_what_cannot_be_scored_by_likelihood_is_refused(model, tmp_path, args, told):
+    result = call("eval", *args, "--model", model, "--runs", tmp_path)
+    assert result.exit_code == 2 and told in result.stderr
+
+
+def test_the_optimal_policy_is_only_decoded_from(tiny, mmlu):
+    runs = tiny.parent / "runs"
+    assert call("train-rm", tiny, "--runs", runs, "-q", "-s", "model.init.max_length=512").exit_code == 0
+    flags = ["mmlu", "--data", mmlu, "--runs", runs, "--scoring", "likelihood"]
+    refused = call("eval", *flags, "--policy", "optimal")
+    assert refused.exit_code == 2 and "only decoded from" in refused.stderr
+    assert call("eval", *flags, "--policy", "rm").exit_code == 0

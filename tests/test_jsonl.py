@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from lco_lite.errors import DataError
+from lco_lite.files import read_jsonl
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content: bytes):
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(content)
+        return path
+
+    return write
+
+
+def test_rows_come_in_the_order_of_the_file(write):
+    assert read_jsonl(write(b'{"a": 1}\n{"a": 2}\n')) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("content", [b'\xef\xbb\xbf{"a": 1}', b'{"a": 1}\r\n', b'{"a": 1}\n\n \n'])
+def test_marks_and_line_ends_of_other_systems_are_no_content(write, content):
+    assert read_jsonl(write(content)) == [{"a": 1}]
+
+
+def test_separators_of_unicode_do_not_end_a_line(write):
+    row = {"text": "one\u2028two\u0085three\x0bfour"}
+    assert read_jsonl(write(json.dumps(row, ensure_ascii=False).encode())) == [row]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n{"a": 1,}\n', "line 2: is not JSON: .* column 9"),
+        (b'{"a": 1}\n{"a"', "line 2: is not JSON"),
+        (b'{"a": 1}\n\n{"a": 2}', "line 2: is empty"),
+        (b"[1, 2]", "line 1: is a list, not an object"),
+        (b'{"a": 1}\n"text"', "line 2: is a string"),
+        (b"null", "line 1: is null"),
+        (b"true", "line 1: is a boolean"),
+        (b"1.5", "line 1: is a number"),
+        (b'{"a": "\xff"}', "line 1: is not UTF-8"),
+        (b"[" * 100_000, "line 1: is not JSON"),
+        (b"", "rows.jsonl: is empty"),
+        (b" \n\n", "rows.jsonl: is empty"),
+    ],
+)
+def test_what_is_wrong_is_said_with_file_and_line(write, content, message):
+    with pytest.raises(DataError, match=f"rows.jsonl.*{message}" if "rows" not in message else message):
+        read_jsonl(write(content))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match="absent.jsonl: no such file"):
+        read_jsonl(tmp_path / "absent.jsonl")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        read_jsonl(tmp_path)

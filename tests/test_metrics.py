@@ -1,0 +1,122 @@
+import errno
+import json
+import math
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from lco_lite.errors import LcoError
+from lco_lite.metrics import METRICS, JsonLog, MetricsLog, read_log
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+
+def write(path, steps, resume_after=None, log=MetricsLog):
+    with log(path, resume_after) as opened:
+        for step in steps:
+            opened.write({"step": step, "loss": step / 10})
+
+
+def steps(path):
+    return [row["step"] for row in read_log(path)]
+
+
+def test_the_page_for_readers_lists_every_metric_with_the_same_words():
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.+) \|$", DOCS.read_text(encoding="utf-8"), re.M))
+    assert rows == METRICS
+
+
+def test_each_row_is_a_line_that_can_be_read_while_the_stage_goes_on(tmp_path):
+    with MetricsLog(tmp_path / "m.jsonl", None) as log:
+        log.write({"step": 1, "loss": 0.5, "seconds": {"rollout": 1.0, "update": 2.0}})
+        line = (tmp_path / "m.jsonl").read_text()
+    assert line.endswith("\n")
+    assert json.loads(line) == {"step": 1, "loss": 0.5, "seconds": {"rollout": 1.0, "update": 2.0}}
+
+
+def test_resuming_drops_what_comes_after_the_checkpoint_and_goes_on(tmp_path):
+    write(tmp_path / "m.jsonl", [1, 2, 3, 4])
+    write(tmp_path / "m.jsonl", [3, 4, 5], resume_after=2)
+    assert steps(tmp_path / "m.jsonl") == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("cut", [b'{"step": 3, "lo', b'{"step": 3}\xc3', b"nul", b"[3]\n"])
+def test_resuming_drops_a_line_that_was_cut_short(tmp_path, cut):
+    write(tmp_path / "m.jsonl", [1, 2])
+    with (tmp_path / "m.jsonl").open("ab") as file:
+        file.write(cut)
+    write(tmp_path / "m.jsonl", [3], resume_after=2)
+    rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_bytes().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+def test_a_stage_that_starts_anew_starts_with_an_empty_file(tmp_path):
+    write(tmp_path / "m.jsonl", [1, 2])
+    write(tmp_path / "m.jsonl", [])
+    assert (tmp_path / "m.jsonl").read_bytes() == b""
+
+
+def test_what_is_not_finite_is_written_as_null(tmp_path):
+    with MetricsLog(tmp_path / "m.jsonl", None) as log:
+        log.write({"step": 1, "loss": math.nan, "reward": -math.inf, "seconds": {"update": math.inf}})
+    assert read_log(tmp_path / "m.jsonl") == [{"step": 1, "loss": None, "reward": None, "seconds": {"update": None}}]
+
+
+@pytest.mark.parametrize("row", [{"step": 1, "los": 1.0}, {"step": 1, "seconds": {"lunch": 1.0}}])
+def test_an_unknown_metric_is_an_error_and_nothing_is_written(tmp_path, row):
+    with (
+        MetricsLog(tmp_path / "m.jsonl", None) as log,
+        pytest.raises(ValueError, match="no such metric: (los|seconds.lunch)"),
+    ):
+        log.write(row)
+    assert (tmp_path / "m.jsonl").read_bytes() == b""
+
+
+def test_a_row_without_a_step_is_an_error(tmp_path):
+    with JsonLog(tmp_path / "s.jsonl", None) as log, pytest.raises(ValueError, match="step"):
+        log.write({"response": "x"})
+
+
+def test_samples_follow_the_same_rule_and_may_hold_any_text(tmp_path):
+    text = 'a "quote"\nüñ \u2028 \ud800 \x1b[2J'
+    with JsonLog(tmp_path / "s.jsonl", None) as log:
+        log.write({"step": 1, "response": text})
+        log.write({"step": 2, "response": text})
+    write(tmp_path / "s.jsonl", [2], resume_after=1, log=JsonLog)
+    rows = read_log(tmp_path / "s.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["response"] == text.replace("\ud800", "?")
+
+
+def test_a_disk_that_fills_up_is_said_once_and_the_whole_lines_stay(tmp_path):
+    resource = pytest.importorskip("resource", reason="limits the size of a file, which is how a disk fills up here")
+    path, before = tmp_path / "s.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match="too large"), JsonLog(path, None) as log:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
+            for step in range(10):
+                log.write({"step": step, "response": "x" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old_handler)
+    assert path.stat().st_size == 2500
+    assert steps(path) == [0, 1]
+    write(path, [2], resume_after=1, log=JsonLog)
+    assert steps(path) == [0, 1, 2] and path.read_bytes().count(b"\n") == 3
+
+
+def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LcoError, match="disk is full"):
+        MetricsLog(tmp_path / "m.jsonl", None)
+
+
+def test_a_log_that_was_never_written_has_no_rows(tmp_path):
+    assert read_log(tmp_path / "absent.jsonl") == []

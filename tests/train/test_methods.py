@@ -1,0 +1,183 @@
+"""Every objective with every feedback that makes sense goes through the one loop, with its own defaults."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+
+from lco_lite.errors import RecipeError
+from lco_lite.metrics import read_log
+from lco_lite.recipe import Rl
+from lco_lite.recipe.file import load_recipe
+from lco_lite.recipe.rl import DISTILLATION, LCO, METHOD_DEFAULTS
+from lco_lite.train.pipeline import train
+from tests.train.test_chain import run_stage, same, start, trained
+
+GRADIENTS = tuple(name for name in METHOD_DEFAULTS if name not in LCO + DISTILLATION)
+
+
+def sets(objective: str, feedback: str) -> list[str]:
+    groups = [] if METHOD_DEFAULTS[objective].get("responses_per_prompt", (1,))[0] < 2 else ["rl.prompts_per_step=4"]
+    return [f"rl.objective={objective}", f"rl.feedback={feedback}", *groups]
+
+
+@pytest.mark.parametrize("objective", METHOD_DEFAULTS)
+def test_defaults_come_with_the_objective_carry_a_source_and_can_be_overridden(objective):
+    defaults = METHOD_DEFAULTS[objective]
+    made = Rl.model_validate({"objective": objective})
+    assert all(getattr(made, field) == value and source for field, (value, source) in defaults.items())
+    assert Rl.model_validate({"objective": objective, "lr": 1e-3}).lr == 1e-3
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A run whose sft and reward model every method shares."""
+    import yaml
+
+    from tests.conftest import TINY
+
+    file = tmp_path_factory.mktemp("methods") / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    run_stage(file, "rm")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("objective", "feedback"),
+    [(o, f) for o in LCO for f in ("dpo_sampled", "logprob", "rule")]
+    + [(o, f) for o in GRADIENTS for f in ("dpo_sampled", "rule")]
+    + [(o, f) for o in DISTILLATION for f in ("dpo", "logprob")],
+)
+def test_every_objective_takes_every_feedback_that_makes_sense(warm, objective, feedback):
+    with start(warm, *sets(objective, feedback)) as ctx:
+        train(ctx, f"rl-{objective}", fresh=True)
+    rows = read_log(ctx.run.stage(f"rl-{objective}").metrics)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["loss"] is not None and row["entropy"] > 0 for row in rows)
+    if objective in GRADIENTS and objective != "reinforce":
+        assert "clipped" in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"objective": "grpo", "feedback": "dpo"}, "dpo_sampled, rule"),
+        ({"objective": "gkd", "feedback": "rule"}, "follows a teacher"),
+        ({"objective": "kld", "on_policy": 0.5}, "on_policy belongs to gkd"),
+        ({"objective": "gkd", "teacher_mix": 0.5}, "belongs to minillm"),
+        ({"objective": "kld", "feedback": "function"}, "go together"),
+        ({"objective": "kld", "reward_classifier": "x"}, "go together"),
+        ({"objective": "kld", "feedback": "function", "reward_function": "x.txt:f"}, "FILE.py:NAME"),
+        ({"objective": "dapo", "feedback": "dpo_sampled", "dynamic_sampling": True}, "whole responses"),
+        ({"objective": "grpo", "variant.top_k": 5}, "variant belongs"),
+        ({"objective": "kld", "variant.target": "current"}, "lch and mse"),
+        ({"objective": "lch", "variant.negative_beta": 100}, "sparse"),
+        ({"objective": "lch", "variant.agreement": -0.02}, "feedback logprob"),
+        ({"objective": "lch", "feedback": "rule", "variant.top_k": 5}, "sampled token"),
+        ({"objective": "lch", "anchor": 0.5, "variant.top_k": 5}, "no anchor"),
+        ({"objective": "grpo", "responses_per_prompt": 1}, "at least 2"),
+        ({"objective": "ppo", "anchor": 0.5}, "belong to kld"),
+        ({"objective": "kld", "kl_coef": 0.1}, "near another model"),
+        ({"objective": "mse", "feedback": "rule", "standardise": True}, "dense"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused_with_the_reason(tiny, given, reason):
+    with pytest.raises(RecipeError, match=reason):
+        load_recipe(tiny, [f"rl.{key}={value}" for key, value in given.items()])
+
+
+def test_another_objective_on_a_run_brings_its_own_defaults(warm):
+    from lco_lite.command import command
+
+    with command(None, warm.parent / "runs", "tiny", [], {"rl.objective": "grpo"}, quiet=True) as ctx:
+        assert ctx.recipe.rl.responses_per_prompt == 4 and ctx.recipe.rl.feedback == "rule"
+        assert ctx.recipe.rl.steps == 2, "what the recipe set itself stays"
+    with command(None, warm.parent / "runs", "tiny", ["rl.lr=1e-4"], {"rl.objective": "grpo"}, quiet=True) as ctx:
+        assert ctx.recipe.rl.lr == 1e-4
+
+
+def test_ppo_goes_on_to_the_same_bits_with_its_critic(tiny, monkeypatch):
+    from lco_lite.train.training import Progress
+
+    flags = sets("ppo", "rule")
+    whole = run_stage(tiny, "rl-ppo", *flags, name="whole")
+
+    class Killed(BaseException):
+        pass
+
+    def die_after_one(self: Progress, step: int, every: int) -> None:
+        self.save(step)
+        if self.stage.name == "rl-ppo":
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "checkpoint", die_after_one)
+        with pytest.raises(Killed):
+            run_stage(tiny, "rl-ppo", *flags, name="cut")
+    cut = run_stage(tiny, "rl-ppo", *flags, name="cut")
+    assert same(trained(whole, "rl-ppo"), trained(cut, "rl-ppo"))
+
+
+@pytest.mark.parametrize(
+    ("objective", "given"),
+    [
+        ("kld", {"variant.top_k": 5}),
+        ("mse", {"variant.top_k": 5, "variant.target": "current"}),
+        ("lch", {"variant.target": "current"}),
+        ("lch", {"feedback": "logprob", "variant.agreement": -0.02, "variant.top_k": 5}),
+        ("lch", {"feedback": "dpo_sampled", "variant.top_k": 1, "variant.negative_beta": 100}),
+        ("kld", {"feedback": "dpo_sampled", "variant.negative_beta": 100}),
+    ],
+)
+def test_the_public_codes_variants_run_and_change_what_is_learnt(warm, objective, given):
+    asked = [f"rl.objective={objective}", *(f"rl.{key}={value}" for key, value in given.items())]
+    plain = [text for text in asked if "variant" not in text]
+    varied, paper = (
+        trained(run_stage(warm, f"rl-{objective}", *sets, fresh=True), f"rl-{objective}") for sets in (asked, plain)
+    )
+    assert not same(varied, paper)
+
+
+def test_gkd_shows_demonstrations_and_reports_only_the_policys_own_responses(warm):
+    for share, sampled in (("0.5", True), ("0", False)):
+        with start(warm, "rl.objective=gkd", f"rl.on_policy={share}") as ctx:
+            train(ctx, "rl-gkd", fresh=True)
+        (row, _) = read_log(ctx.run.stage("rl-gkd").metrics)
+        assert ("reward" in row) == sampled and row["response_tokens"] > 0
+
+
+def test_gkd_refuses_prompts_without_demonstrations(warm, capsys):
+    prompts = warm.parent / "prompts.jsonl"
+    prompts.write_text('{"prompt": "3+4"}\n')
+    with pytest.raises(typer.Exit), start(warm, "rl.objective=gkd", f"data.prompts={prompts}") as ctx:
+        train(ctx, "rl-gkd", fresh=True)
+    assert "'3+4' has none; set rl.on_policy: 1" in capsys.readouterr().err
+
+
+def test_a_function_of_the_users_gives_the_rewards(warm):
+    file = warm.parent / "rewards.py"
+    file.write_text("def short(prompts, responses, rows): return [-float(len(r)) for r in responses]")
+    with start(warm, "rl.objective=grpo", "rl.feedback=function", f"rl.reward_function={file}:short") as ctx:
+        train(ctx, "rl-grpo", fresh=True)
+    rows = read_log(ctx.run.stage("rl-grpo").metrics)
+    assert all(row["reward"] < 0 <= row["accuracy"] for row in rows)
+
+
+def test_a_sequence_classifier_gives_the_rewards(warm):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    folder = warm.parent / "classifier"
+    AutoTokenizer.from_pretrained(warm.parent / "runs/tiny/base").save_pretrained(folder)
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForSequenceClassification(LlamaConfig(vocab_size=260, num_labels=1, **size)).save_pretrained(folder)
+    with start(warm, "rl.objective=reinforce", "rl.feedback=reward_model", f"rl.reward_classifier={folder}") as ctx:
+        train(ctx, "rl-reinforce", fresh=True)
+    assert len({row["reward"] for row in read_log(ctx.run.stage("rl-reinforce").metrics)}) == 2
+
+
+def test_a_language_model_is_no_sequence_classifier(warm, capsys):
+    base = warm.parent / "runs/tiny/base"
+    sets = ["rl.objective=reinforce", "rl.feedback=reward_model", f"rl.reward_classifier={base}"]
+    with pytest.raises(typer.Exit), start(warm, *sets) as ctx:
+        train(ctx, "rl-reinforce", fresh=True)
+    assert "is LlamaForCausalLM; a reward model is a sequence-classification model" in capsys.readouterr().err
