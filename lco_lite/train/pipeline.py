@@ -9,6 +9,7 @@ from lco_lite.context import Context
 from lco_lite.errors import Diverged, UsageError
 from lco_lite.evaluation.evaluate import check_own, eval_tasks, passes_of, score_all, show
 from lco_lite.run import StageFolder, stage_settings
+from lco_lite.train.methods import method_of
 from lco_lite.train.reward_model import train_rm
 from lco_lite.train.rl import train_rl
 from lco_lite.train.sft import train_sft
@@ -19,6 +20,7 @@ def train(ctx: Context, stage: str, fresh: bool = False) -> None:
     wanted = ctx.recipe.stages
     if stage not in wanted:
         raise UsageError(f"the recipe has no {stage} stage ({why_absent(stage)}); it has {', '.join(wanted)}")
+    method_of(ctx.recipe.rl)  # a function of the user's that does not fit is told before anything is trained
     if fresh:
         for name in ctx.run.discard_from(stage):
             ctx.console.note(f"{name}: deleted, to start again")
