@@ -61,8 +61,8 @@ class MicroBatch:
     """A micro-batch as π_old saw it, kept on the CPU until its turn.
 
     ``responses`` [T]: which response of the phase a token belongs to. ``tokens`` and ``sequences`` count the whole
-    minibatch, over which the loss is a mean. ``old`` [T, d] is h_old, ``old_head`` a copy of π_old's head where the head
-    is trained. ``advantages`` [T] are those of the sampled tokens. ``target`` is what LCO fits, or a teacher.
+    minibatch, over which the loss is a mean. ``old`` [T, d] is h_old; ``old_head``: a copy of π_old's head, if it is
+    trained. ``advantages`` [T] are those of the sampled tokens. ``target`` is what LCO fits, or a teacher.
     ``per_token`` has the other numbers that a family keeps, [T] each.
     """
 
@@ -343,7 +343,7 @@ def over_vocabulary(function: Callable[..., Any]) -> bool:
 
 
 def sampled_logprobs(models: Models, micro: MicroBatch) -> dict[str, Tensor]:
-    """log-probabilities of the sampled tokens by π_old, π_ref (the policy before RL) and, where there is one, φ; [T]."""
+    """log π(a) [T] of the sampled tokens by π_old, by π_ref (the policy before RL) and, where there is one, by φ."""
     policy, reward_model, batch = models.policy, models.reward_model, micro.batch
     old = token_logprobs(micro.old, policy.model.head, batch.actions.to(micro.old.device))[0]
     says = {"old_logprobs": old, "reference_logprobs": logprobs(models.start, batch)}

@@ -112,7 +112,7 @@ def pair_accuracy(ctx: Context, reward_model: Role, reference: Role, held: Seque
 
 
 def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFormat) -> dict[str, float]:
-    """pass@1 of φ_DPO and of the policy that it will teach, on held-out items; warns where there is nothing to teach."""
+    """pass@1 on held-out items of φ_DPO and of the policy that it will teach; warns where it has nothing to teach."""
     task, rm = recipe_task(ctx.recipe), ctx.recipe.train_rm
     if task is None or not task.graded or not rm.check_items:
         return {}
@@ -137,7 +137,7 @@ def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFor
 
 
 def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatFormat, rows: int) -> list[Pair]:
-    """Those in ``rm/pairs.jsonl``; else made of responses, which are kept batch by batch until the pairs are written."""
+    """Those in ``rm/pairs.jsonl``; else made of responses, which are kept batch by batch until the pairs are there."""
     recipe, rm, task = ctx.recipe, ctx.recipe.train_rm, recipe_task(ctx.recipe)
     assert task is not None, "the recipe makes sure"
     file = stage.path / "pairs.jsonl"

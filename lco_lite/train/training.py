@@ -1,4 +1,4 @@
-"""What every training loop stands in: AdamW, checkpoints, logs, the screen, Ctrl-C. The loop itself is each stage's own.
+"""What every training loop stands in: AdamW, checkpoints, logs, the screen, Ctrl-C. The loop is each stage's own.
 
 with StageTraining(ctx, stage, parameters, settings, steps, updates) as training:
     training.try_longest(...)
@@ -31,7 +31,7 @@ Sized = TypeVar("Sized", bound=Any)
 
 
 class StageTraining:
-    """Trains ``parameters`` (by name) for ``steps`` steps of ``updates`` updates in all; goes on at the last checkpoint.
+    """Trains ``parameters``, by name, for ``steps`` steps, ``updates`` in all; goes on at the last checkpoint.
 
     ``done``: steps that lie behind. Open it last before the loop: it puts the random states back.
     """
@@ -45,13 +45,8 @@ class StageTraining:
         steps: int,
         updates: int,
     ) -> None:
-        self.ctx, self.stage, self.settings, self.steps_planned, self.updates_planned = (
-            ctx,
-            stage,
-            settings,
-            steps,
-            updates,
-        )
+        self.ctx, self.stage, self.settings = ctx, stage, settings
+        self.steps_planned, self.updates_planned = steps, updates
         self.parameters = dict(parameters)
         self.adamw = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -66,8 +61,8 @@ class StageTraining:
         if checkpoint is not None:
             if "phase" in checkpoint.state:
                 raise UsageError(
-                    f"{checkpoint.path}: version 0.1 stopped here inside a step, and this version goes on between steps "
-                    "only: finish the stage with version 0.1, or start it again with --fresh"
+                    f"{checkpoint.path}: version 0.1 stopped here inside a step, and this version goes on between "
+                    "steps only: finish the stage with version 0.1, or start it again with --fresh"
                 )
             self.done = self.saved = checkpoint.step
             self.updates = checkpoint.state.get("updates", checkpoint.step * updates // steps)
@@ -188,6 +183,6 @@ def fitting(
         ctx.console.warn(f"{left_out} of {len(sequences)} {what} are longer than {limit} tokens and are left out")
     if not kept:
         raise DataError(
-            f"no {what} are left: all {len(sequences)} are longer than {limit} tokens (max_length, or the model's window)"
+            f"no {what} are left: all {len(sequences)} are longer than {limit} tokens (max_length, or the window)"
         )
     return kept

@@ -42,13 +42,6 @@ def stopped(how: str) -> type[BaseException]:
     return Killed if how == "killed" else typer.Exit
 
 
-@pytest.fixture
-def warm(tiny):
-    """sft and reward model are there, with scores by likelihood of nothing: only rl samples from here on."""
-    run_stage(tiny, "rm")
-    return tiny
-
-
 @pytest.mark.parametrize("how", ["killed", "interrupted"])
 @pytest.mark.parametrize(
     ("kind", "name", "number"),
@@ -143,11 +136,14 @@ def test_a_reward_function_is_asked_once_for_a_phase(tiny, monkeypatch):
 
 
 def test_a_stage_that_version_0_1_left_inside_a_step_is_refused(tiny, monkeypatch, capsys):
+    def as_version_0_1_did(folder, step, tensors, optimizer, state):
+        return save_checkpoint(folder, step, tensors, optimizer, {"phase": {}, "history": [], **state})
+
+    run_stage(tiny, "rm")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        stop_in_call(patch, StageTraining, "update", 4 + 3 + 2, "killed")
+        patch.setattr("lco_lite.train.training.save_checkpoint", as_version_0_1_did)
+        stop_in_call(patch, StageTraining, "update", 6, "killed")
         run_stage(tiny, "rl-kld")
-    folder = tiny.parent / "runs/tiny/rl-kld/checkpoints"
-    save_checkpoint(folder, 1, {"weights.x": torch.zeros(1)}, None, {"phase": {}, "updates": 2})
     with pytest.raises(typer.Exit):
         run_stage(tiny, "rl-kld")
     assert "version 0.1 stopped here inside a step" in capsys.readouterr().err
