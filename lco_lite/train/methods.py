@@ -15,7 +15,7 @@ from torch import Tensor
 from lco_lite.feedback import advantages as adv
 from lco_lite.feedback.advantages import dpo_shift, sampled_advantages
 from lco_lite.models.language_model import Role
-from lco_lite.objectives.authors_code import TopKTarget, dense_top_k, sampled_token, top_k_loss
+from lco_lite.objectives.authors_code import TopKTarget, loss_hook, target_hook
 from lco_lite.objectives.distillation import Teacher, jsd_loss, minillm, mixture_weights
 from lco_lite.objectives.head import Head
 from lco_lite.objectives.lco import lco_loss
@@ -26,8 +26,6 @@ from lco_lite.recipe import Rl
 from lco_lite.sequences import Batch, collate
 from lco_lite.train.rollouts import Actors, Phase
 from lco_lite.user_code import load_function
-
-AGREED_BETA = 100.0  # rl.variant.agreement: β is so many times as large where π_old and φ agree
 
 
 @dataclass(frozen=True)
@@ -84,16 +82,9 @@ def _dense(actors: Actors, batch: Batch, rl: Rl, frozen: Head | None) -> Scored:
     base = None  # a soft cap asks where the shift begins
     if head.softcap is not None:
         base = torch.zeros_like(shift) if before is None else before
-    if rl.variant.agreement is not None:
-        pairs = (old, policy_head), (shift, head)
-        agreed = torch.minimum(*(token_logprobs(h, w, _actions(batch, h))[0] for h, w in pairs)) > rl.variant.agreement
-        shift = torch.where(agreed.unsqueeze(-1), shift / AGREED_BETA, shift)
     advantages = sampled_advantages(shift, head, batch.actions, base)
-    if rl.variant.top_k:
-        top = dense_top_k(rl.objective, old, policy_head, shift, head, rl.beta, rl.variant.top_k)
-        return Scored(batch, old, advantages, top)
     target = DenseTarget(old, shift, rl.beta, shift_head=head, shift_base=base, **_base(actors, batch, rl, frozen))
-    return Scored(batch, old, advantages, target)
+    return Scored(batch, old, advantages, target_hook(rl)(target, policy_head, _sampled_part(batch, advantages)))
 
 
 def _taught(actors: Actors, batch: Batch, rl: Rl) -> Scored:
@@ -154,12 +145,15 @@ def _whole_rewards(phase: Phase, rl: Rl) -> Tensor:
 def _with_sparse_target(actors: Actors, s: Scored, rl: Rl, frozen: Head | None) -> Scored:
     """LCO with the advantage of the sampled token alone (eq 11)."""
     actions, advantages = _actions(s.batch, s.old), s.advantages.to(s.old.device)
-    if rl.variant.negative_beta is not None:
-        advantages = torch.where(advantages > 0, advantages, advantages / rl.variant.negative_beta)
-    if rl.variant.top_k:
-        return replace(s, target=sampled_token(s.old, actors.policy.model.head, actions, advantages, rl.beta))
     target = SparseTarget(s.old, actions, advantages, rl.beta, **_base(actors, s.batch, rl, frozen))
-    return replace(s, target=target)
+    changed = target_hook(rl)(target, actors.policy.model.head, _sampled_part(s.batch, advantages))
+    return replace(s, target=changed)
+
+
+def _sampled_part(batch: Batch, advantages: Tensor) -> PolicyBatch:
+    """What a hook is given of a micro-batch."""
+    sequences = int(batch.rows.max()) + 1
+    return PolicyBatch(None, advantages, advantages, batch.rows, len(advantages), sequences, actions=batch.actions)
 
 
 def _token_rewards(actors: Actors, batch: Batch) -> Tensor:
@@ -204,12 +198,11 @@ def loss_part(actors: Actors, s: Scored, hidden: Tensor, tokens: int, sequences:
 
 def lco(actors: Actors, s: Scored, hidden: Tensor, rl: Rl) -> Found:
     """eqs 8 to 10, a mean over the micro-batch's tokens."""
-    head, current = actors.policy.model.head, rl.variant.target == "current"
+    head = actors.policy.model.head
     assert s.target is not None
-    if isinstance(s.target, TopKTarget):
-        return top_k_loss(rl.objective, hidden, head, s.target, current)
-    target = replace(s.target, old=hidden.detach()) if current else s.target
-    return lco_loss(rl.objective, hidden, head, target, rl.weighting, standardise=rl.standardise)
+    if rl.variant.is_on or isinstance(s.target, TopKTarget):
+        return loss_hook(rl)(hidden, head, s.target, _sampled_part(s.batch, s.advantages))
+    return lco_loss(rl.objective, hidden, head, s.target, rl.weighting, standardise=rl.standardise)
 
 
 def policy_batch(actors: Actors, s: Scored, hidden: Tensor, tokens: int, sequences: int) -> PolicyBatch:

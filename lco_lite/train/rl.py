@@ -29,7 +29,7 @@ from lco_lite.feedback.advantages import live_groups
 from lco_lite.feedback.rewards import open_rater
 from lco_lite.metrics import JsonLog, MetricsLog, peak_mib, read_log
 from lco_lite.models.chat import ChatFormat
-from lco_lite.objectives.monitor import monitor
+from lco_lite.objectives.logprobs import kl_divergence, token_logprobs
 from lco_lite.objectives.policy_gradient import ValueHead
 from lco_lite.rollout.engine import Response, Sampling, open_engine
 from lco_lite.run import StageFolder
@@ -173,7 +173,12 @@ def accumulate(loop: Loop, minibatch: list[Scored]) -> dict[str, float]:
         loss += part.item()
         diagnostics.append({name: value.cpu() for name, value in found.items()} | {"advantages": s.advantages.cpu()})
         old_head = getattr(s.target, "old_head", None)
-        seen = seen or monitor(hidden, s.old, role.model.head, s.batch.actions, old_head)
+        if not seen:
+            with torch.no_grad():
+                logprobs, values = token_logprobs(hidden, role.model.head, s.batch.actions)
+            kl = kl_divergence(hidden, s.old, role.model.head, old_head)
+            means = {"entropy": values["entropy"], "kl_to_old": kl, "sampled_prob": logprobs.exp()}
+            seen = {name: value.mean() for name, value in means.items()}
     return {"loss": loss} | {name: value.item() for name, value in seen.items()} | pooled(diagnostics)
 
 

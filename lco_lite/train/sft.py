@@ -61,9 +61,9 @@ def accumulate(policy: Role, examples: Sequence[Example], micro_batch_tokens: in
     loss = entropy = 0.0
     for group in micro_batches([len(e) for e in examples], micro_batch_tokens):
         batch = collate([examples[i] for i in group], policy.model.pad_id).to(policy.model.device)
-        logprobs, entropies = token_logprobs(policy.hidden(batch), policy.model.head, batch.actions)
+        logprobs, seen = token_logprobs(policy.hidden(batch), policy.model.head, batch.actions)
         part = -logprobs.sum() / tokens
         part.backward()
         loss += part.item()
-        entropy += entropies.sum().item() / tokens
+        entropy += seen["entropy"].sum().item() / tokens
     return {"loss": loss, "entropy": entropy, "response_tokens": tokens}
