@@ -72,6 +72,24 @@ def test_a_second_head_costs_one_more_product_and_sparse_kld_one_fewer_at_the_fi
     assert products(loss_of(first, "kld")) == pytest.approx(2, rel=0.02)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    ("objective", "weighting", "more"),
+    [("kld", "mean", 0), ("lch", "mean", 1), ("lch", "policy", 1), ("mse", "mean", 1), ("mse", "policy", 1)],
+)
+def test_all_diagnostics_cost_one_product_where_the_loss_forms_no_logits(
+    objective: str, weighting: str, more: int, sparse: bool
+) -> None:
+    case = make_case(sparse=sparse, **SHAPE)  # type: ignore[arg-type]
+    given = (objective, case.hidden, case.head, case.target, weighting, 8)
+    products(lambda: row_covariance(case.head))
+    with_actions = products(lambda: lco_loss(*given, actions=case.actions)[0].backward())
+    assert with_actions - products(loss_of(case, objective, weighting)) == pytest.approx(more, abs=1e-6)
+    capped = make_case(sparse=sparse, softcap=5.0, **SHAPE)  # type: ignore[arg-type]
+    given = (objective, capped.hidden, capped.head, capped.target, weighting, 8)
+    assert products(lambda: lco_loss(*given, actions=capped.actions)) == products(lambda: lco_loss(*given))
+
+
 def test_logprobs_make_two_products_and_one_without_a_gradient() -> None:
     case = make_case(**SHAPE)  # type: ignore[arg-type]
     assert products(lambda: token_logprobs(case.hidden, case.head, case.actions, 8)[0].sum().backward()) == 2
@@ -86,6 +104,7 @@ def test_no_tensor_exceeds_a_chunk_of_logits(objective: str, weighting: str, cha
     case = make_case(**SHAPE, **changes)
     with Largest() as largest:
         loss_of(case, objective, weighting)()
+        lco_loss(objective, case.hidden, case.head, case.target, weighting, 8, actions=case.actions)[0].backward()
         token_logprobs(case.hidden, case.head, case.actions, 8)[0].sum().backward()
     assert 0 < largest.numbers <= V * (2 * D + 2)  # less than half of T x V; the covariance of two heads takes most
 
