@@ -21,7 +21,7 @@ class Head:
 
     ``weight`` [>= rows, d]; ``bias`` [>= rows] or None; ``scale`` as in Cohere (``logit_scale``) and Granite
     (1 / ``logits_scaling``); ``softcap`` c gives c * tanh(logits / c), as in Gemma 2. Rows past ``rows`` pad the
-    matrix and are no tokens. Make one Head for a model and keep it: it remembers the Gram matrix of its weight.
+    matrix and are no tokens. Make one Head for a model and keep it: it remembers the moments of its weight.
     """
 
     weight: Tensor
@@ -44,15 +44,12 @@ class Head:
 
     @property
     def is_trained(self) -> bool:
-        """True where a gradient must reach the head itself, which then moves from step to step."""
+        """True where a gradient must reach the head itself."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     @property
     def is_linear(self) -> bool:
-        """True where differences of logits are a fixed linear function of differences of hidden states.
-
-        Then everything is computed in hidden space. A frozen bias cancels in every difference.
-        """
+        """True where differences of logits are a fixed linear function of those of hidden states: a bias cancels."""
         return self.softcap is None and not self.is_trained
 
     def same_as(self, other: "Head") -> bool:
@@ -87,8 +84,7 @@ class Head:
         """∂L/∂logits -> ∂L/∂(logits before the soft-cap)."""
         if self.softcap is None:
             return grad
-        if logits is None:
-            raise ValueError("the gradient through a soft-cap needs the logits")
+        assert logits is not None, "the gradient through a soft-cap needs the logits"
         return grad * (1 - (logits / self.softcap).square())
 
     @property
@@ -175,27 +171,20 @@ def _widening_product(x: Tensor, matrix: Tensor) -> Tensor:
     return torch.mm((gain * x).half(), matrix, out_dtype=torch.float32) / gain
 
 
-@dataclass(frozen=True, eq=False)
-class Gram:
-    """Second moments over V of the rows of one head, or of several side by side."""
+def row_covariance(head: Head, *others: Head) -> Tensor:
+    """Σ, the covariance over V of the rows of ``head``, with those of ``others`` beside them: [Σd, Σd] in fp32 or fp64.
 
-    covariance: Tensor  # Σ [d, d]
-    heads: tuple[Head, ...]  # kept alive, so that their ids name them
-
-
-def gram(head: Head, *others: Head) -> Gram:
-    """The moments of ``head`` (and ``others`` beside it, over the same rows), computed once and kept on ``head``."""
+    Computed once and kept on ``head``.
+    """
     heads = (head, *others)
-    key = ("gram", *((id(h), h.weight._version) for h in heads))
-    return head.remember(key, lambda: Gram(_covariance(heads), heads))
-
-
-def _covariance(heads: tuple[Head, ...]) -> Tensor:
-    """Σ [Σd, Σd] in fp32 or fp64, in blocks of rows."""
     dtype = wide(*(h.weight for h in heads))
-    mean = torch.cat([h.mean_row.to(dtype) for h in heads])
-    total = mean.new_zeros(len(mean), len(mean))
-    for blocks in zip(*(row_blocks(h.vocabulary, dtype) for h in heads), strict=True):
-        rows = torch.cat([block for _, block in blocks], dim=-1) - mean
-        total += rows.T @ rows
-    return total / heads[0].rows
+
+    def compute() -> tuple[Tensor, tuple[Head, ...]]:
+        mean = torch.cat([h.mean_row.to(dtype) for h in heads])
+        total = mean.new_zeros(len(mean), len(mean))
+        for blocks in zip(*(row_blocks(h.vocabulary, dtype) for h in heads), strict=True):
+            rows = torch.cat([block for _, block in blocks], dim=-1) - mean
+            total += rows.T @ rows
+        return total / head.rows, heads  # the heads are kept alive, so that their ids name them
+
+    return head.remember(("covariance", *((id(h), h.weight._version) for h in heads)), compute)[0]
