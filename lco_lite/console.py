@@ -1,7 +1,7 @@
 """The screen. Everything that a run says goes through ``Console``; nothing else prints.
 
-On a terminal a live line shows the progress; elsewhere each step is one plain line. What comes from a model or a file
-is shown as it is: no markup, no control characters.
+On a terminal bars show the progress; elsewhere each step is one plain line. What comes from a model or a file is shown
+as it is: no markup, no control characters.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import json as json_format
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
-from rich.console import Group
-from rich.live import Live
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Column, Table
 from rich.text import Text
 
 from lco_lite.metrics import peak_mib
 
-# what the line shows of a step's metrics, in this order: name, label, format
+# what the screen shows of a step's metrics, in this order: name, label, format
 SHOWN: tuple[tuple[str, str, str], ...] = (
     ("loss", "loss", ".4f"),
     ("reward", "reward", ".3f"),
@@ -35,6 +36,7 @@ SHOWN: tuple[tuple[str, str, str], ...] = (
 )
 _LIFE_SIGN_EVERY = 30.0  # seconds; without a terminal, a long phase inside a step still shows that it goes on
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_NUMBER = re.compile(r"([-+]?[\d.,]+([eE][-+]?\d+)?%?( ?[±] ?[\d.]+)?)?")
 
 
 class Console:
@@ -53,8 +55,8 @@ class Console:
         self._stdout = stdout or sys.stdout
         self._err = _plain_console(stderr or sys.stderr)
         self._screen = self._err if json else _plain_console(self._stdout)
-        self._active: list[Progress] = []
-        self._live: Live | None = None
+        self._depth = 0  # how many progresses are open, one inside another
+        self._bars: Bars | None = None
 
     def stage(self, name: str, detail: str = "") -> None:
         """Says what begins: ``rl-kld  3 steps of 512 prompts``."""
@@ -65,8 +67,8 @@ class Console:
 
     def warn(self, text: str) -> None:
         """To stderr, also when quiet."""
-        shared = self._live is not None and self._err.is_terminal
-        self._print(self._screen if shared else self._err, f"warning: {text}", "yellow")
+        above_bars = self._bars is not None and self._err.is_terminal
+        self._print(self._screen if above_bars else self._err, f"warning: {text}", "yellow")
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Numbers are set right; floats are shown as given in text or with three decimals."""
@@ -75,18 +77,30 @@ class Console:
         body = [[_cell(value) for value in row] for row in rows]
         table = Table(title=self._clean(title), title_justify="left")
         for i, column in enumerate(columns):
-            numeric = bool(body) and all(_is_number(row[i]) for row in body)
+            numeric = bool(body) and all(_NUMBER.fullmatch(row[i]) for row in body)
             table.add_column(self._clean(column), justify="right" if numeric else "left", overflow="fold")
         for row in body:
             table.add_row(*map(self._clean, row))
         self._screen.print(table)
 
-    def progress(self, total: int, label: str, done: int = 0) -> Progress:
-        """A line for ``total`` equal parts of work, ``done`` of them earlier; a context manager.
-
-        One inside another is shown below it.
-        """
-        return Progress(self, total, label, done)
+    @contextmanager
+    def progress(self, total: int, label: str, done: int = 0) -> Iterator[Progress]:
+        """Shows ``total`` equal parts of work, ``done`` of them earlier; one inside another is shown below it."""
+        outermost = self._depth == 0
+        if outermost and self._screen.is_interactive and not self._quiet:
+            self._bars = _bars(self._screen, self.clock)
+            self._bars.start()
+        self._depth += 1
+        progress = Progress(self, self._bars, self._clean(label), total, done, outermost)
+        try:
+            yield progress
+        finally:
+            self._depth -= 1
+            if self._bars is not None and outermost:
+                self._bars.stop()  # leaves the last state of the outermost bar on the screen
+                self._bars = None
+            elif self._bars is not None:
+                self._bars.remove_task(progress.bar)
 
     def emit(self, value: Any) -> None:
         """One JSON document on stdout, for ``--json``."""
@@ -95,11 +109,8 @@ class Console:
 
     def done(self, path: Any, next_command: str | None = None) -> None:
         """The last line on stdout: what was made and what to type next. With json it goes to stderr."""
-        line = f"{path}" + (f"  next: {next_command}" if next_command else "")
-        if not self._json:
-            self._print(_plain_console(self._stdout), line)
-        elif not self._quiet:
-            self._print(self._err, line)
+        if not (self._json and self._quiet):
+            self._print(self._screen, f"{path}" + (f"  next: {next_command}" if next_command else ""))
 
     def _say(self, text: str, style: str = "") -> None:
         if not self._quiet:
@@ -112,76 +123,45 @@ class Console:
         encoding = (console or self._screen).encoding
         return visible(text).encode(encoding, "replace").decode(encoding)
 
-    def _open(self, progress: Progress) -> None:
-        self._active.append(progress)
-        if self._screen.is_terminal and not self._quiet and self._live is None:
-            self._live = Live(console=self._screen, get_renderable=self._bars, refresh_per_second=4)
-            self._live.start()
-
-    def _bars(self) -> Group:
-        width = self._screen.width
-        return Group(
-            *(Text(self._clean(p.line()), no_wrap=True, overflow="ellipsis", end="\n")[:width] for p in self._active)
-        )
-
-    def _shown(self, progress: Progress) -> None:
-        if self._live is not None:
-            self._live.refresh()
-        elif not self._quiet and progress.due(inner=progress is not self._active[0]):
-            self._print(self._screen, progress.line())
-
-    def _close(self, progress: Progress) -> None:
-        if self._live is not None and len(self._active) == 1:
-            self._live.stop()  # leaves the last state of the outermost bar on the screen
-            self._live = None
-        self._active.remove(progress)
-
 
 class Progress:
-    """Made by ``Console.progress``; use it in ``with``. ``update`` may be called as often as one likes."""
+    """Made by ``Console.progress``: a bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, console: Console, total: int, label: str, done: int) -> None:
-        self.total, self.label, self.done = total, label, done
-        self._console = console
+    def __init__(self, console: Console, bars: Bars | None, label: str, total: int, done: int, outermost: bool) -> None:
+        self._console, self._bars, self._label, self._total, self._outermost = console, bars, label, total, outermost
         self._metrics: dict[str, Any] = {}
-        self._start = self._last_line = console.clock()
-        self._done_at_start = self._done_at_last_line = done
+        self._start = self._said_at = console.clock()
+        self._done_at_start = self._said = done
+        if bars is not None:
+            self.bar = bars.add_task(label, total=total, completed=done, left="", numbers="")
 
     def update(self, done: int, **metrics: Any) -> None:
-        """``done`` of ``total`` parts; ``metrics`` by their names in METRICS stay until they are given again."""
-        self.done = done
+        """``done`` of the total; ``metrics`` by their names in METRICS stay until they are given again. May be called
+        as often as one likes."""
         self._metrics |= metrics
-        self._console._shown(self)
-
-    def line(self) -> str:
-        elapsed = self._console.clock() - self._start
-        here = self.done - self._done_at_start  # what was done before this process took none of its time
-        left = elapsed / here * (self.total - self.done) if here > 0 else None
-        return progress_line(self.label, self.done, self.total, {**self._metrics, "peak_mib": peak_mib()}, left)
-
-    def due(self, inner: bool) -> bool:
-        """Whether to print a plain line now: at each step of the outermost line; else now and then, to show life."""
         now = self._console.clock()
-        if (inner or self.done == self._done_at_last_line) and now - self._last_line < _LIFE_SIGN_EVERY:
-            return False
-        self._last_line, self._done_at_last_line = now, self.done
-        return True
-
-    def __enter__(self) -> Progress:
-        self._console._open(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._console._close(self)
+        here = done - self._done_at_start  # what was done before this process took none of its time
+        seconds_left = (now - self._start) / here * (self._total - done) if here > 0 else None
+        shown = {**self._metrics, "peak_mib": peak_mib()}
+        if self._bars is not None:
+            left, numbers = _left(seconds_left), "  ".join(_numbers(shown))
+            self._bars.update(self.bar, completed=done, left=left, numbers=numbers, refresh=True)
+        elif (self._outermost and done != self._said) or now - self._said_at >= _LIFE_SIGN_EVERY:
+            self._said, self._said_at = done, now
+            self._console.note(progress_line(self._label, done, self._total, shown, seconds_left))
 
 
-def progress_line(label: str, done: int, total: int, metrics: dict[str, Any], seconds_left: float | None) -> str:
+def progress_line(label: str, done: int, total: int, metrics: Mapping[str, Any], seconds_left: float | None) -> str:
     """``rl-kld 2/4  reward 0.412  grad 0.83  …  1:20 left``; metrics that are absent or None are left out."""
-    parts = [f"{label} {done}/{total}"]
-    parts += [f"{text} {metrics[name]:{form}}" for name, text, form in SHOWN if metrics.get(name) is not None]
-    if seconds_left is not None and done < total:
-        parts.append(f"{clock_time(seconds_left)} left")
-    return "  ".join(parts)
+    return "  ".join(filter(None, [f"{label} {done}/{total}", *_numbers(metrics), _left(seconds_left)]))
+
+
+def _numbers(metrics: Mapping[str, Any]) -> list[str]:
+    return [f"{text} {metrics[name]:{form}}" for name, text, form in SHOWN if metrics.get(name) is not None]
+
+
+def _left(seconds: float | None) -> str:
+    return f"{clock_time(seconds)} left" if seconds else ""
 
 
 def clock_time(seconds: float) -> str:
@@ -200,9 +180,16 @@ def _plain_console(file: TextIO) -> RichConsole:
     return RichConsole(file=file, markup=False, emoji=False, highlight=False)
 
 
+def _bars(screen: RichConsole, clock: Callable[[], float]) -> Bars:
+    """Bars without rich's own time left: it looks back 30 s only, and one step may take minutes."""
+
+    def text(field: str, column: Column | None = None) -> TextColumn:
+        return TextColumn("{task." + field + "}", markup=False, table_column=column)
+
+    numbers = text("fields[numbers]", Column(ratio=1, no_wrap=True, overflow="ellipsis"))  # whatever width is left
+    columns = (text("description"), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn(), text("fields[left]"))
+    return Bars(*columns, numbers, console=screen, get_time=clock, refresh_per_second=4, expand=True)
+
+
 def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def _is_number(text: str) -> bool:
-    return bool(re.match(r"^[-+]?[\d.,]+([eE][-+]?\d+)?%?( ?[±] ?[\d.]+)?$", text)) or text == ""

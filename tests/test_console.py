@@ -73,7 +73,12 @@ def test_the_time_left_counts_only_what_was_done_here():
     assert out.getvalue().rstrip().endswith("0:10 left")
 
 
-def test_on_a_terminal_one_line_is_rewritten_and_its_last_state_stays():
+def text(written: str) -> str:
+    """What is to be read of it: no codes, and no bars."""
+    return re.sub(r" *[━╸╺]+ *", " | ", re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", written))
+
+
+def test_on_a_terminal_one_bar_is_redrawn_and_its_last_state_stays():
     console, out, _, _ = screen(terminal=True)
     with console.progress(2, "rl") as line, console.progress(10, "rollout") as inner:
         inner.update(5)
@@ -81,8 +86,25 @@ def test_on_a_terminal_one_line_is_rewritten_and_its_last_state_stays():
         console.note("said in between")
         line.update(2, reward=0.2)
     written = out.getvalue()
-    assert "\x1b[2K" in written and "rollout 5/10" in written and "said in between" in written
-    assert "rl 2/2  reward 0.200" in written.rpartition("\x1b[2K")[2]
+    assert "\x1b[2K" in written and "rollout | 5/10" in text(written) and "said in between" in written
+    last = text(written.rpartition("\x1b[2K")[2])
+    assert last.startswith("rl | 2/2") and "  reward 0.200" in last and "rollout" not in last
+
+
+def test_a_bar_on_a_terminal_says_the_time_spent_and_the_time_left():
+    console, out, _, clock = screen(terminal=True)
+    with console.progress(100, "sft", done=90) as line:
+        clock.now += 60
+        line.update(95)
+    assert "sft | 95/100 0:01:00 1:00 left" in text(out.getvalue())
+
+
+def test_a_terminal_that_cannot_redraw_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    console, out, _, _ = screen(terminal=True)
+    with console.progress(2, "rl") as line:
+        line.update(1, reward=0.1)
+    assert out.getvalue().startswith("rl 1/2  reward 0.100") and "\x1b" not in out.getvalue()
 
 
 def test_the_screen_works_again_after_an_error_inside_a_progress():
@@ -91,15 +113,24 @@ def test_the_screen_works_again_after_an_error_inside_a_progress():
         raise KeyboardInterrupt
     with console.progress(3, "again") as line:
         line.update(3)
-    assert "again 3/3" in out.getvalue()
+    assert "again | 3/3" in text(out.getvalue())
 
 
-def test_a_line_longer_than_the_terminal_does_not_wrap(monkeypatch):
+@pytest.mark.parametrize("label", ["rl", "x" * 100])
+def test_a_line_longer_than_the_terminal_does_not_wrap(monkeypatch, label):
     monkeypatch.setenv("COLUMNS", "40")
     console, out, _, _ = screen(terminal=True)
-    with console.progress(2, "x" * 100) as line:
+    with console.progress(2, label) as line:
+        line.update(1, loss=1.0, reward=0.5, grad_norm=1.0, entropy=2.0)
+    frames = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-JL-Z]", "", out.getvalue()).rstrip().split("\x1b[2K")
+    assert len(frames) > 2 and all(len(frame.strip("\r\n")) <= 40 and "\n" not in frame.strip() for frame in frames)
+
+
+def test_a_label_with_control_characters_or_markup_does_not_steer_the_terminal():
+    console, out, _, _ = screen(terminal=True)
+    with console.progress(2, "[red]a\x1b[2Jb[/red]") as line:
         line.update(1)
-    assert {len(line) for line in re.findall("x+", out.getvalue())} == {40}
+    assert "[red]a\\x1b[2Jb[/red] | 1/2" in text(out.getvalue()) and "\x1b[2J" not in out.getvalue()
 
 
 def test_what_a_model_says_is_neither_markup_nor_a_terminal_command():
