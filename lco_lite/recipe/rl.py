@@ -1,7 +1,7 @@
-"""What each objective brings along: the settings it is known with, and where they come from. A recipe overrides them.
+"""The ``rl`` section: what each objective brings along, and which settings go together.
 
-Numbers are those of TRL 1.16 (PPO and MiniLLM: TRL 1.10, the last release that had them) unless the paper states one.
-Imports no torch: the recipe reads it.
+An objective's defaults are those it is known with; a recipe overrides them. Numbers are those of TRL 1.16 (PPO and
+MiniLLM: TRL 1.10, the last release that had them) unless the paper states one.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lco_lite.user_code import names_function
 TRL, TRL_PPO, PAPER = "TRL 1.16", "TRL 1.10, its last PPO", "arXiv 2603.00963"
 MINILLM = "Gu et al. 2024, section 2.2"
 
+_GRADIENT: dict[str, tuple[Any, str]] = {"feedback": ("rule", "its reward is a response's"), "lr": (1e-6, TRL)}
+_GROUPED = {**_GRADIENT, "baseline": ("group", "Shao et al. 2024"), "responses_per_prompt": (4, PAPER)}
+_TEACHER = ("dpo", "the reward model is the teacher: " + PAPER)
+
 # objective -> field of the recipe's rl section -> (value, source)
 METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
     "kld": {},
     "lch": {},
     "mse": {},
-    "reinforce": {
-        "feedback": ("rule", "its reward is a response's"),
-        "lr": (1e-6, TRL),
-        "responses_per_prompt": (1, PAPER),
-    },
+    "reinforce": {**_GRADIENT, "responses_per_prompt": (1, PAPER)},
     "ppo": {
         "feedback": ("rule", "its reward is a response's, with the KL to the reference taken off token by token"),
         "baseline": ("none", "the critic is the baseline"),
@@ -38,60 +38,50 @@ METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
         "kl_coef": (0.05, TRL_PPO),
     },
     "rloo": {
-        "feedback": ("rule", "its reward is a response's"),
+        **_GRADIENT,
         "baseline": ("leave_one_out", "Ahmadian et al. 2024"),
-        "lr": (1e-6, TRL),
         "responses_per_prompt": (2, TRL + ": num_generations"),
         "kl_coef": (0.05, TRL + ": beta, taken off the reward"),
     },
-    "grpo": {
-        "feedback": ("rule", "its reward is a response's"),
-        "baseline": ("group", "Shao et al. 2024"),
-        "scale_rewards": (True, TRL + ": scale_rewards group"),
-        "lr": (1e-6, TRL),
-        "responses_per_prompt": (4, PAPER),
-    },
+    "grpo": {**_GROUPED, "scale_rewards": (True, TRL + ": scale_rewards group")},
     "dapo": {
-        "feedback": ("rule", "its reward is a response's"),
-        "baseline": ("group", "Yu et al. 2025"),
+        **_GROUPED,
         "scale_rewards": (True, "Yu et al. 2025, eq 9"),
-        "lr": (1e-6, TRL),
-        "responses_per_prompt": (4, PAPER),
         "clip_high": (0.28, "Yu et al. 2025"),
         "overlong_buffer": (0.2, "Yu et al. 2025: 4,096 of 20,480 tokens"),
         "dynamic_sampling": (True, "Yu et al. 2025, eq 11"),
     },
     "gspo": {
-        "feedback": ("rule", "its reward is a response's"),
-        "baseline": ("group", "Zheng et al. 2025"),
+        **_GROUPED,
         "scale_rewards": (True, "Zheng et al. 2025, eq 6"),
-        "lr": (1e-6, TRL),
-        "responses_per_prompt": (4, PAPER),
         "clip_low": (3e-4, "Zheng et al. 2025, section 5.1"),
         "clip_high": (4e-4, "Zheng et al. 2025, section 5.1"),
     },
-    "gkd": {
-        "feedback": ("dpo", "the reward model is the teacher: " + PAPER),
-        "lr": (2e-5, TRL),
-        "on_policy": (0.5, TRL + ": lmbda"),
-    },
+    "gkd": {"feedback": _TEACHER, "lr": (2e-5, TRL), "on_policy": (0.5, TRL + ": lmbda")},
     "minillm": {
-        "feedback": ("dpo", "the reward model is the teacher: " + PAPER),
+        "feedback": _TEACHER,
         "lr": (1e-6, "TRL 1.10, its last MiniLLM"),
         "teacher_mix": (0.2, MINILLM),
     },
 }
+_OWN = {"feedback": _GRADIENT["feedback"]}  # an objective of the user's own starts as a policy gradient
 
 LCO = ("kld", "lch", "mse")
 DISTILLATION = ("gkd", "minillm")
-
-# an objective of the user's own is a policy gradient
-_OWN: dict[str, tuple[Any, str]] = {"feedback": ("rule", "its reward is a response's")}
 
 
 def method_defaults(objective: str) -> dict[str, Any]:
     """The values alone, by field."""
     return {field: value for field, (value, _) in METHOD_DEFAULTS.get(objective, _OWN).items()}
+
+
+def known_objective(name: str) -> str:
+    """``name`` itself. Raises ValueError with all names where there is no such objective."""
+    if name in METHOD_DEFAULTS or names_function(name):
+        return name
+    near = difflib.get_close_matches(name, METHOD_DEFAULTS, 1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise ValueError(f"unknown objective {name!r}{hint} Accepted: {', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME")
 
 
 class Variant(Section):
@@ -105,10 +95,7 @@ class Variant(Section):
     )
     negative_beta: float | None = setting(None, "sparse: β times this where A ≤ 0", "100 there", gt=0)
     agreement: float | None = setting(
-        None,
-        "logprob: β times 100 where π_old and φ both give the sampled token a log-probability above this",
-        "-0.02 there",
-        lt=0,
+        None, "logprob: β times 100 where π_old and φ both give a token a log-probability above this", "-0.02", lt=0
     )
 
     @property
@@ -119,8 +106,12 @@ class Variant(Section):
 class Rl(Training):
     objective: str = setting(
         "kld",
-        f"the loss, which brings its own defaults (method_defaults.py): {', '.join(METHOD_DEFAULTS)}; or FILE.py:NAME",
+        f"the loss, which brings its own defaults: {', '.join(METHOD_DEFAULTS)}; or FILE.py:NAME",
         "paper eqs 8 to 10; KLD is the steadiest",
+    )
+    target: str | None = setting(None, "kld, lch, mse: FILE.py:NAME that changes z* (docs/extending.md)", "paper: eq 7")
+    settings: dict[str, Any] = setting(
+        {}, "settings of your own objective or target, handed to it in `batch.settings`", "yours"
     )
     beta: float = setting(1.0, "strength of the KL regulariser, in units of the advantage", "paper", gt=0)
     feedback: Literal["dpo", "dpo_sampled", "logprob", "rule", "function", "reward_model"] = setting(
@@ -140,9 +131,7 @@ class Rl(Training):
         "prototype: none collapses",
     )
     scale_rewards: bool = setting(False, "divide by the deviation of the prompt's rewards", "off: paper; on: GRPO")
-    kl_coef: float = setting(
-        0.0, "policy gradients: coefficient of log π/π_ref, taken off the reward", "paper: none", ge=0
-    )
+    kl_coef: float = setting(0.0, "policy gradients: weight of log π/π_ref, taken off the reward", "paper: none", ge=0)
     clip_low: float = setting(0.2, "policy gradients: the ratio's lower clip, 1 less this", "TRL 1.16", gt=0, lt=1)
     clip_high: float = setting(0.2, "policy gradients: the ratio's upper clip, 1 plus this", "TRL 1.16", gt=0)
     gamma: float = setting(1.0, "ppo: discount a token", "TRL 1.10", gt=0, le=1)
@@ -155,9 +144,7 @@ class Rl(Training):
     dynamic_sampling: bool = setting(
         False, "sample other prompts for groups without signal, three times at most", "off; DAPO on"
     )
-    jsd_beta: float = setting(
-        0.5, "gkd: β of the divergence; 0 is KL(φ ‖ π_θ), 1 is KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1
-    )
+    jsd_beta: float = setting(0.5, "gkd: β of the divergence; 0: KL(φ ‖ π_θ), 1: KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1)
     on_policy: float = setting(
         1.0, "gkd: share of prompts answered by the policy; the rest take their demonstration", "GKD 0.5", ge=0, le=1
     )
@@ -171,9 +158,7 @@ class Rl(Training):
     anchor: float = setting(
         0.0, "λ in z* = (1-λ) z_old + λ z_ref + A/β", "0: paper; 0.5 stops the compounding", ge=0, le=1
     )
-    standardise: bool = setting(
-        False, "dpo: divide A by its standard deviation over the vocabulary, per token", "off: paper"
-    )
+    standardise: bool = setting(False, "dpo: divide A by its deviation over the vocabulary, per token", "off: paper")
     lr: float = setting(5e-6, "peak learning rate of AdamW", "paper", gt=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after warm-up", "paper's public code")
     warmup_steps: int = setting(10, "updates of linear warm-up", "prototype: Adam's first steps are sign-like", ge=0)
@@ -181,6 +166,9 @@ class Rl(Training):
     prompts_per_step: int = setting(512, "prompts a phase", "prototype: hundreds; paper's public code: 3,072", ge=1)
     responses_per_prompt: int = setting(1, "responses a prompt", "paper: 1 for LCO", ge=1)
     minibatch: int = setting(64, "responses an update", "prototype", ge=1)
+    whole_groups: bool = setting(
+        False, "keep the responses of a prompt in one minibatch and micro-batch", "off: mixed responses, less variance"
+    )
     inner_epochs: int = setting(1, "passes over a phase's responses", "paper's public code", ge=1)
     temperature: float = setting(0.6, "of rollouts; 0 is greedy", "paper", ge=0)
     top_p: float = setting(0.95, "of rollouts", "paper", gt=0, le=1)
@@ -223,8 +211,14 @@ class Rl(Training):
         return self.objective in DISTILLATION
 
     @property
+    def is_own(self) -> bool:
+        """Whether the objective is the user's; under dense feedback it is then one over the vocabulary."""
+        return self.objective not in METHOD_DEFAULTS
+
+    @property
     def is_policy_gradient(self) -> bool:
-        return not self.is_lco and not self.is_distillation
+        """Whether the loss is one of the sampled tokens' log-probabilities."""
+        return not self.is_lco and not self.is_distillation and not (self.is_own and self.is_dense)
 
     @property
     def is_dense(self) -> bool:
@@ -243,7 +237,12 @@ class Rl(Training):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Rl:
-        problems = [*self._wrong_for_the_objective(), *self._wrong_for_the_feedback(), *self._wrong_variant()]
+        problems = [
+            *self._wrong_for_the_objective(),
+            *self._wrong_for_the_feedback(),
+            *self._wrong_variant(),
+            *self._wrong_code_of_yours(),
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -275,6 +274,11 @@ class Rl(Training):
                 f"baseline {self.baseline}, scale_rewards and dynamic_sampling compare a prompt's responses: "
                 "responses_per_prompt must be at least 2"
             )
+        if self.whole_groups and self.minibatch % self.responses_per_prompt:
+            yield (
+                f"whole_groups: minibatch {self.minibatch} is no multiple of "
+                f"responses_per_prompt {self.responses_per_prompt}"
+            )
         if self.dynamic_sampling and not self.rewards_responses:
             yield f"dynamic_sampling looks at rewards of whole responses, and feedback {self.feedback} has none"
         if self.standardise and (not self.is_dense or not self.is_lco):
@@ -282,8 +286,6 @@ class Rl(Training):
         for feedback, field in (("function", "reward_function"), ("reward_model", "reward_classifier")):
             if (self.feedback == feedback) != (getattr(self, field) is not None):
                 yield f"feedback {feedback} and {field} go together"
-        if self.reward_function is not None and not names_function(self.reward_function):
-            yield f"reward_function {self.reward_function!r} is no FILE.py:NAME"
 
     def _wrong_variant(self) -> Iterator[str]:
         v = self.variant
@@ -300,11 +302,12 @@ class Rl(Training):
         if v.agreement and self.feedback != "logprob":
             yield "variant.agreement compares π_old with φ of feedback logprob"
 
-
-def known_objective(name: str) -> str:
-    """``name`` itself. Raises ValueError with all names where there is no such objective."""
-    if name in METHOD_DEFAULTS or names_function(name):
-        return name
-    near = difflib.get_close_matches(name, METHOD_DEFAULTS, 1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise ValueError(f"unknown objective {name!r}{hint} Accepted: {', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME")
+    def _wrong_code_of_yours(self) -> Iterator[str]:
+        for field in ("reward_function", "target"):
+            spec = getattr(self, field)
+            if spec is not None and not names_function(spec):
+                yield f"{field} {spec!r} is no FILE.py:NAME"
+        if self.target is not None and not self.is_lco:
+            yield f"target belongs to kld, lch and mse, not to {self.objective}"
+        if self.settings and not self.is_own and self.target is None:
+            yield f"settings are for an objective or target of your own (FILE.py:NAME): {self.objective} takes none"

@@ -1,4 +1,4 @@
-"""A part of a recipe: fields with their meaning and source; unknown keys are refused."""
+"""What may stand in every section of a recipe but ``rl``: each field with meaning, unit, default and its source."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ def setting(default: Any, what: str, source: str, **bounds: Any) -> Any:
 
 
 class Section(BaseModel):
+    """A part of a recipe. Unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
@@ -21,7 +23,7 @@ class Lora(Section):
     r: int = setting(32, "rank of the update", "QLoRA practice; 16 to 64 are alike", ge=1)
     alpha: float = setting(64, "scale: the update is multiplied by alpha / r", "twice the rank, QLoRA practice", gt=0)
     dropout: float = setting(
-        0.0, "share of adapter inputs dropped", "0: h_old and h must come from the same numerics", ge=0, lt=1
+        0.0, "share of adapter inputs dropped", "0: h_old and h from the same numerics", ge=0, lt=1
     )
     targets: Literal["all-linear"] | list[str] = setting(
         "all-linear", "modules that get an adapter; never the LM head", "QLoRA: all linear layers"
@@ -61,9 +63,7 @@ class Weights(Section):
         Lora(), "the adapter; null trains all weights but the LM head", "LoRA keeps the head frozen"
     )
     gradient_checkpointing: bool = setting(
-        False,
-        "recompute activations in the backward pass: about a third more time, far less memory",
-        "off on small models",
+        False, "recompute activations in the backward pass: a third more time, far less memory", "off on small models"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting(
         "auto", "attention kernel", "the model's own default"
@@ -72,14 +72,12 @@ class Weights(Section):
 
 
 class Model(Weights):
+    """The policy: weights that exist, or a small model from scratch."""
+
     train_head: bool = setting(
-        False,
-        "full fine-tuning trains the LM head too: a slower loss path",
-        "off: a frozen linear head is what makes LCO cheap",
+        False, "full fine-tuning trains the LM head too: a slower loss path", "off: a frozen head makes LCO cheap"
     )
-    init: Init | None = setting(
-        None, "build a small model instead of loading one; sft then trains all its weights", "none"
-    )
+    init: Init | None = setting(None, "build a small model, load none; sft then trains all its weights", "none")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
@@ -106,9 +104,7 @@ class RewardModel(Weights):
 
 class Chat(Section):
     system: str | None = setting(None, "system message; null: the task's own", "the task")
-    template_args: dict[str, Any] = setting(
-        {}, "arguments for the chat template, e.g. {enable_thinking: false}", "none"
-    )
+    template_args: dict[str, Any] = setting({}, "the chat template's arguments, e.g. {enable_thinking: false}", "none")
 
 
 class Columns(Section):
@@ -118,18 +114,17 @@ class Columns(Section):
     system: str | None = setting(None, "column of the system message", "system")
 
 
-class DemonstrationColumns(Columns):
-    response: str | None = setting(None, "column of the response", "the usual names")
+class PromptColumns(Columns):
     messages: str | None = setting(None, "column of whole conversations", "the usual names")
+
+
+class DemonstrationColumns(PromptColumns):
+    response: str | None = setting(None, "column of the response", "the usual names")
 
 
 class PreferenceColumns(Columns):
     chosen: str | None = setting(None, "column of the better response", "chosen")
     rejected: str | None = setting(None, "column of the worse response", "rejected")
-
-
-class PromptColumns(Columns):
-    messages: str | None = setting(None, "column of whole conversations", "the usual names")
 
 
 class AllColumns(Section):
@@ -141,9 +136,7 @@ class AllColumns(Section):
 class Data(Section):
     """Each is a file (.jsonl, .json, .parquet, .csv) or ``hub-id[:split]``; null takes the task's training items."""
 
-    demonstrations: str | None = setting(
-        None, "prompts with responses to imitate, for sft", "the task's demonstrations"
-    )
+    demonstrations: str | None = setting(None, "prompts with responses to imitate, for sft", "the task's own")
     preferences: str = setting(
         "sampled",
         "prompt/chosen/rejected for train-rm; `sampled`: made from the policy's own responses",
@@ -193,7 +186,7 @@ class Eval(Section):
         None, "environment variable with the API's key; null: OPENAI_API_KEY for https and this machine", "OpenAI's"
     )
     judge_options: dict[str, Any] = setting(
-        {"temperature": 0, "max_tokens": 1024}, "more fields of the judge's requests", "one word is asked for"
+        {"temperature": 0, "max_tokens": 1024}, "more fields of the judge's requests", "the judge answers in one word"
     )
     judge_price: tuple[float, float] | None = setting(
         None, "dollars a million tokens, in and out: shown before judging starts", "unknown"
@@ -260,18 +253,14 @@ class TrainRm(Training):
     max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
     batch_size: int = setting(16, "pairs an update", "common practice", ge=1)
     beta: float = setting(0.1, "DPO's beta", "paper", gt=0)
-    sft_weight: float = setting(
-        0.0, "weight of the chosen responses' mean token likelihood beside DPO", "0: plain DPO (paper)", ge=0
-    )
+    sft_weight: float = setting(0.0, "weight of the chosen responses' mean token NLL beside DPO", "paper: none", ge=0)
     prompts: int | None = setting(None, "sampled pairs: prompts to sample for; null: all that sft left", "all", ge=1)
     samples_per_prompt: int = setting(4, "sampled pairs: responses a prompt", "two of four differ often enough", ge=2)
     pairs_per_prompt: int = setting(1, "sampled pairs: at most so many a prompt", "every prompt counts alike", ge=1)
     temperature: float = setting(1.0, "sampled pairs: temperature", "1: varied mistakes", gt=0)
     top_p: float = setting(1.0, "sampled pairs: nucleus", "1: varied mistakes", gt=0, le=1)
     demonstrations_as_chosen: bool = setting(
-        False,
-        "sampled pairs: where no sample is right, take the item's demonstration as chosen",
-        "off: on-policy pairs",
+        False, "sampled pairs: the item's demonstration is chosen where no sample is right", "off: on-policy pairs"
     )
     cut_rejected: bool = setting(
         True,
@@ -279,6 +268,4 @@ class TrainRm(Training):
         "prototype: this decides what φ_DPO teaches",
     )
     held_out: float = setting(0.05, "share of pairs kept for measuring accuracy", "common practice", ge=0, lt=1)
-    check_items: int = setting(
-        200, "held-out items on which φ_DPO is scored as a policy; 0: no check", "std error 0.035", ge=0
-    )
+    check_items: int = setting(200, "held-out items to score φ_DPO on as a policy; 0: none", "std error 0.035", ge=0)

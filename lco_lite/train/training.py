@@ -15,7 +15,7 @@ from lco_lite.checkpoint import load_latest, save_checkpoint
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.errors import DataError, Diverged, Interrupted
 from lco_lite.models.language_model import LanguageModel
-from lco_lite.recipe import Training
+from lco_lite.recipe.sections import Training
 from lco_lite.run import StageFolder
 
 
