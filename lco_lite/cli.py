@@ -156,7 +156,7 @@ def rl(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Rollout phases.")] = None,
 ) -> None:
-    """Policy optimisation by LCO, or by what it is compared with; missing stages below it are trained first."""
+    """Policy optimisation by LCO or another objective; stages it needs are trained first if missing."""
     flags = {"rl.objective": objective, "rl.beta": beta, "rl.feedback": feedback, "rl.steps": steps}
     _train("rl", recipe, on, flags)
 
@@ -189,8 +189,8 @@ def evaluate(
     beta: Annotated[float | None, typer.Option(help="β of --policy optimal; the recipe's unless given.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Sampling passes over the items.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Decode greedily, one pass.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many items.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Responses an item and pass: pass@k and maj@k.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N items.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Responses per item and pass, for pass@k and maj@k.")] = None,
     scoring: Annotated[
         str | None, typer.Option(help="generation, or likelihood of the letters of the choices.")
     ] = None,
@@ -201,7 +201,7 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option(
             metavar="A B",
-            help="Two scores that are there, STAGE or RUN/STAGE: difference, p-value, answers that flipped.",
+            help="Two earlier scores, STAGE or RUN/STAGE: difference, p-value, answers that flipped.",
         ),
     ] = None,
     judge_url: Annotated[
@@ -211,7 +211,7 @@ def evaluate(
         ),
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Judge, whatever number of requests it takes.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Judge, however many requests it takes.")] = False,
     list_tasks: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
 ) -> None:
@@ -228,7 +228,7 @@ def evaluate(
             from lco_lite.evaluation.compare import compare_scores
 
             if model or policy:
-                raise UsageError("eval --compare reads two scores that are there: leave out --model and --policy")
+                raise UsageError("eval --compare reads two earlier scores: leave out --model and --policy")
             screen = Console(quiet=on.quiet, json=json)
             return compare_scores(on.runs, on.name, tasks, compare, scoring or "generation", screen, json)
     flags: dict[str, Any] = {"eval.seeds": seeds, "eval.items": limit, "rl.beta": beta}

@@ -96,7 +96,7 @@ class Run:
         """``root/name``, made if it is not there. UsageError for a name that is no plain folder name."""
         if not _NAME.match(name):
             raise UsageError(
-                f"{name!r} is no name for a run: letters, digits, '.', '_' and '-', the first a letter or digit"
+                f"{name!r} is not a name for a run: letters, digits, '.', '_' and '-', the first a letter or digit"
             )
         path = root / name
         with write_errors(path):
@@ -130,6 +130,9 @@ class Run:
         try:
             with write_errors(holder):
                 lock.acquire()
+            if isinstance(lock, SoftFileLock):
+                lock.release()
+                raise NotImplementedError("a lock file would outlive its process")
         except Timeout as e:
             process = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"
             raise UsageError(
@@ -138,8 +141,6 @@ class Run:
         except (OSError, NotImplementedError) as e:
             raise UsageError(f"{self.path}: this file system has no locks ({e}): choose a local --runs DIR") from e
         try:
-            if isinstance(lock, SoftFileLock):  # filelock's stand-in outlives its process
-                raise UsageError(f"{self.path}: this file system has no locks: choose a local --runs DIR")
             write_text(holder, str(os.getpid()))
             recover(self.path)
             try:

@@ -220,11 +220,11 @@ def test_settings_reach_an_objective_or_a_target_of_ones_own_as_they_were_writte
 @pytest.mark.parametrize(
     ("sets", "reason"),
     [
-        (["rl.target=mine.txt:sharper"], "target 'mine.txt:sharper' is no FILE.py:NAME"),
+        (["rl.target=mine.txt:sharper"], "target 'mine.txt:sharper' is not FILE.py:NAME"),
         (["rl.objective=grpo", "rl.target=mine.py:sharper"], "target belongs to kld, lch and mse, not to grpo"),
         (
             ["rl.responses_per_prompt=3", "rl.whole_groups=true"],
-            "whole_groups: minibatch 64 is no multiple of responses_per_prompt 3",
+            "whole_groups: minibatch 64 is not a multiple of responses_per_prompt 3",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from lco_lite.recipe.rl import Rl
 from lco_lite.recipe.sections import Chat, Data, Eval, Model, RewardModel, Section, Sft, TrainRm, setting
@@ -44,12 +44,9 @@ class Recipe(Section):
         sft, rm = ["sft"] * self.sft.enabled, ["rm"] * self.rl.needs_reward_model
         return [*sft, *rm, self.rl.stage]
 
-    @model_validator(mode="after")
-    def _hangs_together(self) -> Recipe:
-        problems = [*self._wrong_for_the_task(), *self._wrong_for_the_model()]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+    def _wrong(self) -> Iterator[str]:
+        yield from self._wrong_for_the_task()
+        yield from self._wrong_for_the_model()
 
     def _wrong_for_the_task(self) -> Iterator[str]:
         sampled_pairs = self.rl.needs_reward_model and self.data.preferences == "sampled"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, model_validator
 
 from lco_lite.recipe.sections import Section, Training, setting
 from lco_lite.user_code import names_function
@@ -104,7 +104,7 @@ class Variant(Section):
 
 
 class Rl(Training):
-    objective: str = setting(
+    objective: Annotated[str, AfterValidator(known_objective)] = setting(
         "kld",
         f"the loss, which brings its own defaults: {', '.join(METHOD_DEFAULTS)}; or FILE.py:NAME",
         "paper eqs 8 to 10; KLD is the steadiest",
@@ -134,10 +134,10 @@ class Rl(Training):
     kl_coef: float = setting(0.0, "policy gradients: weight of log π/π_ref, taken off the reward", "paper: none", ge=0)
     clip_low: float = setting(0.2, "policy gradients: the ratio's lower clip, 1 less this", "TRL 1.16", gt=0, lt=1)
     clip_high: float = setting(0.2, "policy gradients: the ratio's upper clip, 1 plus this", "TRL 1.16", gt=0)
-    gamma: float = setting(1.0, "ppo: discount a token", "TRL 1.10", gt=0, le=1)
+    gamma: float = setting(1.0, "ppo: discount per token", "TRL 1.10", gt=0, le=1)
     gae_lambda: float = setting(0.95, "ppo: GAE's λ", "TRL 1.10", ge=0, le=1)
     value_coef: float = setting(0.1, "ppo: weight of the value loss", "TRL 1.10", gt=0)
-    value_clip: float = setting(0.2, "ppo: values move at most so far from the old ones", "TRL 1.10", gt=0)
+    value_clip: float = setting(0.2, "ppo: values move at most this far from the old ones", "TRL 1.10", gt=0)
     overlong_buffer: float = setting(
         0.0, "the last share of max_new_tokens, over which the reward falls by 1", "off; DAPO 0.2", ge=0, lt=1
     )
@@ -163,9 +163,9 @@ class Rl(Training):
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after warm-up", "paper's public code")
     warmup_steps: int = setting(10, "updates of linear warm-up", "prototype: Adam's first steps are sign-like", ge=0)
     steps: int = setting(4, "rollout phases; π_old and the target are fixed within one", "prototype", ge=1)
-    prompts_per_step: int = setting(512, "prompts a phase", "prototype: hundreds; paper's public code: 3,072", ge=1)
-    responses_per_prompt: int = setting(1, "responses a prompt", "paper: 1 for LCO", ge=1)
-    minibatch: int = setting(64, "responses an update", "prototype", ge=1)
+    prompts_per_step: int = setting(512, "prompts per phase", "prototype: hundreds; paper's public code: 3,072", ge=1)
+    responses_per_prompt: int = setting(1, "responses per prompt", "paper: 1 for LCO", ge=1)
+    minibatch: int = setting(64, "responses per update", "prototype", ge=1)
     whole_groups: bool = setting(
         False, "keep the responses of a prompt in one minibatch and micro-batch", "off: mixed responses, less variance"
     )
@@ -178,7 +178,7 @@ class Rl(Training):
     eval_every: int = setting(1, "steps between held-out evaluations; 0: none", "one a phase", ge=0)
     eval_items: int = setting(256, "held-out items of such an evaluation", "std error 0.03", ge=1)
     guard: Literal["warn", "stop", "off"] = setting(
-        "warn", "on collapse of entropy, reward or length", "say it in words; stop exits 4"
+        "warn", "on collapse of entropy, reward or length", "off: silent; stop: exit status 4"
     )
 
     @model_validator(mode="before")
@@ -190,11 +190,6 @@ class Rl(Training):
         if given.get("feedback") == "dpo_sampled":
             usual.pop("dynamic_sampling", None)  # sums of log-ratios never tie: every group has a signal
         return {**usual, **given}
-
-    @field_validator("objective")
-    @classmethod
-    def _known(cls, objective: str) -> str:
-        return known_objective(objective)
 
     @property
     def stage(self) -> str:
@@ -235,17 +230,11 @@ class Rl(Training):
         """Whether the feedback is the φ_DPO that train-rm makes."""
         return self.feedback in ("dpo", "dpo_sampled")
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> Rl:
-        problems = [
-            *self._wrong_for_the_objective(),
-            *self._wrong_for_the_feedback(),
-            *self._wrong_variant(),
-            *self._wrong_code_of_yours(),
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+    def _wrong(self) -> Iterator[str]:
+        yield from self._wrong_for_the_objective()
+        yield from self._wrong_for_the_feedback()
+        yield from self._wrong_variant()
+        yield from self._wrong_code_of_yours()
 
     def _wrong_for_the_objective(self) -> Iterator[str]:
         name = self.objective
@@ -276,7 +265,7 @@ class Rl(Training):
             )
         if self.whole_groups and self.minibatch % self.responses_per_prompt:
             yield (
-                f"whole_groups: minibatch {self.minibatch} is no multiple of "
+                f"whole_groups: minibatch {self.minibatch} is not a multiple of "
                 f"responses_per_prompt {self.responses_per_prompt}"
             )
         if self.dynamic_sampling and not self.rewards_responses:
@@ -306,7 +295,7 @@ class Rl(Training):
         for field in ("reward_function", "target"):
             spec = getattr(self, field)
             if spec is not None and not names_function(spec):
-                yield f"{field} {spec!r} is no FILE.py:NAME"
+                yield f"{field} {spec!r} is not FILE.py:NAME"
         if self.target is not None and not self.is_lco:
             yield f"target belongs to kld, lch and mse, not to {self.objective}"
         if self.settings and not self.is_own and self.target is None:

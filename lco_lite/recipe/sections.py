@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -14,9 +15,19 @@ def setting(default: Any, what: str, source: str, **bounds: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A part of a recipe. Unknown keys are refused."""
+    """A part of a recipe. Unknown keys are refused, and what ``_wrong`` says of keys that do not go together."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    def _wrong(self) -> Iterator[str]:
+        yield from ()
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Section:
+        problems = list(self._wrong())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class Lora(Section):
@@ -40,11 +51,9 @@ class Init(Section):
     max_length: int = setting(256, "longest sequence, tokens", "ample for the arithmetic task", ge=16)
     std: float = setting(0.05, "standard deviation of the first weights", "prototype", gt=0)
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Init:
+    def _wrong(self) -> Iterator[str]:
         if self.hidden_size % self.heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of heads {self.heads}")
-        return self
+            yield f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}"
 
 
 class Weights(Section):
@@ -79,27 +88,23 @@ class Model(Weights):
     )
     init: Init | None = setting(None, "build a small model, load none; sft then trains all its weights", "none")
 
-    @model_validator(mode="after")
-    def _one_origin(self) -> Model:
+    def _wrong(self) -> Iterator[str]:
         if (self.path is None) == (self.init is None):
-            raise ValueError("give either path (hub id or folder) or init (a model from scratch)")
+            yield "give either path (hub id or folder) or init (a model from scratch)"
         if self.init is not None and (self.gguf_file or self.quantization != "none"):
-            raise ValueError("init builds a small model in plain precision: no gguf_file, no quantization")
+            yield "init builds a small model in plain precision: no gguf_file, no quantization"
         if self.lora is None and self.quantization != "none":
-            raise ValueError("quantized weights cannot be trained: keep lora, or set quantization: none")
-        return self
+            yield "quantized weights cannot be trained: keep lora, or set quantization: none"
 
 
 class RewardModel(Weights):
     """φ_DPO on a base of its own; ``reward_model: self`` shares the policy's base instead."""
 
-    @model_validator(mode="after")
-    def _has_path(self) -> RewardModel:
+    def _wrong(self) -> Iterator[str]:
         if self.path is None:
-            raise ValueError("needs path (hub id or folder); write `reward_model: self` to share the policy's base")
+            yield "needs path (hub id or folder); write `reward_model: self` to share the policy's base"
         if self.lora is None:
-            raise ValueError("a reward model of its own is an adapter on its base: lora cannot be null")
-        return self
+            yield "a reward model of its own is an adapter on its base: lora cannot be null"
 
 
 class Chat(Section):
@@ -165,9 +170,9 @@ class Eval(Section):
     seeds: int = setting(4, "sampling passes over all items", "paper: mean ± std over 4", ge=1)
     temperature: float = setting(0.6, "0 is greedy, and then one pass", "paper", ge=0)
     top_p: float = setting(0.95, "nucleus", "paper", gt=0, le=1)
-    items: int | None = setting(None, "first so many items; null: all", "all", ge=1)
+    items: int | None = setting(None, "only the first N items; null: all", "all", ge=1)
     max_new_tokens: int | None = setting(None, "longest response, tokens; null: the task's", "the task", ge=1)
-    samples: int = setting(1, "responses an item and pass: pass@1, pass@k and maj@k for k of them", "paper: 1", ge=1)
+    samples: int = setting(1, "responses per item and pass, k: pass@1, pass@k, maj@k", "paper: 1", ge=1)
     scoring: Literal["generation", "likelihood"] = setting(
         "generation", "likelihood: of each choice's letter, for items with choices", "small chat models need generation"
     )
@@ -189,33 +194,31 @@ class Eval(Section):
         {"temperature": 0, "max_tokens": 1024}, "more fields of the judge's requests", "the judge answers in one word"
     )
     judge_price: tuple[float, float] | None = setting(
-        None, "dollars a million tokens, in and out: shown before judging starts", "unknown"
+        None, "dollars per million tokens, in and out: shown before judging starts", "unknown"
     )
-    judge_limit: int = setting(100, "requests a pass that are sent without --yes", "cents", ge=0)
+    judge_limit: int = setting(100, "requests per pass that are sent without --yes", "cents", ge=0)
     judge_confirmed: bool = setting(False, "--yes: any number of requests may be sent", "off")
     judge_parallel: int = setting(8, "requests at once", "common rate limits", ge=1, le=64)
     reward_models: RewardModels = setting(RewardModels(), "qa_feedback: what scores the answers", "yours")
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> Eval:
+    def _wrong(self) -> Iterator[str]:
         if self.template is not None and "{problem}" not in self.template:
-            raise ValueError("template has no {problem}, so that every prompt would be the same")
+            yield "template has no {problem}, so that every prompt would be the same"
         if self.scoring == "likelihood" and self.samples > 1:
-            raise ValueError("samples: likelihood makes no responses")
+            yield "samples: likelihood makes no responses"
         if self.judge_url is not None and self.judge_url != "alpaca-eval":
-            _need_plain_url(self.judge_url)
+            yield from _no_plain_url(self.judge_url)
             if self.judge_model is None:
-                raise ValueError("judge_url needs judge_model, the name of the model that judges there")
-        return self
+                yield "judge_url needs judge_model, the name of the model that judges there"
 
 
-def _need_plain_url(url: str) -> None:
+def _no_plain_url(url: str) -> Iterator[str]:
     """It goes into results and messages, so it must hold no secret."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"judge_url {url!r} is neither http://… nor https://… nor alpaca-eval")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("judge_url holds more than host and path: a key belongs into an environment variable")
+        yield f"judge_url {url!r} is neither http://… nor https://… nor alpaca-eval"
+    elif parts.username or parts.password or parts.query or parts.fragment:
+        yield "judge_url holds more than host and path: a key belongs in an environment variable"
 
 
 class Training(Section):
@@ -227,7 +230,7 @@ class Training(Section):
     adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas", "TRL")
     weight_decay: float = setting(0.0, "AdamW's decoupled decay", "TRL", ge=0)
     max_grad_norm: float | None = setting(
-        1.0, "clip the gradient's 2-norm here; null: never. Logged before clipping", "TRL", gt=0
+        1.0, "clip the gradient's 2-norm to this; null: never. Logged before clipping", "TRL", gt=0
     )
     micro_batch_tokens: int = setting(
         8192,
@@ -244,19 +247,19 @@ class Sft(Training):
     examples: int | None = setting(1000, "demonstrations used; null: all", "paper", ge=1)
     epochs: float = setting(1.0, "passes over the examples", "paper", gt=0)
     max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
-    batch_size: int = setting(16, "responses an update", "common practice", ge=1)
+    batch_size: int = setting(16, "responses per update", "common practice", ge=1)
 
 
 class TrainRm(Training):
     lr: float = setting(1e-6, "peak learning rate of AdamW", "paper", gt=0)
     epochs: float = setting(1.0, "passes over the pairs", "paper", gt=0)
     max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
-    batch_size: int = setting(16, "pairs an update", "common practice", ge=1)
+    batch_size: int = setting(16, "pairs per update", "common practice", ge=1)
     beta: float = setting(0.1, "DPO's beta", "paper", gt=0)
     sft_weight: float = setting(0.0, "weight of the chosen responses' mean token NLL beside DPO", "paper: none", ge=0)
     prompts: int | None = setting(None, "sampled pairs: prompts to sample for; null: all that sft left", "all", ge=1)
-    samples_per_prompt: int = setting(4, "sampled pairs: responses a prompt", "two of four differ often enough", ge=2)
-    pairs_per_prompt: int = setting(1, "sampled pairs: at most so many a prompt", "every prompt counts alike", ge=1)
+    samples_per_prompt: int = setting(4, "sampled pairs: responses per prompt", "two of four differ often enough", ge=2)
+    pairs_per_prompt: int = setting(1, "sampled pairs: at most this many per prompt", "every prompt counts alike", ge=1)
     temperature: float = setting(1.0, "sampled pairs: temperature", "1: varied mistakes", gt=0)
     top_p: float = setting(1.0, "sampled pairs: nucleus", "1: varied mistakes", gt=0, le=1)
     demonstrations_as_chosen: bool = setting(
