@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from lco_lite.context import Context
 from lco_lite.models.language_model import LanguageModel, Role, check_same_tokenizer
 from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_tokenizer
-from lco_lite.recipe import RewardModel, Weights
+from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.run import StageFolder
 from lco_lite.sequences import derive
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 from lco_lite.errors import ModelError
 from lco_lite.models.chat import Message
 from lco_lite.models.loading import base_dtype, load_tokenizer, refuse_unusable_folder, unloadable
-from lco_lite.recipe import Weights
+from lco_lite.recipe.sections import Weights
 
 SEQUENCE, TOKEN = "sequence", "token"
 _KINDS: dict[str, Any] = {SEQUENCE: AutoModelForSequenceClassification, TOKEN: AutoModelForTokenClassification}

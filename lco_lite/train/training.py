@@ -24,7 +24,7 @@ from lco_lite.context import Context, InterruptGuard
 from lco_lite.errors import DataError, Diverged, Interrupted, UsageError
 from lco_lite.metrics import JsonLog, MetricsLog, peak_mib
 from lco_lite.models.language_model import LanguageModel
-from lco_lite.recipe import Training
+from lco_lite.recipe.sections import Training
 from lco_lite.run import StageFolder
 
 Sized = TypeVar("Sized", bound=Any)

@@ -24,7 +24,8 @@ from lco_lite.evaluation.prompts import eval_prompts, grader_of, protocol
 from lco_lite.evaluation.summary import majority_right, pass_at, summarise
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.loading import build_scratch
-from lco_lite.recipe import Eval, Init, Recipe
+from lco_lite.recipe import Eval, Recipe
+from lco_lite.recipe.sections import Init
 from lco_lite.rollout.hf import HFEngine
 from lco_lite.tasks import Grade, Item, load_task
 from tests.evaluation.eval_cases import GRADER, chance_task, result_of, rows_of, score

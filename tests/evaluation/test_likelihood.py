@@ -16,7 +16,8 @@ from lco_lite.grading.choice import answer_index
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role
 from lco_lite.models.loading import build_scratch
-from lco_lite.recipe import Eval, Init, Recipe
+from lco_lite.recipe import Eval, Recipe
+from lco_lite.recipe.sections import Init
 from lco_lite.tasks import Item, load_task
 from tests.evaluation.eval_cases import call, result_of, rows_of, score
 from tests.models import families
