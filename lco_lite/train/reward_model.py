@@ -17,7 +17,7 @@ from lco_lite import weights
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.data.prompts import Pair, Prompt, file_pairs, held_out, recipe_task, task_prompts
 from lco_lite.errors import DataError
-from lco_lite.evaluation.evaluate import accuracy, eval_sampling, sample_scores
+from lco_lite.evaluation.evaluate import held_out_accuracy
 from lco_lite.files import read_jsonl, write_text
 from lco_lite.metrics import MetricsLog, peak_mib
 from lco_lite.models.chat import ChatFormat
@@ -233,10 +233,9 @@ def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFor
     if task is None or not grades(task) or not s.check_items:
         return {}
     prompts = held_out(ctx.recipe, task, s.check_items)
-    sampling = eval_sampling(ctx.recipe.eval, task)
     with ctx.clock("eval"):
         before, after = (
-            accuracy(sample_scores(open_engine([role], chat.end), chat, task, prompts, sampling, ctx.recipe.seed))
+            held_out_accuracy(open_engine([role], chat.end), chat, task, prompts, ctx.recipe.eval, ctx.recipe.seed)
             for role in (start, reward_model)
         )
     ctx.console.note(

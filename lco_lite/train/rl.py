@@ -24,7 +24,7 @@ from lco_lite.console import Progress as Line
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.data.prompts import Prompt, held_out, recipe_task, rl_prompts
 from lco_lite.errors import Diverged
-from lco_lite.evaluation.evaluate import accuracy, eval_sampling, sample_scores
+from lco_lite.evaluation.evaluate import held_out_accuracy
 from lco_lite.feedback.advantages import live_groups
 from lco_lite.feedback.rewards import open_rater
 from lco_lite.metrics import JsonLog, MetricsLog, peak_mib, read_log
@@ -185,15 +185,8 @@ def evaluate(loop: Loop) -> float | None:
         return None
     prompts = held_out(recipe, task, recipe.rl.eval_items)
     with loop.ctx.clock("eval"):
-        rows = sample_scores(
-            open_engine([loop.actors.policy], chat.end),
-            chat,
-            task,
-            prompts,
-            eval_sampling(recipe.eval, task),
-            recipe.seed,
-        )
-    return accuracy(rows)
+        engine = open_engine([loop.actors.policy], chat.end)
+        return held_out_accuracy(engine, chat, task, prompts, recipe.eval, recipe.seed)
 
 
 def resume_phase(loop: Loop) -> Phase | None:
