@@ -30,7 +30,7 @@ from lco_lite.rollout.engine import Engine, Response, Sampling, in_order, open_e
 from lco_lite.rollout.lockstep import optimal_policy
 from lco_lite.sequences import seeded
 from lco_lite.tasks import load_task
-from lco_lite.tasks.base import Item, Task, grades
+from lco_lite.tasks.base import Item, Task
 
 Row = dict[str, Any]
 
@@ -206,7 +206,7 @@ def passes_of(s: Eval) -> int:
 
 def samples_of(s: Eval, task: Task) -> int:
     """Responses an item and pass. UsageError where several have no meaning."""
-    if s.samples > 1 and not grades(task):
+    if s.samples > 1 and not task.graded:
         raise UsageError(
             f"eval.samples: task {task.name} is not right or wrong, so pass@k and maj@k do not exist for it"
         )
@@ -229,7 +229,7 @@ def evaluate_stage(ctx: Context, task: Task, stage: str, settings: Eval) -> dict
     if known is not None and known["settings"] == asked:
         ctx.console.note(f"{task.name}: {stage} has been scored already ({file})")
         return known
-    check_own(task, settings, len(prompts), passes_of(settings), ctx.console)
+    task.check(settings, len(prompts), passes_of(settings), ctx.console)
     if known is not None and responses_of(known["settings"]) == responses_of(asked):
         return scored_anew(task, settings, file, known, asked, ctx.console)
     with ctx.clock("loading"):
@@ -308,7 +308,7 @@ class Evaluation:
                 f"no item of {self.task.name} fits the model's window of {self.role.model.max_length} tokens"
             )
         if len(kept) < len(found):
-            verdict = "are left out" if not grades(self.task) else "count as wrong"
+            verdict = "are left out" if not self.task.graded else "count as wrong"
             self.ctx.console.warn(f"{len(found) - len(kept)} of {len(found)} items do not fit the window and {verdict}")
         return [p for p, _ in kept], [ids for _, ids in kept]
 
@@ -381,7 +381,7 @@ class Evaluation:
         result = summarise(passes, n, self.settings.samples)
         if self.settings.scoring == "likelihood":
             return result | main_first({"accuracy": result["metrics"]["pass@1"]})
-        if grades(self.task):
+        if self.task.graded:
             return result
         by_seed = {self._seed(k): rows for k, rows in enumerate(passes)}
         items = {item_of(p).id: item_of(p) for p in prompts}
@@ -392,15 +392,9 @@ _SCORED_BY = "scored_by"
 AnyRow = Mapping[str, Any]
 
 
-def check_own(task: Task, s: Eval, n: int, passes: int, console: Console) -> None:
-    """Whether all is there that scoring ``n`` responses, ``passes`` times, will need. Raises what the task raises."""
-    if hasattr(task, "check"):
-        task.check(s, n, passes, console)
-
-
 def scored_by(task: Task, s: Eval) -> dict[str, Any]:
     """The part of a score's settings that its responses do not rest on."""
-    return {_SCORED_BY: task.scored_by(s)} if hasattr(task, "scored_by") else {}
+    return {_SCORED_BY: own} if (own := task.scored_by(s)) else {}
 
 
 def responses_of(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -409,7 +403,7 @@ def responses_of(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_metrics(
-    task: Any,
+    task: Task,
     s: Eval,
     file: Path,
     passes: Mapping[int, Sequence[AnyRow]],

@@ -19,11 +19,11 @@ from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, system_text
 from lco_lite.errors import DataError, UsageError
 from lco_lite.evaluation.evaluate import scored_by
+from lco_lite.grading.math import grade_math, grade_rounded
 from lco_lite.models.chat import conversation
 from lco_lite.recipe import Eval, Recipe
-from lco_lite.tasks.base import Item, Task, grade_math
+from lco_lite.tasks.base import Item, Task
 from lco_lite.tasks.custom import UsersGrader
-from lco_lite.tasks.mathematics import grade_rounded
 
 
 def score_name(task: str, scoring: str) -> str:
@@ -34,14 +34,13 @@ def score_name(task: str, scoring: str) -> str:
 def configured(task: Task, s: Eval) -> Task:
     """The task with the template of ``s``, where it has one to replace."""
     template = template_of(task, s)
-    return task if getattr(task, "template", template) == template else replace(task, template=template)  # type: ignore[type-var]
+    return task if task.template == template else replace(task, template=template)
 
 
 def template_of(task: Task, s: Eval) -> str:
     """What stands around ``{problem}`` in the user's turn."""
-    own = getattr(task, "template", "{problem}")
-    letter = getattr(task, "likelihood_template", None) if s.scoring == "likelihood" else None
-    return s.template or letter or own
+    letter = task.likelihood_template if s.scoring == "likelihood" else None
+    return s.template or letter or task.template
 
 
 def eval_prompts(recipe: Recipe, task: Task, s: Eval) -> list[Prompt]:
@@ -49,11 +48,8 @@ def eval_prompts(recipe: Recipe, task: Task, s: Eval) -> list[Prompt]:
 
     Raises UsageError where worked examples are asked for and the task has too few of them.
     """
-    task, around, system = configured(task, s), template_of(task, s), eval_system(recipe, task, s)
+    task, system = configured(task, s), eval_system(recipe, task, s)
     shown = worked_examples(task, s.few_shot)
-
-    def turn(item: Item) -> str:
-        return item.prompt if hasattr(task, "template") else around.replace("{problem}", item.prompt)
 
     def answer(example: Item) -> str:
         return example.gold if s.scoring == "likelihood" else example.demonstration or ""
@@ -61,9 +57,9 @@ def eval_prompts(recipe: Recipe, task: Task, s: Eval) -> list[Prompt]:
     prompts = []
     for item in task.items("test")[: s.items]:
         first, *rest = [*shown(item), item]
-        messages = conversation(turn(first), system)
+        messages = conversation(first.prompt, system)
         for before, after in zip([first, *rest], rest, strict=False):
-            messages += [{"role": "assistant", "content": answer(before)}, *conversation(turn(after))]
+            messages += [{"role": "assistant", "content": answer(before)}, *conversation(after.prompt)]
         prompts.append(Prompt(messages, item))
     return prompts
 
@@ -118,7 +114,7 @@ def protocol(recipe: Recipe, task: Task, s: Eval) -> dict[str, Any]:
 def grader_of(task: Task) -> dict[str, str]:
     """The name of what grades; for mathematics math-verify's version; for a function of the user's a digest of its
     file, since an edited grader makes another score."""
-    grader = getattr(task, "grader", type(task).grade)
+    grader: Any = task.grader or task.aggregate
     if isinstance(grader, UsersGrader):
         file = Path(grader.spec.rpartition(":")[0])
         return {"name": grader.spec, "file": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}

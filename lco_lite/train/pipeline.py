@@ -7,7 +7,7 @@ from collections.abc import Callable
 from lco_lite.checkpoint import checkpoints
 from lco_lite.context import Context
 from lco_lite.errors import Diverged, UsageError
-from lco_lite.evaluation.evaluate import check_own, eval_tasks, passes_of, score_all, show
+from lco_lite.evaluation.evaluate import eval_tasks, passes_of, score_all, show
 from lco_lite.run import StageFolder, stage_settings
 from lco_lite.train.reward_model import train_rm
 from lco_lite.train.rl import train_rl
@@ -65,7 +65,7 @@ def run_all(ctx: Context, fresh: bool) -> None:
     last, s = ctx.recipe.stages[-1], ctx.recipe.eval
     if fresh or not ctx.run.stage(last).is_done():
         for task in eval_tasks(ctx.recipe):  # what a score will lack is said before hours of training
-            check_own(task, s, len(task.items("test")[: s.items]), passes_of(s), ctx.console)
+            task.check(s, len(task.items("test")[: s.items]), passes_of(s), ctx.console)
     train(ctx, ctx.recipe.stages[0] if fresh else last, fresh)
     train(ctx, last)
     results = score_all(ctx)

@@ -27,7 +27,7 @@ from lco_lite.recipe import TrainRm
 from lco_lite.rollout.engine import Engine, Response, Sampling, in_order, open_engine
 from lco_lite.run import StageFolder
 from lco_lite.sequences import Example, collate, endless, micro_batches, seeded
-from lco_lite.tasks.base import Item, Task, grades
+from lco_lite.tasks.base import Item, Task
 from lco_lite.train.training import Optimiser, Progress, fitting, preflight
 
 
@@ -230,7 +230,7 @@ def pair_accuracy(ctx: Context, reward_model: Role, reference: Role, held: Seque
 def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFormat) -> dict[str, float]:
     """pass@1 of φ_DPO and of the policy it shall teach, on held-out items; warns where there is nothing to teach."""
     task, s = recipe_task(ctx.recipe), ctx.recipe.train_rm
-    if task is None or not grades(task) or not s.check_items:
+    if task is None or not task.graded or not s.check_items:
         return {}
     prompts = held_out(ctx.recipe, task, s.check_items)
     sampling = eval_sampling(ctx.recipe.eval, task)

@@ -34,7 +34,6 @@ from lco_lite.objectives.policy_gradient import ValueHead
 from lco_lite.rollout.engine import Response, Sampling, open_engine
 from lco_lite.run import StageFolder
 from lco_lite.sequences import Example
-from lco_lite.tasks.base import grades
 from lco_lite.train.guard import Guard
 from lco_lite.train.methods import Scored, loss_part, score
 from lco_lite.train.rollouts import Actors, Phase, Rollouts, engine_of, order_of_updates, plan_minibatches
@@ -181,7 +180,7 @@ def evaluate(loop: Loop) -> float | None:
     """pass@1 on held-out items, one sampling pass as in ``eval``; None without a task that grades."""
     recipe = loop.ctx.recipe
     task, chat = loop.rollouts.task, loop.rollouts.chat
-    if task is None or not grades(task):
+    if task is None or not task.graded:
         return None
     prompts = held_out(recipe, task, recipe.rl.eval_items)
     with loop.ctx.clock("eval"):

@@ -27,7 +27,7 @@ from lco_lite.recipe import Rl
 from lco_lite.rollout.engine import Engine, Response, Sampling, in_order, open_engine
 from lco_lite.rollout.lockstep import mixture
 from lco_lite.sequences import Example, derive, endless, micro_batches, seeded
-from lco_lite.tasks.base import Task, grades
+from lco_lite.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Rollouts:
     def _grade(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor | None:
         """[N] of +1 right and -1 wrong; None where no task grades them."""
         items = [p.item for p in prompts if p.item is not None]
-        if self.task is None or not grades(self.task) or len(items) < len(prompts):
+        if self.task is None or not self.task.graded or len(items) < len(prompts):
             return None
         return rule_rewards([self.task.grade(t, item).right for t, item in zip(texts, items, strict=True)])
 
