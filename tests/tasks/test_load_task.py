@@ -36,8 +36,9 @@ def test_a_new_file_in_the_folder_of_tasks_is_a_task(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     try:
         assert "parity" in task_names()
-        item = load_task("parity").items("test")[1]
-        assert (item.id, item.gold) == ("parity/test/1", "odd") and load_task("parity").grade("the answer is odd", item).right
+        task = load_task("parity")
+        item = task.items("test")[1]
+        assert (item.id, item.gold) == ("parity/test/1", "odd") and task.grade("the answer is odd", item).right
         with pytest.raises(UsageError, match="did you mean parity"):
             load_task("paritty")
     finally:
