@@ -42,7 +42,7 @@ class PolicyBatch:
     """
 
     logprobs: Tensor | None
-    old_logprobs: Tensor
+    old_logprobs: Tensor | None
     advantages: Tensor
     rows: Tensor
     tokens: int
@@ -59,7 +59,7 @@ class PolicyBatch:
     @property
     def log_ratio(self) -> Tensor:
         """log ρ, [T]."""
-        assert self.logprobs is not None, "a ratio needs log π_θ of the sampled tokens"
+        assert self.logprobs is not None and self.old_logprobs is not None, "a ratio needs both"
         return self.logprobs - self.old_logprobs
 
     def per_sequence(self, values: Tensor) -> tuple[Tensor, Tensor]:

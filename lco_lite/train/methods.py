@@ -174,7 +174,7 @@ def sparse_targets(models: Models, phase: Phase, scored: list[MicroBatch], rl: R
     """eq 11: A at the sampled token, 0 elsewhere."""
     targeted = []
     for micro in group_advantages(models, phase, scored, rl):
-        given = {"old_head": micro.old_head, "anchor": rl.anchor}
+        given: dict[str, Any] = {"old_head": micro.old_head, "anchor": rl.anchor}
         if rl.anchor:
             given |= {"reference": micro.per_token["reference"], "reference_head": reference_head(models, micro)}
         target = SparseTarget(micro.old, micro.batch.actions, micro.advantages, rl.beta, **given)
