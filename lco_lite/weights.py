@@ -96,7 +96,7 @@ def open_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
     return Role(start.model, REWARD), start
 
 
-def open_judges(ctx: Context, start: Role) -> tuple[Role | None, Role | None]:
+def open_feedback_models(ctx: Context, start: Role) -> tuple[Role | None, Role | None]:
     """(φ, φ_ref) of the recipe's feedback: DPO's pair; for ``logprob`` the reward model's base alone; else none."""
     if ctx.recipe.rl.needs_reward_model:
         return open_reward_model(ctx, start)
