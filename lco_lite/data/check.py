@@ -3,8 +3,6 @@
 Pure functions from rows to a report; ``stages/data_check.py`` opens a recipe's data for them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows of a local file or a hub set as demonstrations, preference pairs and prompts (``shapes`` says which rows)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

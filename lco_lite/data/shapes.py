@@ -13,8 +13,6 @@ A row's own system message stands in its turns or in ``system``, and goes before
 DataError that begins with ``at``, its file and line.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ A batch is on disk as soon as it is graded. The batches and their random numbers
 score that was stopped anywhere goes on with the next batch and ends in the same lines as one that was not.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

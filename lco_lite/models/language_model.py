@@ -1,7 +1,5 @@
 """A causal language model with its tokenizer, its head, and named LoRA adapters on one base."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 Only safetensors are read. Whatever cannot be loaded is one ModelError that says what was found and what is accepted.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

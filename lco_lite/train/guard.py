@@ -14,8 +14,6 @@ Pure: metrics in, warnings out. Each is said once and again only after it recove
   smooth.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from statistics import fmean, pstdev
