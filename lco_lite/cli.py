@@ -1,5 +1,6 @@
 """What can be typed: each command with its flags, and the one function it calls. No heavy import outside a body."""
 
+import functools
 import inspect
 import json as json_format
 from collections.abc import Callable
@@ -8,9 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from lco_lite import __version__
+from lco_lite.command import boundary, command
+from lco_lite.console import Console
+from lco_lite.environment import environment
 from lco_lite.errors import UsageError
+from lco_lite.recipe.file import copy_recipes, find_recipe, load_recipe, show_recipes
 from lco_lite.recipe.rl import METHOD_DEFAULTS, known_objective
 
 app = typer.Typer(
@@ -22,23 +28,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
 data_app = typer.Typer(help="Look at a recipe's training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
-Recipe = Annotated[str, typer.Argument(help="A recipe file or a shipped recipe's name.")]
-RecipeOrNewest = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="RECIPE", help="A recipe file or a shipped recipe's name. Without it the newest run goes on."
-    ),
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Set any field of the recipe, e.g. -s rl.lr=1e-5. Repeatable."
-    ),
-]
+_COMPARE = "Two earlier scores, STAGE or RUN/STAGE: difference, p-value, answers that flipped."
+_JUDGE = "alpaca_eval: chat-completions API that judges, or alpaca-eval for that package."
+_OBJECTIVES = f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME."
+_SET = "Set any field of the recipe, e.g. -s rl.lr=1e-5. Repeatable."
+_WHICH = "A recipe file or a shipped recipe's name."
+
+Recipe = Annotated[str, Argument(help=_WHICH)]
+RecipeOrNewest = Annotated[str | None, Argument(metavar="RECIPE", help=f"{_WHICH} Without it the newest run goes on.")]
+Sets = Annotated[list[str] | None, Option("--set", "-s", metavar="KEY=VALUE", help=_SET)]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @dataclass
@@ -46,11 +48,11 @@ class RunFlags:
     """The flags of every command on a run. ``Annotated`` holds what typer shows of them."""
 
     sets: Sets = None
-    name: Annotated[str | None, typer.Option(help="The run's name; the recipe's unless given.")] = None
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and sampling.")] = None
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None
-    runs: Annotated[Path, typer.Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs")
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and the last line.")] = False
+    name: Annotated[str | None, Option(help="The run's name; the recipe's unless given.")] = None
+    seed: Annotated[int | None, Option(help="Seed of weights, data order and sampling.")] = None
+    device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None
+    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs")
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings and the last line.")] = False
 
     def arguments(self, flags: dict[str, Any] | None = None) -> dict[str, Any]:
         """For ``command``; ``flags`` are the command's own, by the recipe's field."""
@@ -60,32 +62,21 @@ class RunFlags:
 
 @dataclass
 class TrainFlags(RunFlags):
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete this stage and what was built on it, and start it again.")
-    ] = False
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Show the resolved recipe, one rendered example and the step counts; train nothing."
-        ),
-    ] = False
-
-    def arguments(self, flags: dict[str, Any] | None = None) -> dict[str, Any]:
-        return {**super().arguments(flags), "dry_run": self.dry_run}
+    fresh: Annotated[bool, Option("--fresh", help="Delete this stage and what was built on it; start anew.")] = False
+    dry_run: Annotated[bool, Option("--dry-run", help="Show recipe, an example, step counts; train nothing.")] = False
 
 
 def spread(kind: type[RunFlags]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command the flags of ``kind`` beside its own; it gets them as one argument, ``on``."""
-    shared = inspect.signature(kind).parameters
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        own = {name: p for name, p in inspect.signature(function).parameters.items() if name != "on"}
+        own = [p for p in inspect.signature(function).parameters.values() if p.name != "on"]
 
+        @functools.wraps(function)
         def call(**given: Any) -> None:
-            function(**{name: given.pop(name) for name in own}, on=kind(**given))
+            function(**{p.name: given.pop(p.name) for p in own}, on=kind(**given))
 
-        parameters = [*own.values(), *shared.values()]
-        call.__name__, call.__doc__ = function.__name__, function.__doc__
+        parameters = [*own, *inspect.signature(kind).parameters.values()]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         return call
@@ -109,20 +100,15 @@ def _objective(name: str | None) -> str | None:
 
 @app.callback()
 def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None: ...
 
 
 @app.command()
 @spread(TrainFlags)
 def run(recipe: Recipe, on: TrainFlags) -> None:
     """All stages in order, then the score after each. Skips what is done."""
-    from lco_lite.command import command
-
-    with command(recipe, **on.arguments()) as ctx:
+    with command(recipe, **on.arguments(), dry_run=on.dry_run) as ctx:
         from lco_lite.train.pipeline import run_all
 
         run_all(ctx, on.fresh)
@@ -147,14 +133,10 @@ def train_rm(on: TrainFlags, recipe: RecipeOrNewest = None) -> None:
 def rl(
     on: TrainFlags,
     recipe: RecipeOrNewest = None,
-    objective: Annotated[
-        str | None, typer.Option(help=f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME.", callback=_objective)
-    ] = None,
-    beta: Annotated[float | None, typer.Option(help="Strength of the KL regulariser.")] = None,
-    feedback: Annotated[
-        str | None, typer.Option(help="dpo, dpo_sampled, logprob, rule, function or reward_model.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Rollout phases.")] = None,
+    objective: Annotated[str | None, Option(help=_OBJECTIVES, callback=_objective)] = None,
+    beta: Annotated[float | None, Option(help="Strength of the KL regulariser.")] = None,
+    feedback: Annotated[str | None, Option(help="dpo, dpo_sampled, logprob, rule, function or reward_model.")] = None,
+    steps: Annotated[int | None, Option(help="Rollout phases.")] = None,
 ) -> None:
     """Policy optimisation by LCO or another objective; stages it needs are trained first if missing."""
     flags = {"rl.objective": objective, "rl.beta": beta, "rl.feedback": feedback, "rl.steps": steps}
@@ -162,9 +144,7 @@ def rl(
 
 
 def _train(stage: str, recipe: str | None, on: TrainFlags, flags: dict[str, Any] | None = None) -> None:
-    from lco_lite.command import command
-
-    with command(recipe, **on.arguments(flags)) as ctx:
+    with command(recipe, **on.arguments(flags), dry_run=on.dry_run) as ctx:
         from lco_lite.train.pipeline import announce, train
 
         stage = ctx.recipe.rl.stage if stage == "rl" else stage
@@ -176,55 +156,30 @@ def _train(stage: str, recipe: str | None, on: TrainFlags, flags: dict[str, Any]
 @spread(RunFlags)
 def evaluate(
     on: RunFlags,
-    tasks: Annotated[
-        list[str] | None, typer.Argument(metavar="TASK…", help="Tasks, e.g. math500; the recipe's unless given.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Score this model or adapter folder, or hub id, instead of a run.")
-    ] = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(help="base, sft, rm, rl-OBJECTIVE, or optimal: decode from π*. The newest policy unless given."),
-    ] = None,
-    beta: Annotated[float | None, typer.Option(help="β of --policy optimal; the recipe's unless given.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Sampling passes over the items.")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Decode greedily, one pass.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Only the first N items.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Responses per item and pass, for pass@k and maj@k.")] = None,
-    scoring: Annotated[
-        str | None, typer.Option(help="generation, or likelihood of the letters of the choices.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="A local JSONL file with the task's items, or a folder of such.")
-    ] = None,
-    compare: Annotated[
-        tuple[str, str] | None,
-        typer.Option(
-            metavar="A B",
-            help="Two earlier scores, STAGE or RUN/STAGE: difference, p-value, answers that flipped.",
-        ),
-    ] = None,
-    judge_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", help="alpaca_eval: chat-completions API that judges, or alpaca-eval for that package."
-        ),
-    ] = None,
-    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Judge, however many requests it takes.")] = False,
-    list_tasks: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
+    tasks: Annotated[list[str] | None, Argument(metavar="TASK…", help="e.g. math500; else the recipe's.")] = None,
+    model: Annotated[str | None, Option(help="Score a model or adapter folder or hub id, not a run.")] = None,
+    policy: Annotated[str | None, Option(help="base, sft, rm, rl-OBJECTIVE, optimal (π*); else the newest.")] = None,
+    beta: Annotated[float | None, Option(help="β of --policy optimal; the recipe's unless given.")] = None,
+    seeds: Annotated[int | None, Option(help="Sampling passes over the items.")] = None,
+    greedy: Annotated[bool, Option("--greedy", help="Decode greedily, one pass.")] = False,
+    limit: Annotated[int | None, Option(help="Only the first N items.")] = None,
+    samples: Annotated[int | None, Option(help="Responses per item and pass, for pass@k and maj@k.")] = None,
+    scoring: Annotated[str | None, Option(help="generation, or likelihood of the letters of the choices.")] = None,
+    data: Annotated[Path | None, Option(help="A local JSONL file with the task's items, or a folder of such.")] = None,
+    compare: Annotated[tuple[str, str] | None, Option(metavar="A B", help=_COMPARE)] = None,
+    judge_url: Annotated[str | None, Option(metavar="URL", help=_JUDGE)] = None,
+    judge_model: Annotated[str | None, Option(help="The judge's name there.")] = None,
+    yes: Annotated[bool, Option("--yes", help="Judge, however many requests it takes.")] = False,
+    list_tasks: Annotated[bool, Option("--list", help="List the tasks and stop.")] = False,
+    json: Json = False,
 ) -> None:
     """pass@1 of the newest policy, or of any model folder or hub id, with its spread over seeds."""
     if list_tasks:
         from lco_lite.tasks import task_names
 
         return typer.echo("\n".join(task_names()))
-    from lco_lite.command import boundary, command, command_on_weights
-
     if compare:
         with boundary():
-            from lco_lite.console import Console
             from lco_lite.evaluation.compare import compare_scores
 
             if model or policy:
@@ -234,27 +189,18 @@ def evaluate(
     flags: dict[str, Any] = {"eval.seeds": seeds, "eval.items": limit, "rl.beta": beta}
     flags |= {"eval.temperature": 0.0 if greedy else None, "eval.samples": samples, "eval.scoring": scoring}
     flags |= {"eval.judge_url": judge_url, "eval.judge_model": judge_model, "eval.judge_confirmed": yes or None}
-    given = on.arguments(flags) | {"json": json}
-    with command_on_weights(model, tasks, **given) if model is not None else command(None, **given) as ctx:
+    with command(None, **on.arguments(flags), json=json, model=model, tasks=tasks) as ctx:
         from lco_lite.evaluation.evaluate import score
 
         score(ctx, tasks, policy, model, json, data)
 
 
 @data_app.command("check")
-def data_check(
-    recipe: Recipe,
-    sets: Sets = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
-) -> None:
+def data_check(recipe: Recipe, sets: Sets = None, json: Json = False) -> None:
     """Rows, lengths, template, duplicates, and evaluation items among the training prompts."""
-    from lco_lite.command import boundary
-
     with boundary():
-        from lco_lite.console import Console
         from lco_lite.data.check import check_data
         from lco_lite.models.loading import quiet_libraries
-        from lco_lite.recipe.file import find_recipe, load_recipe
 
         quiet_libraries()
         check_data(load_recipe(find_recipe(recipe), sets), Console(json=json), json)
@@ -262,25 +208,18 @@ def data_check(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
-    copy: Annotated[Path | None, typer.Option(help="Copy it (or all) into this folder.")] = None,
+    name: Annotated[str | None, Argument(help="Print this one.")] = None,
+    copy: Annotated[Path | None, Option(help="Copy it (or all) into this folder.")] = None,
 ) -> None:
     """List, show or copy the shipped recipes."""
-    from lco_lite.command import boundary
-    from lco_lite.recipe.file import copy_recipes, show_recipes
-
     with boundary():
         copy_recipes(name, copy) if copy else show_recipes(name)
 
 
 @app.command()
-def env(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def env(json: Json = False) -> None:
     """Versions, device and memory, for a bug report."""
-    from lco_lite.command import boundary
-
     with boundary():
-        from lco_lite.environment import environment
-
         facts = environment()
         if json:
             return typer.echo(json_format.dumps(facts))

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lco_lite.console import Console
 from lco_lite.errors import Interrupted, LcoError, MemoryExhausted, UsageError
 from lco_lite.files import write_text
+from lco_lite.metrics import peak_mib
 from lco_lite.recipe import Recipe, Rl
 from lco_lite.recipe.file import find_recipe, load_recipe, override, validate
+from lco_lite.run import Run
 
 if TYPE_CHECKING:
     from lco_lite.context import Context
-    from lco_lite.run import Run
 
 
 @contextlib.contextmanager
@@ -50,16 +52,25 @@ def command(
     quiet: bool = False,
     json: bool = False,
     dry_run: bool = False,
+    model: str | None = None,
+    tasks: list[str] | None = None,
 ) -> Iterator[Context]:
-    """A locked run with its resolved recipe. Without a recipe file the newest or the named run goes on with its own."""
-    with boundary():
-        from lco_lite.run import Run
+    """A locked run with its resolved recipe. Without a recipe file the newest or the named run goes on with its own.
 
-        if recipe is not None:
+    ``model``: any model or adapter folder or hub id, for ``tasks``; its scores lie in a run of their own, eval-MODEL.
+    """
+    with boundary():
+        adapter = None
+        if model is not None:
+            base, adapter = _base_and_adapter(model)
+            resolved = _bare_recipe(base, tasks, sets, flags)
+            name = name or "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
+        elif recipe is not None:
             resolved = load_recipe(find_recipe(recipe), sets, flags)
+            name = name or resolved.name
         elif name is None or (runs / name / "recipe.yaml").exists():
             run = Run.newest(runs) if name is None else Run.open(runs, name)
-            resolved = _overridden(run.recipe(), sets, flags)
+            resolved, name = _overridden(run.recipe(), sets, flags), run.name
         else:
             raise UsageError(f"no run {name!r} under {runs}/: start it with `lco-lite run RECIPE --name {name}`")
         if dry_run:
@@ -67,82 +78,58 @@ def command(
 
             preview(resolved)
             raise typer.Exit
-        if recipe is not None:
-            run = Run.open(runs, name or resolved.name)
-        with _context(run, resolved, quiet, json) as ctx:
+        run = Run.open(runs, name)
+        with run.lock(), _context(run, resolved, Console(quiet, json), adapter) as ctx:
             yield ctx
+
+
+def _bare_recipe(base: str, tasks: list[str] | None, sets: list[str] | None, flags: dict[str, Any]) -> Recipe:
+    """To score a model that no recipe has trained."""
+    if not tasks:
+        raise UsageError("eval --model: name at least one task, e.g. `lco-lite eval math500 --model PATH`")
+    bare: dict[str, Any] = {"model": {"path": base}, "task": tasks[0], "sft": {"enabled": False}}
+    bare["data"] = {"preferences": "unused"}  # nothing is trained: no pairs are sampled
+    return validate(override(bare, sets, flags), "eval --model")
 
 
 @contextlib.contextmanager
-def command_on_weights(
-    model: str,
-    tasks: list[str] | None,
-    runs: Path,
-    name: str | None,
-    sets: list[str] | None,
-    flags: dict[str, Any],
-    quiet: bool,
-    json: bool,
-) -> Iterator[Context]:
-    """As ``command``, on any model or adapter folder or hub id; scores lie in a run of their own, ``eval-MODEL``."""
-    with boundary():
-        from lco_lite.run import Run
+def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -> Iterator[Context]:
+    import torch
 
-        if not tasks:
-            raise UsageError("eval --model: name at least one task, e.g. `lco-lite eval math500 --model PATH`")
-        run = Run.open(runs, name or "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
-        base, adapter = _base_and_adapter(model)
-        bare: dict[str, Any] = {"model": {"path": base}, "task": tasks[0], "sft": {"enabled": False}}
-        bare["data"] = {"preferences": "unused"}  # nothing is trained: no pairs are sampled
-        with _context(run, validate(override(bare, sets, flags), "eval --model"), quiet, json) as ctx:
-            ctx.adapter = adapter
-            yield ctx
+    from lco_lite.context import Context
+    from lco_lite.models.loading import quiet_libraries, resolve_device
 
-
-@contextlib.contextmanager
-def _context(run: Run, recipe: Recipe, quiet: bool, json: bool) -> Iterator[Context]:
-    with run.lock():
-        import torch
-
-        from lco_lite.console import Console
-        from lco_lite.context import Context
-        from lco_lite.metrics import peak_mib
-        from lco_lite.models.loading import quiet_libraries, resolve_device
-
-        quiet_libraries()
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
-        ctx = Context(run, recipe, Console(quiet=quiet, json=json), resolve_device(recipe.device))
-        try:
-            yield ctx
-        except torch.OutOfMemoryError as e:
-            raise MemoryExhausted(_out_of_memory(ctx.clock.phase, peak_mib(), recipe, str(e))) from e
-        except (LcoError, KeyboardInterrupt, BrokenPipeError, typer.Exit):
-            raise
-        except Exception as e:
-            log = run.path / "error.log"
-            write_text(log, traceback.format_exc())
-            message = f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\nThe traceback is in {log}"
-            raise LcoError(message) from e
+    quiet_libraries()
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    ctx = Context(run, recipe, console, resolve_device(recipe.device), adapter)
+    try:
+        yield ctx
+    except torch.OutOfMemoryError as e:
+        raise MemoryExhausted(_out_of_memory(ctx.clock.phase, peak_mib(), recipe, str(e))) from e
+    except (LcoError, KeyboardInterrupt, BrokenPipeError, typer.Exit):
+        raise
+    except Exception as e:
+        log = run.path / "error.log"
+        write_text(log, traceback.format_exc())
+        message = f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\nThe traceback is in {log}"
+        raise LcoError(message) from e
 
 
 def _out_of_memory(phase: str, peak_mib: float, recipe: Recipe, detail: str) -> str:
     """What ran out, where, and what to change, the cheapest first."""
     section = recipe.sft if phase == "update" else recipe.rl
-    remedies = []
-    if phase in ("rollout", "eval"):
-        remedies.append(
-            f"rl.rollout_batch (now {recipe.rl.rollout_batch}) or eval.batch_tokens "
-            f"(now {recipe.eval.batch_tokens}): halve it"
-        )
-    remedies.append(f"micro_batch_tokens (now {section.micro_batch_tokens}): halve it; the gradient stays the same")
-    if not recipe.model.gradient_checkpointing:
-        remedies.append("model.gradient_checkpointing: true")
-    remedies.append(f"rl.max_new_tokens, max_length (now {section.max_length}): shorter responses")
-    if recipe.model.quantization == "none" and recipe.model.lora is not None:
-        remedies.append("model.quantization: nf4")
-    remedies.append("a smaller model")
-    listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(remedies, 1))
+    batches = f"rl.rollout_batch (now {recipe.rl.rollout_batch}) or eval.batch_tokens (now {recipe.eval.batch_tokens})"
+    remedies = {
+        f"{batches}: halve it": phase in ("rollout", "eval"),
+        f"micro_batch_tokens (now {section.micro_batch_tokens}): halve it; the gradient stays the same": True,
+        "model.gradient_checkpointing: true": not recipe.model.gradient_checkpointing,
+        f"rl.max_new_tokens, max_length (now {section.max_length}): shorter responses": True,
+        "model.quantization: nf4": recipe.model.quantization == "none" and recipe.model.lora is not None,
+        "a smaller model": True,
+    }
+    fitting = (text for text, fits in remedies.items() if fits)
+    listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(fitting, 1))
     head = f"out of memory in phase {phase}, peak {peak_mib:.0f} MiB. Change, in this order:"
     return f"{head}\n{listed}\n({detail.splitlines()[0]})"
 
