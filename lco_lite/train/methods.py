@@ -15,6 +15,8 @@ public code does otherwise than the paper (``rl.variant``) comes in by the same 
 Legend: T response tokens of a micro-batch, N responses of the phase, d hidden width.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace

@@ -7,6 +7,8 @@ made, with the random numbers it would have had.
 Legend: N responses, G of them to a prompt, in a row.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
