@@ -22,6 +22,7 @@ class Arithmetic:
     """``train``: 5,000 problems with demonstrations; ``test``: 1,000 held out. Each split in a fixed random order."""
 
     name: str = "arithmetic"
+    template: str = "{problem}"
     system: str | None = None
     max_new_tokens: int = 32  # the longest response is 23 bytes, and its end-of-sequence token
 

@@ -17,6 +17,7 @@ class Task(Protocol):
     """
 
     name: str
+    template: str
     system: str | None
     max_new_tokens: int
 
