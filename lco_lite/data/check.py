@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 from lco_lite.console import Console
-from lco_lite.data.overlap import EvaluationItems, Overlap, normalised
+from lco_lite.data.overlap import EvaluationItems, normalised
 from lco_lite.data.prompts import demonstrations, recipe_task, rl_prompts, system_text
 from lco_lite.data.rows import read_demonstrations, read_preferences, read_prompts
 from lco_lite.errors import DataError, ModelError
@@ -46,46 +47,8 @@ class Source:
     room: int = 0
 
 
-@dataclass(frozen=True)
-class Lengths:
-    least: int
-    median: int
-    p95: int
-    most: int
-
-
-@dataclass(frozen=True)
-class SourceReport:
-    """Lengths are in tokens, or in characters where there is no tokenizer; ``over_window`` counts rows that training
-    leaves out, ``silent`` responses without a word; ``example`` has the trained text in ⟦ ⟧."""
-
-    use: str
-    source: str
-    rows: int
-    unit: str
-    prompt: Lengths
-    response: Lengths | None
-    duplicates: int
-    same_pairs: int
-    silent: int
-    window: int
-    over_window: int | None
-    example: str
-
-
-@dataclass(frozen=True)
-class OverlapReport:
-    """Rows of one source that are items of one task (``same``) or near twins of them. ``items`` is how many of the
-    ``checked`` ones they touch; ``examples`` are (place of the row, overlap)."""
-
-    use: str
-    task: str
-    checked: int
-    same: int
-    twins: int
-    items: int
-    allowed: bool
-    examples: Sequence[tuple[str, Overlap]]
+Report: TypeAlias = dict[str, Any]
+"""What ``--json`` prints of one source, or of one source and one task."""
 
 
 def check_data(recipe: Recipe, console: Console, json: bool) -> None:
@@ -107,10 +70,10 @@ def check_data(recipe: Recipe, console: Console, json: bool) -> None:
     if recipe.rl.needs_reward_model and recipe.data.preferences == "sampled":
         notes.append("preferences: sampled from the policy later, on the prompts below")
     if json:
-        console.emit({"sources": list(map(asdict, reports)), "overlaps": list(map(asdict, overlaps)), "notes": notes})
+        console.emit({"sources": reports, "overlaps": overlaps, "notes": notes})
     else:
         show(console, reports, overlaps, notes)
-    if refused := [_refusal(o) for o in overlaps if not o.allowed]:
+    if refused := [_refusal(o) for o in overlaps if not o["allowed"]]:
         raise DataError("; ".join(refused))
 
 
@@ -140,8 +103,12 @@ def recipe_sources(recipe: Recipe, task: Task | None) -> list[Source]:
     return sources
 
 
-def report(source: Source, chat: ChatFormat | None) -> SourceReport:
-    """Without ``chat`` in characters of the bare turns. Raises ModelError where the template refuses a conversation."""
+def report(source: Source, chat: ChatFormat | None) -> Report:
+    """Lengths are in tokens, or in characters of the bare turns without ``chat``; ``over_window`` counts rows that
+    training leaves out, ``silent`` responses without a word; ``example`` has the trained text in ⟦ ⟧.
+
+    Raises ModelError where the template refuses a conversation.
+    """
     samples = source.samples
     if chat is None:
         texts = ["\n\n".join([*(m["content"] for m in s.messages), ""]) for s in samples]
@@ -161,62 +128,67 @@ def report(source: Source, chat: ChatFormat | None) -> SourceReport:
         example += f"⟦{samples[0].responses[0]}{end}⟧"
     asked = [tuple(normalised(m["content"]) for m in s.messages) for s in samples]
     answered = [tuple(map(normalised, s.responses)) for s in samples]
-    return SourceReport(
-        use=source.use,
-        source=source.name,
-        rows=len(samples),
-        unit="characters" if chat is None else "tokens",
-        prompt=lengths(prompts),
-        response=lengths([n for sizes in responses for n in sizes]) if any(responses) else None,
-        duplicates=len(samples) - len(set(zip(asked, answered, strict=True))),
-        same_pairs=sum(len(texts) == 2 and texts[0] == texts[1] for texts in answered),
-        silent=sum(not text for texts in answered for text in texts),
-        window=source.window,
-        over_window=None if chat is None else sum(n > source.window for n in whole),
-        example=example,
-    )
+    return {
+        "use": source.use,
+        "source": source.name,
+        "rows": len(samples),
+        "unit": "characters" if chat is None else "tokens",
+        "prompt": lengths(prompts),
+        "response": lengths([n for sizes in responses for n in sizes]) if any(responses) else None,
+        "duplicates": len(samples) - len(set(zip(asked, answered, strict=True))),
+        "same_pairs": sum(len(texts) == 2 and texts[0] == texts[1] for texts in answered),
+        "silent": sum(not text for texts in answered for text in texts),
+        "window": source.window,
+        "over_window": None if chat is None else sum(n > source.window for n in whole),
+        "example": example,
+    }
 
 
-def lengths(sizes: Sequence[int]) -> Lengths:
-    ordered = sorted(sizes)
-    last = len(ordered) - 1
-    return Lengths(ordered[0], ordered[last // 2], ordered[round(last * 0.95)], ordered[last])
+def lengths(sizes: Sequence[int]) -> dict[str, int]:
+    ordered, last = sorted(sizes), len(sizes) - 1
+    places = {"least": 0, "median": last // 2, "p95": round(last * 0.95), "most": last}
+    return {name: ordered[place] for name, place in places.items()}
 
 
-def overlap_report(source: Source, items: EvaluationItems, allow: Sequence[str]) -> OverlapReport:
-    """Held against ``data.allow_overlap``: TASK allows near twins, TASK:same the same problems."""
+def overlap_report(source: Source, items: EvaluationItems, allow: Sequence[str]) -> Report:
+    """Rows that are items of one task (``same``) or near twins of them; ``items`` is how many of the ``checked`` ones
+    they touch; ``examples`` are (place of the row, overlap).
+
+    ``allowed`` is held against ``data.allow_overlap``: TASK allows near twins, TASK:same the same problems.
+    """
     overlaps = items.overlaps([s.messages[-1]["content"] for s in source.samples])
     same, name = sum(o.same for o in overlaps), items.task.name
     likest = sorted(overlaps, key=lambda o: (not o.same, -o.share))[:TOLD]
-    return OverlapReport(
-        use=source.use,
-        task=name,
-        checked=len(items),
-        same=same,
-        twins=len(overlaps) - same,
-        items=len({o.item for o in overlaps}),
-        allowed=f"{name}:same" in allow or (same == 0 and (not overlaps or name in allow)),
-        examples=[(source.samples[o.row].at, o) for o in likest],
-    )
+    return {
+        "use": source.use,
+        "task": name,
+        "checked": len(items),
+        "same": same,
+        "twins": len(overlaps) - same,
+        "items": len({o.item for o in overlaps}),
+        "allowed": f"{name}:same" in allow or (same == 0 and (not overlaps or name in allow)),
+        "examples": [(source.samples[o.row].at, asdict(o)) for o in likest],
+    }
 
 
-def show(
-    console: Console, reports: Sequence[SourceReport], overlaps: Sequence[OverlapReport], notes: Sequence[str]
-) -> None:
+def show(console: Console, reports: Sequence[Report], overlaps: Sequence[Report], notes: Sequence[str]) -> None:
     for r in reports:
-        console.stage(r.use, f"{r.source}: {r.rows:,} rows")
-        console.note(f"  prompt       {_spread(r.prompt, r.unit)}")
-        if r.response is not None:
-            console.note(f"  response     {_spread(r.response, r.unit)}")
-        if r.over_window is not None:
-            whole = "" if r.response is not None else " with room for the response"
-            console.note(f"  left out     {r.over_window:,} longer than {r.window:,} tokens{whole}")
-        console.note(f"  duplicates   {r.duplicates:,}")
-        if r.use == "preferences":
-            console.note(f"  no contrast  {r.same_pairs:,} with chosen the same as rejected")
-        if r.silent:
-            console.note(f"  empty        {r.silent:,} responses without a word")
-        example = r.example
+        console.stage(r["use"], f"{r['source']}: {r['rows']:,} rows")
+        for part in ("prompt", "response"):
+            if n := r[part]:
+                spread = "{least:,} to {most:,} {unit}, median {median:,}, 95 % within {p95:,}".format(
+                    **n, unit=r["unit"]
+                )
+                console.note(f"  {part:<12} {spread}")
+        if r["over_window"] is not None:
+            whole = "" if r["response"] else " with room for the response"
+            console.note(f"  left out     {r['over_window']:,} longer than {r['window']:,} tokens{whole}")
+        console.note(f"  duplicates   {r['duplicates']:,}")
+        if r["use"] == "preferences":
+            console.note(f"  no contrast  {r['same_pairs']:,} with chosen the same as rejected")
+        if r["silent"]:
+            console.note(f"  empty        {r['silent']:,} responses without a word")
+        example = r["example"]
         if len(example) > EXAMPLE:
             example = f"{example[: EXAMPLE // 2]} … {example[-EXAMPLE // 2 :]}"
         console.note("\n".join(f"  │ {line}" for line in example.splitlines()))
@@ -224,25 +196,21 @@ def show(
         columns = ("rows of", "task", "same", "twins", "of items", "")
         console.table("overlap with evaluation items", columns, [_cells(o) for o in overlaps])
     for o in overlaps:
-        for at, twin in o.examples:
-            like = "the same as" if twin.same else f"{twin.share:.0%} of the words of"
-            console.note(f"  {o.use}, {at}: {like} {twin.item}: {' '.join(twin.text.split())[:100]}")
+        for at, twin in o["examples"]:
+            like = "the same as" if twin["same"] else f"{twin['share']:.0%} of the words of"
+            console.note(f"  {o['use']}, {at}: {like} {twin['item']}: {' '.join(twin['text'].split())[:100]}")
     for note in notes:
         console.note(f"note: {note}")
 
 
-def _spread(n: Lengths, unit: str) -> str:
-    return f"{n.least:,} to {n.most:,} {unit}, median {n.median:,}, 95 % within {n.p95:,}"
+def _cells(o: Report) -> tuple[object, ...]:
+    verdict = "" if not o["same"] + o["twins"] else "allowed" if o["allowed"] else "refused"
+    return o["use"], o["task"], o["same"], o["twins"], f"{o['items']:,} of {o['checked']:,}", verdict
 
 
-def _cells(o: OverlapReport) -> tuple[object, ...]:
-    verdict = "" if not o.same + o.twins else "allowed" if o.allowed else "refused"
-    return o.use, o.task, o.same, o.twins, f"{o.items:,} of {o.checked:,}", verdict
-
-
-def _refusal(o: OverlapReport) -> str:
-    allow = f"{o.task}:same" if o.same else o.task
+def _refusal(o: Report) -> str:
+    allow = f"{o['task']}:same" if o["same"] else o["task"]
     return (
-        f"{o.use}: {o.same:,} rows are evaluation items of {o.task} and {o.twins:,} are near twins of them: a score on "
-        f"those says little. Take the rows out, or allow it by name: data.allow_overlap: [{allow}]"
+        f"{o['use']}: {o['same']:,} rows are evaluation items of {o['task']} and {o['twins']:,} are near twins of them:"
+        f" a score on those says little. Take the rows out, or allow it by name: data.allow_overlap: [{allow}]"
     )
