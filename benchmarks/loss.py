@@ -10,7 +10,7 @@ One run, side by side: the contenders take turns, and the median of the turns is
 
 Time in ms. Extra memory is the peak above the inputs and the gradient that is returned: torch's counter on a GPU; on a
 CPU the high-water mark of a process of its own that does nothing else (Linux). Error: of ∂loss/∂hidden, relative to
-float64. The Gram matrix of LCO-MSE is made once a head, its time is shown apart. Peers that are not installed are
+float64. The covariance of LCO-MSE is made once a head, its time is shown apart. Peers that are not installed are
 left out with a line (extra `bench`).
 """
 
@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lco_lite.objectives import reference
-from lco_lite.objectives.head import Head, gram
+from lco_lite.objectives.head import Head, row_covariance
 from lco_lite.objectives.lco import lco_loss
 from lco_lite.objectives.targets import DenseTarget
 
@@ -190,7 +190,7 @@ def extra_mib_on_gpu(loss: Loss, problem: Problem) -> float:
 
 def extra_mib_here(loss: Loss, problem: Problem) -> float:
     """Peak resident memory of one call above what the process held before (Linux)."""
-    gradient(loss, problem.first(2))  # load the libraries, make the Gram matrix
+    gradient(loss, problem.first(2))  # load the libraries, make the covariance
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _status("VmRSS")
@@ -225,7 +225,7 @@ def extra_mib_in_child(name: str, shape: tuple[int, int, int], options: argparse
 def measure(shape: tuple[int, int, int], options: argparse.Namespace, console: Console) -> dict[str, dict[str, float]]:
     problem = Problem.make(*shape, options.device, DTYPES[options.dtype])
     entries = contenders(console)
-    seconds = milliseconds(functools.partial(gram, problem.head), options.device)
+    seconds = milliseconds(functools.partial(row_covariance, problem.head), options.device)
     times: dict[str, list[float]] = {name: [] for name in entries}
     for turn in range(options.repeats + 1):
         for name, (loss, _) in entries.items():
@@ -240,7 +240,7 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace, console: C
             row["mib"] = extra_mib_on_gpu(loss, problem) if on_gpu else extra_mib_in_child(name, shape, options)
             row["error"] = error(loss, exact, problem)
         results[name] = row
-    results["gram, once"] = {"ms": seconds}
+    results["covariance, once"] = {"ms": seconds}
     return results
 
 

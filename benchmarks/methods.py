@@ -68,7 +68,7 @@ def result(recipe: str, runs: Path, seed: int, objective: str, lr: float | None,
         stage = ctx.recipe.rl.stage
         train(ctx, stage, fresh=(ctx.run.stage(stage).path / "done.json").exists())
         task = load_task(ctx.recipe.task or "arithmetic")
-        before, after = (evaluate_stage(ctx, task, name, ctx.recipe.eval)["mean"] for name in ("sft", stage))
+        before, after = (evaluate_stage(ctx, task, name)["mean"] for name in ("sft", stage))
         rows = read_log(ctx.run.stage(stage).metrics)
         seconds = sum(row["seconds"][phase] for row in rows for phase in ("rollout", "score", "update"))
         made = {"before": before, "after": after, "samples": rows[-1]["samples_seen"], "seconds": seconds}

@@ -41,7 +41,7 @@ def scores(recipe: str, runs: Path, seed: int) -> dict[str, dict[str, Any]]:
             train(ctx, stage)
             task = load_task(ctx.recipe.task or "arithmetic")
             for name in ("sft", stage, "rm"):
-                found[name] = evaluate_stage(ctx, task, name, ctx.recipe.eval)
+                found[name] = evaluate_stage(ctx, task, name)
     return found
 
 

@@ -1,14 +1,17 @@
-"""The command line: parse, resolve the recipe, call one stage. No logic, no heavy import outside a command's body."""
+"""What can be typed: each command with its flags, and the one function it calls. No heavy import outside a body."""
 
-from __future__ import annotations
-
+import inspect
+import json as json_format
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lco_lite import __version__
-from lco_lite.recipe.rl import METHOD_DEFAULTS
+from lco_lite.errors import UsageError
+from lco_lite.recipe.rl import METHOD_DEFAULTS, known_objective
 
 app = typer.Typer(
     name="lco-lite",
@@ -23,40 +26,71 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at a recipe's training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
-RecipeArg = Annotated[
+Recipe = Annotated[str, typer.Argument(help="A recipe file or a shipped recipe's name.")]
+RecipeOrNewest = Annotated[
     str | None,
     typer.Argument(
-        metavar="RECIPE",
-        help="A recipe file or a shipped recipe's name. Without it the newest run goes on.",
-        show_default=False,
+        metavar="RECIPE", help="A recipe file or a shipped recipe's name. Without it the newest run goes on."
     ),
 ]
-Runs = Annotated[Path, typer.Option("--runs", help="Folder of all runs.", envvar="LCO_LITE_RUNS")]
-Name = Annotated[
-    str | None, typer.Option("--name", help="The run's name; the recipe's unless given.", show_default=False)
-]
-Set = Annotated[
+Sets = Annotated[
     list[str] | None,
     typer.Option(
-        "--set",
-        "-s",
-        metavar="KEY=VALUE",
-        help="Set any field of the recipe, e.g. -s rl.lr=1e-5. Repeatable.",
-        show_default=False,
+        "--set", "-s", metavar="KEY=VALUE", help="Set any field of the recipe, e.g. -s rl.lr=1e-5. Repeatable."
     ),
 ]
-Seed = Annotated[
-    int | None, typer.Option("--seed", help="Seed of weights, data order and sampling.", show_default=False)
-]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.", show_default=False)]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Delete this stage and what was built on it, and start it again.")]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="Show the resolved recipe, one rendered example and the step counts; train nothing."
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and the last line.")]
+
+
+@dataclass
+class RunFlags:
+    """The flags of every command on a run. ``Annotated`` holds what typer shows of them."""
+
+    sets: Sets = None
+    name: Annotated[str | None, typer.Option(help="The run's name; the recipe's unless given.")] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and sampling.")] = None
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs")
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and the last line.")] = False
+
+    def arguments(self, flags: dict[str, Any] | None = None) -> dict[str, Any]:
+        """For ``command``; ``flags`` are the command's own, by the recipe's field."""
+        fields = {"seed": self.seed, "device": self.device, **(flags or {})}
+        return {"runs": self.runs, "name": self.name, "sets": self.sets, "flags": fields, "quiet": self.quiet}
+
+
+@dataclass
+class TrainFlags(RunFlags):
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete this stage and what was built on it, and start it again.")
+    ] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show the resolved recipe, one rendered example and the step counts; train nothing."
+        ),
+    ] = False
+
+    def arguments(self, flags: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {**super().arguments(flags), "dry_run": self.dry_run}
+
+
+def spread(kind: type[RunFlags]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the flags of ``kind`` beside its own; it gets them as one argument, ``on``."""
+    shared = inspect.signature(kind).parameters
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = {name: p for name, p in inspect.signature(function).parameters.items() if name != "on"}
+
+        def call(**given: Any) -> None:
+            function(**{name: given.pop(name) for name in own}, on=kind(**given))
+
+        parameters = [*own.values(), *shared.values()]
+        call.__name__, call.__doc__ = function.__name__, function.__doc__
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        return call
+
+    return decorate
 
 
 def _version(wanted: bool) -> None:
@@ -67,14 +101,10 @@ def _version(wanted: bool) -> None:
 
 def _objective(name: str | None) -> str | None:
     """Whether there is such an objective is told before a run is looked for."""
-    if name is not None:
-        from lco_lite.recipe.rl import known_objective
-
-        try:
-            known_objective(name)
-        except ValueError as e:
-            raise typer.BadParameter(str(e)) from e
-    return name
+    try:
+        return name and known_objective(name)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from e
 
 
 @app.callback()
@@ -87,188 +117,125 @@ def _main(
 
 
 @app.command()
-def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe file or a shipped recipe's name.")],
-    sets: Set = None,
-    name: Name = None,
-    seed: Seed = None,
-    device: Device = None,
-    runs: Runs = Path("runs"),
-    fresh: Fresh = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-) -> None:
+@spread(TrainFlags)
+def run(recipe: Recipe, on: TrainFlags) -> None:
     """All stages in order, then the score after each. Skips what is done."""
     from lco_lite.command import command
 
-    with command(recipe, runs, name, sets, {"seed": seed, "device": device}, quiet=quiet, dry_run=dry_run) as ctx:
+    with command(recipe, **on.arguments()) as ctx:
         from lco_lite.train.pipeline import run_all
 
-        run_all(ctx, fresh)
+        run_all(ctx, on.fresh)
 
 
 @app.command()
-def sft(
-    recipe: RecipeArg = None,
-    sets: Set = None,
-    name: Name = None,
-    seed: Seed = None,
-    device: Device = None,
-    runs: Runs = Path("runs"),
-    fresh: Fresh = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-) -> None:
+@spread(TrainFlags)
+def sft(on: TrainFlags, recipe: RecipeOrNewest = None) -> None:
     """Supervised warm-up on demonstrations."""
-    _stage("sft", recipe, runs, name, sets, {"seed": seed, "device": device}, fresh, dry_run, quiet)
-
-
-@app.command("train-rm")
-def train_rm(
-    recipe: RecipeArg = None,
-    sets: Set = None,
-    name: Name = None,
-    seed: Seed = None,
-    device: Device = None,
-    runs: Runs = Path("runs"),
-    fresh: Fresh = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-) -> None:
-    """The reward model, by DPO on preference pairs from data or sampled here."""
-    _stage("rm", recipe, runs, name, sets, {"seed": seed, "device": device}, fresh, dry_run, quiet)
+    _train("sft", recipe, on)
 
 
 @app.command()
+@spread(TrainFlags)
+def train_rm(on: TrainFlags, recipe: RecipeOrNewest = None) -> None:
+    """The reward model, by DPO on preference pairs from data or sampled here."""
+    _train("rm", recipe, on)
+
+
+@app.command()
+@spread(TrainFlags)
 def rl(
-    recipe: RecipeArg = None,
+    on: TrainFlags,
+    recipe: RecipeOrNewest = None,
     objective: Annotated[
-        str | None,
-        typer.Option(
-            "--objective",
-            help=f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME.",
-            show_default=False,
-            callback=_objective,
-        ),
+        str | None, typer.Option(help=f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME.", callback=_objective)
     ] = None,
-    beta: Annotated[
-        float | None, typer.Option("--beta", help="Strength of the KL regulariser.", show_default=False)
-    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Strength of the KL regulariser.")] = None,
     feedback: Annotated[
-        str | None,
-        typer.Option(
-            "--feedback", help="dpo, dpo_sampled, logprob, rule, function or reward_model.", show_default=False
-        ),
+        str | None, typer.Option(help="dpo, dpo_sampled, logprob, rule, function or reward_model.")
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Rollout phases.", show_default=False)] = None,
-    sets: Set = None,
-    name: Name = None,
-    seed: Seed = None,
-    device: Device = None,
-    runs: Runs = Path("runs"),
-    fresh: Fresh = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
+    steps: Annotated[int | None, typer.Option(help="Rollout phases.")] = None,
 ) -> None:
-    """Policy optimisation by LCO, or by what it is compared with; missing stages below it are trained first."""
-    flags = {
-        "seed": seed,
-        "device": device,
-        "rl.objective": objective,
-        "rl.beta": beta,
-        "rl.feedback": feedback,
-        "rl.steps": steps,
-    }
-    _stage("rl", recipe, runs, name, sets, flags, fresh, dry_run, quiet)
+    """Policy optimisation by LCO or another objective; stages it needs are trained first if missing."""
+    flags = {"rl.objective": objective, "rl.beta": beta, "rl.feedback": feedback, "rl.steps": steps}
+    _train("rl", recipe, on, flags)
+
+
+def _train(stage: str, recipe: str | None, on: TrainFlags, flags: dict[str, Any] | None = None) -> None:
+    from lco_lite.command import command
+
+    with command(recipe, **on.arguments(flags)) as ctx:
+        from lco_lite.train.pipeline import announce, train
+
+        stage = ctx.recipe.rl.stage if stage == "rl" else stage
+        train(ctx, stage, on.fresh)
+        announce(ctx, stage)
 
 
 @app.command("eval")
+@spread(RunFlags)
 def evaluate(
+    on: RunFlags,
     tasks: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="TASK…", help="Tasks, e.g. math500; the recipe's unless given.", show_default=False),
+        list[str] | None, typer.Argument(metavar="TASK…", help="Tasks, e.g. math500; the recipe's unless given.")
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", help="Score this model or adapter folder, or hub id, instead of a run.", show_default=False
-        ),
+        str | None, typer.Option(help="Score this model or adapter folder, or hub id, instead of a run.")
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(
-            "--policy",
-            help="base, sft, rm, rl-OBJECTIVE, or optimal: decode from π*. The newest policy unless given.",
-            show_default=False,
-        ),
+        typer.Option(help="base, sft, rm, rl-OBJECTIVE, or optimal: decode from π*. The newest policy unless given."),
     ] = None,
-    beta: Annotated[
-        float | None,
-        typer.Option("--beta", help="β of --policy optimal; the recipe's unless given.", show_default=False),
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option("--seeds", help="Sampling passes over the items.", show_default=False)
-    ] = None,
+    beta: Annotated[float | None, typer.Option(help="β of --policy optimal; the recipe's unless given.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Sampling passes over the items.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Decode greedily, one pass.")] = False,
-    limit: Annotated[
-        int | None, typer.Option("--limit", help="Only the first so many items.", show_default=False)
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option("--samples", help="Responses an item and pass: pass@k and maj@k.", show_default=False),
-    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N items.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Responses per item and pass, for pass@k and maj@k.")] = None,
     scoring: Annotated[
-        str | None,
-        typer.Option("--scoring", help="generation, or likelihood of the letters of the choices.", show_default=False),
+        str | None, typer.Option(help="generation, or likelihood of the letters of the choices.")
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data", help="A local JSONL file with the task's items, or a folder of such.", show_default=False
-        ),
+        Path | None, typer.Option(help="A local JSONL file with the task's items, or a folder of such.")
     ] = None,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option(
-            "--compare",
             metavar="A B",
-            help="Two scores that are there, STAGE or RUN/STAGE: difference, p-value, answers that flipped.",
-            show_default=False,
+            help="Two earlier scores, STAGE or RUN/STAGE: difference, p-value, answers that flipped.",
         ),
     ] = None,
     judge_url: Annotated[
         str | None,
         typer.Option(
-            "--judge-url",
-            metavar="URL",
-            help="alpaca_eval: chat-completions API that judges, or alpaca-eval for that package.",
-            show_default=False,
+            metavar="URL", help="alpaca_eval: chat-completions API that judges, or alpaca-eval for that package."
         ),
     ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option("--judge-model", help="The judge's name there.", show_default=False)
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Judge, whatever number of requests it takes.")] = False,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Judge, however many requests it takes.")] = False,
     list_tasks: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
-    sets: Set = None,
-    name: Name = None,
-    seed: Seed = None,
-    device: Device = None,
-    runs: Runs = Path("runs"),
     json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
-    quiet: Quiet = False,
 ) -> None:
     """pass@1 of the newest policy, or of any model folder or hub id, with its spread over seeds."""
-    from lco_lite.command import command_for_compare, command_for_eval, tell_tasks
-
     if list_tasks:
-        return tell_tasks()
+        from lco_lite.tasks import task_names
+
+        return typer.echo("\n".join(task_names()))
+    from lco_lite.command import boundary, command, command_on_weights
+
     if compare:
-        return command_for_compare(compare, model or policy, tasks, runs, name, scoring, quiet, json)
-    flags: dict[str, Any] = {"seed": seed, "device": device, "eval.seeds": seeds, "eval.items": limit, "rl.beta": beta}
+        with boundary():
+            from lco_lite.console import Console
+            from lco_lite.evaluation.compare import compare_scores
+
+            if model or policy:
+                raise UsageError("eval --compare reads two earlier scores: leave out --model and --policy")
+            screen = Console(quiet=on.quiet, json=json)
+            return compare_scores(on.runs, on.name, tasks, compare, scoring or "generation", screen, json)
+    flags: dict[str, Any] = {"eval.seeds": seeds, "eval.items": limit, "rl.beta": beta}
     flags |= {"eval.temperature": 0.0 if greedy else None, "eval.samples": samples, "eval.scoring": scoring}
     flags |= {"eval.judge_url": judge_url, "eval.judge_model": judge_model, "eval.judge_confirmed": yes or None}
-    with command_for_eval(model, tasks, runs, name, sets, flags, quiet=quiet, json=json) as ctx:
+    given = on.arguments(flags) | {"json": json}
+    with command_on_weights(model, tasks, **given) if model is not None else command(None, **given) as ctx:
         from lco_lite.evaluation.evaluate import score
 
         score(ctx, tasks, policy, model, json, data)
@@ -276,22 +243,27 @@ def evaluate(
 
 @data_app.command("check")
 def data_check(
-    recipe: Annotated[str, typer.Argument(help="A recipe file or a shipped recipe's name.")],
-    sets: Set = None,
+    recipe: Recipe,
+    sets: Sets = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
     """Rows, lengths, template, duplicates, and evaluation items among the training prompts."""
-    from lco_lite.command import command_for_data
+    from lco_lite.command import boundary
 
-    command_for_data(recipe, sets, json)
+    with boundary():
+        from lco_lite.console import Console
+        from lco_lite.data.check import check_data
+        from lco_lite.models.loading import quiet_libraries
+        from lco_lite.recipe.file import find_recipe, load_recipe
+
+        quiet_libraries()
+        check_data(load_recipe(find_recipe(recipe), sets), Console(json=json), json)
 
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this one.", show_default=False)] = None,
-    copy: Annotated[
-        Path | None, typer.Option("--copy", help="Copy it (or all) into this folder.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    copy: Annotated[Path | None, typer.Option(help="Copy it (or all) into this folder.")] = None,
 ) -> None:
     """List, show or copy the shipped recipes."""
     from lco_lite.command import boundary
@@ -304,28 +276,14 @@ def recipes(
 @app.command()
 def env(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Versions, device and memory, for a bug report."""
-    from lco_lite.command import boundary, tell_environment
+    from lco_lite.command import boundary
 
     with boundary():
-        tell_environment(json)
+        from lco_lite.environment import environment
 
-
-def _stage(
-    stage: str,
-    recipe: str | None,
-    runs: Path,
-    name: str | None,
-    sets: list[str] | None,
-    flags: dict[str, Any],
-    fresh: bool,
-    dry_run: bool,
-    quiet: bool,
-) -> None:
-    from lco_lite.command import command
-
-    with command(recipe, runs, name, sets, flags, quiet=quiet, dry_run=dry_run) as ctx:
-        from lco_lite.train.pipeline import announce, train
-
-        stage = ctx.recipe.rl.stage if stage == "rl" else stage
-        train(ctx, stage, fresh)
-        announce(ctx, stage)
+        facts = environment()
+        if json:
+            return typer.echo(json_format.dumps(facts))
+        for topic, value in facts.items():
+            for name, text in (value if isinstance(value, dict) else {"": value}).items():
+                typer.echo(f"{topic:10} {name:14} {text if text is not None else 'not installed'}")

@@ -1,4 +1,4 @@
-"""From flags to a context, and from exceptions to one message and an exit status: what stands around every command."""
+"""What stands around every command: from flags to a locked run with its recipe, from exceptions to an exit status."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lco_lite.errors import LcoError, UsageError
+from lco_lite.errors import Interrupted, LcoError, MemoryExhausted, UsageError
 from lco_lite.files import write_text
 from lco_lite.recipe import Recipe, Rl
 from lco_lite.recipe.file import find_recipe, load_recipe, override, validate
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def boundary() -> Iterator[None]:
-    """The one place where an exception becomes a message on stderr and an exit status (architecture of errors.py)."""
+    """The one place where an exception becomes a message on stderr and an exit status (see errors.py)."""
     try:
         yield
     except LcoError as e:
-        _leave(str(e), e.exit_code)
+        typer.echo(str(e) if e.exit_code == Interrupted.exit_code else f"error: {e}", err=True)
+        raise typer.Exit(e.exit_code) from None
     except KeyboardInterrupt:
-        _leave("stopped at once; the same command goes on at the last checkpoint", 130)
+        typer.echo("stopped at once; the same command goes on at the last checkpoint", err=True)
+        raise typer.Exit(Interrupted.exit_code) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more can be said
         raise typer.Exit(1) from None
@@ -46,6 +48,7 @@ def command(
     sets: list[str] | None,
     flags: dict[str, Any],
     quiet: bool = False,
+    json: bool = False,
     dry_run: bool = False,
 ) -> Iterator[Context]:
     """A locked run with its resolved recipe. Without a recipe file the newest or the named run goes on with its own."""
@@ -54,23 +57,25 @@ def command(
 
         if recipe is not None:
             resolved = load_recipe(find_recipe(recipe), sets, flags)
-        else:
-            run = _existing(Run, runs, name)
+        elif name is None or (runs / name / "recipe.yaml").exists():
+            run = Run.newest(runs) if name is None else Run.open(runs, name)
             resolved = _overridden(run.recipe(), sets, flags)
+        else:
+            raise UsageError(f"no run {name!r} under {runs}/: start it with `lco-lite run RECIPE --name {name}`")
         if dry_run:
-            from lco_lite.dry_run import rehearse
+            from lco_lite.dry_run import preview
 
-            rehearse(resolved)
+            preview(resolved)
             raise typer.Exit
         if recipe is not None:
             run = Run.open(runs, name or resolved.name)
-        with run.lock(), _context(run, resolved, quiet=quiet) as ctx:
+        with _context(run, resolved, quiet, json) as ctx:
             yield ctx
 
 
 @contextlib.contextmanager
-def command_for_eval(
-    model: str | None,
+def command_on_weights(
+    model: str,
     tasks: list[str] | None,
     runs: Path,
     name: str | None,
@@ -79,104 +84,49 @@ def command_for_eval(
     quiet: bool,
     json: bool,
 ) -> Iterator[Context]:
-    """As ``command``, on a run or, with ``model``, on any weights; scores of those lie under ``eval-MODEL``."""
+    """As ``command``, on any model or adapter folder or hub id; scores lie in a run of their own, ``eval-MODEL``."""
     with boundary():
         from lco_lite.run import Run
 
-        adapter = None
-        if model is None:
-            run = _existing(Run, runs, name)
-            resolved = _overridden(run.recipe(), sets, flags)
-        else:
-            if not tasks:
-                raise UsageError("eval --model: name at least one task, e.g. `lco-lite eval math500 --model PATH`")
-            run = Run.open(runs, name or "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
-            base, adapter = _base_and_adapter(model)
-            bare: dict[str, Any] = {"model": {"path": base}, "task": tasks[0], "sft": {"enabled": False}}
-            bare["data"] = {"preferences": "unused"}  # nothing is trained: no pairs are sampled
-            resolved = validate(override(bare, sets, flags), "eval --model")
-        with run.lock(), _context(run, resolved, quiet=quiet, json=json) as ctx:
+        if not tasks:
+            raise UsageError("eval --model: name at least one task, e.g. `lco-lite eval math500 --model PATH`")
+        run = Run.open(runs, name or "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
+        base, adapter = _base_and_adapter(model)
+        bare: dict[str, Any] = {"model": {"path": base}, "task": tasks[0], "sft": {"enabled": False}}
+        bare["data"] = {"preferences": "unused"}  # nothing is trained: no pairs are sampled
+        with _context(run, validate(override(bare, sets, flags), "eval --model"), quiet, json) as ctx:
             ctx.adapter = adapter
             yield ctx
 
 
-def command_for_compare(
-    pair: tuple[str, str],
-    scored_now: str | None,
-    tasks: list[str] | None,
-    runs: Path,
-    name: str | None,
-    scoring: str | None,
-    quiet: bool,
-    json: bool,
-) -> None:
-    """Reads scores that are there; loads no model and locks no run."""
-    with boundary():
+@contextlib.contextmanager
+def _context(run: Run, recipe: Recipe, quiet: bool, json: bool) -> Iterator[Context]:
+    with run.lock():
+        import torch
+
         from lco_lite.console import Console
-        from lco_lite.evaluation.compare import compare_scores
-
-        if scored_now:
-            raise UsageError("eval --compare reads two scores that are there: leave out --model and --policy")
-        compare_scores(runs, name, tasks, pair, scoring or "generation", Console(quiet=quiet, json=json), json)
-
-
-def command_for_data(recipe: str, sets: list[str] | None, json: bool) -> None:
-    """Reads a recipe's data; makes no run."""
-    with boundary():
-        from lco_lite.console import Console
-        from lco_lite.data.check import check_data
-        from lco_lite.models.loading import quiet_libraries
+        from lco_lite.context import Context
+        from lco_lite.metrics import peak_mib
+        from lco_lite.models.loading import quiet_libraries, resolve_device
 
         quiet_libraries()
-        check_data(load_recipe(find_recipe(recipe), sets, {}), Console(json=json), json)
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        ctx = Context(run, recipe, Console(quiet=quiet, json=json), resolve_device(recipe.device))
+        try:
+            yield ctx
+        except torch.OutOfMemoryError as e:
+            raise MemoryExhausted(_out_of_memory(ctx.clock.phase, peak_mib(), recipe, str(e))) from e
+        except (LcoError, KeyboardInterrupt, BrokenPipeError, typer.Exit):
+            raise
+        except Exception as e:
+            log = run.path / "error.log"
+            write_text(log, traceback.format_exc())
+            message = f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\nThe traceback is in {log}"
+            raise LcoError(message) from e
 
 
-def tell_tasks() -> None:
-    from lco_lite.tasks import task_names
-
-    for name in task_names():
-        typer.echo(name)
-
-
-def tell_environment(json: bool) -> None:
-    from lco_lite.environment import environment
-
-    found = environment()
-    if json:
-        typer.echo(json_format.dumps(found))
-        return
-    for key, value in found.items():
-        inner = value if isinstance(value, dict) else {"": value}
-        for name, text in inner.items():
-            typer.echo(f"{key:10} {name:14} {text if text is not None else 'not installed'}")
-
-
-@contextlib.contextmanager
-def _context(run: Run, recipe: Recipe, quiet: bool = False, json: bool = False) -> Iterator[Context]:
-    import torch
-
-    from lco_lite.console import Console
-    from lco_lite.context import Context
-    from lco_lite.metrics import peak_mib
-    from lco_lite.models.loading import quiet_libraries, resolve_device
-
-    quiet_libraries()
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    ctx = Context(run, recipe, Console(quiet=quiet, json=json), resolve_device(recipe.device))
-    try:
-        yield ctx
-    except torch.OutOfMemoryError as e:
-        _leave(out_of_memory(ctx.clock.phase, peak_mib(), recipe, str(e)), 3)
-    except (LcoError, KeyboardInterrupt, BrokenPipeError, typer.Exit):
-        raise
-    except Exception as e:
-        log = run.path / "error.log"
-        write_text(log, traceback.format_exc())
-        _leave(f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\nThe traceback is in {log}", 1)
-
-
-def out_of_memory(phase: str, peak_mib: float, recipe: Recipe, detail: str) -> str:
+def _out_of_memory(phase: str, peak_mib: float, recipe: Recipe, detail: str) -> str:
     """What ran out, where, and what to change, the cheapest first."""
     section = recipe.sft if phase == "update" else recipe.rl
     remedies = []
@@ -195,14 +145,6 @@ def out_of_memory(phase: str, peak_mib: float, recipe: Recipe, detail: str) -> s
     listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(remedies, 1))
     head = f"out of memory in phase {phase}, peak {peak_mib:.0f} MiB. Change, in this order:"
     return f"{head}\n{listed}\n({detail.splitlines()[0]})"
-
-
-def _existing(run_class: type[Run], runs: Path, name: str | None) -> Run:
-    if name is None:
-        return run_class.newest(runs)
-    if not (runs / name / "recipe.yaml").exists():
-        raise UsageError(f"no run {name!r} under {runs}/: start it with `lco-lite run RECIPE --name {name}`")
-    return run_class.open(runs, name)
 
 
 def _base_and_adapter(model: str) -> tuple[str, Path | None]:
@@ -229,8 +171,3 @@ def _overridden(recipe: Recipe, sets: list[str] | None, flags: dict[str, Any]) -
         own = {key: value for key, value in data["rl"].items() if value != usual[key]}
         changed = override({**data, "rl": own}, sets, flags)
     return validate(changed, "the run's recipe with your flags")
-
-
-def _leave(message: str, status: int) -> None:
-    typer.echo(f"error: {message}" if status != 130 else message, err=True)
-    raise typer.Exit(status) from None

@@ -1,4 +1,4 @@
-"""What every stage is given, and the clock that knows which phase it is in."""
+"""What every stage is given: run, recipe, screen, device, a clock of its phases; and how Ctrl-C reaches it."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Context:
     clock: Clock = field(default_factory=Clock)
 
 
-_MESSAGE = b"\nfinishing the current batch, then a checkpoint; press Ctrl-C again to stop at once\n"
 _STDERR = 2
+_MESSAGE = b"\nfinishing the current batch, then a checkpoint; press Ctrl-C again to stop at once\n"
 
 
 class InterruptGuard:
@@ -67,15 +67,13 @@ class InterruptGuard:
 
     def __enter__(self) -> InterruptGuard:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._on_signal)
+            self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             # None: the handler before was not installed from Python and cannot be put back
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

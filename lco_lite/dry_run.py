@@ -1,4 +1,4 @@
-"""``--dry-run``: the resolved recipe, one example as the model will see it, how much each stage will do."""
+"""What a run would do (``--dry-run``): the resolved recipe, one example as the model sees it, each stage's work."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lco_lite.recipe.file import dump
 from lco_lite.sequences import Example
 
 
-def rehearse(recipe: Recipe) -> None:
+def preview(recipe: Recipe) -> None:
     """Opens tokenizer and data as the stages do, and prints what they would work with."""
     typer.echo(dump(recipe))
     task, chat = recipe_task(recipe), ChatFormat(open_tokenizer(recipe.model, recipe.seed), recipe.chat.template_args)
     prompts = rl_prompts(recipe, task)
     if recipe.sft.enabled:
         examples = sft_examples(recipe, task, chat)
-        typer.echo(f"one demonstration, [trained tokens in brackets]:\n{marked(chat, examples[0])}\n")
+        typer.echo(f"one demonstration, [trained tokens in brackets]:\n{_marked(chat, examples[0])}\n")
         updates = recipe.sft.max_steps or math.ceil(recipe.sft.epochs * len(examples) / recipe.sft.batch_size)
-        typer.echo(f"sft      {len(examples)} demonstrations of {lengths(examples)} tokens, {updates} updates")
+        typer.echo(f"sft      {len(examples)} demonstrations of {_lengths(examples)} tokens, {updates} updates")
     else:
         typer.echo(f"one prompt:\n{chat.prompt_text(prompts[0].messages)}\n")
     if recipe.rl.needs_reward_model:
-        typer.echo(f"rm       {pairs_line(recipe, chat, len(prompts))}")
+        typer.echo(f"rm       {_pairs(recipe, chat, len(prompts))}")
     rl = recipe.rl
     responses = rl.prompts_per_step * rl.responses_per_prompt
     updates = rl.inner_epochs * math.ceil(responses / rl.minibatch)
@@ -39,23 +39,22 @@ def rehearse(recipe: Recipe) -> None:
         )
 
 
-def pairs_line(recipe: Recipe, chat: ChatFormat, prompts: int) -> str:
-    s = recipe.train_rm
+def _pairs(recipe: Recipe, chat: ChatFormat, prompts: int) -> str:
+    rm = recipe.train_rm
     if recipe.data.preferences == "sampled":
-        prompts = min(prompts, s.prompts or prompts)
-        most = prompts * s.pairs_per_prompt
-        return f"up to {most} pairs, from {s.samples_per_prompt} responses to each of {prompts} prompts"
+        prompts = min(prompts, rm.prompts or prompts)
+        most = prompts * rm.pairs_per_prompt
+        return f"up to {most} pairs, from {rm.samples_per_prompt} responses to each of {prompts} prompts"
     pairs = file_pairs(recipe, recipe_task(recipe), chat)
-    updates = s.max_steps or math.ceil(s.epochs * len(pairs) * (1 - s.held_out) / s.batch_size)
-    return (
-        f"{len(pairs)} pairs of {lengths([e for p in pairs for e in (p.chosen, p.rejected)])} tokens, {updates} updates"
-    )
+    updates = rm.max_steps or math.ceil(rm.epochs * len(pairs) * (1 - rm.held_out) / rm.batch_size)
+    tokens = _lengths([e for pair in pairs for e in (pair.chosen, pair.rejected)])
+    return f"{len(pairs)} pairs of {tokens} tokens, {updates} updates"
 
 
-def marked(chat: ChatFormat, example: Example) -> str:
+def _marked(chat: ChatFormat, example: Example) -> str:
     return f"{chat.tokenizer.decode(example.prompt)}[{chat.tokenizer.decode(example.response)}]"
 
 
-def lengths(examples: Sequence[Example]) -> str:
+def _lengths(examples: Sequence[Example]) -> str:
     sizes = sorted(map(len, examples))
     return f"{sizes[0]} to {sizes[-1]} (median {sizes[len(sizes) // 2]})"

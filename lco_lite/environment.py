@@ -8,7 +8,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = (
+PACKAGES = [
     "lco-lite",
     "torch",
     "transformers",
@@ -24,7 +24,7 @@ PACKAGES = (
     "pydantic",
     "rich",
     "typer",
-)
+]
 
 
 def environment() -> dict[str, Any]:
@@ -59,14 +59,14 @@ def _device() -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    commit = _git_output("rev-parse", "HEAD")
-    return None if commit is None else {"commit": commit, "changed": bool(_git_output("status", "--porcelain"))}
-
-
-def _git_output(*arguments: str) -> str | None:
     """None: no git, or the working directory is in no repository."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+        commit, changed = _git_output("rev-parse", "HEAD"), _git_output("status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
         return None
+    return {"commit": commit, "changed": bool(changed)}
+
+
+def _git_output(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()

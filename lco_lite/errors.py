@@ -1,4 +1,4 @@
-"""One exception tree, mapped to exit codes at one place (``lco_lite.__main__``).
+"""One exception tree, mapped to exit statuses at one place (``command.boundary``).
 
 A message says what was found, where, and what is accepted; the user never sees a traceback for a mistake of theirs.
 """

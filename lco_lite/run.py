@@ -1,4 +1,4 @@
-"""A run folder: its recipe, its stages, which of them are done, and what may go on from where.
+"""A run folder: which stages are done, what may go on from where, and which process has it.
 
     runs/NAME/recipe.yaml  environment.json  sft/  rm/  rl-kld/  eval/TASK--STAGE.json
 
@@ -8,19 +8,19 @@ complete once ``done.json`` is there. Everything is written whole, so a run can 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import sys
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, SoftFileLock, Timeout
 
 from lco_lite.environment import environment
 from lco_lite.errors import RecipeError, UsageError
@@ -31,33 +31,15 @@ from lco_lite.recipe.file import dump, load_recipe
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
-@dataclass
 class StageFolder:
     """One stage of a run: ``path`` and what lies in it."""
 
-    name: str
-    path: Path
-    _begun: float | None = field(default=None, repr=False)
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.jsonl"
+    def __init__(self, path: Path) -> None:
+        self.name, self.path = path.name, path
+        self.adapter, self.model = path / "adapter", path / "model"
+        self.checkpoints = path / "checkpoints"
+        self.metrics, self.samples = path / "metrics.jsonl", path / "samples.jsonl"
+        self._begun = time.monotonic()
 
     def is_done(self) -> bool:
         return (self.path / "done.json").exists()
@@ -79,30 +61,14 @@ class StageFolder:
 
         ``seconds`` in the file counts from ``begin`` in this process: time before an interruption is not in it.
         """
-        if self._begun is None:
-            raise RuntimeError(f"{self.name}: finish without begin")
-        seconds = round(time.monotonic() - self._begun, 3)
-        write_json(
-            self.path / "done.json",
-            {"id": uuid.uuid4().hex[:12], "finished": _now(), "seconds": seconds, "result": result},
-        )
+        made = {"id": uuid.uuid4().hex[:12], "finished": _now(), "seconds": round(time.monotonic() - self._begun, 3)}
+        write_json(self.path / "done.json", {**made, "result": result})
 
     def id(self) -> str:
         """Changes whenever the stage is trained again. UsageError while it is not done."""
-        return str(self._done()["id"])
-
-    def result(self) -> dict[str, Any]:
-        """What ``finish`` was given. UsageError while the stage is not done."""
-        return dict(self._done()["result"])
-
-    def discard(self) -> None:
-        """Deletes the stage. ``Run.discard_from`` also deletes what was built on it."""
-        remove(self.path)
-
-    def _done(self) -> dict[str, Any]:
         if not self.is_done():
             raise UsageError(f"{self.path}: this stage is not done yet")
-        return _read_json(self.path / "done.json")
+        return str(_read_json(self.path / "done.json")["id"])
 
     def _refuse_changes(self, before: dict[str, Any], settings: dict[str, Any], upstream: dict[str, str]) -> None:
         lines = differences(before["settings"], json.loads(json.dumps(settings)))
@@ -130,7 +96,7 @@ class Run:
         """``root/name``, made if it is not there. UsageError for a name that is no plain folder name."""
         if not _NAME.match(name):
             raise UsageError(
-                f"{name!r} is no name for a run: letters, digits, '.', '_' and '-', the first a letter or digit"
+                f"{name!r} is not a name for a run: letters, digits, '.', '_' and '-', the first a letter or digit"
             )
         path = root / name
         with write_errors(path):
@@ -142,23 +108,47 @@ class Run:
     @classmethod
     def newest(cls, root: Path) -> Run:
         """The run under ``root`` that was used last. UsageError that says what to type where there is none."""
-        found = [p.parent for p in root.glob("*/recipe.yaml")]
-        if not found:
+        runs = [p.parent for p in root.glob("*/recipe.yaml")]
+        if not runs:
             raise UsageError(
                 f"no run under {root}/ yet: start with `lco-lite run recipes/quickstart.yaml` or `lco-lite sft RECIPE`"
             )
-        return cls(max(found, key=_last_use))
+        return cls(max(runs, key=_last_use))
 
     @property
     def name(self) -> str:
         return self.path.name
 
     @contextmanager
-    def lock(self) -> Iterator[Run]:
-        """Keeps other processes out and cleans up after killed ones. UsageError names the process that has the run."""
-        with locked(self.path / ".lock"):
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes out and cleans up after killed ones. UsageError names the process that has the run.
+
+        ``.lock`` names that process, and its time is that of the run's last use; a lock of its own lies beside it.
+        """
+        holder = self.path / ".lock"
+        lock = FileLock(self.path / ".lock.held", timeout=0)
+        try:
+            with write_errors(holder):
+                lock.acquire()
+            if isinstance(lock, SoftFileLock):
+                lock.release()
+                raise NotImplementedError("a lock file would outlive its process")
+        except Timeout as e:
+            process = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"
+            raise UsageError(
+                f"{self.path} is in use by process {process}: wait for it, stop it, or start another run with --name"
+            ) from e
+        except (OSError, NotImplementedError) as e:
+            raise UsageError(f"{self.path}: this file system has no locks ({e}): choose a local --runs DIR") from e
+        try:
+            write_text(holder, str(os.getpid()))
             recover(self.path)
-            yield self
+            try:
+                yield
+            finally:
+                os.utime(holder)  # a run that ends after another began is the newer one
+        finally:
+            lock.release()
 
     def has_recipe(self) -> bool:
         return (self.path / "recipe.yaml").exists()
@@ -185,7 +175,7 @@ class Run:
 
     def stage(self, name: str) -> StageFolder:
         """``sft``, ``rm`` or ``rl-OBJECTIVE``; the folder need not be there yet."""
-        return StageFolder(name, self.path / name)
+        return StageFolder(self.path / name)
 
     def stages(self) -> list[StageFolder]:
         """Those that were begun, in the order they build on each other."""
@@ -209,12 +199,10 @@ class Run:
         """
         present = {p.parent.name for p in self.path.glob("*/stage.json")} | {stage}
         doomed = [name for name in sorted(present, key=_order) if name == stage or _order(stage)[0] < _order(name)[0]]
-        for name in reversed(
-            doomed
-        ):  # the last first: killed half-way, what is left still stands on what it was built on
+        for name in reversed(doomed):  # killed half-way, what is left still stands on what it was built on
             for score in sorted((self.path / "eval").glob(f"*--{name}.*")):
                 remove(score)
-            self.stage(name).discard()
+            remove(self.path / name)
         for name in {"sft": ("base", "base-rm"), "rm": ("base-rm",)}.get(stage, ()):
             remove(self.path / name)
         return doomed
@@ -244,54 +232,6 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-_PID_WIDTH = 20
-
-if sys.platform == "win32":
-    import msvcrt
-
-    _LOCKED_BYTE = 2**30  # Windows forbids reading locked bytes, and the pid at the start of the file is to be read
-
-    def _try_lock(handle: int) -> None:
-        os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-else:
-    import fcntl
-
-    def _try_lock(handle: int) -> None:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds ``path`` for this process. UsageError names the process that has it. The file stays; its lock does not."""
-    with write_errors(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        _acquire(handle, path)
-        try:
-            yield
-        finally:
-            os.utime(path)  # the time of the last use: a run that ends after another began is the newer one
-    finally:
-        os.close(handle)  # releases the lock
-
-
-def _acquire(handle: int, path: Path) -> None:
-    try:
-        _try_lock(handle)
-    except OSError as e:
-        if e.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            raise UsageError(f"{path}: this file system has no locks ({e.strerror}): choose a local --runs DIR") from e
-        os.lseek(handle, 0, os.SEEK_SET)
-        holder = os.read(handle, _PID_WIDTH).decode("ascii", "replace").strip() or "unknown"
-        raise UsageError(
-            f"{path.parent} is in use by process {holder}: wait for it, stop it, or start another run with --name"
-        ) from e
-    with write_errors(path):
-        os.lseek(handle, 0, os.SEEK_SET)
-        os.write(handle, f"{os.getpid():<{_PID_WIDTH}}".encode("ascii"))  # one write: a reader never sees half of it
-
-
 _SFT = ("seed", "task", "model", "chat", "data.demonstrations", "data.columns.demonstrations", "data.task", "sft")
 _RM = (*_SFT, "reward_model", "data.preferences", "data.columns.preferences", "train_rm")
 
@@ -309,6 +249,8 @@ _NO_MATTER = {
     "guard",
     "reward_timeout",
 }
+# left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
+_NEWER: dict[str, Any] = {"rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
 
 
 def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -326,12 +268,15 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
         roots = (*upstream, *judge, "data.prompts", "data.columns.prompts", "rl")
     else:
         raise UsageError(f"no stage {stage!r}: sft, rm or rl-OBJECTIVE")
-    values = flat(recipe.model_dump(mode="json"))
-    return {
-        key: value
-        for key, value in values.items()
-        if any(key == root or key.startswith(f"{root}.") for root in roots) and key.rpartition(".")[2] not in _NO_MATTER
-    }
+
+    def decides(key: str, value: Any) -> bool:
+        if key in _NEWER and value == _NEWER[key]:
+            return False
+        if key.startswith("rl.settings."):
+            return "rl" in roots  # whatever they are called
+        return key.rpartition(".")[2] not in _NO_MATTER and any(f"{key}.".startswith(f"{root}.") for root in roots)
+
+    return {key: value for key, value in flat(recipe.model_dump(mode="json")).items() if decides(key, value)}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

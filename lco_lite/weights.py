@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from lco_lite.context import Context
 from lco_lite.models.language_model import LanguageModel, Role, check_same_tokenizer
 from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_tokenizer
-from lco_lite.recipe import RewardModel, Weights
+from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.run import StageFolder
 from lco_lite.sequences import derive
 
@@ -96,7 +96,7 @@ def open_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
     return Role(start.model, REWARD), start
 
 
-def open_judges(ctx: Context, start: Role) -> tuple[Role | None, Role | None]:
+def open_feedback_models(ctx: Context, start: Role) -> tuple[Role | None, Role | None]:
     """(φ, φ_ref) of the recipe's feedback: DPO's pair; for ``logprob`` the reward model's base alone; else none."""
     if ctx.recipe.rl.needs_reward_model:
         return open_reward_model(ctx, start)

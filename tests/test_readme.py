@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from lco_lite.cli import app
 from lco_lite.models.loading import build_scratch
-from lco_lite.recipe import Init
+from lco_lite.recipe.sections import Init
 from lco_lite.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,6 @@ from lco_lite.recipe import UNGRADED, Recipe, Section
 from lco_lite.recipe.file import dump, load_recipe, override, parse_yaml, validate, write_yaml
 from lco_lite.recipe.rl import METHOD_DEFAULTS
 from lco_lite.tasks import load_task, task_names
-from lco_lite.tasks.base import grades
 
 ROOT = Path(__file__).parent.parent
 SMALL = "task: arithmetic\nmodel: {init: {}}\n"
@@ -146,7 +145,7 @@ def test_without_right_and_wrong_there_is_no_rule_and_no_sampled_pair(tmp_path, 
 def test_tasks_without_right_and_wrong_are_those_that_make_their_own_metrics():
     of_a_users_own = {"custom"}  # has a grader by construction, and needs a file
     names = set(task_names()) - of_a_users_own
-    assert {name for name in names if not grades(load_task(name))} == set(UNGRADED)
+    assert {name for name in names if not load_task(name).graded} == set(UNGRADED)
 
 
 def test_a_long_value_is_shown_in_part(tmp_path):
@@ -159,6 +158,7 @@ def test_a_long_value_is_shown_in_part(tmp_path):
     [
         ("seed: 1\nseed: 2\n", "line 4: the key 'seed' stands twice"),
         ("rl: {beta: 1, beta: 2}\n", "line 3: the key 'beta' stands twice"),
+        ("rl:\n  settings: {a: [{b: 1, b: 2}]}\n", "line 4: the key 'b' stands twice"),
         ("rl: [\n", "line 4: "),
         ("\tseed: 1\n", "line 3: "),
         ("sft: &x {enabled: *x}\n", "nested without end"),
@@ -191,6 +191,46 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path):
 def test_a_byte_order_mark_is_no_part_of_the_recipe(tmp_path):
     (tmp_path / "r.yaml").write_text(SMALL, encoding="utf-8-sig")
     assert load_recipe(tmp_path / "r.yaml").task == "arithmetic"
+
+
+# --- code of the user's own
+
+
+def test_an_objective_of_ones_own_may_be_a_policy_gradient_or_one_over_the_vocabulary(tmp_path):
+    own = "rl.objective=mine.py:loss"
+    assert load(tmp_path, sets=[own]).rl.feedback == "rule"
+    assert load(tmp_path, sets=[own, "rl.kl_coef=0.1"]).rl.is_policy_gradient
+    for feedback in ("dpo", "logprob"):
+        dense = load(tmp_path, sets=[own, f"rl.feedback={feedback}"]).rl
+        assert dense.is_own and dense.is_dense and not dense.is_policy_gradient
+    assert "feedback dpo is an advantage over the whole vocabulary" in str(
+        problems(tmp_path, sets=["rl.objective=grpo", "rl.feedback=dpo"])
+    )
+
+
+def test_settings_reach_an_objective_or_a_target_of_ones_own_as_they_were_written(tmp_path):
+    text = "rl: {objective: mine.py:loss, settings: {clip: 1e-3, guard: {deep: [no, 2]}}}\n"
+    assert load(tmp_path, text).rl.settings == {"clip": 1e-3, "guard": {"deep": ["no", 2]}}
+    assert load(tmp_path, sets=["rl.target=mine.py:sharper", "rl.settings.power=2"]).rl.settings == {"power": 2}
+    (problem,) = problems(tmp_path, sets=["rl.settings.power=2"])
+    assert "settings are for an objective or target of your own (FILE.py:NAME): kld takes none" in problem
+
+
+@pytest.mark.parametrize(
+    ("sets", "reason"),
+    [
+        (["rl.target=mine.txt:sharper"], "target 'mine.txt:sharper' is not FILE.py:NAME"),
+        (["rl.objective=grpo", "rl.target=mine.py:sharper"], "target belongs to kld, lch and mse, not to grpo"),
+        (
+            ["rl.responses_per_prompt=3", "rl.whole_groups=true"],
+            "whole_groups: minibatch 64 is not a multiple of responses_per_prompt 3",
+        ),
+    ],
+)
+def test_a_target_is_for_lco_and_whole_groups_need_minibatches_that_hold_them(tmp_path, sets, reason):
+    (problem,) = problems(tmp_path, sets=sets)
+    assert reason in problem
+    assert load(tmp_path, sets=["rl.responses_per_prompt=4", "rl.whole_groups=true", "rl.target=mine.py:sharper"])
 
 
 # --- YAML as one expects it

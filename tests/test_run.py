@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -122,6 +123,22 @@ def test_two_locks_in_one_process_exclude_each_other_too(run):
         pass
 
 
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told(run, monkeypatch, code):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(handle: int, how: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", no_locks)
+        with pytest.raises(UsageError, match=r"this file system has no locks.*--runs DIR"), run.lock():
+            pass
+    with run.lock():  # what was tried leaves nothing behind
+        pass
+
+
 def test_the_lock_cleans_up_after_killed_writers(run):
     left = run.path / "sft" / ".adapter.0123456789ab.new"
     left.mkdir(parents=True)
@@ -204,13 +221,14 @@ def test_a_finished_stage_keeps_its_result_and_time(run):
     stage = started(run, "sft")
     stage.finish({"loss": 0.5, "by": {"a": [1]}})
     assert stage.is_done()
-    assert run.stage("sft").result() == {"loss": 0.5, "by": {"a": [1]}}
-    assert json.loads((stage.path / "done.json").read_text())["seconds"] >= 0
+    made = json.loads((stage.path / "done.json").read_text())
+    assert made["result"] == {"loss": 0.5, "by": {"a": [1]}} and made["seconds"] >= 0
+    assert made["id"] == run.stage("sft").id()
 
 
-def test_the_result_of_a_stage_that_is_not_done_is_a_usage_error(run):
+def test_a_stage_that_is_not_done_has_no_id(run):
     with pytest.raises(UsageError, match="not done"):
-        started(run, "sft").result()
+        started(run, "sft").id()
 
 
 def test_a_damaged_stage_file_is_named(run):

@@ -53,6 +53,9 @@ def test_what_decides_the_reward_model_leaves_sft_alone(changes):
         {"data": {"columns": {"prompts": {"prompt": "q"}}}},
         {"rl": {"beta": 2.0}},
         {"rl": {"steps": 9}},
+        {"rl": {"target": "mine.py:sharper"}},
+        {"rl": {"target": "mine.py:sharper", "settings": {"guard": 1}}},
+        {"rl": {"whole_groups": True}},
     ],
 )
 def test_what_decides_rl_leaves_the_stages_before_alone(changes):
@@ -82,6 +85,17 @@ def test_rl_on_a_rule_does_not_depend_on_a_reward_model():
     a = stage_settings(Recipe.model_validate({**BASE, **rule}), "rl-kld")
     b = stage_settings(Recipe.model_validate({**BASE, **rule, "train_rm": {"lr": 1e-4}}), "rl-kld")
     assert a == b
+
+
+def test_settings_of_ones_own_count_under_any_name():
+    own = [{"rl": {"objective": "mine.py:loss", "settings": {"guard": n}}} for n in (1, 2)]
+    before, after = (stage_settings(Recipe.model_validate({**BASE, **rl}), "rl-loss") for rl in own)
+    assert differences(before, after) == ["rl.settings.guard: 1 → 2"]
+
+
+def test_a_setting_that_older_recipes_did_not_have_counts_once_it_is_set():
+    names = set(stage_settings(Recipe.model_validate(BASE), "rl-kld"))
+    assert not names & {"rl.settings", "rl.target", "rl.whole_groups"}
 
 
 def test_an_unknown_stage_is_refused():

@@ -44,7 +44,7 @@ def problem_of(task: Task, item: Item) -> str:
 
 def bare(text: str, task: Task | None) -> str:
     """``text`` without the task's template, where it is written in it."""
-    before, _, after = getattr(task, "template", "{problem}").partition("{problem}")
+    before, _, after = (task.template if task else "{problem}").partition("{problem}")
     if text.startswith(before) and text.endswith(after):
         return text[len(before) : len(text) - len(after)]
     return text

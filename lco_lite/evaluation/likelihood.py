@@ -8,17 +8,18 @@ Legend: N items, C choices, d hidden width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from lco_lite.errors import UsageError
+from lco_lite.evaluation.summary import Graded, graded
+from lco_lite.grading import Grade, Item
 from lco_lite.grading.choice import LETTERS, answer_index
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role
 from lco_lite.objectives.logprobs import token_logprobs
 from lco_lite.sequences import Example, collate
-from lco_lite.tasks.base import Item, Task
+from lco_lite.tasks.base import Task
 
 
 def need_choices(task: Task, items: Sequence[Item]) -> None:
@@ -29,6 +30,15 @@ def need_choices(task: Task, items: Sequence[Item]) -> None:
                 f"--scoring likelihood: item {item.id} of {task.name} has no `choices` with an `answer` among them; "
                 "score this task with --scoring generation"
             )
+
+
+def likeliest_letters(
+    role: Role, chat: ChatFormat, items: Sequence[Item], prompts: Sequence[list[int]]
+) -> list[Graded]:
+    """Each item's likeliest letter, graded; ``prompts`` are token ids."""
+    letters = letter_ids(chat)
+    choices = [letters[: len(item.row["choices"])] for item in items]
+    return [likeliest_letter(*pair) for pair in zip(items, choice_logprobs(role, prompts, choices), strict=True)]
 
 
 def letter_ids(chat: ChatFormat) -> list[list[int]]:
@@ -48,7 +58,7 @@ def choice_logprobs(
     if all(len(choice) == 1 for some in choices for choice in some):
         batch = collate([Example(p, some[0]) for p, some in zip(prompts, choices, strict=True)], role.model.pad_id)
         hidden = role.hidden(batch)  # [N, d]: the position after which a letter comes
-        hidden = hidden.repeat_interleave(torch.tensor(counts, device=hidden.device), 0)
+        hidden = hidden.repeat_interleave(torch.tensor(counts, device=hidden.device), 0)  # [N·C, d]
         actions = torch.tensor([choice[0] for some in choices for choice in some], device=hidden.device)
         values = token_logprobs(hidden, role.model.head, actions)[0].tolist()
     else:
@@ -61,19 +71,10 @@ def choice_logprobs(
     return [values[end - n : end] for n, end in zip(counts, ends, strict=True)]
 
 
-def likelihood_row(item: Item, logprobs: Sequence[float]) -> dict[str, Any]:
-    """The likeliest letter, the first of equals, as a row of an evaluation; ``logprobs`` by letter."""
-    letters = LETTERS[: len(logprobs)]
-    best = max(range(len(logprobs)), key=logprobs.__getitem__)
-    right = best == answer_index(item)
-    return {
-        "id": item.id,
-        "prompt": item.prompt,
-        "response": letters[best],
-        "extracted": letters[best],
-        "gold": item.gold,
-        "right": right,
-        "why": "the likeliest letter" if right else f"the answer is {item.gold}",
-        "truncated": False,
-        "logprobs": dict(zip(letters, logprobs, strict=True)),
-    }
+def likeliest_letter(item: Item, logprobs: Sequence[float]) -> Graded:
+    """The likeliest letter, the first of equals, graded; ``logprobs`` by letter."""
+    by_letter = dict(zip(LETTERS, logprobs, strict=False))
+    letter = max(by_letter, key=by_letter.__getitem__)
+    right = LETTERS.index(letter) == answer_index(item)
+    grade = Grade(right, letter, "the likeliest letter" if right else f"the answer is {item.gold}")
+    return graded(item, letter, grade, truncated=False) | {"logprobs": by_letter}

@@ -1,7 +1,7 @@
-"""How a task is put to a model: the user's turn, the system text, worked examples; and all of it on record.
+"""How a task is put to a model (the user's turn, the system text, worked examples), and all of it on record.
 
-A score without its prompt cannot be repeated, so ``protocol`` goes into every result, and a score is used again only
-while nothing in it has changed.
+A score without its prompt cannot be repeated, so what it rests on goes into every result, and a score is used again
+only while nothing of that has changed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from lco_lite import __version__
 from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, system_text
 from lco_lite.errors import DataError, UsageError
-from lco_lite.evaluation.evaluate import scored_by
+from lco_lite.grading.math import grade_math, grade_rounded
 from lco_lite.models.chat import conversation
 from lco_lite.recipe import Eval, Recipe
-from lco_lite.tasks.base import Item, Task, grade_math
+from lco_lite.tasks.base import Item, Task
 from lco_lite.tasks.custom import UsersGrader
-from lco_lite.tasks.mathematics import grade_rounded
 
 
 def score_name(task: str, scoring: str) -> str:
@@ -31,56 +31,47 @@ def score_name(task: str, scoring: str) -> str:
     return f"{task}-likelihood" if scoring == "likelihood" else task
 
 
-def configured(task: Task, s: Eval) -> Task:
-    """The task with the template of ``s``, where it has one to replace."""
-    template = template_of(task, s)
-    return task if getattr(task, "template", template) == template else replace(task, template=template)  # type: ignore[type-var]
+def eval_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
+    """The first ``eval.items`` held-out items as conversations that end with the user's turn.
 
-
-def template_of(task: Task, s: Eval) -> str:
-    """What stands around ``{problem}`` in the user's turn."""
-    own = getattr(task, "template", "{problem}")
-    letter = getattr(task, "likelihood_template", None) if s.scoring == "likelihood" else None
-    return s.template or letter or own
-
-
-def eval_prompts(recipe: Recipe, task: Task, s: Eval) -> list[Prompt]:
-    """The first ``s.items`` held-out items as conversations that end with the user's turn.
-
-    Raises UsageError where worked examples are asked for and the task has too few of them.
+    Raises UsageError where the recipe wants worked examples and the task has too few of them.
     """
-    task, around, system = configured(task, s), template_of(task, s), eval_system(recipe, task, s)
-    shown = worked_examples(task, s.few_shot)
-
-    def turn(item: Item) -> str:
-        return item.prompt if hasattr(task, "template") else around.replace("{problem}", item.prompt)
-
-    def answer(example: Item) -> str:
-        return example.gold if s.scoring == "likelihood" else example.demonstration or ""
+    settings = recipe.eval
+    template, system = eval_template(task, settings), eval_system(recipe, task)
+    if task.template != template:
+        task = replace(task, template=template)
+    examples_of = worked_examples(task, settings.few_shot)
 
     prompts = []
-    for item in task.items("test")[: s.items]:
-        first, *rest = [*shown(item), item]
-        messages = conversation(turn(first), system)
-        for before, after in zip([first, *rest], rest, strict=False):
-            messages += [{"role": "assistant", "content": answer(before)}, *conversation(turn(after))]
+    for item in task.items("test")[: settings.items]:
+        turns = [*examples_of(item), item]
+        messages = conversation(turns[0].prompt, system)
+        for example, following in pairwise(turns):
+            answer = example.gold if settings.scoring == "likelihood" else example.demonstration or ""
+            messages += [{"role": "assistant", "content": answer}, *conversation(following.prompt)]
         prompts.append(Prompt(messages, item))
     return prompts
 
 
-def eval_system(recipe: Recipe, task: Task, s: Eval) -> str | None:
-    return s.system if s.system is not None else system_text(recipe, task)
+def eval_template(task: Task, settings: Eval) -> str:
+    """What stands around ``{problem}`` in the user's turn."""
+    letter = task.likelihood_template if settings.scoring == "likelihood" else None
+    return settings.template or letter or task.template
+
+
+def eval_system(recipe: Recipe, task: Task) -> str | None:
+    return system_text(recipe, task) if recipe.eval.system is None else recipe.eval.system
 
 
 def worked_examples(task: Task, n: int) -> Callable[[Item], Sequence[Item]]:
     """item -> its ``n`` examples: of ``dev`` those of the item's own subject, where it has one; else the first n."""
     if n == 0:
         return lambda item: ()
-    split, found = _examples_split(task)
-    answered = [item for item in found if item.demonstration]
+    split, items = _examples_split(task)
+    answered = [item for item in items if item.demonstration]
     by_subject = split == "dev" and all("subject" in item.row for item in answered)
 
-    def shown(item: Item) -> Sequence[Item]:
+    def examples_of(item: Item) -> Sequence[Item]:
         subject = item.row.get("subject")
         fitting = [e for e in answered if e.row["subject"] == subject] if by_subject else answered
         if len(fitting) < n:
@@ -88,7 +79,7 @@ def worked_examples(task: Task, n: int) -> Callable[[Item], Sequence[Item]]:
             raise UsageError(f"eval.few_shot: {n}, and task {task.name} has {len(fitting)} worked examples{where}")
         return fitting[:n]
 
-    return shown
+    return examples_of
 
 
 def _examples_split(task: Task) -> tuple[str, Sequence[Item]]:
@@ -102,14 +93,32 @@ def _examples_split(task: Task) -> tuple[str, Sequence[Item]]:
     raise UsageError(f"eval.few_shot: task {task.name} has neither a dev nor a train split to take examples from")
 
 
-def protocol(recipe: Recipe, task: Task, s: Eval) -> dict[str, Any]:
-    """Everything besides weights, sampling and items that a score depends on; JSON."""
+def score_settings(ctx: Context, task: Task, stage: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """All that a score rests on; how many responses are made at once is no part of it. JSON.
+
+    What is under ``scored_by`` decides how the responses of some tasks are scored, and not what they are.
+    """
+    settings = ctx.recipe.eval
+    apart = {"tasks", "batch", "batch_tokens", "template", "system", "few_shot", "scoring"}
+    apart |= {name for name in Eval.model_fields if name.startswith(("judge_", "reward_"))}
+    scored_by = task.scored_by(settings)
+    return ({"scored_by": scored_by} if scored_by else {}) | {
+        "made_by": _made_by(ctx, stage),
+        "seed": ctx.recipe.seed,
+        "sampling": settings.model_dump(exclude=apart),
+        "protocol": prompt_settings(ctx.recipe, task),
+        "items": _digest(prompts),
+    }
+
+
+def prompt_settings(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """Everything besides weights, sampling and items that a score depends on."""
     return {
-        "scoring": s.scoring,
-        "template": template_of(task, s),
-        "system": eval_system(recipe, task, s),
+        "scoring": recipe.eval.scoring,
+        "template": eval_template(task, recipe.eval),
+        "system": eval_system(recipe, task),
         "template_args": json.loads(json.dumps(recipe.chat.template_args, default=str)),
-        "few_shot": s.few_shot,
+        "few_shot": recipe.eval.few_shot,
         "grader": grader_of(task),
         "lco_lite": __version__,
     }
@@ -118,51 +127,34 @@ def protocol(recipe: Recipe, task: Task, s: Eval) -> dict[str, Any]:
 def grader_of(task: Task) -> dict[str, str]:
     """The name of what grades; for mathematics math-verify's version; for a function of the user's a digest of its
     file, since an edited grader makes another score."""
-    grader = getattr(task, "grader", type(task).grade)
+    grader: Any = task.grader or task.aggregate
     if isinstance(grader, UsersGrader):
         file = Path(grader.spec.rpartition(":")[0])
         return {"name": grader.spec, "file": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
-    found = {"name": f"{grader.__module__}.{grader.__qualname__}"}
+    name = {"name": f"{grader.__module__}.{grader.__qualname__}"}
     if grader in (grade_math, grade_rounded):
-        found["math_verify"] = importlib.metadata.version("math-verify")
-    return found
+        return name | {"math_verify": importlib.metadata.version("math-verify")}
+    return name
 
 
-def digest(prompts: Sequence[Prompt]) -> str:
+def _digest(prompts: Sequence[Prompt]) -> str:
     """Of what is asked and what is right: another for other items, texts, examples or gold answers."""
     lines = [json.dumps([list(map(dict, p.messages)), p.item and p.item.gold]) for p in prompts]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def asked_for(ctx: Context, task: Task, stage: str, s: Eval, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """All that a score rests on; how many responses are made at once is no part of it."""
-    kept = {"tasks", "batch", "batch_tokens", "template", "system", "few_shot", "scoring"}
-    kept |= {name for name in Eval.model_fields if name.startswith(("judge_", "reward_"))}
-    return scored_by(task, s) | {
-        "made_by": made_by(ctx, stage),
-        "seed": ctx.recipe.seed,
-        "sampling": s.model_dump(exclude=kept),
-        "protocol": protocol(ctx.recipe, task, s),
-        "items": digest(prompts),
-    }
-
-
-def made_by(ctx: Context, stage: str) -> str:
-    """What the score rests on: it is no longer known once that is trained again."""
-    if stage == "base":
-        return " ".join(["base", *map(str, base_of(ctx))])
-    return (
-        f"rm {ctx.run.stage('rm').id()}, beta {ctx.recipe.rl.beta}" if stage == "optimal" else ctx.run.stage(stage).id()
-    )
-
-
-def base_of(ctx: Context) -> list[object]:
-    """Which weights, in what precision; of local files, when they were last written."""
+def _made_by(ctx: Context, stage: str) -> str:
+    """Which weights: a stage by the id of its result, which is another once it is trained again; the base by name,
+    precision and, of local files, when they were last written."""
+    if stage == "optimal":
+        return f"rm {ctx.run.stage('rm').id()}, beta {ctx.recipe.rl.beta}"
+    if stage != "base":
+        return ctx.run.stage(stage).id()
     model = ctx.recipe.model
     if model.path is None:
-        return []
-    found: list[object] = [model.path, model.revision or "main", model.quantization, model.dtype]
+        return "base"
+    parts: list[object] = ["base", model.path, model.revision or "main", model.quantization, model.dtype]
     for folder in filter(None, (Path(model.path), ctx.adapter)):
-        written = [file.stat().st_mtime_ns for file in folder.glob("*.safetensors")] if folder.is_dir() else []
-        found += [folder, *sorted(written)[-1:]] if written else []
-    return found
+        if written := [file.stat().st_mtime_ns for file in folder.glob("*.safetensors")] if folder.is_dir() else []:
+            parts += [folder, max(written)]
+    return " ".join(map(str, parts))

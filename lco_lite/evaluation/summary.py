@@ -1,18 +1,30 @@
-"""Rows to numbers: pass@1, pass@k, maj@k, with their spread over seeds and their error over items."""
+"""Graded responses to numbers: pass@1, pass@k, maj@k, with their spread over seeds and their error over items."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-Row = Mapping[str, Any]
+from lco_lite.grading import Grade, Item
+
+Graded = dict[str, Any]
+"""A response and its grade as it stands in a ``.rows.jsonl``; see ``graded``."""
 
 
-def accuracy(rows: Sequence[Row]) -> float:
-    return sum(row["right"] for row in rows) / len(rows)
+def graded(item: Item, response: str, grade: Grade, truncated: bool) -> Graded:
+    return {
+        "id": item.id,
+        "prompt": item.prompt,
+        "response": response,
+        "extracted": grade.extracted,
+        "gold": item.gold,
+        "right": grade.right,
+        "why": grade.why,
+        "truncated": truncated,
+    }
 
 
 def pass_at(k: int, n: int, right: int) -> float:
@@ -21,57 +33,54 @@ def pass_at(k: int, n: int, right: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def majority_right(rows: Sequence[Row]) -> bool:
+def majority_right(responses: Sequence[Graded]) -> bool:
     """Whether the answer most responses give is right; of several, that seen first; no answer is no vote."""
-    votes = Counter(row["extracted"] for row in rows if row["extracted"] is not None)
+    votes = Counter(r["extracted"] for r in responses if r["extracted"] is not None)
     if not votes:
         return False
     winner = votes.most_common(1)[0][0]  # counts that are equal stay in the order they were met
-    return any(row["right"] for row in rows if row["extracted"] == winner)
+    return any(r["right"] for r in responses if r["extracted"] == winner)
 
 
-def item_scores(rows: Sequence[Row], samples: int) -> dict[str, list[float]]:
-    """Metric -> one value an item, in the order of the items; ``rows`` are one pass, an item's samples together."""
-    groups = [rows[i : i + samples] for i in range(0, len(rows), samples)]
-    right = [sum(bool(row["right"]) for row in group) for group in groups]
+def item_scores(responses: Sequence[Graded], samples: int) -> dict[str, list[float]]:
+    """Metric -> one value an item, in the order of the items; ``responses`` of one pass, an item's samples together."""
+    groups = [responses[i : i + samples] for i in range(0, len(responses), samples)]
+    right = [sum(bool(r["right"]) for r in group) for group in groups]
     scores = {"pass@1": [c / samples for c in right]}
     if samples > 1:
         powers = (2**i for i in range(1, samples.bit_length()))
         for k in [*(k for k in powers if k < samples), samples]:
             scores[f"pass@{k}"] = [pass_at(k, samples, c) for c in right]
-        if all(row["extracted"] is not None for row in rows if row["right"]):  # else its grader takes no answer out
+        if all(r["extracted"] is not None for r in responses if r["right"]):  # else its grader takes no answer out
             scores[f"maj@{samples}"] = [float(majority_right(group)) for group in groups]
     return scores
 
 
-def summarise(passes: Sequence[Sequence[Row]], n: int, samples: int = 1) -> dict[str, Any]:
-    """Over ``n`` items, of which those without a row count as wrong. For every metric, mean over seeds; std: the sample
-    deviation over seeds (None for one); stderr: over items, of their mean over seeds (None for one item)."""
-    scores = [item_scores(rows, samples) for rows in passes]
+def summarise(passes: Sequence[Sequence[Graded]], n: int, samples: int = 1) -> dict[str, Any]:
+    """Over ``n`` items, of which those without a response count as wrong. For every metric, mean over seeds; std: the
+    sample deviation over seeds (None for one); stderr: over items, of their mean over seeds (None for one item)."""
+    scores = [item_scores(responses, samples) for responses in passes]
     metrics = {}
     for name in [name for name in scores[0] if all(name in one for one in scores)]:
         values = [one[name] for one in scores]
         by_item = [statistics.fmean(value) for value in zip(*values, strict=True)]
         by_item += [0.0] * (n - len(by_item))
-        metrics[name] = spread([sum(one) / n for one in values])
-        metrics[name]["stderr"] = statistics.stdev(by_item) / math.sqrt(n) if n > 1 else None
+        stderr = statistics.stdev(by_item) / math.sqrt(n) if n > 1 else None
+        metrics[name] = spread([sum(one) / n for one in values], stderr)
     return main_first(metrics) | {
         "n": n,
         "seeds": len(passes),
         "samples": samples,
-        "truncated": statistics.fmean(float(row["truncated"]) for rows in passes for row in rows),
+        "truncated": statistics.fmean(float(r["truncated"]) for responses in passes for r in responses),
     }
 
 
-def summarise_own(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Of a task's own metrics, one mapping a pass: mean and sample deviation over passes; the first is the main one."""
-    return main_first({name: spread([one[name] for one in found]) | {"stderr": None} for name in found[0]})
-
-
-def spread(values: Sequence[float]) -> dict[str, float | None]:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+def spread(values: Sequence[float], stderr: float | None = None) -> dict[str, float | None]:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "stderr": stderr}
 
 
 def main_first(metrics: dict[str, dict[str, float | None]]) -> dict[str, Any]:
+    """The first metric is the main one, whose numbers stand in the result itself."""
     main = next(iter(metrics))
     return {"metric": main, **metrics[main], "metrics": metrics}

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lco_lite.errors import ModelError
 from lco_lite.files import write_folder
 from lco_lite.objectives.head import Head
-from lco_lite.recipe import Lora
+from lco_lite.recipe.sections import Lora
 from lco_lite.sequences import Batch
 
 

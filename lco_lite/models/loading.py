@@ -32,7 +32,7 @@ from transformers import (
 
 from lco_lite.errors import ModelError, UsageError
 from lco_lite.files import write_folder, write_json
-from lco_lite.recipe import Init, Model, Weights
+from lco_lite.recipe.sections import Init, Model, Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -19,9 +19,11 @@ CUDA_BYTES_PER_LOGIT = 12  # z, r in fp32, and half-precision or fused temporari
 CPU_LOGITS = 6 * 2**20  # 24 MiB in fp32: enough for the products, small enough for malloc to use again
 logger = logging.getLogger(__name__)
 
+Values = dict[str, Tensor]  # per token, [C] or [T], detached
+
 
 def chunk_size(columns: int, device: torch.device) -> int:
-    """Tokens at a time, 16 to 2,048: as many as a bounded part of the free memory holds rows of ``columns`` numbers."""
+    """Tokens at a time, 16 to 2,048: as many as a bounded part of the free memory holds, ``columns`` numbers each."""
     if device.type != "cuda":
         return min(max(CPU_LOGITS // columns, 16), 2048)
     free = torch.cuda.mem_get_info(device)[0]
@@ -40,30 +42,33 @@ def spans(tokens: int, chunk: int | None, columns: int, device: torch.device) ->
         yield slice(start, min(start + chunk, tokens))
 
 
+def joined(chunks: list[Values]) -> Values:
+    """[C] of each chunk -> [T]."""
+    return {name: torch.cat([values[name] for values in chunks]) for name in chunks[0]}
+
+
 def asks_gradient(x: Tensor | None) -> bool:
     return torch.is_grad_enabled() and x is not None and x.requires_grad
 
 
 class Gradients:
-    """∂L/∂hidden, ∂L/∂weight and ∂L/∂bias times ``scale``, filled chunk by chunk for those that are asked for."""
+    """∂L/∂hidden, ∂L/∂weight and ∂L/∂bias times ``scale``, filled chunk by chunk: those in ``asks``, or (None) those
+    that autograd needs."""
 
-    def __init__(self, hidden: Tensor, head: Head, asks: tuple[bool, bool, bool], scale: float = 1.0) -> None:
+    def __init__(
+        self, hidden: Tensor, head: Head, scale: float = 1.0, asks: tuple[bool, bool, bool] | None = None
+    ) -> None:
         self.inputs = (hidden, head.weight, head.bias)
         self.scale = scale
+        asks = asks or (asks_gradient(hidden), asks_gradient(head.weight), asks_gradient(head.bias))
         # fp16 cannot hold 1/V times 1/T, and sums over chunks need fp32
         kept = torch.bfloat16 if hidden.dtype == torch.bfloat16 else wide(hidden)
         summed = wide(hidden, head.weight)
         self.hidden = torch.empty_like(hidden, dtype=kept) if asks[0] else None
         self.weight = torch.zeros_like(head.weight, dtype=summed) if asks[1] else None
         self.bias = torch.zeros_like(head.bias, dtype=summed) if asks[2] and head.bias is not None else None
-
-    @property
-    def wanted(self) -> bool:
-        return any(g is not None for g in self.all)
-
-    @property
-    def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.hidden, self.weight, self.bias
+        self.all = (self.hidden, self.weight, self.bias)
+        self.wanted = any(asks)
 
     def add(
         self, head: Head, part: slice, hidden: Tensor, grad: Tensor, logits: Tensor | None, factor: float = 1.0
@@ -89,11 +94,6 @@ class Gradients:
     def attach(self, value: Tensor) -> Tensor:
         """``value``, [] or [T], with these gradients of it behind it: backward is one multiplication."""
         return _Given.apply(value, self.all, *self.inputs) if self.wanted else value
-
-    def cast(self) -> tuple[Tensor | None, ...]:
-        """The gradients in the types of their inputs."""
-        pairs = zip(self.all, self.inputs, strict=True)
-        return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
 
 
 class _Given(torch.autograd.Function):
@@ -124,9 +124,7 @@ def _compiler_works() -> bool:
     return True
 
 
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+_compiled = functools.cache(torch.compile)
 
 
 def fused(function: Callable[..., Any], *args: Any) -> Any:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lco_lite.objectives.chunks import Gradients, asks_gradient, fused, spans
+from lco_lite.objectives.chunks import Gradients, Values, fused, joined, spans
 from lco_lite.objectives.head import Head
 from lco_lite.objectives.lco import divergence
-from lco_lite.objectives.logprobs import Values
+from lco_lite.objectives.logprobs import entropy_and_logprob, gradient_values
 from lco_lite.objectives.policy_gradient import Clip, PolicyBatch, surrogate
 
 
@@ -37,14 +37,25 @@ class Teacher:
 
 
 def jsd_loss(
-    hidden: Tensor, head: Head, teacher: Teacher, beta: float, weights: Tensor | None = None, chunk: int | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The divergence, [], a mean over T tokens, in nats; and per token, [T], its ``loss`` and ``logit_grad_norm``.
+    hidden: Tensor,
+    head: Head,
+    teacher: Teacher,
+    beta: float,
+    weights: Tensor | None = None,
+    chunk: int | None = None,
+    actions: Tensor | None = None,
+    slope: Tensor | None = None,
+) -> tuple[Tensor, Values]:
+    """The divergence, [], a mean over T tokens, in nats, and its diagnostics.
 
     ``hidden`` [T, d]: the policy's final hidden states. ``beta`` 0..1 as above. ``weights`` [T] multiply the tokens'
     losses. ``chunk``: tokens at a time, None for what memory allows. Gradients reach ``hidden`` and the weight and bias
     of a trained head. Heads of one tokenizer may differ in padding rows: the divergence is over the rows they share.
-    Raises ValueError where sizes do not fit.
+
+    The diagnostics are detached, [T] each: ``loss``, ``logit_grad_norm`` (over V, of the gradient of a token's loss
+    with respect to its logits), and with ``actions`` [T], the sampled token ids, ``logit_grad_sampled`` (its size
+    there), ``entropy`` and ``logprob`` of the policy. ``slope`` [T] = ∂/∂log π(action) of another term of the tokens'
+    losses adds that term's gradient to what is measured, not to the loss. Raises ValueError where sizes do not fit.
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in 0..1, got {beta}")
@@ -53,30 +64,33 @@ def jsd_loss(
     rows = min(head.rows, teacher.head.rows)
     head, teacher_head = head.prefix(rows), teacher.head.prefix(rows)
     weights = torch.ones(len(hidden), device=hidden.device) if weights is None else weights
-    asks = (asks_gradient(hidden), asks_gradient(head.weight), asks_gradient(head.bias))
-    grads = Gradients(hidden, head, asks, scale=1 / len(hidden))
+    grads = Gradients(hidden, head, scale=1 / len(hidden))
     chunks = []
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for part in spans(len(hidden), chunk, rows, hidden.device):
             logits, taught = head.logits(hidden[part]), teacher_head.logits(teacher.hidden[part])
-            values, grad = fused(jsd, logits, taught, beta, weights[part], head.operand_dtype)
+            taken, steep = (None if x is None else x[part] for x in (actions, slope))
+            values, grad = fused(jsd, logits, taught, beta, weights[part], taken, steep, head.operand_dtype)
             del taught
             grads.add(head, part, hidden[part], grad, logits)
             del grad, logits  # before the next chunk needs the room
             chunks.append(values)
-        found = {name: torch.cat([values[name] for values in chunks]) for name in chunks[0]}
-    return grads.attach(found["loss"].mean()), found
+        diagnostics = joined(chunks)
+    return grads.attach(diagnostics["loss"].mean()), diagnostics
 
 
 def minillm(
     hidden: Tensor, head: Head, teacher: Teacher, batch: PolicyBatch, weights: Tensor, clip: Clip
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Values]:
     """This micro-batch's part of MiniLLM's loss. ``weights`` [T]: w = π_old/π̃ at the sampled tokens, for responses
-    drawn from the mixture π̃ of policy and teacher; ``batch.advantages`` are R."""
-    next_token, found = jsd_loss(hidden, head, teacher, 1.0, weights)
-    gain, clipped = surrogate((batch.logprobs - batch.old_logprobs).exp(), batch.advantages, clip)
+    drawn from the mixture π̃ of policy and teacher; ``batch.advantages`` are R. The diagnostics are of both parts."""
+    ratio = batch.log_ratio.exp()
+    gain, clipped = surrogate(ratio, batch.advantages, clip)
     following = -(weights * gain).sum() / batch.tokens
-    return next_token * (len(hidden) / batch.tokens) + following, found | {"clipped": clipped}
+    slope = (weights * ratio * batch.advantages * (clipped - 1)).detach()  # of −wρR, and 0 where the clip holds it
+    next_token, values = jsd_loss(hidden, head, teacher, 1.0, weights, actions=batch.actions, slope=slope)
+    values["loss"] = values["loss"] - weights * gain.detach()
+    return next_token * (len(hidden) / batch.tokens) + following, values | {"clipped": clipped}
 
 
 def mixture_weights(old_logprobs: Tensor, teacher_logprobs: Tensor, share: float) -> Tensor:
@@ -84,15 +98,24 @@ def mixture_weights(old_logprobs: Tensor, teacher_logprobs: Tensor, share: float
     return 1 / (share * (teacher_logprobs - old_logprobs).exp() + (1 - share))
 
 
-def jsd(logits: Tensor, teacher: Tensor, beta: float, weights: Tensor, dtype: torch.dtype) -> tuple[Values, Tensor]:
+def jsd(
+    logits: Tensor,
+    teacher: Tensor,
+    beta: float,
+    weights: Tensor,
+    actions: Tensor | None,
+    slope: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Values, Tensor]:
     """w (β KL(φ ‖ m) + (1−β) KL(p ‖ m)), m = βφ + (1−β)p, and its gradient w (1−β) p (g − Σ p g), g = log p − log m;
     at the ends KL(φ ‖ p) with p − φ, and KL(p ‖ φ) with p (g − Σ p g), g = log p − log φ. Overwrites ``teacher``."""
     log_p, log_t = torch.log_softmax(logits, dim=-1), torch.log_softmax(teacher, dim=-1)
+    p = log_p.exp()
+    values = {} if actions is None else entropy_and_logprob(log_p, p, actions)
     if beta == 0:
-        values, grad = divergence(log_p, log_t, teacher, None, log_p.dtype)
-        loss = values["loss"]
+        divergences, grad = divergence(log_p, log_t, teacher, None, log_p.dtype)
+        loss = divergences["loss"]
     else:
-        p = log_p.exp()
         if beta == 1:
             g, scale, loss = log_p - log_t, 1.0, torch.zeros_like(log_p[:, 0])
         else:
@@ -102,4 +125,8 @@ def jsd(logits: Tensor, teacher: Tensor, beta: float, weights: Tensor, dtype: to
         loss = loss + scale * inner.squeeze(-1)
         grad = g.sub_(inner).mul_(p).mul_(scale)
     grad = grad.mul_(weights.unsqueeze(-1))
-    return {"loss": weights * loss, "logit_grad_norm": torch.linalg.vector_norm(grad, dim=-1)}, grad.to(dtype)
+    whole = grad
+    if actions is not None and slope is not None:
+        steep = slope.unsqueeze(-1).to(p.dtype)
+        whole = (grad - steep * p).scatter_add_(-1, actions.unsqueeze(-1), steep)
+    return {"loss": weights * loss, **values, **gradient_values(whole, actions)}, grad.to(dtype)

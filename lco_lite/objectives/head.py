@@ -3,6 +3,7 @@
 Legend: V vocabulary, d hidden width, T tokens.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +22,7 @@ class Head:
 
     ``weight`` [>= rows, d]; ``bias`` [>= rows] or None; ``scale`` as in Cohere (``logit_scale``) and Granite
     (1 / ``logits_scaling``); ``softcap`` c gives c * tanh(logits / c), as in Gemma 2. Rows past ``rows`` pad the
-    matrix and are no tokens. Make one Head for a model and keep it: it remembers the Gram matrix of its weight.
+    matrix and are no tokens. Make one Head for a model and keep it: it remembers the moments of its weight.
     """
 
     weight: Tensor
@@ -44,20 +45,17 @@ class Head:
 
     @property
     def is_trained(self) -> bool:
-        """True where a gradient must reach the head itself, which then moves from step to step."""
+        """True where a gradient must reach the head itself."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     @property
     def is_linear(self) -> bool:
-        """True where differences of logits are a fixed linear function of differences of hidden states.
-
-        Then everything is computed in hidden space. A frozen bias cancels in every difference.
-        """
+        """True where differences of logits are a fixed linear function of those of hidden states: a bias cancels."""
         return self.softcap is None and not self.is_trained
 
     def same_as(self, other: "Head") -> bool:
         """True where both are the very same weights used in the same way."""
-        mine, theirs = (self.scale, self.softcap, self.rows), (other.scale, other.softcap, other.rows)
+        mine, theirs = ((h.scale, h.softcap, h.rows) for h in (self, other))
         return self.weight is other.weight and self.bias is other.bias and mine == theirs
 
     def prefix(self, rows: int) -> "Head":
@@ -87,8 +85,7 @@ class Head:
         """∂L/∂logits -> ∂L/∂(logits before the soft-cap)."""
         if self.softcap is None:
             return grad
-        if logits is None:
-            raise ValueError("the gradient through a soft-cap needs the logits")
+        assert logits is not None, "the gradient through a soft-cap needs the logits"
         return grad * (1 - (logits / self.softcap).square())
 
     @property
@@ -118,10 +115,7 @@ class Head:
 
 def wide(*tensors: Tensor) -> torch.dtype:
     """The type to accumulate in: fp32, or fp64 where an input is."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
 def row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -163,9 +157,8 @@ def columns_product(grad: Tensor, weight: Tensor) -> Tensor:
 
 def _widens(x: Tensor, weight: Tensor) -> bool:
     """True where the GPU multiplies half-precision operands into fp32; autograd does not go through that."""
-    if not weight.is_cuda or wide(x, weight) != torch.float32 or not MM_WIDENS:
-        return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return MM_WIDENS and weight.is_cuda and wide(x, weight) == torch.float32 and not differentiated
 
 
 def _widening_product(x: Tensor, matrix: Tensor) -> Tensor:
@@ -175,27 +168,20 @@ def _widening_product(x: Tensor, matrix: Tensor) -> Tensor:
     return torch.mm((gain * x).half(), matrix, out_dtype=torch.float32) / gain
 
 
-@dataclass(frozen=True, eq=False)
-class Gram:
-    """Second moments over V of the rows of one head, or of several side by side."""
+def row_covariance(head: Head, *others: Head) -> Tensor:
+    """Σ, the covariance over V of the rows of ``head``, with those of ``others`` beside them: [Σd, Σd] in fp32 or fp64.
 
-    covariance: Tensor  # Σ [d, d]
-    heads: tuple[Head, ...]  # kept alive, so that their ids name them
-
-
-def gram(head: Head, *others: Head) -> Gram:
-    """The moments of ``head`` (and ``others`` beside it, over the same rows), computed once and kept on ``head``."""
+    Computed once and kept on ``head``.
+    """
     heads = (head, *others)
-    key = ("gram", *((id(h), h.weight._version) for h in heads))
-    return head.remember(key, lambda: Gram(_covariance(heads), heads))
-
-
-def _covariance(heads: tuple[Head, ...]) -> Tensor:
-    """Σ [Σd, Σd] in fp32 or fp64, in blocks of rows."""
     dtype = wide(*(h.weight for h in heads))
-    mean = torch.cat([h.mean_row.to(dtype) for h in heads])
-    total = mean.new_zeros(len(mean), len(mean))
-    for blocks in zip(*(row_blocks(h.vocabulary, dtype) for h in heads), strict=True):
-        rows = torch.cat([block for _, block in blocks], dim=-1) - mean
-        total += rows.T @ rows
-    return total / heads[0].rows
+
+    def compute() -> tuple[Tensor, tuple[Head, ...]]:
+        mean = torch.cat([h.mean_row.to(dtype) for h in heads])
+        total = mean.new_zeros(len(mean), len(mean))
+        for blocks in zip(*(row_blocks(h.vocabulary, dtype) for h in heads), strict=True):
+            rows = torch.cat([block for _, block in blocks], dim=-1) - mean
+            total += rows.T @ rows
+        return total / head.rows, heads  # the heads are kept alive, so that their ids name them
+
+    return head.remember(("covariance", *((id(h), h.weight._version) for h in heads)), compute)[0]

@@ -1,19 +1,97 @@
-"""The element-wise part of the losses, between two products with the head. One function, one kernel on a GPU.
+"""LCO from hidden states: ``lco_loss``, and below it the formulas on a chunk of tokens.
 
-Legend: C tokens of a chunk, V vocabulary; every large tensor is [C, V], every value [C], ``actions`` [C].
-``residual`` is r = z* − z_θ and is overwritten. Each returns values per token and ∂loss/∂logits in ``dtype``, short of
-the factor over V. log cosh and the divergences are written so that neither large nor small residuals lose digits.
+Legend: T tokens, C of them in a chunk, V vocabulary, d hidden width; r = z* − z_θ is the residual.
+
+The formulas are the work between two products with the head, one kernel on a GPU. Large tensors are [C, V], values and
+``actions`` [C]. Each overwrites its residual and returns values per token and ∂loss/∂logits in ``dtype``. log cosh and
+the divergences are written so that neither large nor small residuals lose digits.
 """
 
-import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lco_lite.objectives.chunks import Gradients, asks_gradient, fused, spans
-from lco_lite.objectives.head import Head
-from lco_lite.objectives.logprobs import Values, policy_values, with_logprob
+from lco_lite.objectives.chunks import Gradients, Values, fused, joined, spans
+from lco_lite.objectives.head import Head, row_covariance
+from lco_lite.objectives.logprobs import entropy_and_logprob, gradient_values, policy_values, token_logprobs
 from lco_lite.objectives.targets import DenseTarget, SparseTarget
+
+OBJECTIVES = ("kld", "lch", "mse")
+WEIGHTINGS = ("mean", "sum", "policy")
+AnyTarget = DenseTarget | SparseTarget
+
+
+def lco_loss(
+    objective: str,
+    hidden: Tensor,
+    head: Head,
+    target: AnyTarget,
+    weighting: str = "mean",
+    chunk: int | None = None,
+    standardise: bool = False,
+    actions: Tensor | None = None,
+) -> tuple[Tensor, Values]:
+    """The loss, [], a mean over T tokens, in nats (kld) or (squared) logits, and its diagnostics.
+
+    ``hidden`` [T, d]: final hidden states of the policy at the tokens that are trained on, and at no others. ``head``:
+    the policy's. ``weighting`` over V: "mean" (the paper's), "sum" or "policy"; kld has none and ignores it.
+    ``chunk``: tokens at a time, None for what memory allows. ``standardise``: divide a dense advantage by its
+    deviation over V at each token. ``actions`` [T]: the sampled token ids, for all diagnostics.
+
+    Gradients reach ``hidden``, and the weight and bias of a trained head. The diagnostics are detached, [T] each:
+    ``loss``; ``logit_grad_norm``, the norm over V of the gradient of a token's loss with respect to its logits, and
+    ``logit_grad_sampled``, its size at the action; ``entropy`` of π_θ and ``logprob`` = log π_θ(action). With
+    ``actions`` all are there, at one more product with the head where the loss forms no logits (lch and mse with a
+    linear head). Without, those that are free: a sparse target knows its own actions, and gives ``kl_to_old`` =
+    KL(π_θ ‖ π_old) as well for kld without an anchor.
+
+    Raises ValueError for unknown names, for sizes that do not fit, and for a target that lacks what the head needs.
+    """
+    _check(objective, weighting, hidden, target, standardise)
+    head, target = target.fit(head)
+    rows = head.rows
+    asked, dtype = actions, head.operand_dtype
+    if actions is None and isinstance(target, SparseTarget):
+        actions = target.actions
+    linear = target.is_hidden(head)
+    by_moments = objective == "mse" and weighting != "policy" and linear
+    curve = lch if objective == "lch" else mse
+    factor = 1 / rows if objective != "kld" and weighting == "mean" else 1.0  # kept out of half precision
+    grads = Gradients(hidden, head, scale=1 / len(hidden))
+    chunks = []
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for part in spans(len(hidden), chunk, head.weight.shape[1] if by_moments else rows, hidden.device):
+            h, goal, taken = hidden[part], target[part], None if actions is None else actions[part]
+            if by_moments:
+                values, grad, size = mse_by_moments(h, head, goal, standardise, weighting, taken)
+                grads.put(part, grad, size * grads.scale)
+            else:
+                logits = head.logits(h) if objective == "kld" or not linear else None
+                if objective == "kld" and isinstance(goal, SparseTarget):
+                    r = goal.gap(h, head, logits)
+                    values, grad = fused(sparse_kld, logits, r, goal.actions, goal.tilt(r), taken, dtype)
+                else:
+                    r, mean = goal.residual(h, head, logits, standardise)
+                    if objective == "kld":
+                        values, grad = fused(kld, logits, r, taken, dtype)
+                    elif weighting == "policy":
+                        values, grad = fused(policy_weighted, curve, r, goal.old_logits(head), taken, dtype)
+                    else:
+                        values, grad = fused(weighted, curve, r, mean, factor, taken, dtype)
+                if logits is not None and objective != "kld":
+                    values |= fused(policy_values, logits, taken)
+                grads.add(head, part, h, grad, logits, factor)
+                del r, logits
+            del grad  # before the next chunk needs the room
+            chunks.append(values)
+        diagnostics = joined(chunks)
+        if target.anchor:
+            diagnostics.pop("kl_to_old", None)  # it is the divergence from the anchored base
+        if asked is not None and "entropy" not in diagnostics:
+            diagnostics["logprob"], seen = token_logprobs(hidden, head, asked, chunk)
+            diagnostics["entropy"] = seen["entropy"]
+    return grads.attach(diagnostics["loss"].mean()), diagnostics
 
 
 def kld(logits: Tensor, residual: Tensor, actions: Tensor | None, dtype: torch.dtype) -> tuple[Values, Tensor]:
@@ -41,149 +119,98 @@ def sparse_kld(
     return values | {"kl_to_old": kl_to_base}, grad
 
 
-def summed(objective: str, residual: Tensor, mean: Tensor, factor: float, dtype: torch.dtype) -> tuple[Values, Tensor]:
-    """factor · Σ f(r − mean) with f(x) = x² (mse, eq 8) or log cosh x (lch, eq 9); ``mean`` [C, 1] is that of A/β."""
-    value, slope = _curve(objective, residual.sub_(mean))
-    norm = torch.linalg.vector_norm(slope, dim=-1)
-    return {"loss": factor * value.sum(-1), "logit_grad_norm": factor * norm}, slope.neg_().to(dtype)
-
-
-def policy_weighted(objective: str, residual: Tensor, old_logits: Tensor, dtype: torch.dtype) -> tuple[Values, Tensor]:
-    """Σ q f(r − r̄), q = π_old, r̄ = Σ q r; the gradient goes through r̄ too."""
-    q = torch.softmax(old_logits, dim=-1)
-    value, slope = _curve(objective, residual.sub_((q * residual).sum(-1, keepdim=True)))
-    loss = (q * value).sum(-1)
-    grad = slope.sub_((q * slope).sum(-1, keepdim=True)).mul_(q).neg_()
-    return {"loss": loss, "logit_grad_norm": torch.linalg.vector_norm(grad, dim=-1)}, grad.to(dtype)
-
-
 def divergence(
     log_p: Tensor, log_t: Tensor, scratch: Tensor, actions: Tensor | None, dtype: torch.dtype
 ) -> tuple[Values, Tensor]:
     """KL(t ‖ p) and its gradient p − t (eq 47). Overwrites ``log_t`` and ``scratch``."""
     p = log_p.exp()
-    values = with_logprob({"entropy": -torch.mul(p, log_p, out=scratch).sum(-1)}, log_p, actions)
+    values = entropy_and_logprob(log_p, p, actions, scratch)
     t = torch.exp(log_t, out=scratch)
     grad = p.sub_(t)
     # the sum of the gradient is 0: adding it takes the rounding of both normalisers out of the loss, to first order
-    values["loss"] = t.mul_(log_t.sub_(log_p)).sum(-1) + grad.sum(-1)
-    values["logit_grad_norm"] = torch.linalg.vector_norm(grad, dim=-1)
-    return values, grad.to(dtype)
+    loss = t.mul_(log_t.sub_(log_p)).sum(-1) + grad.sum(-1)
+    return {"loss": loss} | values | gradient_values(grad, actions), grad.to(dtype)
 
 
-def _curve(objective: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """f(x), f′(x): x², 2x or log cosh x = |x| + log1p(e/2), tanh x, with e = expm1(−2|x|). May overwrite ``x``."""
-    if objective == "mse":
-        return x.square(), x.mul_(2)
+Curve = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def mse(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x² (eq 8) and its slope 2x. Overwrites ``x``."""
+    return x.square(), x.mul_(2)
+
+
+def lch(x: Tensor) -> tuple[Tensor, Tensor]:
+    """log cosh x (eq 9) = |x| + log1p(e/2) and its slope tanh x, with e = expm1(−2|x|). Overwrites ``x``."""
     size = x.abs()
     e = (-2 * size).expm1_()
     slope = torch.copysign((e + 2).reciprocal_().mul_(e), x, out=x)  # tanh |x| = −e / (2 + e)
     return e.mul_(0.5).log1p_().add_(size), slope
 
 
-OBJECTIVES = ("kld", "lch", "mse")
-WEIGHTINGS = ("mean", "sum", "policy")
-AnyTarget = DenseTarget | SparseTarget
+def weighted(
+    curve: Curve, residual: Tensor, mean: Tensor, factor: float, actions: Tensor | None, dtype: torch.dtype
+) -> tuple[Values, Tensor]:
+    """factor · Σ f(r − mean), ``mean`` [C, 1] that of A/β; the gradient is short of the factor."""
+    value, slope = curve(residual.sub_(mean))
+    values = {"loss": value.sum(-1), **gradient_values(slope, actions)}
+    return {name: factor * x for name, x in values.items()}, slope.neg_().to(dtype)
 
 
-def lco_loss(
-    objective: str,
-    hidden: Tensor,
-    head: Head,
-    target: AnyTarget,
-    weighting: str = "mean",
-    chunk: int | None = None,
-    standardise: bool = False,
-    actions: Tensor | None = None,
-) -> tuple[Tensor, Values]:
-    """The loss, [], a mean over T tokens, in nats (kld) or (squared) logits, and its diagnostics.
-
-    ``hidden`` [T, d]: final hidden states of the policy at the tokens that are trained on, and at no others. ``head``:
-    the policy's. ``weighting`` over V: "mean" (the paper's), "sum" or "policy"; kld has none and ignores it.
-    ``chunk``: tokens at a time, None for what memory allows. ``standardise``: divide a dense advantage by its
-    deviation over V at each token. ``actions`` [T]: token ids for ``logprob``; a sparse target knows its own.
-
-    Gradients reach ``hidden``, and the weight and bias of a trained head. The diagnostics are detached, [T] each:
-    ``loss`` and ``logit_grad_norm`` (norm of the gradient of a token's loss with respect to its logits) always;
-    ``entropy`` of π_θ and ``logprob`` = log π_θ(action) where the policy's logits are formed anyway: kld, and every
-    objective with a soft-capped or trained head; ``kl_to_old`` = KL(π_θ ‖ π_old) for kld with a sparse target and no
-    anchor. None of them costs a product with the head.
-
-    Raises ValueError for unknown names, for sizes that do not fit, and for a target that lacks what the head needs.
-    """
-    _check(objective, weighting, hidden, target, standardise)
-    rows = target.common_rows(head)
-    head, target = head.prefix(rows), target.restrict(rows)
-    target.check_heads(head)
-    if actions is None and isinstance(target, SparseTarget):
-        actions = target.actions
-    by_moments = objective == "mse" and weighting != "policy" and target.is_hidden(head)
-    asks = (asks_gradient(hidden), asks_gradient(head.weight), asks_gradient(head.bias))
-    grads = Gradients(hidden, head, asks, scale=1 / len(hidden))
-    chunks = []
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for part in spans(len(hidden), chunk, head.weight.shape[1] if by_moments else rows, hidden.device):
-            h, goal, taken = hidden[part], target[part], None if actions is None else actions[part]
-            if by_moments:
-                values, grad, factor = _moments(weighting, h, head, goal, standardise)
-                grads.put(part, grad, factor * grads.scale)
-            else:
-                terms = _kld if objective == "kld" else functools.partial(_regression, objective, weighting)
-                values, grad, factor, logits = terms(h, head, goal, taken, standardise)
-                grads.add(head, part, h, grad, logits, factor)
-                del logits
-            del grad  # before the next chunk needs the room
-            chunks.append(values)
-        diagnostics = {name: torch.cat([values[name] for values in chunks]) for name in chunks[0]}
-    return grads.attach(diagnostics["loss"].mean()), diagnostics
+def policy_weighted(
+    curve: Curve, residual: Tensor, old_logits: Tensor, actions: Tensor | None, dtype: torch.dtype
+) -> tuple[Values, Tensor]:
+    """Σ q f(r − r̄), q = π_old, r̄ = Σ q r; the gradient goes through r̄ too."""
+    q = torch.softmax(old_logits, dim=-1)
+    value, slope = curve(residual.sub_((q * residual).sum(-1, keepdim=True)))
+    loss = (q * value).sum(-1)
+    grad = slope.sub_((q * slope).sum(-1, keepdim=True)).mul_(q).neg_()
+    return {"loss": loss, **gradient_values(grad, actions)}, grad.to(dtype)
 
 
-# values, ∂loss/∂logits short of a factor, that factor, z_θ where it was formed
-Terms = tuple[Values, Tensor, float, Tensor | None]
-
-
-def _kld(hidden: Tensor, head: Head, target: AnyTarget, actions: Tensor | None, standardise: bool) -> Terms:
-    logits, dtype = head.logits(hidden), head.operand_dtype
-    if isinstance(target, DenseTarget):
-        residual, _ = target.residual(hidden, head, logits, standardise)
-        return *fused(kld, logits, residual, actions, dtype), 1.0, logits
-    gap, tilt = target.gap(hidden, head, logits), target.tilt(logits)
-    values, grad = fused(sparse_kld, logits, gap, target.actions, tilt, actions, dtype)
-    if target.anchor:
-        del values["kl_to_old"]  # it is the divergence from the anchored base
-    return values, grad, 1.0, logits
-
-
-def _regression(
-    objective: str,
-    weighting: str,
-    hidden: Tensor,
-    head: Head,
-    target: AnyTarget,
-    actions: Tensor | None,
-    standardise: bool,
-) -> Terms:
-    logits, dtype = None if target.is_hidden(head) else head.logits(hidden), head.operand_dtype
-    residual, mean = target.residual(hidden, head, logits, standardise)
-    if weighting == "policy":
-        values, grad = fused(policy_weighted, objective, residual, target.old_logits(head), dtype)
-        factor = 1.0
-    else:
-        factor = 1.0 if weighting == "sum" else 1 / head.rows  # kept out of half precision
-        values, grad = fused(summed, objective, residual, mean, factor, dtype)
-    if logits is not None:
-        values |= fused(policy_values, logits, actions)
-    return values, grad, factor, logits
-
-
-def _moments(
-    weighting: str, hidden: Tensor, head: Head, target: AnyTarget, standardise: bool
+def mse_by_moments(
+    hidden: Tensor, head: Head, target: AnyTarget, standardise: bool, weighting: str, actions: Tensor | None
 ) -> tuple[Values, Tensor, float]:
-    """LCO-MSE in closed form: values, ∂loss/∂hidden short of a factor, and the factor."""
-    factor = float(head.rows) if weighting == "sum" else 1.0
-    mean, grad = target.mean_square(hidden, head, standardise)
-    norm = 2 * (mean.clamp_min(0) / head.rows).sqrt()
-    return {"loss": factor * mean, "logit_grad_norm": factor * norm}, grad, factor
+    """Mean or sum over V of r² in closed form, and its gradient with respect to ``hidden`` [C, d], short of a factor.
+
+    With w̄ and Σ the mean and covariance of the head's rows, the mean of (W·u)² is (w̄·u)² + u·Σ·u. A dense advantage is
+    v through its own head, centred; a sparse one, x = A/β, adds a rank-one term with the row of its action.
+    """
+    u = head.scale * target.drift(hidden, head)
+    mean_row, n = head.mean_row.to(u.dtype), head.rows
+    mean = u @ mean_row
+    grad = torch.outer(mean, mean_row)
+    sampled = None  # r at the action, from one row of each head
+    if isinstance(target, DenseTarget):
+        through = target.through(head)
+        v = through.scale * target.step(head, standardise).to(u.dtype)
+        if through is head:
+            w, covariance = u + v, row_covariance(head)
+        else:
+            w, covariance = torch.cat([u, v], dim=-1), row_covariance(head, through)
+        slope = w @ covariance.to(u.dtype)
+        loss = mean.square() + (w * slope).sum(-1)
+        grad.add_(slope[:, : u.shape[1]])
+        if actions is not None:
+            sampled = _row_dot(head, actions, u) + _row_dot(through, actions, v) - v @ through.mean_row.to(v.dtype)
+    else:
+        x = target.tilt(u)
+        slope = u @ row_covariance(head).to(u.dtype)
+        action = (head.vocabulary[target.actions].to(u.dtype) - mean_row).mul_(x / n)
+        loss = mean.square() + (u * (slope + 2 * action)).sum(-1) + (x.square() * (1 - 1 / n) / n).squeeze(-1)
+        grad.add_(slope).add_(action)
+        if actions is not None:
+            sampled = _row_dot(head, actions, u) + x.squeeze(-1) * ((target.actions == actions).to(x.dtype) - 1 / n)
+    values = {"loss": loss, "logit_grad_norm": 2 * (loss.clamp_min(0) / n).sqrt()}
+    if sampled is not None:
+        values["logit_grad_sampled"] = 2 / n * sampled.abs()
+    factor = float(n) if weighting == "sum" else 1.0
+    return {name: factor * value for name, value in values.items()}, grad.mul_(-2 * head.scale), factor
+
+
+def _row_dot(head: Head, actions: Tensor, x: Tensor) -> Tensor:
+    """w_a·x of each token's action, [C], for ``x`` [C, d]."""
+    return (head.vocabulary[actions].to(x.dtype) * x).sum(-1)
 
 
 def _check(objective: str, weighting: str, hidden: Tensor, target: AnyTarget, standardise: bool) -> None:

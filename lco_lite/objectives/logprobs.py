@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lco_lite.objectives.chunks import Gradients, asks_gradient, fused, spans
+from lco_lite.objectives.chunks import Gradients, Values, asks_gradient, fused, joined, spans
 from lco_lite.objectives.head import Head
 
-Values = dict[str, Tensor]  # per token, [C] or [T]
 
-
-def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """log π_θ(action) and the entropy of π_θ, [T] each, in nats at temperature 1, in fp32 or wider.
+def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | None = None) -> tuple[Tensor, Values]:
+    """log π_θ(action), [T], in nats at temperature 1, in fp32 or wider; and diagnostics, [T] each, detached.
 
     ``hidden`` [T, d]: final hidden states at the positions that predict ``actions`` [T], token ids below
     ``head.rows``. ``chunk``: tokens at a time, None for what memory allows. Log-probabilities are differentiable with
-    respect to ``hidden`` and to the weight and bias of a trained head; the entropy is a diagnostic and detached.
-    Without a gradient to compute (``torch.no_grad``) it costs one product with the head, otherwise two.
+    respect to ``hidden`` and to the weight and bias of a trained head. The diagnostics are the ``entropy`` of π_θ, and
+    of the gradient of log π_θ(action) with respect to the logits its norm ``logit_grad_norm`` and its size at the
+    action ``logit_grad_sampled`` = 1 − π_θ(action). Without a gradient to compute (``torch.no_grad``) it costs one
+    product with the head, otherwise two.
 
     Raises ValueError where sizes do not fit.
     """
@@ -34,23 +34,40 @@ def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | Non
         raise ValueError(f"hidden must be [T, d] and actions [T], got {list(hidden.shape)} and {list(actions.shape)}")
     inputs = (hidden, head.weight, head.bias)
     wanted = any(asks_gradient(x) for x in inputs)
-    grads = Gradients(hidden, head, (wanted and not head.is_trained, False, False))
+    grads = Gradients(hidden, head, asks=(wanted and not head.is_trained, False, False))
     chunks = []
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for part in spans(len(hidden), chunk, head.rows, hidden.device):
             logits = head.logits(hidden[part])
-            if grads.wanted:
-                values, grad = fused(logprob, logits, actions[part], head.operand_dtype)
-                grads.add(head, part, hidden[part], grad, logits)
-                del grad  # before the next chunk needs the room
-            else:
-                values = fused(policy_values, logits, actions[part])
-            del logits
+            values, grad = fused(logprob, logits, actions[part], head.operand_dtype)
+            grads.add(head, part, hidden[part], grad, logits)
+            del logits, grad  # before the next chunk needs the room
             chunks.append(values)
-    logprobs, entropy = (torch.cat([values[name] for values in chunks]) for name in ("logprob", "entropy"))
+    values = joined(chunks)
+    logprobs = values.pop("logprob")
     if wanted and head.is_trained:
-        return _Recomputed.apply(logprobs, head, actions, chunk, *inputs), entropy
-    return grads.attach(logprobs), entropy
+        return _Recomputed.apply(logprobs, head, actions, chunk, *inputs), values
+    return grads.attach(logprobs), values
+
+
+@torch.no_grad()
+def kl_divergence(hidden: Tensor, old: Tensor, head: Head, old_head: Head | None = None) -> Tensor:
+    """KL(π_θ ‖ π_old) of every token, [T], in nats, exact over the vocabulary and without a gradient.
+
+    ``hidden``, ``old`` [T, d]: final hidden states of the two; ``old_head`` where π_old had another than ``head``.
+    """
+    divergences = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part in spans(len(hidden), None, head.rows, hidden.device):
+            divergences.append(fused(_kl, head.logits(hidden[part]), (old_head or head).logits(old[part])))
+    return torch.cat(divergences)
+
+
+def _kl(logits: Tensor, old_logits: Tensor) -> Tensor:
+    log_p, log_old = torch.log_softmax(logits, dim=-1), torch.log_softmax(old_logits, dim=-1)
+    p = log_p.exp()
+    # Σ (π_old − p) is 0: adding it takes the rounding of both normalisers out, to first order
+    return log_old.exp().sub_(p).addcmul_(p, log_p.sub_(log_old)).sum(-1)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -67,13 +84,14 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         actions, hidden, weight, bias = ctx.saved_tensors
         head = replace(ctx.head, weight=weight, bias=bias)
-        grads = Gradients(hidden, head, ctx.asks)
+        grads = Gradients(hidden, head, asks=ctx.asks)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in spans(len(hidden), ctx.chunk, head.rows, hidden.device):
                 logits = head.logits(hidden[part])
                 _, grad = fused(logprob, logits, actions[part], logits.dtype)
                 grads.add(head, part, hidden[part], grad * upstream[part].unsqueeze(-1), logits)
-        return None, None, None, None, *grads.cast()
+        given = zip(grads.all, grads.inputs, strict=True)
+        return None, None, None, None, *(None if g is None or x is None else g.to(x.dtype) for g, x in given)
 
 
 ChosenRejected = tuple[Tensor, Tensor]  # log-probabilities of whole responses, each [N]
@@ -86,23 +104,34 @@ def dpo_loss(logprobs: ChosenRejected, reference: ChosenRejected, beta: float) -
     return -F.logsigmoid(margin), margin.detach()
 
 
-def policy_values(logits: Tensor, actions: Tensor | None) -> Values:
-    """Entropy of π_θ in nats, and log π_θ(action)."""
-    log_p = torch.log_softmax(logits, dim=-1)
-    return with_logprob({"entropy": -(log_p.exp() * log_p).sum(-1)}, log_p, actions)
-
-
 def logprob(logits: Tensor, actions: Tensor, dtype: torch.dtype) -> tuple[Values, Tensor]:
     """log π_θ(action), its gradient 1_a − p (eq 4), and the entropy."""
     log_p = torch.log_softmax(logits, dim=-1)
     p = log_p.exp()
-    values = with_logprob({"entropy": -(p * log_p).sum(-1)}, log_p, actions)
+    values = entropy_and_logprob(log_p, p, actions)
     grad = p.neg_()
     ones = torch.ones_like(actions, dtype=grad.dtype).unsqueeze(-1)
-    return values, grad.scatter_add_(-1, actions.unsqueeze(-1), ones).to(dtype)
+    grad.scatter_add_(-1, actions.unsqueeze(-1), ones)
+    return values | gradient_values(grad, actions), grad.to(dtype)
 
 
-def with_logprob(values: Values, log_p: Tensor, actions: Tensor | None) -> Values:
-    if actions is not None:
-        values["logprob"] = log_p.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    return values
+def policy_values(logits: Tensor, actions: Tensor | None) -> Values:
+    log_p = torch.log_softmax(logits, dim=-1)
+    return entropy_and_logprob(log_p, log_p.exp(), actions)
+
+
+def entropy_and_logprob(log_p: Tensor, p: Tensor, actions: Tensor | None, scratch: Tensor | None = None) -> Values:
+    """Entropy of π_θ in nats, and log π_θ(action). Overwrites ``scratch``."""
+    values = {"entropy": -torch.mul(p, log_p, out=scratch).sum(-1)}
+    return values if actions is None else values | {"logprob": at(log_p, actions)}
+
+
+def gradient_values(grad: Tensor, actions: Tensor | None) -> Values:
+    """The norm of ∂loss/∂logits [C, V], and its size at the action."""
+    values = {"logit_grad_norm": torch.linalg.vector_norm(grad, dim=-1)}
+    return values if actions is None else values | {"logit_grad_sampled": at(grad, actions).abs()}
+
+
+def at(x: Tensor, actions: Tensor) -> Tensor:
+    """[C, V] -> [C]: the entry of each token's action."""
+    return x.gather(-1, actions.unsqueeze(-1)).squeeze(-1)

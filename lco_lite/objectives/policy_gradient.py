@@ -17,25 +17,50 @@ Ratios differ from 1 only from the second update of a rollout on: with one updat
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Diagnostics = dict[str, Tensor]
+from lco_lite.objectives.chunks import Values
 
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """``logprobs`` [T] of π_θ carry the gradient; ``old_logprobs``, ``advantages``, ``rows`` (which sequence) [T]."""
+    """What an objective, ours or a user's, is given of a micro-batch of T response tokens. Tensors are [T].
 
-    logprobs: Tensor
-    old_logprobs: Tensor
+    ``logprobs``: log π_θ of the sampled tokens, which carry the gradient; None for an objective over the vocabulary,
+    which is given hidden states. ``old_logprobs``: log π_old. ``rows``: which sequence of the micro-batch. ``tokens``
+    and ``sequences``: how many the minibatch has, which a loss divides by.
+
+    ``actions``: the sampled token ids. ``reference_logprobs``: log π_ref, the policy before RL, and
+    ``reward_model_logprobs``: log φ, None where no such model is open. ``responses``: which response of the phase,
+    ``groups``: which prompt. ``rewards``: the raw reward of the token's response, None where a response has none.
+    ``settings``: the recipe's ``rl.settings``.
+    """
+
+    logprobs: Tensor | None
+    old_logprobs: Tensor | None
     advantages: Tensor
     rows: Tensor
     tokens: int
     sequences: int
+    _: KW_ONLY
+    actions: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    reward_model_logprobs: Tensor | None = None
+    responses: Tensor | None = None
+    groups: Tensor | None = None
+    rewards: Tensor | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log ρ, [T]."""
+        assert self.logprobs is not None and self.old_logprobs is not None, "a ratio needs both"
+        return self.logprobs - self.old_logprobs
 
     def per_sequence(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """([B] sums over each sequence's tokens, [B] their number)."""
@@ -52,33 +77,34 @@ class Clip:
     high: float
 
 
-def reinforce(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Diagnostics]:
+def reinforce(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
+    assert b.logprobs is not None
     return -(b.logprobs * b.advantages).sum() / b.tokens, {}
 
 
-def ppo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Diagnostics]:
-    gain, clipped = surrogate((b.logprobs - b.old_logprobs).exp(), b.advantages, clip)
+def ppo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
+    gain, clipped = surrogate(b.log_ratio.exp(), b.advantages, clip)
     return -gain.sum() / b.tokens, {"clipped": clipped}
 
 
-def grpo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Diagnostics]:
-    gain, clipped = surrogate((b.logprobs - b.old_logprobs).exp(), b.advantages, clip)
+def grpo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
+    gain, clipped = surrogate(b.log_ratio.exp(), b.advantages, clip)
     total, length = b.per_sequence(gain)
     return -(total / length).sum() / b.sequences, {"clipped": clipped}
 
 
-def dapo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Diagnostics]:
+def dapo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
     return ppo(b, clip)  # what differs is the clip, the advantage, and which groups are sampled
 
 
-def gspo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Diagnostics]:
-    total, length = b.per_sequence(b.logprobs - b.old_logprobs)
+def gspo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
+    total, length = b.per_sequence(b.log_ratio)
     gain, clipped = surrogate((total / length).exp(), b.per_sequence(b.advantages)[0] / length, clip)
     return -gain.sum() / b.sequences, {"clipped": clipped}
 
 
-def rloo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Diagnostics]:
-    total, length = b.per_sequence(b.logprobs - b.old_logprobs)
+def rloo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
+    total, length = b.per_sequence(b.log_ratio)
     gain, clipped = surrogate(total.exp(), b.per_sequence(b.advantages)[0] / length, clip)
     return -gain.sum() / b.sequences, {"clipped": clipped}
 
@@ -89,15 +115,8 @@ def surrogate(ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Te
     return torch.minimum(free, held), (held < free).float().detach()
 
 
-Loss = Callable[[PolicyBatch, Clip], tuple[Tensor, Diagnostics]]
-POLICY_GRADIENTS: dict[str, Loss] = {
-    "reinforce": reinforce,
-    "ppo": ppo,
-    "rloo": rloo,
-    "grpo": grpo,
-    "dapo": dapo,
-    "gspo": gspo,
-}
+Loss = Callable[[PolicyBatch, Clip], tuple[Tensor, Values]]
+POLICY_GRADIENTS: dict[str, Loss] = {f.__name__: f for f in (reinforce, ppo, rloo, grpo, dapo, gspo)}
 
 
 class ValueHead(nn.Module):

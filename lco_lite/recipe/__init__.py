@@ -1,51 +1,20 @@
 """The typed recipe: every setting once, with unit, default and source.
 
-A recipe is a YAML file; ``--set a.b=c`` overrides it, and named flags override both. Unknown keys, wrong types and
-combinations that make no sense are refused, all at once, each with its key path, line and value. Imports no torch.
+``sections`` and ``rl`` hold the settings, ``file`` reads and writes them; here they come together, and what makes sense
+only across sections is checked. Imports no torch.
 
 "paper" is arXiv 2603.00963; "prototype" the settings that were found to learn in this project's first experiments.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from lco_lite.recipe.rl import Rl
-from lco_lite.recipe.sections import (
-    Chat,
-    Data,
-    Eval,
-    Init,
-    Lora,
-    Model,
-    RewardModel,
-    Section,
-    Sft,
-    Training,
-    TrainRm,
-    Weights,
-    setting,
-)
-
-__all__ = [
-    "Chat",
-    "Data",
-    "Eval",
-    "Init",
-    "Lora",
-    "Model",
-    "Recipe",
-    "RewardModel",
-    "Rl",
-    "Section",
-    "Sft",
-    "TrainRm",
-    "Training",
-    "Weights",
-]
-
+from lco_lite.recipe.sections import Chat, Data, Eval, Model, RewardModel, Section, Sft, TrainRm, setting
 
 UNGRADED = ("alpaca_eval", "qa_feedback")  # tasks that compare or score responses by a model, without right and wrong
 
@@ -75,39 +44,35 @@ class Recipe(Section):
         sft, rm = ["sft"] * self.sft.enabled, ["rm"] * self.rl.needs_reward_model
         return [*sft, *rm, self.rl.stage]
 
-    @model_validator(mode="after")
-    def _hangs_together(self) -> Recipe:
-        problems = []
+    def _wrong(self) -> Iterator[str]:
+        yield from self._wrong_for_the_task()
+        yield from self._wrong_for_the_model()
+
+    def _wrong_for_the_task(self) -> Iterator[str]:
+        sampled_pairs = self.rl.needs_reward_model and self.data.preferences == "sampled"
         if self.task is None:
             if self.sft.enabled and self.data.demonstrations is None:
-                problems.append("data.demonstrations: needed where task is null (or set sft.enabled: false)")
+                yield "data.demonstrations: needed where task is null (or set sft.enabled: false)"
             if self.data.prompts is None:
-                problems.append("data.prompts: needed where task is null")
-            if self.rl.needs_reward_model and self.data.preferences == "sampled":
-                problems.append(
-                    "data.preferences: `sampled` pairs are graded by a task, and task is null: name a file or hub set"
-                )
+                yield "data.prompts: needed where task is null"
+            if sampled_pairs:
+                yield "data.preferences: `sampled` pairs are graded by a task, and task is null: name a file or hub set"
             if self.rl.feedback == "rule":
-                problems.append("rl.feedback: rule asks a task's grader, and task is null")
-        if self.task in UNGRADED:
+                yield "rl.feedback: rule asks a task's grader, and task is null"
+        elif self.task in UNGRADED:
             if self.rl.feedback == "rule":
-                problems.append(f"rl.feedback: {self.task} grades no response right or wrong, as rule needs it")
-            if self.rl.needs_reward_model and self.data.preferences == "sampled":
-                problems.append(
-                    f"data.preferences: {self.task} grades no response right or wrong, as `sampled` pairs need it: "
+                yield f"rl.feedback: {self.task} grades no response right or wrong, and rule needs that"
+            if sampled_pairs:
+                yield (
+                    f"data.preferences: {self.task} grades no response right or wrong, and `sampled` pairs need that: "
                     "name a file or hub set"
                 )
+
+    def _wrong_for_the_model(self) -> Iterator[str]:
         if self.model.init is not None and not self.sft.enabled:
-            problems.append("sft.enabled: a model from scratch has learnt nothing yet: it needs sft")
+            yield "sft.enabled: a model from scratch has learnt nothing yet: it needs sft"
         if self.model.train_head and self.rl.variant.is_on:
-            problems.append("rl.variant: needs a frozen head, and model.train_head is true")
-        if (
-            self.model.lora is None
-            and self.reward_model == "self"
-            and self.rl.needs_reward_model
-            and self.model.quantization != "none"
-        ):
-            problems.append("reward_model: self with lora: null needs unquantized weights")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            yield "rl.variant: needs a frozen head, and model.train_head is true"
+        shares_base = self.reward_model == "self" and self.rl.needs_reward_model
+        if shares_base and self.model.lora is None and self.model.quantization != "none":
+            yield "reward_model: self with lora: null needs unquantized weights"

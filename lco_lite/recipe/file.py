@@ -1,6 +1,7 @@
-"""Recipe files: read, override, validate, write. A file yields to ``--set a.b=c``, and both yield to named flags.
+"""How a recipe file becomes a recipe: read, override, validate, write; and the recipes that are shipped.
 
-Every problem is reported at once, with file, place, key path and value.
+A recipe is a YAML file; ``--set a.b=c`` overrides it, and named flags override both. Unknown keys, wrong types and
+combinations that make no sense are refused, all at once, each with its place, key path and value.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pydantic_core import ErrorDetails
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.recipe import Recipe
 
-Places = dict[tuple[str, ...], str]
+KeyPath = tuple[Any, ...]
 
 
 def load_recipe(path: Path, sets: list[str] | None = None, flags: dict[str, Any] | None = None) -> Recipe:
@@ -37,27 +38,27 @@ def load_recipe(path: Path, sets: list[str] | None = None, flags: dict[str, Any]
     except ValueError as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(data, dict):
-        found = "nothing" if data is None else f"a {type(data).__name__}"
-        raise RecipeError(f"{path}: a recipe is a mapping of settings, found {found}")
+        kind = "nothing" if data is None else f"a {type(data).__name__}"
+        raise RecipeError(f"{path}: a recipe is a mapping of settings, found {kind}")
     places = {key: f"line {line}" for key, line in lines.items()}
-    for key, _, place in _given(sets, flags):
+    for key, _, place in _overrides(sets, flags):
         places = {p: where for p, where in places.items() if p[: len(key)] != key} | {key: place}
     return validate(override(data, sets, flags), str(path), places)
 
 
 def override(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any] | None) -> dict[str, Any]:
     """``data`` with ``a.b=c`` items and then flags laid over it. Flags that are None were not given."""
-    for path, value, _ in _given(sets, flags):
+    for path, value, _ in _overrides(sets, flags):
         data = _with(data, path, value)
     return data
 
 
-def validate(data: dict[str, Any], origin: str, places: Places | None = None) -> Recipe:
-    """The typed recipe, or one RecipeError that lists every problem."""
+def validate(data: dict[str, Any], origin: str, places: Mapping[KeyPath, str] | None = None) -> Recipe:
+    """The typed recipe, or one RecipeError that lists every problem. ``places``: where a key was set (``line 3``)."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as e:
-        problems = describe_problems(e, Recipe, places or {})
+        problems = _problems(e, places or {})
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise RecipeError(f"{origin}: {count} in the recipe\n" + "\n".join(f"  {p}" for p in problems)) from e
 
@@ -67,32 +68,29 @@ def dump(recipe: Recipe) -> str:
     return write_yaml(recipe.model_dump(mode="json"))
 
 
-def _given(sets: list[str] | None, flags: dict[str, Any] | None) -> list[tuple[tuple[str, ...], Any, str]]:
+def _overrides(sets: list[str] | None, flags: dict[str, Any] | None) -> list[tuple[KeyPath, Any, str]]:
     """(key path, value, where it was given) of every override, in the order in which they are laid over the file."""
-    given = [(*_parse_set(item), "--set") for item in sets or []]
-    return given + [(tuple(key.split(".")), value, "flag") for key, value in (flags or {}).items() if value is not None]
+    overrides: list[tuple[KeyPath, Any, str]] = []
+    for item in sets or []:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {item}: write --set key.path=value, for example --set rl.lr=1e-5")
+        try:
+            overrides.append((tuple(key.split(".")), parse_yaml(text)[0], "--set"))
+        except ValueError as e:
+            raise RecipeError(f"--set {item}: the value is not valid YAML: {e}") from e
+    return overrides + [(tuple(key.split(".")), v, "flag") for key, v in (flags or {}).items() if v is not None]
 
 
-def _parse_set(item: str) -> tuple[tuple[str, ...], Any]:
-    """(key path, value) of ``key.path=value``, the value by the YAML rules of a file."""
-    key, equals, text = item.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {item}: write --set key.path=value, for example --set rl.lr=1e-5")
-    try:
-        return tuple(key.split(".")), parse_yaml(text)[0]
-    except ValueError as e:
-        raise RecipeError(f"--set {item}: the value is not valid YAML: {e}") from e
-
-
-def _with(data: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+def _with(data: dict[str, Any], path: KeyPath, value: Any) -> dict[str, Any]:
     head, *rest = path
-    if not rest:
-        return {**data, head: value}
-    inner = data.get(head)
-    return {**data, head: _with(inner if isinstance(inner, dict) else {}, tuple(rest), value)}
+    if rest:
+        inner = data.get(head)
+        value = _with(inner if isinstance(inner, dict) else {}, tuple(rest), value)
+    return {**data, head: value}
 
 
-KeyPath = tuple[Any, ...]
+# --- problems in words
 
 _WANTED = {
     "model_type": "a mapping of settings",
@@ -112,60 +110,56 @@ _LONGEST_VALUE = 60
 _NEXT_KEY = re.compile(r"; (?=[a-z_.]+: )")
 
 
-def describe_problems(error: ValidationError, model: type[BaseModel], places: Mapping[KeyPath, str]) -> list[str]:
-    """One line a problem. ``places``: where a key was set (``line 3``, ``--set``); nested keys take their parent's."""
+def _problems(error: ValidationError, places: Mapping[KeyPath, str]) -> list[str]:
+    """One line a problem. A key whose place is not known takes that of the section it stands in."""
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for e in error.errors():
-        by_path.setdefault(_keys(e["loc"], model), []).append(e)
-    problems: list[str] = []
+        by_path.setdefault(_keys_and_section(e["loc"])[0], []).append(e)
+    texts: list[tuple[KeyPath, str]] = []
     for path, errors in by_path.items():
         of_type = [e for e in errors if _wanted(e)]
         others = [e for e in errors if not _wanted(e)]
         deeper = any(p[: len(path)] == path and p != path for p in by_path)
         # a value may be several things (`self` or a mapping): where it is plainly one, what the others wanted is noise
         if of_type and not others and not deeper:
-            problems.append(_problem_line(path, _should_be(of_type), places))
+            texts.append((path, _should_be(of_type)))
         for e in others:
-            problems += _other(path, e, model, places)
-    return list(dict.fromkeys(problems))
+            texts += _in_words(path, e)
+    return list(dict.fromkeys(_line(path, text, places) for path, text in texts))
 
 
-def _other(path: KeyPath, error: ErrorDetails, model: type[BaseModel], places: Mapping[KeyPath, str]) -> list[str]:
+def _in_words(path: KeyPath, error: ErrorDetails) -> list[tuple[KeyPath, str]]:
     if error["type"] == "extra_forbidden":
-        return [_problem_line(path, _unknown_key(path, model), places)]
+        section = _keys_and_section(error["loc"])[1]
+        names = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(str(path[-1]).lower().replace("-", "_"), names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(names)}"
+        return [(path, f"unknown key; {hint}")]
     if error["type"] == "missing":
-        return [_problem_line(path, "is needed and missing", places)]
+        return [(path, "is needed and missing")]
     if error["type"] == "value_error":
         text = str(error["ctx"]["error"])
         if path:
-            return [_problem_line(path, text, places)]
+            return [(path, text)]
         keyed = [part.partition(": ") for part in _NEXT_KEY.split(text)]  # checks across sections name their keys
-        return [_problem_line(tuple(key.split(".")), part, places) for key, _, part in keyed]
+        return [(tuple(key.split(".")), part) for key, _, part in keyed]
     message = error["msg"].removeprefix("Input ")
-    return [_problem_line(path, f"{message[0].lower()}{message[1:]}, found {_shown(error['input'])}", places)]
+    return [(path, f"{message[0].lower()}{message[1:]}, found {_shown(error['input'])}")]
 
 
 def _should_be(errors: list[ErrorDetails]) -> str:
-    found = errors[0]["input"]
-    if found is None:
+    value = errors[0]["input"]
+    if value is None:
         return "is empty: give it a value, or delete the line"
-    return f"should be {' or '.join(dict.fromkeys(map(_wanted, errors)))}, found {_shown(found)}"
+    return f"should be {' or '.join(dict.fromkeys(map(_wanted, errors)))}, found {_shown(value)}"
 
 
 def _wanted(error: ErrorDetails) -> str:
     """What a complaint about the kind of a value would have accepted; empty for other complaints."""
-    if error["type"] == "literal_error":
-        return str(error["ctx"]["expected"])
-    return _WANTED.get(error["type"], "")
+    return str(error["ctx"]["expected"]) if error["type"] == "literal_error" else _WANTED.get(error["type"], "")
 
 
-def _unknown_key(path: KeyPath, model: type[BaseModel]) -> str:
-    names = _fields_at(path[:-1], model)
-    near = difflib.get_close_matches(str(path[-1]).lower().replace("-", "_"), names, 1)
-    return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; accepted: {', '.join(names)}"
-
-
-def _problem_line(path: KeyPath, text: str, places: Mapping[KeyPath, str]) -> str:
+def _line(path: KeyPath, text: str, places: Mapping[KeyPath, str]) -> str:
     place = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), None)
     return f"{'.'.join(map(str, path)) or 'recipe'}{f' ({place})' if place else ''}: {text}"
 
@@ -175,36 +169,24 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
-def _keys(loc: tuple[Any, ...], model: type[BaseModel]) -> KeyPath:
-    """``loc`` without the names by which pydantic tells the branches of a union apart; users never wrote those."""
+def _keys_and_section(loc: tuple[Any, ...]) -> tuple[KeyPath, type[BaseModel] | None]:
+    """The keys as users write them, and the section that the last one stands in (None: in a list or a free mapping).
+
+    pydantic also names the branch of a union (`self` or a mapping) that it tried; no recipe has such a key.
+    """
     keys: list[Any] = []
-    annotation: Any = model
+    holder: type[BaseModel] | None = None
+    may_be: list[Any] = [Recipe]
     for part in loc:
-        if len(_alternatives(annotation)) > 1:
-            annotation = _section(annotation)
-        else:
-            keys.append(part)
-            annotation = _field(annotation, part)
-    return tuple(keys)
-
-
-def _fields_at(path: KeyPath, model: type[BaseModel]) -> list[str]:
-    annotation: Any = model
-    for part in path:
-        annotation = _field(annotation, part)
-    section = _section(annotation)
-    return list(section.model_fields) if section else []
-
-
-def _field(annotation: Any, name: Any) -> Any:
-    """The annotation of a section's field; None below anything that is no section."""
-    section = _section(annotation)
-    return section.model_fields[name].annotation if section and name in section.model_fields else None
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section among what a value may be, if there is one."""
-    return next((a for a in _alternatives(annotation) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        section = next((a for a in may_be if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if len(may_be) > 1:
+            may_be = [section]
+            continue
+        keys.append(part)
+        holder = section
+        field = section.model_fields.get(part) if section else None
+        may_be = _alternatives(field.annotation) if field else []
+    return tuple(keys), holder
 
 
 def _alternatives(annotation: Any) -> list[Any]:
@@ -214,25 +196,19 @@ def _alternatives(annotation: Any) -> list[Any]:
     return [a for a in get_args(annotation) if a is not NoneType]
 
 
+# --- YAML as one expects it (1.2): 1e-5 is a number; `no`, `on` and dates are text
+
 _CHANGED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
-_FLOAT = re.compile(
-    r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf|\.nan)$"
-)
-
+_FLOAT = re.compile(r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?|\.inf|\.nan)$")
 _RARE_BREAK = re.compile("[\x85\u2028\u2029]")
 
 
 class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CHANGED]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 class _Dumper(yaml.SafeDumper):
@@ -243,21 +219,19 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:str", data, style)
 
 
-_Dumper.add_representer(str, _Dumper.represent_str)
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CHANGED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
-def parse_yaml(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
+def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
     """The value in ``text``, and the line (from 1) of each key by its path. ValueError says what is wrong and where."""
     try:
-        value = yaml.load(text, _Loader)  # a subclass of SafeLoader
-        return value, _line_numbers(yaml.compose(text, _Loader))
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        lines = _line_numbers(node)
+        return (None if node is None else loader.construct_document(node)), lines
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         raise ValueError(f"{f'line {mark.line + 1}: ' if mark else ''}{e.problem or e.context}") from e
@@ -272,30 +246,35 @@ def write_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _line_numbers(node: yaml.Node | None, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    lines: dict[tuple[str, ...], int] = {}
+def _line_numbers(node: yaml.Node | None, path: KeyPath = ()) -> dict[KeyPath, int]:
+    """The line (from 1) of each key in ``node``. ValueError for a key that stands twice in one mapping."""
+    lines: dict[KeyPath, int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            here = (*path, str(key.value))
-            lines[here] = key.start_mark.line + 1
-            lines |= _line_numbers(value, here)
+            here, line = (*path, str(key.value)), key.start_mark.line + 1
+            if here in lines:
+                raise ValueError(f"line {line}: the key {key.value!r} stands twice")
+            lines |= {here: line} | _line_numbers(value, here)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            lines |= _line_numbers(item, (*path, i))
     return lines
 
 
-def folder() -> Path:
-    """``recipes/`` of a checkout, else the copy inside the installed package."""
-    checkout = Path(__file__).resolve().parents[2] / "recipes"
-    return checkout if checkout.is_dir() else Path(__file__).resolve().parents[1] / "shipped_recipes"
+# --- shipped recipes
 
 
 def shipped() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(folder().glob("*.yaml"))}
+    """By name: ``recipes/`` of a checkout, else the copies inside the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parent / "recipes"
+    folder = checkout if checkout.is_dir() else package / "shipped_recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
     """A file, or a shipped recipe by name. Raises RecipeError with the nearest names."""
-    path = Path(name)
-    known = shipped()
+    path, known = Path(name), shipped()
     if path.exists() or path.suffix in (".yaml", ".yml"):
         return path
     if name in known:

@@ -1,16 +1,16 @@
-"""What each objective brings along: the settings it is known with, and where they come from. A recipe overrides them.
+"""The ``rl`` section: what each objective brings along, and which settings go together.
 
-Numbers are those of TRL 1.16 (PPO and MiniLLM: TRL 1.10, the last release that had them) unless the paper states one.
-Imports no torch: the recipe reads it.
+An objective's defaults are those it is known with; a recipe overrides them. Numbers are those of TRL 1.16 (PPO and
+MiniLLM: TRL 1.10, the last release that had them) unless the paper states one.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, model_validator
 
 from lco_lite.recipe.sections import Section, Training, setting
 from lco_lite.user_code import names_function
@@ -18,16 +18,16 @@ from lco_lite.user_code import names_function
 TRL, TRL_PPO, PAPER = "TRL 1.16", "TRL 1.10, its last PPO", "arXiv 2603.00963"
 MINILLM = "Gu et al. 2024, section 2.2"
 
+_GRADIENT: dict[str, tuple[Any, str]] = {"feedback": ("rule", "its reward is a response's"), "lr": (1e-6, TRL)}
+_GROUPED = {**_GRADIENT, "baseline": ("group", "Shao et al. 2024"), "responses_per_prompt": (4, PAPER)}
+_TEACHER = ("dpo", "the reward model is the teacher: " + PAPER)
+
 # objective -> field of the recipe's rl section -> (value, source)
 METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
     "kld": {},
     "lch": {},
     "mse": {},
-    "reinforce": {
-        "feedback": ("rule", "its reward is a response's"),
-        "lr": (1e-6, TRL),
-        "responses_per_prompt": (1, PAPER),
-    },
+    "reinforce": {**_GRADIENT, "responses_per_prompt": (1, PAPER)},
     "ppo": {
         "feedback": ("rule", "its reward is a response's, with the KL to the reference taken off token by token"),
         "baseline": ("none", "the critic is the baseline"),
@@ -38,60 +38,50 @@ METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
         "kl_coef": (0.05, TRL_PPO),
     },
     "rloo": {
-        "feedback": ("rule", "its reward is a response's"),
+        **_GRADIENT,
         "baseline": ("leave_one_out", "Ahmadian et al. 2024"),
-        "lr": (1e-6, TRL),
         "responses_per_prompt": (2, TRL + ": num_generations"),
         "kl_coef": (0.05, TRL + ": beta, taken off the reward"),
     },
-    "grpo": {
-        "feedback": ("rule", "its reward is a response's"),
-        "baseline": ("group", "Shao et al. 2024"),
-        "scale_rewards": (True, TRL + ": scale_rewards group"),
-        "lr": (1e-6, TRL),
-        "responses_per_prompt": (4, PAPER),
-    },
+    "grpo": {**_GROUPED, "scale_rewards": (True, TRL + ": scale_rewards group")},
     "dapo": {
-        "feedback": ("rule", "its reward is a response's"),
-        "baseline": ("group", "Yu et al. 2025"),
+        **_GROUPED,
         "scale_rewards": (True, "Yu et al. 2025, eq 9"),
-        "lr": (1e-6, TRL),
-        "responses_per_prompt": (4, PAPER),
         "clip_high": (0.28, "Yu et al. 2025"),
         "overlong_buffer": (0.2, "Yu et al. 2025: 4,096 of 20,480 tokens"),
         "dynamic_sampling": (True, "Yu et al. 2025, eq 11"),
     },
     "gspo": {
-        "feedback": ("rule", "its reward is a response's"),
-        "baseline": ("group", "Zheng et al. 2025"),
+        **_GROUPED,
         "scale_rewards": (True, "Zheng et al. 2025, eq 6"),
-        "lr": (1e-6, TRL),
-        "responses_per_prompt": (4, PAPER),
         "clip_low": (3e-4, "Zheng et al. 2025, section 5.1"),
         "clip_high": (4e-4, "Zheng et al. 2025, section 5.1"),
     },
-    "gkd": {
-        "feedback": ("dpo", "the reward model is the teacher: " + PAPER),
-        "lr": (2e-5, TRL),
-        "on_policy": (0.5, TRL + ": lmbda"),
-    },
+    "gkd": {"feedback": _TEACHER, "lr": (2e-5, TRL), "on_policy": (0.5, TRL + ": lmbda")},
     "minillm": {
-        "feedback": ("dpo", "the reward model is the teacher: " + PAPER),
+        "feedback": _TEACHER,
         "lr": (1e-6, "TRL 1.10, its last MiniLLM"),
         "teacher_mix": (0.2, MINILLM),
     },
 }
+_OWN = {"feedback": _GRADIENT["feedback"]}  # an objective of the user's own starts as a policy gradient
 
 LCO = ("kld", "lch", "mse")
 DISTILLATION = ("gkd", "minillm")
-
-# an objective of the user's own is a policy gradient
-_OWN: dict[str, tuple[Any, str]] = {"feedback": ("rule", "its reward is a response's")}
 
 
 def method_defaults(objective: str) -> dict[str, Any]:
     """The values alone, by field."""
     return {field: value for field, (value, _) in METHOD_DEFAULTS.get(objective, _OWN).items()}
+
+
+def known_objective(name: str) -> str:
+    """``name`` itself. Raises ValueError with all names where there is no such objective."""
+    if name in METHOD_DEFAULTS or names_function(name):
+        return name
+    near = difflib.get_close_matches(name, METHOD_DEFAULTS, 1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise ValueError(f"unknown objective {name!r}{hint} Accepted: {', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME")
 
 
 class Variant(Section):
@@ -105,10 +95,7 @@ class Variant(Section):
     )
     negative_beta: float | None = setting(None, "sparse: β times this where A ≤ 0", "100 there", gt=0)
     agreement: float | None = setting(
-        None,
-        "logprob: β times 100 where π_old and φ both give the sampled token a log-probability above this",
-        "-0.02 there",
-        lt=0,
+        None, "logprob: β times 100 where π_old and φ both give a token a log-probability above this", "-0.02", lt=0
     )
 
     @property
@@ -117,10 +104,14 @@ class Variant(Section):
 
 
 class Rl(Training):
-    objective: str = setting(
+    objective: Annotated[str, AfterValidator(known_objective)] = setting(
         "kld",
-        f"the loss, which brings its own defaults (method_defaults.py): {', '.join(METHOD_DEFAULTS)}; or FILE.py:NAME",
+        f"the loss, which brings its own defaults: {', '.join(METHOD_DEFAULTS)}; or FILE.py:NAME",
         "paper eqs 8 to 10; KLD is the steadiest",
+    )
+    target: str | None = setting(None, "kld, lch, mse: FILE.py:NAME that changes z* (docs/extending.md)", "paper: eq 7")
+    settings: dict[str, Any] = setting(
+        {}, "settings of your own objective or target, handed to it in `batch.settings`", "yours"
     )
     beta: float = setting(1.0, "strength of the KL regulariser, in units of the advantage", "paper", gt=0)
     feedback: Literal["dpo", "dpo_sampled", "logprob", "rule", "function", "reward_model"] = setting(
@@ -140,24 +131,20 @@ class Rl(Training):
         "prototype: none collapses",
     )
     scale_rewards: bool = setting(False, "divide by the deviation of the prompt's rewards", "off: paper; on: GRPO")
-    kl_coef: float = setting(
-        0.0, "policy gradients: coefficient of log π/π_ref, taken off the reward", "paper: none", ge=0
-    )
+    kl_coef: float = setting(0.0, "policy gradients: weight of log π/π_ref, taken off the reward", "paper: none", ge=0)
     clip_low: float = setting(0.2, "policy gradients: the ratio's lower clip, 1 less this", "TRL 1.16", gt=0, lt=1)
     clip_high: float = setting(0.2, "policy gradients: the ratio's upper clip, 1 plus this", "TRL 1.16", gt=0)
-    gamma: float = setting(1.0, "ppo: discount a token", "TRL 1.10", gt=0, le=1)
+    gamma: float = setting(1.0, "ppo: discount per token", "TRL 1.10", gt=0, le=1)
     gae_lambda: float = setting(0.95, "ppo: GAE's λ", "TRL 1.10", ge=0, le=1)
     value_coef: float = setting(0.1, "ppo: weight of the value loss", "TRL 1.10", gt=0)
-    value_clip: float = setting(0.2, "ppo: values move at most so far from the old ones", "TRL 1.10", gt=0)
+    value_clip: float = setting(0.2, "ppo: values move at most this far from the old ones", "TRL 1.10", gt=0)
     overlong_buffer: float = setting(
         0.0, "the last share of max_new_tokens, over which the reward falls by 1", "off; DAPO 0.2", ge=0, lt=1
     )
     dynamic_sampling: bool = setting(
         False, "sample other prompts for groups without signal, three times at most", "off; DAPO on"
     )
-    jsd_beta: float = setting(
-        0.5, "gkd: β of the divergence; 0 is KL(φ ‖ π_θ), 1 is KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1
-    )
+    jsd_beta: float = setting(0.5, "gkd: β of the divergence; 0: KL(φ ‖ π_θ), 1: KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1)
     on_policy: float = setting(
         1.0, "gkd: share of prompts answered by the policy; the rest take their demonstration", "GKD 0.5", ge=0, le=1
     )
@@ -171,16 +158,17 @@ class Rl(Training):
     anchor: float = setting(
         0.0, "λ in z* = (1-λ) z_old + λ z_ref + A/β", "0: paper; 0.5 stops the compounding", ge=0, le=1
     )
-    standardise: bool = setting(
-        False, "dpo: divide A by its standard deviation over the vocabulary, per token", "off: paper"
-    )
+    standardise: bool = setting(False, "dpo: divide A by its deviation over the vocabulary, per token", "off: paper")
     lr: float = setting(5e-6, "peak learning rate of AdamW", "paper", gt=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after warm-up", "paper's public code")
     warmup_steps: int = setting(10, "updates of linear warm-up", "prototype: Adam's first steps are sign-like", ge=0)
     steps: int = setting(4, "rollout phases; π_old and the target are fixed within one", "prototype", ge=1)
-    prompts_per_step: int = setting(512, "prompts a phase", "prototype: hundreds; paper's public code: 3,072", ge=1)
-    responses_per_prompt: int = setting(1, "responses a prompt", "paper: 1 for LCO", ge=1)
-    minibatch: int = setting(64, "responses an update", "prototype", ge=1)
+    prompts_per_step: int = setting(512, "prompts per phase", "prototype: hundreds; paper's public code: 3,072", ge=1)
+    responses_per_prompt: int = setting(1, "responses per prompt", "paper: 1 for LCO", ge=1)
+    minibatch: int = setting(64, "responses per update", "prototype", ge=1)
+    whole_groups: bool = setting(
+        False, "keep the responses of a prompt in one minibatch and micro-batch", "off: mixed responses, less variance"
+    )
     inner_epochs: int = setting(1, "passes over a phase's responses", "paper's public code", ge=1)
     temperature: float = setting(0.6, "of rollouts; 0 is greedy", "paper", ge=0)
     top_p: float = setting(0.95, "of rollouts", "paper", gt=0, le=1)
@@ -190,7 +178,7 @@ class Rl(Training):
     eval_every: int = setting(1, "steps between held-out evaluations; 0: none", "one a phase", ge=0)
     eval_items: int = setting(256, "held-out items of such an evaluation", "std error 0.03", ge=1)
     guard: Literal["warn", "stop", "off"] = setting(
-        "warn", "on collapse of entropy, reward or length", "say it in words; stop exits 4"
+        "warn", "on collapse of entropy, reward or length", "off: silent; stop: exit status 4"
     )
 
     @model_validator(mode="before")
@@ -202,11 +190,6 @@ class Rl(Training):
         if given.get("feedback") == "dpo_sampled":
             usual.pop("dynamic_sampling", None)  # sums of log-ratios never tie: every group has a signal
         return {**usual, **given}
-
-    @field_validator("objective")
-    @classmethod
-    def _known(cls, objective: str) -> str:
-        return known_objective(objective)
 
     @property
     def stage(self) -> str:
@@ -223,8 +206,14 @@ class Rl(Training):
         return self.objective in DISTILLATION
 
     @property
+    def is_own(self) -> bool:
+        """Whether the objective is the user's; under dense feedback it is then one over the vocabulary."""
+        return self.objective not in METHOD_DEFAULTS
+
+    @property
     def is_policy_gradient(self) -> bool:
-        return not self.is_lco and not self.is_distillation
+        """Whether the loss is one of the sampled tokens' log-probabilities."""
+        return not self.is_lco and not self.is_distillation and not (self.is_own and self.is_dense)
 
     @property
     def is_dense(self) -> bool:
@@ -241,12 +230,11 @@ class Rl(Training):
         """Whether the feedback is the φ_DPO that train-rm makes."""
         return self.feedback in ("dpo", "dpo_sampled")
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> Rl:
-        problems = [*self._wrong_for_the_objective(), *self._wrong_for_the_feedback(), *self._wrong_variant()]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+    def _wrong(self) -> Iterator[str]:
+        yield from self._wrong_for_the_objective()
+        yield from self._wrong_for_the_feedback()
+        yield from self._wrong_variant()
+        yield from self._wrong_code_of_yours()
 
     def _wrong_for_the_objective(self) -> Iterator[str]:
         name = self.objective
@@ -275,6 +263,11 @@ class Rl(Training):
                 f"baseline {self.baseline}, scale_rewards and dynamic_sampling compare a prompt's responses: "
                 "responses_per_prompt must be at least 2"
             )
+        if self.whole_groups and self.minibatch % self.responses_per_prompt:
+            yield (
+                f"whole_groups: minibatch {self.minibatch} is not a multiple of "
+                f"responses_per_prompt {self.responses_per_prompt}"
+            )
         if self.dynamic_sampling and not self.rewards_responses:
             yield f"dynamic_sampling looks at rewards of whole responses, and feedback {self.feedback} has none"
         if self.standardise and (not self.is_dense or not self.is_lco):
@@ -282,8 +275,6 @@ class Rl(Training):
         for feedback, field in (("function", "reward_function"), ("reward_model", "reward_classifier")):
             if (self.feedback == feedback) != (getattr(self, field) is not None):
                 yield f"feedback {feedback} and {field} go together"
-        if self.reward_function is not None and not names_function(self.reward_function):
-            yield f"reward_function {self.reward_function!r} is no FILE.py:NAME"
 
     def _wrong_variant(self) -> Iterator[str]:
         v = self.variant
@@ -300,11 +291,12 @@ class Rl(Training):
         if v.agreement and self.feedback != "logprob":
             yield "variant.agreement compares π_old with φ of feedback logprob"
 
-
-def known_objective(name: str) -> str:
-    """``name`` itself. Raises ValueError with all names where there is no such objective."""
-    if name in METHOD_DEFAULTS or names_function(name):
-        return name
-    near = difflib.get_close_matches(name, METHOD_DEFAULTS, 1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise ValueError(f"unknown objective {name!r}{hint} Accepted: {', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME")
+    def _wrong_code_of_yours(self) -> Iterator[str]:
+        for field in ("reward_function", "target"):
+            spec = getattr(self, field)
+            if spec is not None and not names_function(spec):
+                yield f"{field} {spec!r} is not FILE.py:NAME"
+        if self.target is not None and not self.is_lco:
+            yield f"target belongs to kld, lch and mse, not to {self.objective}"
+        if self.settings and not self.is_own and self.target is None:
+            yield f"settings are for an objective or target of your own (FILE.py:NAME): {self.objective} takes none"

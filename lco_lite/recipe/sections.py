@@ -1,7 +1,8 @@
-"""A part of a recipe: fields with their meaning and source; unknown keys are refused."""
+"""What may stand in every section of a recipe but ``rl``: each field with meaning, unit, default and its source."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -14,14 +15,26 @@ def setting(default: Any, what: str, source: str, **bounds: Any) -> Any:
 
 
 class Section(BaseModel):
+    """A part of a recipe. Unknown keys are refused, and what ``_wrong`` says of keys that do not go together."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    def _wrong(self) -> Iterator[str]:
+        yield from ()
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Section:
+        problems = list(self._wrong())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class Lora(Section):
     r: int = setting(32, "rank of the update", "QLoRA practice; 16 to 64 are alike", ge=1)
     alpha: float = setting(64, "scale: the update is multiplied by alpha / r", "twice the rank, QLoRA practice", gt=0)
     dropout: float = setting(
-        0.0, "share of adapter inputs dropped", "0: h_old and h must come from the same numerics", ge=0, lt=1
+        0.0, "share of adapter inputs dropped", "0: h_old and h from the same numerics", ge=0, lt=1
     )
     targets: Literal["all-linear"] | list[str] = setting(
         "all-linear", "modules that get an adapter; never the LM head", "QLoRA: all linear layers"
@@ -38,11 +51,9 @@ class Init(Section):
     max_length: int = setting(256, "longest sequence, tokens", "ample for the arithmetic task", ge=16)
     std: float = setting(0.05, "standard deviation of the first weights", "prototype", gt=0)
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Init:
+    def _wrong(self) -> Iterator[str]:
         if self.hidden_size % self.heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of heads {self.heads}")
-        return self
+            yield f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}"
 
 
 class Weights(Section):
@@ -61,9 +72,7 @@ class Weights(Section):
         Lora(), "the adapter; null trains all weights but the LM head", "LoRA keeps the head frozen"
     )
     gradient_checkpointing: bool = setting(
-        False,
-        "recompute activations in the backward pass: about a third more time, far less memory",
-        "off on small models",
+        False, "recompute activations in the backward pass: a third more time, far less memory", "off on small models"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting(
         "auto", "attention kernel", "the model's own default"
@@ -72,43 +81,35 @@ class Weights(Section):
 
 
 class Model(Weights):
-    train_head: bool = setting(
-        False,
-        "full fine-tuning trains the LM head too: a slower loss path",
-        "off: a frozen linear head is what makes LCO cheap",
-    )
-    init: Init | None = setting(
-        None, "build a small model instead of loading one; sft then trains all its weights", "none"
-    )
+    """The policy: weights that exist, or a small model from scratch."""
 
-    @model_validator(mode="after")
-    def _one_origin(self) -> Model:
+    train_head: bool = setting(
+        False, "full fine-tuning trains the LM head too: a slower loss path", "off: a frozen head makes LCO cheap"
+    )
+    init: Init | None = setting(None, "build a small model, load none; sft then trains all its weights", "none")
+
+    def _wrong(self) -> Iterator[str]:
         if (self.path is None) == (self.init is None):
-            raise ValueError("give either path (hub id or folder) or init (a model from scratch)")
+            yield "give either path (hub id or folder) or init (a model from scratch)"
         if self.init is not None and (self.gguf_file or self.quantization != "none"):
-            raise ValueError("init builds a small model in plain precision: no gguf_file, no quantization")
+            yield "init builds a small model in plain precision: no gguf_file, no quantization"
         if self.lora is None and self.quantization != "none":
-            raise ValueError("quantized weights cannot be trained: keep lora, or set quantization: none")
-        return self
+            yield "quantized weights cannot be trained: keep lora, or set quantization: none"
 
 
 class RewardModel(Weights):
     """φ_DPO on a base of its own; ``reward_model: self`` shares the policy's base instead."""
 
-    @model_validator(mode="after")
-    def _has_path(self) -> RewardModel:
+    def _wrong(self) -> Iterator[str]:
         if self.path is None:
-            raise ValueError("needs path (hub id or folder); write `reward_model: self` to share the policy's base")
+            yield "needs path (hub id or folder); write `reward_model: self` to share the policy's base"
         if self.lora is None:
-            raise ValueError("a reward model of its own is an adapter on its base: lora cannot be null")
-        return self
+            yield "a reward model of its own is an adapter on its base: lora cannot be null"
 
 
 class Chat(Section):
     system: str | None = setting(None, "system message; null: the task's own", "the task")
-    template_args: dict[str, Any] = setting(
-        {}, "arguments for the chat template, e.g. {enable_thinking: false}", "none"
-    )
+    template_args: dict[str, Any] = setting({}, "the chat template's arguments, e.g. {enable_thinking: false}", "none")
 
 
 class Columns(Section):
@@ -118,18 +119,17 @@ class Columns(Section):
     system: str | None = setting(None, "column of the system message", "system")
 
 
-class DemonstrationColumns(Columns):
-    response: str | None = setting(None, "column of the response", "the usual names")
+class PromptColumns(Columns):
     messages: str | None = setting(None, "column of whole conversations", "the usual names")
+
+
+class DemonstrationColumns(PromptColumns):
+    response: str | None = setting(None, "column of the response", "the usual names")
 
 
 class PreferenceColumns(Columns):
     chosen: str | None = setting(None, "column of the better response", "chosen")
     rejected: str | None = setting(None, "column of the worse response", "rejected")
-
-
-class PromptColumns(Columns):
-    messages: str | None = setting(None, "column of whole conversations", "the usual names")
 
 
 class AllColumns(Section):
@@ -141,9 +141,7 @@ class AllColumns(Section):
 class Data(Section):
     """Each is a file (.jsonl, .json, .parquet, .csv) or ``hub-id[:split]``; null takes the task's training items."""
 
-    demonstrations: str | None = setting(
-        None, "prompts with responses to imitate, for sft", "the task's demonstrations"
-    )
+    demonstrations: str | None = setting(None, "prompts with responses to imitate, for sft", "the task's own")
     preferences: str = setting(
         "sampled",
         "prompt/chosen/rejected for train-rm; `sampled`: made from the policy's own responses",
@@ -172,9 +170,9 @@ class Eval(Section):
     seeds: int = setting(4, "sampling passes over all items", "paper: mean ± std over 4", ge=1)
     temperature: float = setting(0.6, "0 is greedy, and then one pass", "paper", ge=0)
     top_p: float = setting(0.95, "nucleus", "paper", gt=0, le=1)
-    items: int | None = setting(None, "first so many items; null: all", "all", ge=1)
+    items: int | None = setting(None, "only the first N items; null: all", "all", ge=1)
     max_new_tokens: int | None = setting(None, "longest response, tokens; null: the task's", "the task", ge=1)
-    samples: int = setting(1, "responses an item and pass: pass@1, pass@k and maj@k for k of them", "paper: 1", ge=1)
+    samples: int = setting(1, "responses per item and pass, k: pass@1, pass@k, maj@k", "paper: 1", ge=1)
     scoring: Literal["generation", "likelihood"] = setting(
         "generation", "likelihood: of each choice's letter, for items with choices", "small chat models need generation"
     )
@@ -193,36 +191,34 @@ class Eval(Section):
         None, "environment variable with the API's key; null: OPENAI_API_KEY for https and this machine", "OpenAI's"
     )
     judge_options: dict[str, Any] = setting(
-        {"temperature": 0, "max_tokens": 1024}, "more fields of the judge's requests", "one word is asked for"
+        {"temperature": 0, "max_tokens": 1024}, "more fields of the judge's requests", "the judge answers in one word"
     )
     judge_price: tuple[float, float] | None = setting(
-        None, "dollars a million tokens, in and out: shown before judging starts", "unknown"
+        None, "dollars per million tokens, in and out: shown before judging starts", "unknown"
     )
-    judge_limit: int = setting(100, "requests a pass that are sent without --yes", "cents", ge=0)
+    judge_limit: int = setting(100, "requests per pass that are sent without --yes", "cents", ge=0)
     judge_confirmed: bool = setting(False, "--yes: any number of requests may be sent", "off")
     judge_parallel: int = setting(8, "requests at once", "common rate limits", ge=1, le=64)
     reward_models: RewardModels = setting(RewardModels(), "qa_feedback: what scores the answers", "yours")
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> Eval:
+    def _wrong(self) -> Iterator[str]:
         if self.template is not None and "{problem}" not in self.template:
-            raise ValueError("template has no {problem}, so that every prompt would be the same")
+            yield "template has no {problem}, so that every prompt would be the same"
         if self.scoring == "likelihood" and self.samples > 1:
-            raise ValueError("samples: likelihood makes no responses")
+            yield "samples: likelihood makes no responses"
         if self.judge_url is not None and self.judge_url != "alpaca-eval":
-            _need_plain_url(self.judge_url)
+            yield from _no_plain_url(self.judge_url)
             if self.judge_model is None:
-                raise ValueError("judge_url needs judge_model, the name of the model that judges there")
-        return self
+                yield "judge_url needs judge_model, the name of the model that judges there"
 
 
-def _need_plain_url(url: str) -> None:
+def _no_plain_url(url: str) -> Iterator[str]:
     """It goes into results and messages, so it must hold no secret."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"judge_url {url!r} is neither http://… nor https://… nor alpaca-eval")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("judge_url holds more than host and path: a key belongs into an environment variable")
+        yield f"judge_url {url!r} is neither http://… nor https://… nor alpaca-eval"
+    elif parts.username or parts.password or parts.query or parts.fragment:
+        yield "judge_url holds more than host and path: a key belongs into an environment variable"
 
 
 class Training(Section):
@@ -234,7 +230,7 @@ class Training(Section):
     adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas", "TRL")
     weight_decay: float = setting(0.0, "AdamW's decoupled decay", "TRL", ge=0)
     max_grad_norm: float | None = setting(
-        1.0, "clip the gradient's 2-norm here; null: never. Logged before clipping", "TRL", gt=0
+        1.0, "clip the gradient's 2-norm to this; null: never. Logged before clipping", "TRL", gt=0
     )
     micro_batch_tokens: int = setting(
         8192,
@@ -251,27 +247,23 @@ class Sft(Training):
     examples: int | None = setting(1000, "demonstrations used; null: all", "paper", ge=1)
     epochs: float = setting(1.0, "passes over the examples", "paper", gt=0)
     max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
-    batch_size: int = setting(16, "responses an update", "common practice", ge=1)
+    batch_size: int = setting(16, "responses per update", "common practice", ge=1)
 
 
 class TrainRm(Training):
     lr: float = setting(1e-6, "peak learning rate of AdamW", "paper", gt=0)
     epochs: float = setting(1.0, "passes over the pairs", "paper", gt=0)
     max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
-    batch_size: int = setting(16, "pairs an update", "common practice", ge=1)
+    batch_size: int = setting(16, "pairs per update", "common practice", ge=1)
     beta: float = setting(0.1, "DPO's beta", "paper", gt=0)
-    sft_weight: float = setting(
-        0.0, "weight of the chosen responses' mean token likelihood beside DPO", "0: plain DPO (paper)", ge=0
-    )
+    sft_weight: float = setting(0.0, "weight of the chosen responses' mean token NLL beside DPO", "paper: none", ge=0)
     prompts: int | None = setting(None, "sampled pairs: prompts to sample for; null: all that sft left", "all", ge=1)
-    samples_per_prompt: int = setting(4, "sampled pairs: responses a prompt", "two of four differ often enough", ge=2)
-    pairs_per_prompt: int = setting(1, "sampled pairs: at most so many a prompt", "every prompt counts alike", ge=1)
+    samples_per_prompt: int = setting(4, "sampled pairs: responses per prompt", "two of four differ often enough", ge=2)
+    pairs_per_prompt: int = setting(1, "sampled pairs: at most this many per prompt", "every prompt counts alike", ge=1)
     temperature: float = setting(1.0, "sampled pairs: temperature", "1: varied mistakes", gt=0)
     top_p: float = setting(1.0, "sampled pairs: nucleus", "1: varied mistakes", gt=0, le=1)
     demonstrations_as_chosen: bool = setting(
-        False,
-        "sampled pairs: where no sample is right, take the item's demonstration as chosen",
-        "off: on-policy pairs",
+        False, "sampled pairs: the item's demonstration is chosen where no sample is right", "off: on-policy pairs"
     )
     cut_rejected: bool = setting(
         True,
@@ -279,6 +271,4 @@ class TrainRm(Training):
         "prototype: this decides what φ_DPO teaches",
     )
     held_out: float = setting(0.05, "share of pairs kept for measuring accuracy", "common practice", ge=0, lt=1)
-    check_items: int = setting(
-        200, "held-out items on which φ_DPO is scored as a policy; 0: no check", "std error 0.035", ge=0
-    )
+    check_items: int = setting(200, "held-out items to score φ_DPO on as a policy; 0: none", "std error 0.035", ge=0)

@@ -1,241 +1,362 @@
-"""From a phase's responses to what its updates need: for LCO a target, for distillation what the teacher says, for
-policy gradients log-probabilities and advantages.
+"""The methods, a family a row: how a phase is scored, and what the loss of a micro-batch is.
+
+family             score: what π_old, φ and φ_ref say            loss
+=================  ============================================  ====================================================
+dense LCO          z* = z_old + A/β, A over the vocabulary       KLD, LCH or MSE to z*                      eqs 8 to 10
+sparse LCO         the same, A at the sampled token alone        the same                                         eq 11
+policy gradient    rewards to advantages by a baseline           REINFORCE, RLOO, GRPO, DAPO, GSPO
+ppo                rewards to advantages by a critic             PPO's surrogate, and the critic's
+gkd                the teacher's hidden states                   a divergence from the teacher
+minillm            the teacher's hidden states, and returns      reverse KL, token by token and by policy gradient
+
+A user's function FILE.py:NAME stands in for a loss (``rl.objective``) or changes a target (``rl.target``); what the
+public code does otherwise than the paper (``rl.variant``) comes in by the same two doors.
 
 Legend: T response tokens of a micro-batch, N responses of the phase, d hidden width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lco_lite.errors import UsageError
 from lco_lite.feedback import advantages as adv
-from lco_lite.feedback.advantages import dpo_shift, sampled_advantages
 from lco_lite.models.language_model import Role
-from lco_lite.objectives.authors_code import TopKTarget, dense_top_k, sampled_token, top_k_loss
+from lco_lite.objectives import authors_code
 from lco_lite.objectives.distillation import Teacher, jsd_loss, minillm, mixture_weights
 from lco_lite.objectives.head import Head
 from lco_lite.objectives.lco import lco_loss
 from lco_lite.objectives.logprobs import token_logprobs
-from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, Loss, PolicyBatch, value_loss
+from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch, ValueHead, value_loss
 from lco_lite.objectives.targets import DenseTarget, SparseTarget
 from lco_lite.recipe import Rl
 from lco_lite.sequences import Batch, collate
-from lco_lite.train.rollouts import Actors, Phase
-from lco_lite.user_code import load_function
+from lco_lite.train.rollouts import Phase
+from lco_lite.user_code import load_function, names_function
 
-AGREED_BETA = 100.0  # rl.variant.agreement: β is so many times as large where π_old and φ agree
+Seen = dict[str, Tensor]
+"""What a loss shows of the policy, per token: ``entropy``, ``logprob``, ``logit_grad_norm``, …"""
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A micro-batch as π_old saw it, kept on the CPU until its turn. All per token, [T].
+class Models:
+    """Who takes part. ``reward_model`` is φ_DPO or another φ, ``reference`` φ_ref; None where the feedback needs none.
+    ``start`` is the policy before RL; ``critic`` is PPO's."""
 
-    ``old`` [T, d] is h_old; ``advantages`` those of the sampled tokens. LCO has a ``target``, the policy gradients
-    ``old_logprobs``, and PPO the critic's ``values`` and their ``returns``. Distillation has a ``teacher``, and MiniLLM
-    the ``importance`` of tokens that π_old alone did not draw.
+    policy: Role
+    start: Role
+    reward_model: Role | None
+    reference: Role | None
+    critic: ValueHead | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch as π_old saw it, kept on the CPU until its turn.
+
+    ``responses`` [T]: which response of the phase a token belongs to. ``tokens`` and ``sequences`` count the whole
+    minibatch, over which the loss is a mean. ``old`` [T, d] is h_old; ``old_head``: a copy of π_old's head, if it is
+    trained. ``advantages`` [T] are those of the sampled tokens. ``target`` is what LCO fits, or a teacher.
+    ``per_token`` has the other numbers that a family keeps, [T] each.
     """
 
     batch: Batch
+    responses: Tensor
+    tokens: int
+    sequences: int
     old: Tensor
-    advantages: Tensor
-    target: DenseTarget | SparseTarget | TopKTarget | None = None
-    old_logprobs: Tensor | None = None
-    values: Tensor | None = None
-    returns: Tensor | None = None
-    teacher: Teacher | None = None
-    importance: Tensor | None = None
+    old_head: Head | None = None
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    target: Any = None
+    per_token: dict[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device | str) -> Scored:
-        present = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return Scored(**{name: value.to(device) for name, value in present.items()})
+    def to(self, device: torch.device | str) -> MicroBatch:
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: moved(part) for name, part in value.items()}
+            return value.to(device) if hasattr(value, "to") else value
+
+        return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
+
+    def policy_batch(self, rl: Rl, logprobs: Tensor | None = None) -> PolicyBatch:
+        """What an objective sees of it beside hidden states."""
+        known = {name: self.per_token.get(name) for name in ("reference_logprobs", "reward_model_logprobs", "rewards")}
+        return PolicyBatch(
+            logprobs,
+            self.per_token.get("old_logprobs"),
+            self.advantages,
+            self.batch.rows,
+            self.tokens,
+            self.sequences,
+            actions=self.batch.actions,
+            responses=self.responses,
+            groups=self.responses // rl.responses_per_prompt,
+            settings=rl.settings,
+            **known,
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """``score`` adds to a fresh micro-batch what its own tokens need; ``compare``, where there is one, then looks at
+    all micro-batches of the phase together. ``loss`` is this micro-batch's part of the minibatch's mean."""
+
+    score: Callable[[Models, Phase, MicroBatch, Rl], MicroBatch]
+    loss: Callable[[Models, MicroBatch, Tensor, Rl], tuple[Tensor, Seen]]
+    compare: Callable[[Models, Phase, list[MicroBatch], Rl], list[MicroBatch]] | None = None
+
+
+def method_of(rl: Rl) -> Method:
+    """The row of the table. Raises UsageError for a function of the user's that does not fit the feedback."""
+    own = names_function(rl.objective)
+    if rl.is_lco or (own and over_vocabulary(load_function(rl.objective))):
+        return METHODS["dense lco" if rl.is_dense else "sparse lco"]
+    if own and rl.is_dense:
+        raise UsageError(
+            f"rl.feedback: {rl.feedback} is an advantage over the whole vocabulary, and {rl.objective} takes that of "
+            "sampled tokens: dpo_sampled, rule, function or reward_model; or write it as a loss on hidden states, with "
+            "`hidden` as its first parameter"
+        )
+    return METHODS.get(rl.objective, METHODS["policy gradient"])
 
 
 @torch.no_grad()
-def score(actors: Actors, phase: Phase, plan: list[list[list[int]]], rl: Rl) -> list[list[Scored]]:
-    """Every micro-batch of the phase, scored by the policy as it is now: before the phase's first update."""
-    flat = [group for minibatch in plan for group in minibatch]
-    batches = [collate([phase.examples[i] for i in group], actors.policy.model.pad_id) for group in flat]
-    frozen = actors.policy.model.head.frozen() if actors.policy.model.head.is_trained else None
-    if rl.is_distillation:
-        scored = [_taught(actors, batch, rl) for batch in batches]
-    elif rl.is_dense:
-        scored = [_dense(actors, batch, rl, frozen) for batch in batches]
-    else:
-        owners = [torch.tensor(group)[batch.rows] for group, batch in zip(flat, batches, strict=True)]
-        scored = _sampled(actors, phase, batches, owners, rl)
-        if rl.is_lco:
-            scored = [_with_sparse_target(actors, s, rl, frozen) for s in scored]
-    rest = iter(s.to("cpu") for s in scored)
+def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]], rl: Rl) -> list[list[MicroBatch]]:
+    """The phase's minibatches (``plan``: response indices of their micro-batches), scored by the policy as it is now.
+
+    Each micro-batch is scored in the very shape in which it is trained on, so that h_θ = h_old, and with it r = A/β,
+    holds to the last bit at the first update. It leaves the device at once.
+    """
+    method, policy = method_of(rl), models.policy
+    old_head = policy.model.head.frozen() if policy.model.head.is_trained else None
+    rewards = phase.grades if phase.rewards is None else phase.rewards
+    scored = []
+    for minibatch in plan:
+        tokens = sum(len(phase.examples[i].response) for places in minibatch for i in places)
+        for places in minibatch:
+            batch = collate([phase.examples[i] for i in places], policy.model.pad_id)
+            responses, sequences = torch.tensor(places)[batch.rows], sum(map(len, minibatch))
+            micro = MicroBatch(batch, responses, tokens, sequences, policy.hidden(batch), old_head)
+            if rewards is not None:
+                micro.per_token["rewards"] = rewards[responses]
+            if names_function(rl.objective) or rl.target:
+                micro.per_token.update(sampled_logprobs(models, micro))
+            scored.append(method.score(models, phase, micro, rl).to("cpu"))
+    rest = iter(scored if method.compare is None else method.compare(models, phase, scored, rl))
     return [[next(rest) for _ in minibatch] for minibatch in plan]
 
 
-def _dense(actors: Actors, batch: Batch, rl: Rl, frozen: Head | None) -> Scored:
-    """eq 13, or eq 12 where there is no reference: the shift of hidden states is the advantage over the vocabulary."""
-    assert actors.reward_model is not None, "dense feedback comes from a model"
-    old, shift = actors.policy.hidden(batch), actors.reward_model.hidden(batch)
-    before = None if actors.reference is None else actors.reference.hidden(batch)
+# LCO
+
+
+def score_dense(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> MicroBatch:
+    """eq 13, or eq 12 where there is no reference: a difference of hidden states is A over the whole vocabulary."""
+    reward_model = need(models.reward_model)
+    head, shift = reward_model.model.head, reward_model.hidden(micro.batch)
+    before = None if models.reference is None else models.reference.hidden(micro.batch)
     if before is not None:
-        shift = dpo_shift(shift, before)
-    head, policy_head = actors.reward_model.model.head, actors.policy.model.head
+        shift = adv.dpo_shift(shift, before)
     base = None  # a soft cap asks where the shift begins
     if head.softcap is not None:
         base = torch.zeros_like(shift) if before is None else before
-    if rl.variant.agreement is not None:
-        pairs = (old, policy_head), (shift, head)
-        agreed = torch.minimum(*(token_logprobs(h, w, _actions(batch, h))[0] for h, w in pairs)) > rl.variant.agreement
-        shift = torch.where(agreed.unsqueeze(-1), shift / AGREED_BETA, shift)
-    advantages = sampled_advantages(shift, head, batch.actions, base)
-    if rl.variant.top_k:
-        top = dense_top_k(rl.objective, old, policy_head, shift, head, rl.beta, rl.variant.top_k)
-        return Scored(batch, old, advantages, top)
-    target = DenseTarget(old, shift, rl.beta, shift_head=head, shift_base=base, **_base(actors, batch, rl, frozen))
-    return Scored(batch, old, advantages, target)
+    target = DenseTarget(micro.old, shift, rl.beta, shift_head=head, shift_base=base, **anchored(models, micro, rl))
+    micro = replace(micro, advantages=adv.sampled_advantages(shift, head, micro.batch.actions, base))
+    return replace(micro, target=own_target(models, micro, target, rl))
 
 
-def _taught(actors: Actors, batch: Batch, rl: Rl) -> Scored:
-    """The teacher's hidden states; the advantage of a sampled token is what MiniLLM's policy gradient makes of it."""
-    assert actors.reward_model is not None, "distillation has a teacher"
-    teacher = Teacher(actors.reward_model.hidden(batch), actors.reward_model.model.head)
-    old = actors.policy.hidden(batch)
-    old_logprobs = token_logprobs(old, actors.policy.model.head, _actions(batch, old))[0]
-    says = token_logprobs(teacher.hidden, teacher.head, _actions(batch, teacher.hidden))[0].to(old.device)
-    returns = adv.mean_reward_to_go((says - old_logprobs).cpu(), batch.rows)
-    weights = mixture_weights(old_logprobs, says, rl.teacher_mix)
-    return Scored(batch, old, returns, old_logprobs=old_logprobs, teacher=teacher, importance=weights)
+def sparse_targets(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
+    """eq 11: A at the sampled token, 0 elsewhere."""
+    targeted = []
+    for micro in group_advantages(models, phase, scored, rl):
+        given: dict[str, Any] = {"old_head": micro.old_head, "anchor": rl.anchor}
+        if rl.anchor:
+            given |= {"reference": micro.per_token["reference"], "reference_head": reference_head(models, micro)}
+        target = SparseTarget(micro.old, micro.batch.actions, micro.advantages, rl.beta, **given)
+        targeted.append(replace(micro, target=own_target(models, micro, target, rl)))
+    return targeted
 
 
-def _sampled(actors: Actors, phase: Phase, batches: list[Batch], owners: list[Tensor], rl: Rl) -> list[Scored]:
-    """Rewards of responses or of their tokens; baselines and whitening look at the whole phase. ``owners``: [T] each,
-    the response of the phase that a token belongs to."""
-    scored, rewards, kl = [], [], []
-    for batch in batches:
-        old = actors.policy.hidden(batch)
-        old_logprobs = token_logprobs(old, actors.policy.model.head, _actions(batch, old))[0]
-        values = None if actors.critic is None else actors.critic(old)
-        scored.append(Scored(batch, old, old_logprobs, None, old_logprobs, values))
-        rewards.append(_token_rewards(actors, batch) if rl.feedback == "dpo_sampled" else torch.zeros(len(batch.rows)))
-        kl.append((old_logprobs - _logprobs(actors.start, batch)).cpu() if rl.kl_coef else torch.zeros(len(batch.rows)))
-    owner = torch.cat(owners)
-    per_token = torch.cat(rewards) - rl.kl_coef * torch.cat(kl) + adv.at_last_token(_whole_rewards(phase, rl), owner)
-    lengths = [len(s.batch.rows) for s in scored]
-    if actors.critic is not None:
-        values = torch.cat([s.values.cpu() for s in scored if s.values is not None])
-        advantages = adv.gae(per_token, values, owner, rl.gamma, rl.gae_lambda)
-        parts = zip(scored, adv.whiten(advantages).split(lengths), (advantages + values).split(lengths), strict=True)
-        return [replace(s, advantages=a, returns=r) for s, a, r in parts]
-    pairs = zip(scored, _advantages(phase, per_token, owner, rl).split(lengths), strict=True)
-    return [replace(s, advantages=a) for s, a in pairs]
+def lco(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
+    """KLD, LCH or MSE between z_θ and z*, or a loss on hidden states that stands in for them."""
+    head, actions, own = models.policy.model.head, micro.batch.actions, own_loss(rl)
+    if own is not None:
+        loss, seen = own(hidden, head, micro.target, micro.policy_batch(rl))
+    else:
+        loss, seen = lco_loss(
+            rl.objective, hidden, head, micro.target, rl.weighting, standardise=rl.standardise, actions=actions
+        )
+    return loss * (len(hidden) / micro.tokens), seen
 
 
-def _advantages(phase: Phase, per_token: Tensor, owner: Tensor, rl: Rl) -> Tensor:
-    """[T of the phase]: a token's own where the feedback has one a token and compares no group, else its response's."""
+# policy gradients
+
+
+def score_sampled(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> MicroBatch:
+    """What models say of the sampled tokens: log-probabilities, φ's reward of each, KL to the policy before RL."""
+    batch, device = micro.batch, micro.old.device
+    old = token_logprobs(micro.old, models.policy.model.head, batch.actions.to(device))[0]
+    per_token = {"old_logprobs": old, "token_rewards": torch.zeros_like(old), "kl": torch.zeros_like(old)}
+    if rl.feedback == "dpo_sampled":
+        liked, before = logprobs(need(models.reward_model), batch), logprobs(need(models.reference), batch)
+        per_token["token_rewards"] = (liked - before).to(device)
+    if rl.kl_coef:
+        per_token["kl"] = old - logprobs(models.start, batch).to(device)
+    if models.critic is not None:
+        per_token["values"] = models.critic(micro.old)
+    if rl.is_lco and rl.anchor:
+        per_token["reference"] = models.start.hidden(batch)
+    return replace(micro, per_token=micro.per_token | per_token)
+
+
+def group_advantages(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
+    """A token's own where the feedback has one a token and compares no group, else its response's."""
+    rewards, owner = token_rewards(phase, scored, rl), torch.cat([micro.responses for micro in scored])
     if rl.feedback == "dpo_sampled" and rl.baseline in ("none", "batch"):
-        return per_token - per_token.mean() if rl.baseline == "batch" else per_token
-    rewards = torch.zeros(len(phase.responses)).index_add(0, owner, per_token)
-    advantages = adv.subtract_baseline(rewards, rl.baseline, rl.responses_per_prompt)
+        return with_advantages(scored, rewards - rewards.mean() if rl.baseline == "batch" else rewards)
+    whole = torch.zeros(len(phase.responses)).index_add(0, owner, rewards)
+    advantages = adv.subtract_baseline(whole, rl.baseline, rl.responses_per_prompt)
     if rl.scale_rewards:
-        advantages = adv.divide_by_group_std(advantages, rewards, rl.responses_per_prompt)
-    return advantages[owner]
+        advantages = adv.divide_by_group_std(advantages, whole, rl.responses_per_prompt)
+    return with_advantages(scored, advantages[owner])
 
 
-def _whole_rewards(phase: Phase, rl: Rl) -> Tensor:
-    """[N]: what the feedback gives a whole response, less DAPO's penalty for coming near the limit."""
-    rewards = torch.zeros(len(phase.responses)) if phase.rewards is None else phase.rewards
-    if not rl.overlong_buffer:
-        return rewards
-    lengths = torch.tensor([float(len(r.example.response)) for r in phase.responses])
-    return rewards + adv.overlong_penalty(lengths, phase.limit, rl.overlong_buffer * phase.limit)
+def critic_advantages(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
+    """Generalised advantage estimation, whitened over the phase; the critic learns the returns."""
+    values = torch.cat([micro.per_token["values"] for micro in scored])
+    owner = torch.cat([micro.responses for micro in scored])
+    advantages = adv.gae(token_rewards(phase, scored, rl), values, owner, rl.gamma, rl.gae_lambda)
+    returns = (advantages + values).split([len(micro.responses) for micro in scored])
+    scored = [replace(m, per_token=m.per_token | {"returns": r}) for m, r in zip(scored, returns, strict=True)]
+    return with_advantages(scored, adv.whiten(advantages))
 
 
-def _with_sparse_target(actors: Actors, s: Scored, rl: Rl, frozen: Head | None) -> Scored:
-    """LCO with the advantage of the sampled token alone (eq 11)."""
-    actions, advantages = _actions(s.batch, s.old), s.advantages.to(s.old.device)
-    if rl.variant.negative_beta is not None:
-        advantages = torch.where(advantages > 0, advantages, advantages / rl.variant.negative_beta)
-    if rl.variant.top_k:
-        return replace(s, target=sampled_token(s.old, actors.policy.model.head, actions, advantages, rl.beta))
-    target = SparseTarget(s.old, actions, advantages, rl.beta, **_base(actors, s.batch, rl, frozen))
-    return replace(s, target=target)
+def policy_gradient(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
+    """One of ``POLICY_GRADIENTS``, or the user's."""
+    gradient = POLICY_GRADIENTS.get(rl.objective) or load_function(rl.objective)
+    logprobs, seen = token_logprobs(hidden, models.policy.model.head, micro.batch.actions)
+    loss, shown = gradient(micro.policy_batch(rl, logprobs), Clip(rl.clip_low, rl.clip_high))
+    (slope,) = torch.autograd.grad(loss, logprobs, retain_graph=True, allow_unused=True)
+    size = 0.0 if slope is None else slope.abs() * micro.tokens  # of a token's loss, as LCO's is
+    norms = {name: seen[name] * size for name in ("logit_grad_norm", "logit_grad_sampled")}
+    return loss, {"logprob": logprobs.detach(), "entropy": seen["entropy"]} | norms | shown
 
 
-def _token_rewards(actors: Actors, batch: Batch) -> Tensor:
-    """log φ_DPO(a) - log φ_ref(a) at the sampled tokens, [T]."""
-    assert actors.reward_model is not None and actors.reference is not None
-    return (_logprobs(actors.reward_model, batch) - _logprobs(actors.reference, batch)).cpu()
+def ppo(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
+    """The clipped surrogate, and the critic's loss."""
+    loss, seen = policy_gradient(models, micro, hidden, rl)
+    values = need(models.critic)(hidden)
+    old_values, returns = micro.per_token["values"], micro.per_token["returns"]
+    return loss + rl.value_coef * value_loss(values, old_values, returns, rl.value_clip, micro.tokens), seen
 
 
-def _logprobs(role: Role, batch: Batch) -> Tensor:
-    hidden = role.hidden(batch)
-    return token_logprobs(hidden, role.model.head, _actions(batch, hidden))[0]
+# distillation
 
 
-def _actions(batch: Batch, beside: Tensor) -> Tensor:
-    return batch.actions.to(beside.device)
+def score_taught(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> MicroBatch:
+    """The teacher's hidden states; the advantage of a sampled token is what MiniLLM's policy gradient makes of it."""
+    reward_model, batch, device = need(models.reward_model), micro.batch, micro.old.device
+    teacher = Teacher(reward_model.hidden(batch), reward_model.model.head)
+    old = token_logprobs(micro.old, models.policy.model.head, batch.actions.to(device))[0]
+    says = token_logprobs(teacher.hidden, teacher.head, batch.actions.to(teacher.hidden.device))[0].to(device)
+    returns = adv.mean_reward_to_go((says - old).cpu(), batch.rows)
+    per_token = {"old_logprobs": old, "importance": mixture_weights(old, says, rl.teacher_mix)}
+    return replace(micro, advantages=returns, target=teacher, per_token=micro.per_token | per_token)
 
 
-def _base(actors: Actors, batch: Batch, rl: Rl, frozen: Head | None) -> dict[str, Any]:
-    """What the target starts from besides h_old: the anchor, and ``frozen``, a copy of a head that is trained."""
-    given: dict[str, Any] = {"old_head": frozen, "anchor": rl.anchor}
+def gkd(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
+    """Agarwal et al. 2024."""
+    loss, seen = jsd_loss(hidden, models.policy.model.head, micro.target, rl.jsd_beta, actions=micro.batch.actions)
+    return loss * (len(hidden) / micro.tokens), seen
+
+
+def taught(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
+    """MiniLLM (Gu et al. 2024)."""
+    head, clip = models.policy.model.head, Clip(rl.clip_low, rl.clip_high)
+    logprobs, _ = token_logprobs(hidden, head, micro.batch.actions)
+    batch, importance = micro.policy_batch(rl, logprobs), micro.per_token["importance"]
+    return minillm(hidden, head, micro.target, batch, importance, clip)
+
+
+METHODS = {
+    "dense lco": Method(score_dense, lco),
+    "sparse lco": Method(score_sampled, lco, sparse_targets),
+    "policy gradient": Method(score_sampled, policy_gradient, group_advantages),
+    "ppo": Method(score_sampled, ppo, critic_advantages),
+    "gkd": Method(score_taught, gkd),
+    "minillm": Method(score_taught, taught),
+}
+
+
+# what the families share
+
+
+def token_rewards(phase: Phase, scored: Iterable[MicroBatch], rl: Rl) -> Tensor:
+    """[T of the phase]: φ's reward of each token, less the KL to the policy before RL, and at a response's last token
+    what the feedback gives the whole of it."""
+    rewards = torch.cat([m.per_token["token_rewards"] - rl.kl_coef * m.per_token["kl"] for m in scored])
+    whole = torch.zeros(len(phase.responses)) if phase.rewards is None else phase.rewards
+    if rl.overlong_buffer:
+        lengths = torch.tensor([float(len(e.response)) for e in phase.examples])
+        whole = whole + adv.overlong_penalty(lengths, phase.limit, rl.overlong_buffer * phase.limit)
+    return rewards + adv.at_last_token(whole, torch.cat([m.responses for m in scored]))
+
+
+def with_advantages(scored: list[MicroBatch], advantages: Tensor) -> list[MicroBatch]:
+    parts = advantages.split([len(micro.responses) for micro in scored])
+    return [replace(micro, advantages=part) for micro, part in zip(scored, parts, strict=True)]
+
+
+def anchored(models: Models, micro: MicroBatch, rl: Rl) -> dict[str, Any]:
+    """What z_base is made of besides h_old."""
+    given: dict[str, Any] = {"old_head": micro.old_head, "anchor": rl.anchor}
     if rl.anchor:
-        given["reference"] = actors.start.hidden(batch)
-        given["reference_head"] = None if frozen is None else actors.start.model.head
+        given |= {"reference": models.start.hidden(micro.batch), "reference_head": reference_head(models, micro)}
     return given
 
 
-Found = tuple[Tensor, dict[str, Tensor]]  # a loss, and diagnostics per token
+def reference_head(models: Models, micro: MicroBatch) -> Head | None:
+    return None if micro.old_head is None else models.start.model.head
 
 
-def loss_part(actors: Actors, s: Scored, hidden: Tensor, tokens: int, sequences: int, rl: Rl) -> Found:
-    """``hidden`` [T, d]: the policy's final hidden states at the micro-batch's response tokens."""
-    if rl.is_lco:
-        loss, found = lco(actors, s, hidden, rl)
-    elif rl.objective == "gkd":
-        assert s.teacher is not None
-        loss, found = jsd_loss(hidden, actors.policy.model.head, s.teacher, rl.jsd_beta)
-    else:
-        batch = policy_batch(actors, s, hidden, tokens, sequences)
-        return (taught if rl.objective == "minillm" else gradient)(actors, s, hidden, batch, rl)
-    return loss * (len(hidden) / tokens), {"logit_grad_norm": found["logit_grad_norm"]}
+def own_target(models: Models, micro: MicroBatch, target: DenseTarget | SparseTarget, rl: Rl) -> Any:
+    """``target`` as the user's ``rl.target``, or the public code's variant, has it."""
+    change = load_function(rl.target) if rl.target else authors_code.target_hook(rl) if rl.variant.is_on else None
+    return target if change is None else change(target, models.policy.model.head, micro.policy_batch(rl))
 
 
-def lco(actors: Actors, s: Scored, hidden: Tensor, rl: Rl) -> Found:
-    """eqs 8 to 10, a mean over the micro-batch's tokens."""
-    head, current = actors.policy.model.head, rl.variant.target == "current"
-    assert s.target is not None
-    if isinstance(s.target, TopKTarget):
-        return top_k_loss(rl.objective, hidden, head, s.target, current)
-    target = replace(s.target, old=hidden.detach()) if current else s.target
-    return lco_loss(rl.objective, hidden, head, target, rl.weighting, standardise=rl.standardise)
+def own_loss(rl: Rl) -> Callable[..., tuple[Tensor, Seen]] | None:
+    """The loss on hidden states that is the user's, or the public code's variant; None: the paper's."""
+    if names_function(rl.objective):
+        return load_function(rl.objective)
+    return authors_code.loss_hook(rl) if rl.variant.is_on else None
 
 
-def policy_batch(actors: Actors, s: Scored, hidden: Tensor, tokens: int, sequences: int) -> PolicyBatch:
-    assert s.old_logprobs is not None
-    logprobs, _ = token_logprobs(hidden, actors.policy.model.head, s.batch.actions)
-    return PolicyBatch(logprobs, s.old_logprobs, s.advantages, s.batch.rows, tokens, sequences)
+def over_vocabulary(function: Callable[..., Any]) -> bool:
+    """Whether a user's objective is a loss on hidden states: its first parameter is called ``hidden``."""
+    return next(iter(inspect.signature(function).parameters), None) == "hidden"
 
 
-def taught(actors: Actors, s: Scored, hidden: Tensor, batch: PolicyBatch, rl: Rl) -> Found:
-    """MiniLLM."""
-    assert s.teacher is not None and s.importance is not None
-    clip = Clip(rl.clip_low, rl.clip_high)
-    loss, found = minillm(hidden, actors.policy.model.head, s.teacher, batch, s.importance, clip)
-    return loss, {name: found[name] for name in ("logit_grad_norm", "clipped")}
+def sampled_logprobs(models: Models, micro: MicroBatch) -> dict[str, Tensor]:
+    """log π(a) [T] of the sampled tokens by π_old, by π_ref (the policy before RL) and, where there is one, by φ."""
+    policy, reward_model, batch = models.policy, models.reward_model, micro.batch
+    old = token_logprobs(micro.old, policy.model.head, batch.actions.to(micro.old.device))[0]
+    says = {"old_logprobs": old, "reference_logprobs": logprobs(models.start, batch)}
+    return says if reward_model is None else says | {"reward_model_logprobs": logprobs(reward_model, batch)}
 
 
-def gradient(actors: Actors, s: Scored, hidden: Tensor, batch: PolicyBatch, rl: Rl) -> Found:
-    """A policy gradient, and the critic's loss where there is one."""
-    loss, found = objective(rl.objective)(batch, Clip(rl.clip_low, rl.clip_high))
-    if actors.critic is not None:
-        assert s.values is not None and s.returns is not None
-        values = actors.critic(hidden)
-        loss = loss + rl.value_coef * value_loss(values, s.values, s.returns, rl.value_clip, batch.tokens)
-    return loss, found
+def logprobs(role: Role, batch: Batch) -> Tensor:
+    """[T]"""
+    hidden = role.hidden(batch)
+    return token_logprobs(hidden, role.model.head, batch.actions.to(hidden.device))[0]
 
 
-def objective(name: str) -> Loss:
-    """A policy gradient of ours by its name, or the user's by FILE.py:NAME."""
-    return POLICY_GRADIENTS[name] if name in POLICY_GRADIENTS else cast(Loss, load_function(name))
+def need(value: Any) -> Any:
+    """``value``, which the recipe makes sure of."""
+    assert value is not None
+    return value

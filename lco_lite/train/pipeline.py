@@ -7,8 +7,9 @@ from collections.abc import Callable
 from lco_lite.checkpoint import checkpoints
 from lco_lite.context import Context
 from lco_lite.errors import Diverged, UsageError
-from lco_lite.evaluation.evaluate import check_own, eval_tasks, passes_of, score_all, show
+from lco_lite.evaluation.evaluate import check_all, score_all
 from lco_lite.run import StageFolder, stage_settings
+from lco_lite.train.methods import method_of
 from lco_lite.train.reward_model import train_rm
 from lco_lite.train.rl import train_rl
 from lco_lite.train.sft import train_sft
@@ -19,6 +20,7 @@ def train(ctx: Context, stage: str, fresh: bool = False) -> None:
     wanted = ctx.recipe.stages
     if stage not in wanted:
         raise UsageError(f"the recipe has no {stage} stage ({why_absent(stage)}); it has {', '.join(wanted)}")
+    method_of(ctx.recipe.rl)  # a function of the user's that does not fit is told before anything is trained
     if fresh:
         for name in ctx.run.discard_from(stage):
             ctx.console.note(f"{name}: deleted, to start again")
@@ -62,12 +64,10 @@ def why_absent(stage: str) -> str:
 
 def run_all(ctx: Context, fresh: bool) -> None:
     """``lco-lite run``: every stage of the recipe, then the score after each."""
-    last, s = ctx.recipe.stages[-1], ctx.recipe.eval
+    last = ctx.recipe.stages[-1]
     if fresh or not ctx.run.stage(last).is_done():
-        for task in eval_tasks(ctx.recipe):  # what a score will lack is said before hours of training
-            check_own(task, s, len(task.items("test")[: s.items]), passes_of(s), ctx.console)
+        check_all(ctx)
     train(ctx, ctx.recipe.stages[0] if fresh else last, fresh)
     train(ctx, last)
-    results = score_all(ctx)
-    show(ctx.console, results)
+    score_all(ctx)
     ctx.console.done(ctx.run.path, "lco-lite eval --help")

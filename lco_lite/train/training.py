@@ -1,127 +1,175 @@
-"""What every training stage shares around its plain loop: the optimiser's step, resuming, checkpoints, stopping."""
+"""What every training loop stands in: AdamW, checkpoints, logs, the screen, Ctrl-C. The loop is each stage's own.
+
+with StageTraining(ctx, stage, parameters, settings, steps, updates) as training:
+    training.try_longest(...)
+    for step in training.steps():
+        ...                                   # gradients
+        metrics |= training.update()
+        training.keep(step, metrics)
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
-from lco_lite.checkpoint import load_latest, save_checkpoint
+from lco_lite.checkpoint import checkpoints, load_latest, save_checkpoint
 from lco_lite.context import Context, InterruptGuard
-from lco_lite.errors import DataError, Diverged, Interrupted
+from lco_lite.errors import DataError, Diverged, Interrupted, UsageError
+from lco_lite.metrics import JsonLog, MetricsLog, peak_mib
 from lco_lite.models.language_model import LanguageModel
-from lco_lite.recipe import Training
+from lco_lite.recipe.sections import Training
 from lco_lite.run import StageFolder
 
-
-def learning_rate(update: int, total: int, s: Training) -> float:
-    """Of update 0..total-1: linear warm-up over ``warmup_steps``, then constant or a cosine to zero."""
-    if update < s.warmup_steps:
-        return s.lr * (update + 1) / s.warmup_steps
-    if s.schedule == "constant":
-        return s.lr
-    progress = (update - s.warmup_steps) / max(1, total - s.warmup_steps)
-    return s.lr * 0.5 * (1 + math.cos(math.pi * progress))
+Sized = TypeVar("Sized", bound=Any)
 
 
-class Optimiser:
-    """AdamW on the trainable parameters; the norm of the whole gradient is measured before it is clipped."""
+class StageTraining:
+    """Trains ``parameters``, by name, for ``steps`` steps, ``updates`` in all; goes on at the last checkpoint.
 
-    def __init__(self, parameters: Iterable[tuple[str, Parameter]], settings: Training, total: int) -> None:
+    ``done``: steps that lie behind. Open it last before the loop: it puts the random states back.
+    """
+
+    def __init__(
+        self,
+        ctx: Context,
+        stage: StageFolder,
+        parameters: Sequence[tuple[str, Parameter]],
+        settings: Training,
+        steps: int,
+        updates: int,
+    ) -> None:
+        self.ctx, self.stage, self.settings = ctx, stage, settings
+        self.steps_planned, self.updates_planned = steps, updates
         self.parameters = dict(parameters)
-        self.settings = settings
-        self.total = total
         self.adamw = torch.optim.AdamW(
             list(self.parameters.values()),
             lr=settings.lr,
             betas=settings.adam_betas,
             weight_decay=settings.weight_decay,
         )
+        self.done = self.updates = 0
+        self.saved: int | None = None  # step of the newest checkpoint
+        self.inside_step = False  # some of the next step's updates are made
+        checkpoint = load_latest(stage.checkpoints, self.adamw, ctx.device)
+        if checkpoint is not None:
+            if "phase" in checkpoint.state:
+                raise UsageError(
+                    f"{checkpoint.path}: version 0.1 stopped here inside a step, and this version goes on between "
+                    "steps only: finish the stage with version 0.1, or start it again with --fresh"
+                )
+            self.done = self.saved = checkpoint.step
+            self.updates = checkpoint.state.get("updates", checkpoint.step * updates // steps)
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(checkpoint.tensors[f"weights.{name}"])
 
-    def step(self, update: int) -> tuple[float, float]:
-        """Clip, update, clear. Returns (2-norm before clipping, learning rate). Diverged where it is not finite."""
+    def __enter__(self) -> StageTraining:
+        self._open = contextlib.ExitStack()
+        self.interrupt = self._open.enter_context(InterruptGuard())
+        self.metrics = self.log(self.stage.metrics)
+        self.line = self._open.enter_context(self.ctx.console.progress(self.steps_planned, self.stage.name, self.done))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def log(self, path: Path, kind: type[JsonLog] = MetricsLog) -> JsonLog:
+        """A log of the stage, cut back to the checkpoint that it goes on from."""
+        return kind(path, self.done)
+
+    def oldest_checkpoint(self) -> int:
+        """The step of the oldest checkpoint that is kept: a damaged one makes the stage go back to it. 0: none."""
+        kept = checkpoints(self.stage.checkpoints)
+        return int(kept[0].name.removeprefix("step-")) if kept else 0
+
+    def try_longest(
+        self, examples: Sequence[Sized], micro_batch_tokens: int, accumulate: Callable[[list[Sized]], Any]
+    ) -> None:
+        """Forward and backward on the largest micro-batch there can be, where memory is a device's own: what cannot
+        fit fails at once, not hours later. Its gradient is thrown away."""
+        if self.ctx.device.type == "cpu":
+            return
+        longest = sorted(examples, key=len, reverse=True)[: max(1, micro_batch_tokens // max(map(len, examples)))]
+        with self.ctx.clock("preflight"):
+            accumulate(longest)
+        self.adamw.zero_grad(set_to_none=True)
+
+    def steps(self) -> range:
+        """The steps that are left, from 0."""
+        return range(self.done, self.steps_planned)
+
+    def update(self) -> dict[str, float]:
+        """One step of AdamW on the gradients there are; ``grad_norm`` is measured before clipping.
+
+        Raises Diverged where it is not finite.
+        """
         limit = self.settings.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if limit is None else limit).item()
         if not math.isfinite(norm):
-            raise Diverged(f"the gradient's norm is {norm} at update {update + 1}")
-        lr = learning_rate(update, self.total, self.settings)
+            raise Diverged(f"the gradient's norm is {norm} at update {self.updates + 1}")
+        lr = learning_rate(self.updates, self.updates_planned, self.settings)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return norm, lr
+        self.updates += 1
+        self.inside_step = True
+        return {"grad_norm": norm, "lr": lr}
 
-    def weights(self) -> dict[str, Tensor]:
-        """A copy of the trained weights by name, on the CPU."""
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+    def keep(self, step: int, metrics: dict[str, Any], warnings: Sequence[str] = ()) -> None:
+        """``step`` is done: writes and shows its metrics, says what the guard saw, saves where it is time, and leaves
+        where the user, or ``rl.guard: stop``, asks for it."""
+        self.done, self.inside_step = step + 1, False
+        self.metrics.write({"step": step + 1, **metrics, "seconds": self.ctx.clock.lap(), "peak_mib": peak_mib()})
+        self.line.update(step + 1, **metrics)
+        for warning in warnings:
+            self.ctx.console.warn(f"step {step + 1}: {warning}")
+        stopped_by_guard = bool(warnings) and self.ctx.recipe.rl.guard == "stop"
+        if (step + 1) % self.settings.save_every == 0 or stopped_by_guard:
+            self.save()
+        if stopped_by_guard:
+            raise Diverged(f"stopped by rl.guard: stop after step {step + 1}: {warnings[0]}")
+        self.stop_if_asked()
 
-    @contextlib.contextmanager
-    def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Other weights for as long as the block takes; none given, nothing changes."""
-        now = self.weights() if weights else {}
-        self.load_weights(weights)
-        yield
-        self.load_weights(now)
+    def save(self) -> None:
+        """A checkpoint after the steps that are done."""
+        tensors = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
+        save_checkpoint(self.stage.checkpoints, self.done, tensors, self.adamw, {"updates": self.updates})
+        self.saved = self.done
 
-    @torch.no_grad()
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        for name, value in weights.items():
-            self.parameters[name].copy_(value)
-
-
-class Progress:
-    """Resumes a stage at its last checkpoint and writes the next ones.
-
-    ``done``: steps behind us; ``state`` and ``extra``: what else the stage put into that checkpoint (JSON, tensors).
-    """
-
-    def __init__(
-        self, stage: StageFolder, optimiser: Optimiser, interrupt: InterruptGuard, device: torch.device
-    ) -> None:
-        self.stage, self.optimiser, self.interrupt = stage, optimiser, interrupt
-        self.done, self.state, self.extra = 0, {}, {}
-        found = load_latest(stage.checkpoints, optimiser.adamw, device)
-        if found is not None:
-            self.done, self.state = found.step, found.state
-            self.extra = {k: v for k, v in found.tensors.items() if not k.startswith("weights.")}
-            optimiser.load_weights({k[8:]: v for k, v in found.tensors.items() if k.startswith("weights.")})
-
-    def save(self, step: int, state: dict[str, Any] | None = None, extra: dict[str, Tensor] | None = None) -> None:
-        """A checkpoint after ``step`` whole steps; ``state`` and ``extra`` where a stage stops inside the next one."""
-        tensors = {f"weights.{name}": w for name, w in self.optimiser.weights().items()} | (extra or {})
-        save_checkpoint(self.stage.checkpoints, step, tensors, self.optimiser.adamw, state or {})
-
-    def checkpoint(self, step: int, every: int) -> None:
-        """After ``step``: save where it is time, and stop after saving where the user asks."""
-        if step % every == 0 or self.interrupt.requested:
-            self.save(step)
-        if self.interrupt.requested:
-            self.stop(step)
-
-    def stop(self, step: int) -> None:
-        """Leave after a checkpoint. Always raises Interrupted."""
-        raise Interrupted(
-            f"stopped after step {step}; the checkpoint is in {self.stage.checkpoints}, "
-            "and the same command goes on from there"
-        )
+    def stop_if_asked(self) -> None:
+        """Raises Interrupted after Ctrl-C. Between two steps nothing is lost; inside one its updates are made again."""
+        if not self.interrupt.requested:
+            return
+        if not self.inside_step and self.saved != self.done:
+            self.save()
+        where = f"after step {self.done}" if not self.inside_step else f"inside step {self.done + 1}"
+        kept = f"the checkpoint of step {self.saved} is in {self.stage.checkpoints}" if self.saved is not None else ""
+        if self.inside_step:
+            kept = f"its responses are kept, its updates are made again{'; ' if kept else ''}{kept}"
+        raise Interrupted(f"stopped {where}; {kept}, and the same command goes on from there")
 
 
-def prefixed(prefix: str, module: torch.nn.Module) -> list[tuple[str, Parameter]]:
-    """A module's parameters by name, for an optimiser that trains others too."""
-    return [(f"{prefix}.{name}", p) for name, p in module.named_parameters()]
-
-
-Sized = TypeVar("Sized", bound=Any)
+def learning_rate(update: int, total: int, settings: Training) -> float:
+    """Of update 0..total-1: linear warm-up over ``warmup_steps``, then constant or a cosine to zero."""
+    if update < settings.warmup_steps:
+        return settings.lr * (update + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    progress = (update - settings.warmup_steps) / max(1, total - settings.warmup_steps)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def fitting(
     ctx: Context,
-    found: Sequence[Sized],
+    sequences: Sequence[Sized],
     model: LanguageModel,
     max_length: int,
     what: str,
@@ -129,30 +177,12 @@ def fitting(
 ) -> list[Sized]:
     """Those within the window; the others are left out and counted on the screen. DataError where none is left."""
     limit = min(max_length, model.max_length)
-    kept = [x for x in found if length(x) <= limit]
-    if len(kept) < len(found):
-        ctx.console.warn(
-            f"{len(found) - len(kept)} of {len(found)} {what} are longer than {limit} tokens and are left out"
-        )
+    kept = [x for x in sequences if length(x) <= limit]
+    if len(kept) < len(sequences):
+        left_out = len(sequences) - len(kept)
+        ctx.console.warn(f"{left_out} of {len(sequences)} {what} are longer than {limit} tokens and are left out")
     if not kept:
         raise DataError(
-            f"no {what} are left: all {len(found)} are longer than {limit} tokens (max_length, or the model's window)"
+            f"no {what} are left: all {len(sequences)} are longer than {limit} tokens (max_length, or the window)"
         )
     return kept
-
-
-def preflight(
-    ctx: Context,
-    found: Sequence[Sized],
-    micro_batch_tokens: int,
-    accumulate: Callable[[list[Sized]], Any],
-    optimiser: Optimiser,
-) -> None:
-    """Forward and backward on the largest micro-batch there can be, where memory is a device's own: what cannot fit
-    fails at once, not hours later. Its gradient is thrown away."""
-    if ctx.device.type == "cpu":
-        return
-    longest = sorted(found, key=len, reverse=True)[: max(1, micro_batch_tokens // max(map(len, found)))]
-    with ctx.clock("preflight"):
-        accumulate(longest)
-    optimiser.adamw.zero_grad(set_to_none=True)

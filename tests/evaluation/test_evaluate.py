@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 
 from lco_lite.console import Console
 from lco_lite.errors import UsageError
-from lco_lite.evaluation import evaluate as scoring
-from lco_lite.evaluation.evaluate import PartialRows, batches
-from lco_lite.evaluation.prompts import eval_prompts, grader_of, protocol
+from lco_lite.evaluation import evaluate
+from lco_lite.evaluation.evaluate import plan_batches
+from lco_lite.evaluation.prompts import eval_prompts, grader_of, prompt_settings
 from lco_lite.evaluation.summary import majority_right, pass_at, summarise
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.loading import build_scratch
-from lco_lite.recipe import Eval, Init, Recipe
+from lco_lite.recipe import Eval, Recipe
+from lco_lite.recipe.sections import Init
 from lco_lite.rollout.hf import HFEngine
-from lco_lite.tasks import Grade, Item, load_task
+from lco_lite.tasks import Grade, Item, Task, load_task
 from tests.evaluation.eval_cases import GRADER, chance_task, result_of, rows_of, score
 
 
@@ -96,13 +97,22 @@ def test_a_started_score_with_other_settings_starts_anew(model, tmp_path, monkey
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
 
 
-def test_rows_are_on_disk_as_soon_as_their_batch_is_graded(tmp_path):
-    file = tmp_path / "x.partial.jsonl"
-    with PartialRows(file, {"seed": 0}) as partial:
-        partial.append(0, 1, [{"id": "ä\u2028"}])
-        assert PartialRows(file, {"seed": 0}).rows == {(0, 1): [{"id": "ä\u2028"}]}
-    other = PartialRows(file, {"seed": 1})
-    assert other.rows == {} and other.dropped
+def test_rows_are_on_disk_as_soon_as_their_batch_is_graded(model, tmp_path, monkeypatch):
+    task, data = chance_task(tmp_path)
+    partial, real, seen = tmp_path / "run/eval/custom--base.partial.jsonl", HFEngine.generate, []
+
+    def generate(self, *args):
+        seen.append([json.loads(line) for line in partial.read_text().split("\n")[:-1]])
+        return real(self, *args)
+
+    monkeypatch.setattr(HFEngine, "generate", generate)
+    assert score(model, tmp_path, task, data, "--seeds", 2).exit_code == 0
+    assert [len(lines) for lines in seen] == [1, 2, 3, 4, 5, 6], "the settings, then a line a batch"
+    assert seen[0][0]["batch"] == 4 and {"made_by", "sampling", "items"} < set(seen[0][0])
+    assert [(line["pass"], line["batch"]) for line in seen[-1][1:]] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    kept = {(line["pass"], row["id"]): row["response"] for line in seen[-1][1:] for row in line["rows"]}
+    assert len(kept) == 20
+    assert kept.items() <= {(row["seed"], row["id"]): row["response"] for row in rows_of(tmp_path)}.items()
 
 
 # when a score is known
@@ -137,16 +147,16 @@ def test_a_score_is_made_once_and_again_when_the_grader_or_the_weights_change(mo
     seed=st.integers(0, 99),
 )
 def test_batches_hold_every_slot_once_within_the_budget_whatever_the_order(lengths, samples, new, batch, tokens, seed):
-    s = Eval(batch=batch, batch_tokens=tokens)
+    s = Eval(batch=batch, batch_tokens=tokens, samples=samples)
     ids = [[k] * n for k, n in enumerate(lengths)]
-    groups = batches(ids, samples, new, s)
+    groups = plan_batches(ids, s, new)
     assert sorted(slot for g in groups for slot in g) == [(i, j) for i in range(len(ids)) for j in range(samples)]
     for group in groups:
         width = max(len(ids[i]) for i, _ in group) + new
         assert len(group) <= batch and (len(group) == 1 or width * len(group) <= tokens)
     order = list(range(len(ids)))
     random.Random(seed).shuffle(order)
-    other = batches([ids[i] for i in order], samples, new, s)
+    other = plan_batches([ids[i] for i in order], s, new)
     assert [[(order[i], j) for i, j in g] for g in other] == groups
 
 
@@ -222,25 +232,14 @@ ITEMS = [Item(f"t/test/{i}", f"q{i}", str(i), None, {"subject": "ab"[i % 2]}) fo
 SHOWN = [Item(f"t/dev/{i}", f"e{i}", str(i), f"so {i}", {"subject": "ab"[i % 2]}) for i in range(4)]
 
 
-@dataclasses.dataclass
-class Stub:
-    """A task of three items; ``splits`` by name."""
-
-    splits: dict[str, list[Item]]
-    name: str = "stub"
-    system: str | None = "task's own"
-    max_new_tokens: int = 8
+class Stub(Task):
+    """Its sources are items already, in which only the template is missing."""
 
     def items(self, split: str) -> list[Item]:
-        if split not in self.splits:
+        if split not in self.sources:
             raise UsageError(f"no {split}")
-        return self.splits[split]
-
-    def grade(self, response: str, item: Item) -> Grade:
-        return Grade(False, None, "no verdict")
-
-    def first_error(self, response: str, item: Item) -> int | None:
-        return None
+        put = self.template.replace
+        return [dataclasses.replace(item, prompt=put("{problem}", item.prompt)) for item in self.sources[split]]
 
 
 class Rewarded(Stub):
@@ -251,12 +250,20 @@ class Rewarded(Stub):
         return {"length": sum(len(r["response"]) for r in rows) / len(rows), "items": float(len(rows))}
 
 
-def recipe(**changes: Any) -> Recipe:
-    return Recipe.model_validate({"model": {"path": "x"}, "task": "arithmetic", "sft": {"enabled": False}, **changes})
+def stub(kind: type[Stub] = Stub, **splits: list[Item]) -> Stub:
+    """A task of three items that calls none of their responses right."""
+    grader = None if kind is Rewarded else lambda response, item: Grade(False, None, "no verdict")
+    return kind("stub", splits, None, None, grader, "{problem}", system="task's own", max_new_tokens=8)
+
+
+def scored(**settings: Any) -> Recipe:
+    """A recipe with these settings of ``eval``."""
+    bare = {"model": {"path": "x"}, "task": "arithmetic", "sft": {"enabled": False}}
+    return Recipe.model_validate(bare | {"eval": settings})
 
 
 def test_worked_examples_are_earlier_turns_of_the_items_own_subject():
-    prompts = eval_prompts(recipe(), Stub({"test": ITEMS, "dev": SHOWN}), Eval(few_shot=2, system="be brief"))
+    prompts = eval_prompts(scored(few_shot=2, system="be brief"), stub(test=ITEMS, dev=SHOWN))
     assert [(m["role"], m["content"]) for m in prompts[1].messages] == [
         ("system", "be brief"),
         ("user", "e1"),
@@ -268,7 +275,7 @@ def test_worked_examples_are_earlier_turns_of_the_items_own_subject():
 
 
 def test_without_a_dev_split_the_first_training_items_are_shown_to_all():
-    prompts = eval_prompts(recipe(), Stub({"test": ITEMS, "train": SHOWN}), Eval(few_shot=1))
+    prompts = eval_prompts(scored(few_shot=1), stub(test=ITEMS, train=SHOWN))
     assert [p.messages[1]["content"] for p in prompts] == ["e0"] * 3
     assert prompts[0].messages[0]["content"] == "task's own"
 
@@ -283,17 +290,17 @@ def test_without_a_dev_split_the_first_training_items_are_shown_to_all():
 )
 def test_too_few_worked_examples_are_refused(splits, n, told):
     with pytest.raises(UsageError, match=told):
-        eval_prompts(recipe(), Stub({"test": ITEMS, **splits}), Eval(few_shot=n))
+        eval_prompts(scored(few_shot=n), stub(test=ITEMS, **splits))
 
 
 def test_a_template_takes_the_place_of_the_tasks_own_in_examples_too(tmp_path):
     problem = {"question": "1+1?", "answer": "so #### 2"}
     for name in ("gsm8k_train", "gsm8k_test"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(problem) + "\n")
-    (prompt,) = eval_prompts(recipe(), load_task("gsm8k", tmp_path), Eval(template="Q: {problem}", few_shot=1))
+    (prompt,) = eval_prompts(scored(template="Q: {problem}", few_shot=1), load_task("gsm8k", tmp_path))
     assert [m["content"] for m in prompt.messages] == ["Q: 1+1?", "so\nThe answer is $\\boxed{2}$.", "Q: 1+1?"]
-    (plain,) = eval_prompts(recipe(), Stub({"test": ITEMS[:1]}), Eval(template="Q: {problem}", system=""))
-    assert [m["content"] for m in plain.messages] == ["Q: q0"], "also of a task that knows no template"
+    (plain,) = eval_prompts(scored(template="Q: {problem}", system=""), stub(test=ITEMS[:1]))
+    assert [m["content"] for m in plain.messages] == ["Q: q0"], "also of a task that writes nothing around its problems"
 
 
 def test_a_template_without_a_place_for_the_problem_is_refused():
@@ -322,8 +329,8 @@ def test_everything_a_score_rests_on_is_in_its_result(model, tmp_path):
 
 def test_the_grader_of_mathematics_is_recorded_with_math_verifys_version():
     found = grader_of(load_task("math500"))
-    assert found["name"] == "lco_lite.tasks.base.grade_math" and found["math_verify"][0].isdigit()
-    assert protocol(recipe(), load_task("math500"), Eval())["template"].endswith("within \\boxed{}.")
+    assert found["name"] == "lco_lite.grading.math.grade_math" and found["math_verify"][0].isdigit()
+    assert prompt_settings(scored(), load_task("math500"))["template"].endswith("within \\boxed{}.")
 
 
 def test_system_and_examples_reach_the_model(model, tmp_path, monkeypatch):
@@ -365,8 +372,8 @@ def test_one_file_of_items_is_for_one_task(model, tmp_path):
 
 
 def test_a_task_that_is_not_right_or_wrong_shows_its_own_metrics_with_their_spread(model, tmp_path, monkeypatch):
-    stub = Rewarded({"test": ITEMS})
-    monkeypatch.setattr(scoring, "load_task", lambda name, data=None: stub)
+    task = stub(Rewarded, test=ITEMS)
+    monkeypatch.setattr(evaluate, "load_task", lambda name, data=None: task)
     data = tmp_path / "none.jsonl"
     data.touch()
     result = score(model, tmp_path, "stub", data, "--seeds", 2, "--json")
@@ -395,7 +402,7 @@ def test_the_table_has_a_row_a_stage_a_column_a_task_and_percent():
 
     out = io.StringIO()
     results = [made("math500", "sft", 0.4162, 0.0049), made("math500", "rl", 0.5, None), made("gsm8k", "sft", 0.7, 0.1)]
-    scoring.show(Console(stdout=out), results)
+    evaluate.show(Console(stdout=out), results)
     lines = out.getvalue().splitlines()
     (head,) = [line for line in lines if "math500" in line and "gsm8k" in line]
     assert head.index("math500") < head.index("gsm8k")

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from lco_lite.evaluation.likelihood import choice_logprobs, letter_ids, likelihood_row
+from lco_lite.evaluation.likelihood import choice_logprobs, letter_ids, likeliest_letter
 from lco_lite.evaluation.prompts import eval_prompts
 from lco_lite.grading.choice import answer_index
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role
 from lco_lite.models.loading import build_scratch
-from lco_lite.recipe import Eval, Init, Recipe
+from lco_lite.recipe import Recipe
+from lco_lite.recipe.sections import Init
 from lco_lite.tasks import Item, load_task
 from tests.evaluation.eval_cases import call, result_of, rows_of, score
 from tests.models import families
@@ -39,6 +40,12 @@ def mmlu(tmp_path: Path) -> Path:
     for name, rows in (("mmlu_test", QUESTIONS), ("mmlu_dev", QUESTIONS[:5])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
+
+
+def scored(**settings: Any) -> Recipe:
+    """A recipe with these settings of ``eval``."""
+    bare = {"model": {"path": "x"}, "task": "mmlu", "sft": {"enabled": False}}
+    return Recipe.model_validate(bare | {"eval": settings})
 
 
 def by_hand(role: Role, prompt: list[int], choice: list[int]) -> float:
@@ -66,10 +73,9 @@ def test_the_score_of_a_task_is_that_of_the_computation_by_hand(model, mmlu):
     result = score(model, mmlu, "mmlu", mmlu, "--scoring", "likelihood", "-s", "eval.few_shot=2")
     assert result.exit_code == 0, result.output
     made, rows = result_of(mmlu, "mmlu-likelihood"), rows_of(mmlu, "mmlu-likelihood")
-    recipe = Recipe.model_validate({"model": {"path": str(model)}, "task": "mmlu", "sft": {"enabled": False}})
     role = Role(families.load(model))
     chat = ChatFormat(role.model.tokenizer)
-    prompts = eval_prompts(recipe, load_task("mmlu", mmlu), Eval(scoring="likelihood", few_shot=2))
+    prompts = eval_prompts(scored(scoring="likelihood", few_shot=2), load_task("mmlu", mmlu))
     rights = []
     for prompt, row in zip(prompts, rows, strict=True):
         values = [by_hand(role, chat.prompt(prompt.messages), ids) for ids in letter_ids(chat)[:4]]
@@ -82,12 +88,11 @@ def test_the_score_of_a_task_is_that_of_the_computation_by_hand(model, mmlu):
 
 
 def test_the_prompt_asks_for_a_letter_and_examples_answer_with_one(mmlu):
-    recipe = Recipe.model_validate({"model": {"path": "x"}, "task": "mmlu", "sft": {"enabled": False}})
     task = load_task("mmlu", mmlu)
-    first = eval_prompts(recipe, task, Eval(scoring="likelihood", few_shot=1))[0].messages
+    first = eval_prompts(scored(scoring="likelihood", few_shot=1), task)[0].messages
     assert first[-1]["content"].endswith("D. 3\n\nAnswer with the letter of the right choice.")
     assert first[1] == {"role": "assistant", "content": "A"}
-    generated = eval_prompts(recipe, task, Eval(few_shot=1))[0].messages
+    generated = eval_prompts(scored(few_shot=1), task)[0].messages
     assert "boxed" in generated[-1]["content"] and generated[1]["content"] == r"\boxed{A}"
 
 
@@ -133,7 +138,7 @@ def test_the_right_choice_is_known_by_index_or_letter(row, index):
 
 
 def test_the_first_of_equally_likely_letters_is_picked():
-    row = likelihood_row(Item("i", "p", "B", None, {"choices": ["x", "y"], "answer": 1}), [-1.0, -1.0])
+    row = likeliest_letter(Item("i", "p", "B", None, {"choices": ["x", "y"], "answer": 1}), [-1.0, -1.0])
     assert row["extracted"] == "A" and not row["right"] and row["why"] == "the answer is B"
 
 

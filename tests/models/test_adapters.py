@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lco_lite.errors import ModelError
 from lco_lite.models.loading import byte_tokenizer
-from lco_lite.recipe import Lora
+from lco_lite.recipe.sections import Lora
 from tests.models.families import load, save
 
 IDS = torch.tensor([[10, 20, 30, 40]])

@@ -9,7 +9,7 @@ import transformers as tf
 from lco_lite.errors import ModelError
 from lco_lite.models.language_model import inspect_head
 from lco_lite.models.loading import byte_tokenizer
-from lco_lite.recipe import Lora
+from lco_lite.recipe.sections import Lora
 from tests.models.families import FAMILIES, config, load, save
 
 IDS = torch.tensor([[10, 20, 30, 40, 50], [60, 70, 80, 90, 100]])

@@ -22,7 +22,7 @@ from lco_lite.models.loading import (
     load_tokenizer,
     resolve_device,
 )
-from lco_lite.recipe import Init, Model
+from lco_lite.recipe.sections import Init, Model
 from tests.models.families import load, save
 
 CPU = torch.device("cpu")
@@ -181,7 +181,7 @@ def test_libraries_load_without_bars_and_warnings(tmp_path):
     build_scratch(TINY, tmp_path / "m", 0)
     code = (
         "from lco_lite.models.loading import quiet_libraries; quiet_libraries()\n"
-        "import torch; from lco_lite.recipe import Model, Lora; from lco_lite.models.loading import *\n"
+        "import torch; from lco_lite.recipe.sections import Model, Lora; from lco_lite.models.loading import *\n"
         "from lco_lite.models.language_model import LanguageModel\n"
         f"w = Model(path={str(tmp_path / 'm')!r}, quantization='nf4')\n"
         "m = LanguageModel(load_base(w, torch.device('cpu')), load_tokenizer(w), True)\n"

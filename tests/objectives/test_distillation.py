@@ -45,6 +45,54 @@ def test_value_and_gradient_equal_the_whole_logits(case: Case, beta: float, chun
         torch.testing.assert_close(ours[:rows], theirs[:rows])
 
 
+def over_v(case: Case, loss: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    """The diagnostics of the tokens' ``loss`` [T] on plain ``logits``."""
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    log_p, index = logits.detach().log_softmax(-1), case.actions.unsqueeze(-1)
+    return {
+        "loss": loss.detach(),
+        "logit_grad_norm": grad.norm(dim=-1),
+        "logit_grad_sampled": grad.gather(-1, index).squeeze(-1).abs(),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "logprob": log_p.gather(-1, index).squeeze(-1),
+    }
+
+
+@settings(max_examples=100)
+@given(cases(trained=False, own_head=True), betas, st.sampled_from([None, 1, 3]), st.integers(0, 2**31))
+def test_diagnostics_equal_the_whole_logits(case: Case, beta: float, chunk: int | None, seed: int) -> None:
+    case.actions = case.actions.clamp(max=case.head.rows - 2)
+    teacher = a_teacher(case, seed)
+    weights = torch.rand(len(case.hidden), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    _, seen = jsd_loss(case.hidden, case.head, teacher, beta, weights, chunk, case.actions)
+    student, taught = (x.detach() for x in whole(case, teacher))
+    student.requires_grad_()
+    want = over_v(case, weights * reference.jsd(student, taught, beta), student)
+    assert set(seen) == set(want)
+    for name, value in want.items():
+        torch.testing.assert_close(seen[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_minillms_diagnostics_are_those_of_both_parts() -> None:
+    case = make_case(2, tokens=12, vocabulary=9)
+    g = torch.Generator().manual_seed(4)
+    teacher = Teacher(case.target.old, Head(torch.randn(9, 4, generator=g, dtype=torch.float64)))
+    weights = torch.rand(12, generator=g, dtype=torch.float64)
+    logits = case.head.logits(case.hidden).detach().requires_grad_()
+    logprobs = logits.log_softmax(-1).gather(-1, case.actions.unsqueeze(-1)).squeeze(-1)
+    old = logprobs.detach() + torch.randn(12, generator=g, dtype=torch.float64)
+    returns, rows = torch.randn(12, generator=g, dtype=torch.float64), torch.zeros(12, dtype=torch.long)
+    ratio = (logprobs - old).exp()
+    gain = torch.minimum(ratio * returns, ratio.clamp(0.8, 1.2) * returns)
+    taught = teacher.head.logits(teacher.hidden)
+    want = over_v(case, weights * (reference.jsd(logits, taught, 1.0) - gain), logits)
+    batch = PolicyBatch(logprobs.detach(), old, returns, rows, 12, 1, actions=case.actions)
+    _, seen = minillm(case.hidden, case.head, teacher, batch, weights, Clip(0.2, 0.2))
+    assert 0 < seen["clipped"].sum() < 12
+    for name, value in want.items():
+        torch.testing.assert_close(seen[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_a_policy_that_is_its_teacher_has_no_loss_and_no_gradient(beta: float) -> None:
     case = make_case(1)

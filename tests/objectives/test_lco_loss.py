@@ -31,10 +31,18 @@ def test_value_and_gradients_equal_the_oracle(case: Case, objective: str, weight
         torch.testing.assert_close(got, want)
 
 
-@settings(max_examples=200)
-@given(cases(), objectives, weightings)
-def test_diagnostics_equal_the_oracle(case: Case, objective: str, weighting: str) -> None:
-    _, seen = lco_loss(objective, case.hidden, case.head, case.target, weighting, actions=case.actions)
+DIAGNOSTICS = {"loss", "logit_grad_norm", "logit_grad_sampled", "entropy", "logprob"}
+
+
+@settings(max_examples=300)
+@given(cases(), objectives, weightings, chunks, st.booleans())
+def test_diagnostics_equal_the_oracle(
+    case: Case, objective: str, weighting: str, chunk: int | None, others: bool
+) -> None:
+    """``others``: of actions that a sparse advantage is not of."""
+    actions = (case.actions + 1) % case.rows if others else case.actions
+    _, seen = lco_loss(objective, case.hidden, case.head, case.target, weighting, chunk, actions=actions)
+    assert set(seen) >= DIAGNOSTICS
     logits = case.logits().detach().requires_grad_()
     case.logits = lambda: logits  # type: ignore[method-assign]
     (grad,) = torch.autograd.grad(case.exact(objective, weighting).sum(), logits)
@@ -42,8 +50,9 @@ def test_diagnostics_equal_the_oracle(case: Case, objective: str, weighting: str
     exact = {
         "loss": case.exact(objective, weighting).detach(),
         "logit_grad_norm": grad.norm(dim=-1),
+        "logit_grad_sampled": grad.gather(-1, actions.unsqueeze(-1)).squeeze(-1).abs(),
         "entropy": -(log_p.exp() * log_p).sum(-1),
-        "logprob": log_p.gather(-1, case.actions.unsqueeze(-1)).squeeze(-1),
+        "logprob": log_p.gather(-1, actions.unsqueeze(-1)).squeeze(-1),
         "kl_to_old": (log_p.exp() * (log_p - log_old)).sum(-1),
     }
     for name, value in seen.items():
@@ -52,14 +61,14 @@ def test_diagnostics_equal_the_oracle(case: Case, objective: str, weighting: str
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_diagnostics_are_there_exactly_where_they_are_free(objective: str) -> None:
-    always, formed = {"loss", "logit_grad_norm"}, {"entropy", "logprob"}
+def test_without_actions_diagnostics_are_there_exactly_where_they_are_free(objective: str) -> None:
+    always, formed, known = {"loss", "logit_grad_norm"}, {"entropy", "logprob"}, {"logit_grad_sampled"}
     dense, sparse, anchored = make_case(), make_case(sparse=True), make_case(sparse=True, anchor=0.5)
     capped = make_case(softcap=5.0)
     expected = {
         "dense": always | ({"entropy"} if objective == "kld" else set()),
-        "sparse": always | (formed | {"kl_to_old"} if objective == "kld" else set()),
-        "anchored": always | (formed if objective == "kld" else set()),
+        "sparse": always | known | (formed | {"kl_to_old"} if objective == "kld" else set()),
+        "anchored": always | known | (formed if objective == "kld" else set()),
         "capped": always | {"entropy"},
     }
     for (name, keys), case in zip(expected.items(), (dense, sparse, anchored, capped), strict=True):
@@ -72,10 +81,17 @@ def test_standardised_advantages_equal_the_oracle(
     seed: int, objective: str, weighting: str, own_head: bool, softcap: float | None
 ) -> None:
     case = make_case(seed, own_head=own_head, softcap=softcap, scale=0.5, standardise=True)
-    loss, _ = lco_loss(objective, case.hidden, case.head, case.target, weighting, standardise=True)
+    loss, seen = lco_loss(
+        objective, case.hidden, case.head, case.target, weighting, standardise=True, actions=case.actions
+    )
     exact = case.exact(objective, weighting).mean()
     torch.testing.assert_close(loss, exact)
     torch.testing.assert_close(gradients(loss, case), gradients(exact, case))
+    logits = case.logits().detach().requires_grad_()
+    case.logits = lambda: logits  # type: ignore[method-assign]
+    (grad,) = torch.autograd.grad(case.exact(objective, weighting).sum(), logits)
+    sampled = grad.gather(-1, case.actions.unsqueeze(-1)).squeeze(-1).abs()
+    torch.testing.assert_close(seen["logit_grad_sampled"], sampled)
 
 
 @settings(max_examples=60)
@@ -192,7 +208,7 @@ def test_a_minibatch_of_a_target_gives_the_loss_of_its_tokens(case: Case, object
     whole, _ = lco_loss(objective, case.hidden, case.head, case.target, weighting)
     per_token = case.exact(objective, weighting).detach()
     for index in (torch.tensor([4, 1]), slice(2, 5), torch.tensor([True, False] * 3)):
-        part, seen = lco_loss(objective, case.hidden[index], case.head, case.target.select(index), weighting)
+        part, seen = lco_loss(objective, case.hidden[index], case.head, case.target[index], weighting)
         torch.testing.assert_close(seen["loss"], per_token[index])
         assert part.isfinite() and whole.isfinite()
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lco_lite.objectives.chunks import chunk_size, spans
-from lco_lite.objectives.head import gram
+from lco_lite.objectives.head import row_covariance
 from lco_lite.objectives.lco import OBJECTIVES, WEIGHTINGS, lco_loss
 from lco_lite.objectives.logprobs import token_logprobs
 
@@ -57,9 +57,9 @@ def test_a_loss_makes_as_many_products_as_its_floor(
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("weighting", ["mean", "sum"])
-def test_mse_makes_no_product_with_the_vocabulary_once_it_has_the_gram_matrix(sparse: bool, weighting: str) -> None:
+def test_mse_makes_no_product_with_the_vocabulary_once_it_has_the_covariance(sparse: bool, weighting: str) -> None:
     case = make_case(sparse=sparse, **SHAPE)  # type: ignore[arg-type]
-    once = products(lambda: gram(case.head))
+    once = products(lambda: row_covariance(case.head))
     assert once == pytest.approx(D / T, rel=0.02)
     assert products(loss_of(case, "mse", weighting)) < 0.05
 
@@ -70,6 +70,24 @@ def test_a_second_head_costs_one_more_product_and_sparse_kld_one_fewer_at_the_fi
     first = make_case(sparse=True, **SHAPE)  # type: ignore[arg-type]
     first.hidden = first.target.old.clone().requires_grad_()
     assert products(loss_of(first, "kld")) == pytest.approx(2, rel=0.02)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    ("objective", "weighting", "more"),
+    [("kld", "mean", 0), ("lch", "mean", 1), ("lch", "policy", 1), ("mse", "mean", 1), ("mse", "policy", 1)],
+)
+def test_all_diagnostics_cost_one_product_where_the_loss_forms_no_logits(
+    objective: str, weighting: str, more: int, sparse: bool
+) -> None:
+    case = make_case(sparse=sparse, **SHAPE)  # type: ignore[arg-type]
+    given = (objective, case.hidden, case.head, case.target, weighting, 8)
+    products(lambda: row_covariance(case.head))
+    with_actions = products(lambda: lco_loss(*given, actions=case.actions)[0].backward())
+    assert with_actions - products(loss_of(case, objective, weighting)) == pytest.approx(more, abs=1e-6)
+    capped = make_case(sparse=sparse, softcap=5.0, **SHAPE)  # type: ignore[arg-type]
+    given = (objective, capped.hidden, capped.head, capped.target, weighting, 8)
+    assert products(lambda: lco_loss(*given, actions=capped.actions)) == products(lambda: lco_loss(*given))
 
 
 def test_logprobs_make_two_products_and_one_without_a_gradient() -> None:
@@ -86,8 +104,9 @@ def test_no_tensor_exceeds_a_chunk_of_logits(objective: str, weighting: str, cha
     case = make_case(**SHAPE, **changes)
     with Largest() as largest:
         loss_of(case, objective, weighting)()
+        lco_loss(objective, case.hidden, case.head, case.target, weighting, 8, actions=case.actions)[0].backward()
         token_logprobs(case.hidden, case.head, case.actions, 8)[0].sum().backward()
-    assert 0 < largest.numbers <= V * (2 * D + 2)  # less than half of T x V; the Gram matrix of two heads takes most
+    assert 0 < largest.numbers <= V * (2 * D + 2)  # less than half of T x V; the covariance of two heads takes most
 
 
 def test_half_precision_weights_are_upcast_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from objective_cases import Case, cases, make_case, wide_logits
 from torch import Tensor
 
-from lco_lite.objectives.logprobs import token_logprobs
+from lco_lite.objectives import reference
+from lco_lite.objectives.logprobs import kl_divergence, token_logprobs
 
 chunks = st.sampled_from([None, 1, 3])
 
@@ -21,11 +22,11 @@ def exact(case: Case, logits: Tensor) -> tuple[Tensor, Tensor]:
 @given(cases(), chunks, st.integers(0, 2**31))
 def test_values_and_gradients_equal_the_whole_logits(case: Case, chunk: int | None, seed: int) -> None:
     upstream = torch.randn(len(case.hidden), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    logprobs, entropy = token_logprobs(case.hidden, case.head, case.actions, chunk)
+    logprobs, seen = token_logprobs(case.hidden, case.head, case.actions, chunk)
     expected, expected_entropy = exact(case, case.head.logits(case.hidden))
     torch.testing.assert_close(logprobs, expected)
-    torch.testing.assert_close(entropy, expected_entropy.detach())
-    assert not entropy.requires_grad
+    torch.testing.assert_close(seen["entropy"], expected_entropy.detach())
+    assert not any(value.requires_grad for value in seen.values())
     got = torch.autograd.grad(logprobs, case.inputs, upstream)
     for ours, theirs in zip(got, torch.autograd.grad(expected, case.inputs, upstream), strict=True):
         rows = case.head.rows if ours is not got[0] else None
@@ -49,11 +50,41 @@ def test_half_precision_keeps_three_digits(dtype: torch.dtype) -> None:
 @given(cases(), chunks)
 def test_nothing_is_kept_for_backward_under_no_grad(case: Case, chunk: int | None) -> None:
     with torch.no_grad():
-        logprobs, entropy = token_logprobs(case.hidden, case.head, case.actions, chunk)
+        logprobs, seen = token_logprobs(case.hidden, case.head, case.actions, chunk)
         expected, expected_entropy = exact(case, case.head.logits(case.hidden))
     assert not logprobs.requires_grad
     torch.testing.assert_close(logprobs, expected)
-    torch.testing.assert_close(entropy, expected_entropy)
+    torch.testing.assert_close(seen["entropy"], expected_entropy)
+
+
+@settings(max_examples=100)
+@given(cases(), chunks, st.booleans())
+def test_gradient_diagnostics_are_those_of_log_pi_at_its_logits(case: Case, chunk: int | None, keep: bool) -> None:
+    with torch.set_grad_enabled(keep):
+        _, seen = token_logprobs(case.hidden, case.head, case.actions, chunk)
+    logits = case.head.logits(case.hidden).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(exact(case, logits)[0].sum(), logits)
+    p = torch.softmax(logits.detach(), -1).gather(-1, case.actions.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(seen["logit_grad_norm"], grad.norm(dim=-1))
+    torch.testing.assert_close(seen["logit_grad_sampled"], 1 - p)
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_the_divergence_from_the_old_policy_equals_the_whole_logits(case: Case) -> None:
+    old_head = case.target.old_head
+    kl = kl_divergence(case.hidden, case.target.old, case.head, old_head)
+    old_logits = (old_head or case.head).logits(case.target.old)
+    torch.testing.assert_close(kl, reference.kld(old_logits, case.head.logits(case.hidden)).detach())
+    assert not kl.requires_grad and (kl > -1e-12).all()
+
+
+def test_the_divergence_of_a_policy_from_itself_is_zero_and_of_a_near_one_keeps_its_digits() -> None:
+    case = make_case(1, tokens=16, width=32, vocabulary=300, scale=0.2, dtype=torch.float32)
+    assert kl_divergence(case.hidden, case.hidden, case.head).tolist() == [0.0] * 16
+    near = case.hidden + 0.01 * case.target.old
+    want = reference.kld(wide_logits(case.head, near), wide_logits(case.head, case.hidden)).detach()
+    torch.testing.assert_close(kl_divergence(case.hidden, near, case.head).double(), want, rtol=1e-2, atol=0)
 
 
 def test_a_trained_head_changed_before_backward_is_noticed() -> None:

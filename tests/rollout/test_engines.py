@@ -8,7 +8,7 @@ import torch
 from lco_lite.models.language_model import LanguageModel, Role
 from lco_lite.models.loading import build_scratch, load_base, load_tokenizer
 from lco_lite.objectives.reference import optimal_logits
-from lco_lite.recipe import Init, Lora, Model
+from lco_lite.recipe.sections import Init, Lora, Model
 from lco_lite.rollout.engine import Sampling, finished, in_order, left_padded, open_engine
 from lco_lite.rollout.lockstep import draw, mixture, optimal_policy
 from lco_lite.sequences import Example, seeded

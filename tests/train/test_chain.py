@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +14,13 @@ import typer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lco_lite.checkpoint import checkpoints
 from lco_lite.command import command
 from lco_lite.context import Context
-from lco_lite.errors import Interrupted, UsageError
+from lco_lite.errors import UsageError
 from lco_lite.metrics import read_log
-from lco_lite.train import methods as losses
+from lco_lite.train import methods
 from lco_lite.train.pipeline import run_all, train
-from lco_lite.train.training import Optimiser, Progress
+from lco_lite.train.training import StageTraining
 
 
 def start(recipe: Path, *sets: str, name: str | None = None):
@@ -169,60 +171,35 @@ def test_two_runs_with_one_seed_end_in_the_same_bits_and_another_seed_does_not(t
     assert not same(trained(one, "rl-kld"), trained(other, "rl-kld"))
 
 
+class Killed(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def killed_after(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> Iterator[None]:
+    """What runs inside dies once ``step`` steps of ``stage`` are in a checkpoint."""
+    real = StageTraining.keep
+
+    def keep_then_die(self: StageTraining, *args: Any) -> None:
+        real(self, *args)
+        if self.stage.name == stage and self.done == step:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(StageTraining, "keep", keep_then_die)
+        yield
+
+
 @pytest.mark.parametrize(("stage", "after"), [("sft", 2), ("rm", 1), ("rl-kld", 1)])
 def test_a_stage_killed_after_a_checkpoint_ends_with_the_same_bits(tiny, monkeypatch, stage, after):
     whole = run_stage(tiny, stage, name="whole")
 
-    class Killed(BaseException):
-        pass
-
-    def checkpoint_then_die(self: Progress, step: int, every: int) -> None:
-        self.save(step)
-        if step == after and self.stage.name == stage:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "checkpoint", checkpoint_then_die)
-        with pytest.raises(Killed):
-            run_stage(tiny, stage, name="cut")
+    with killed_after(monkeypatch, stage, after):
+        run_stage(tiny, stage, name="cut")
     cut = run_stage(tiny, stage, name="cut")
     assert same(trained(whole, stage), trained(cut, stage))
     steps = [[row["step"] for row in read_log(ctx.run.stage(stage).metrics)] for ctx in (whole, cut)]
     assert steps[0] == steps[1]
-
-
-@pytest.mark.parametrize("anchor", ["0.0", "0.5"])
-@pytest.mark.parametrize("update", [1, 3])
-def test_ctrl_c_inside_a_phase_writes_a_checkpoint_and_goes_on_to_the_same_bits(
-    tiny, monkeypatch, capsys, update, anchor
-):
-    import typer
-
-    sets = [f"rl.anchor={anchor}", "rl.objective=mse"]
-    whole = run_stage(tiny, "rl-mse", *sets, name="whole")
-    real, calls = Optimiser.step, 0
-
-    def press_ctrl_c(self: Optimiser, number: int) -> tuple[float, float]:
-        nonlocal calls
-        calls += 1
-        if calls == 4 + 3 + update:  # after sft's 4 updates and the reward model's 3, inside the first phase
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Optimiser, "step", press_ctrl_c)
-        with pytest.raises(typer.Exit) as e:
-            run_stage(tiny, "rl-mse", *sets, name="cut")
-    assert e.value.exit_code == 130
-    assert "the same command goes on" in capsys.readouterr().err
-    cut = run_stage(tiny, "rl-mse", *sets, name="cut")
-    assert same(trained(whole, "rl-mse"), trained(cut, "rl-mse"))
-    assert (
-        read_log(whole.run.stage("rl-mse").metrics)[0]["loss"] == read_log(cut.run.stage("rl-mse").metrics)[0]["loss"]
-    )
 
 
 def test_fresh_starts_a_stage_again_and_drops_what_was_built_on_it(tiny):
@@ -256,13 +233,13 @@ def test_a_trained_head_goes_through_the_logits_path(tiny):
 def test_the_loss_at_the_first_update_is_that_of_the_advantage_alone(tiny, monkeypatch):
     """h_θ = h_old to the last bit: r = A/β exactly, so the loss of the first micro-batch is a function of A only."""
     seen = []
-    real = losses.lco_loss
+    real = methods.lco_loss
 
     def spy(objective, hidden, head, target, *args, **kw):
         seen.append(torch.equal(hidden.detach(), target.old))
         return real(objective, hidden, head, target, *args, **kw)
 
-    monkeypatch.setattr(losses, "lco_loss", spy)
+    monkeypatch.setattr(methods, "lco_loss", spy)
     run_stage(tiny, "rl-mse", "rl.objective=mse", "rl.micro_batch_tokens=40")
     assert seen[0], "hidden states of the first update are those that were scored"
     assert not all(seen)
@@ -278,10 +255,3 @@ def test_a_prompt_longer_than_the_window_is_left_out_and_counted(tiny, capsys):
 def test_stages_not_in_the_recipe_are_refused_with_the_reason(tiny):
     with start(tiny, "rl.feedback=rule") as ctx, pytest.raises(UsageError, match="feedback is neither dpo"):
         train(ctx, "rm")
-
-
-def test_progress_stop_always_raises(tiny):
-    ctx = run_stage(tiny, "sft")
-    assert checkpoints(ctx.run.stage("sft").checkpoints)
-    with pytest.raises(Interrupted, match="checkpoint is in"):
-        Progress.stop(type("P", (), {"stage": ctx.run.stage("sft")})(), 3)

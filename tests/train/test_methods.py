@@ -11,7 +11,7 @@ from lco_lite.recipe import Rl
 from lco_lite.recipe.file import load_recipe
 from lco_lite.recipe.rl import DISTILLATION, LCO, METHOD_DEFAULTS
 from lco_lite.train.pipeline import train
-from tests.train.test_chain import run_stage, same, start, trained
+from tests.train.test_chain import killed_after, run_stage, same, start, trained
 
 GRADIENTS = tuple(name for name in METHOD_DEFAULTS if name not in LCO + DISTILLATION)
 
@@ -97,23 +97,10 @@ def test_another_objective_on_a_run_brings_its_own_defaults(warm):
 
 
 def test_ppo_goes_on_to_the_same_bits_with_its_critic(tiny, monkeypatch):
-    from lco_lite.train.training import Progress
-
     flags = sets("ppo", "rule")
     whole = run_stage(tiny, "rl-ppo", *flags, name="whole")
-
-    class Killed(BaseException):
-        pass
-
-    def die_after_one(self: Progress, step: int, every: int) -> None:
-        self.save(step)
-        if self.stage.name == "rl-ppo":
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "checkpoint", die_after_one)
-        with pytest.raises(Killed):
-            run_stage(tiny, "rl-ppo", *flags, name="cut")
+    with killed_after(monkeypatch, "rl-ppo", 1):
+        run_stage(tiny, "rl-ppo", *flags, name="cut")
     cut = run_stage(tiny, "rl-ppo", *flags, name="cut")
     assert same(trained(whole, "rl-ppo"), trained(cut, "rl-ppo"))
 
@@ -180,4 +167,4 @@ def test_a_language_model_is_no_sequence_classifier(warm, capsys):
     sets = ["rl.objective=reinforce", "rl.feedback=reward_model", f"rl.reward_classifier={base}"]
     with pytest.raises(typer.Exit), start(warm, *sets) as ctx:
         train(ctx, "rl-reinforce", fresh=True)
-    assert "is LlamaForCausalLM; a reward model is a sequence-classification model" in capsys.readouterr().err
+    assert "is LlamaForCausalLM; a sequence-classification model is needed" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""A phase's responses are on disk before its first update: whatever stops a step costs updates, never samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+import typer
+
+from lco_lite.checkpoint import save_checkpoint
+from lco_lite.metrics import METRICS, read_log
+from lco_lite.recipe import Rl
+from lco_lite.rollout.hf import HFEngine
+from lco_lite.sequences import Example
+from lco_lite.train.rollouts import Phase, plan_minibatches
+from lco_lite.train.training import StageTraining
+from tests.train.test_chain import Killed, run_stage, same, trained
+
+FOUR_BATCHES = "rl.rollout_batch=2"  # of the eight responses of a phase
+
+
+def stop_in_call(patch: pytest.MonkeyPatch, kind: type, name: str, number: int, how: str) -> list[int]:
+    """Ctrl-C, or death, in call ``number`` of a method. Returns a list with one entry, the calls so far."""
+    real, calls = getattr(kind, name), [0]
+
+    def method(self, *args, **kw):
+        calls[0] += 1
+        if calls[0] == number:
+            if how == "killed":
+                raise Killed
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args, **kw)
+
+    patch.setattr(kind, name, method)
+    return calls
+
+
+def stopped(how: str) -> type[BaseException]:
+    return Killed if how == "killed" else typer.Exit
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+@pytest.mark.parametrize(
+    ("kind", "name", "number"),
+    [
+        (HFEngine, "_generate_batch", 3),  # inside the rollouts of the first phase
+        (HFEngine, "_generate_batch", 7),  # inside those of the second, after the held-out score of the first
+        (StageTraining, "update", 1),
+        (StageTraining, "update", 3),
+        (StageTraining, "update", 6),
+    ],
+)
+def test_a_step_that_is_stopped_anywhere_is_scored_and_updated_again_from_its_responses(
+    tiny, monkeypatch, capsys, kind, name, number, how
+):
+    sets = [FOUR_BATCHES, "rl.anchor=0.5", "rl.objective=mse", "rl.eval_every=0"]
+    batches: dict[str, int] = {}
+    for run in ("whole", "cut"):
+        run_stage(tiny, "rm", *sets, name=run)
+    with monkeypatch.context() as patch:
+        calls = stop_in_call(patch, HFEngine, "_generate_batch", -1, how)
+        whole = run_stage(tiny, "rl-mse", *sets, name="whole")
+        batches["whole"] = calls[0]
+    with monkeypatch.context() as patch:
+        counted = stop_in_call(patch, HFEngine, "_generate_batch", -1, how)
+        with monkeypatch.context() as inner, pytest.raises(stopped(how)):
+            stop_in_call(inner, kind, name, number, how)
+            run_stage(tiny, "rl-mse", *sets, name="cut")
+        if how == "interrupted":
+            assert "the same command goes on" in capsys.readouterr().err
+        cut = run_stage(tiny, "rl-mse", *sets, name="cut")
+        batches["cut"] = counted[0]
+    assert same(trained(whole, "rl-mse"), trained(cut, "rl-mse"))
+    assert batches["whole"] == 8 and batches["cut"] == 8, "no batch is sampled twice, none is left out"
+    folders = [run.run.stage("rl-mse") for run in (whole, cut)]
+    losses = [[row["loss"] for row in read_log(folder.metrics)] for folder in folders]
+    assert losses[0] == losses[1]
+    updates = [[(r["step"], r["update"]) for r in read_log(folder.path / "updates.jsonl")] for folder in folders]
+    assert updates[0] == updates[1] == [(step, update) for step in (1, 2) for update in (1, 2, 3, 4)]
+    assert not list((folders[1].path / "rollouts").glob("*")), "responses go once they are no longer needed"
+
+
+def test_a_phase_is_on_disk_before_its_first_update(tiny, monkeypatch):
+    seen: list[list[dict]] = []
+    real = StageTraining.update
+
+    def update(self):
+        if self.stage.name == "rl-kld":
+            file = self.stage.path / f"rollouts/step-{self.done + 1:06d}.jsonl"
+            seen.append([json.loads(line) for line in file.read_text().splitlines()])
+        return real(self)
+
+    monkeypatch.setattr(StageTraining, "update", update)
+    run_stage(tiny, "rl-kld", FOUR_BATCHES)
+    assert sorted(place for line in seen[0] for place in line.get("places", [])) == list(range(8))
+    assert len(seen[0][-1]["grades"]) == 8
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_pairs_that_are_sampled_go_on_where_they_were(tiny, monkeypatch, capsys, how):
+    whole = run_stage(tiny, "rm", "rl.rollout_batch=4", name="whole")
+    run_stage(tiny, "sft", name="cut")
+    with monkeypatch.context() as patch:
+        calls = stop_in_call(patch, HFEngine, "_generate_batch", 4, how)
+        with pytest.raises(stopped(how)):
+            run_stage(tiny, "rm", "rl.rollout_batch=4", "train_rm.check_items=0", name="cut")
+        cut = run_stage(tiny, "rm", "rl.rollout_batch=4", "train_rm.check_items=0", name="cut")
+    assert calls[0] == 6 + (how == "killed"), "24 responses, four at a time; a batch that died is made again"
+    if how == "interrupted":
+        assert "the same command goes on" in capsys.readouterr().err
+    pairs = [(run.run.stage("rm").path / "pairs.jsonl").read_text() for run in (whole, cut)]
+    assert pairs[0] == pairs[1]
+    assert not (cut.run.stage("rm").path / "responses.jsonl").exists()
+
+
+def test_a_reward_function_is_asked_once_for_a_phase(tiny, monkeypatch):
+    file = tiny.parent / "rewards.py"
+    file.write_text(
+        "import random\n"
+        "def drawn(prompts, responses, rows):\n"
+        "    with open(__file__ + '.calls', 'a') as calls:\n"
+        "        calls.write('x')\n"
+        "    return [random.random() for _ in responses]\n"
+    )
+    sets = ["rl.objective=reinforce", "rl.feedback=function", f"rl.reward_function={file}:drawn"]
+    run_stage(tiny, "sft")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_in_call(patch, StageTraining, "update", 2, "killed")
+        run_stage(tiny, "rl-reinforce", *sets)
+    ctx = run_stage(tiny, "rl-reinforce", *sets)
+    assert (tiny.parent / "rewards.py.calls").read_text() == "xx", "once a phase"
+    assert len(read_log(ctx.run.stage("rl-reinforce").metrics)) == 2
+
+
+def test_a_stage_that_version_0_1_left_inside_a_step_is_refused(tiny, monkeypatch, capsys):
+    def as_version_0_1_did(folder, step, tensors, optimizer, state):
+        return save_checkpoint(folder, step, tensors, optimizer, {"phase": {}, "history": [], **state})
+
+    run_stage(tiny, "rm")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("lco_lite.train.training.save_checkpoint", as_version_0_1_did)
+        stop_in_call(patch, StageTraining, "update", 6, "killed")
+        run_stage(tiny, "rl-kld")
+    with pytest.raises(typer.Exit):
+        run_stage(tiny, "rl-kld")
+    assert "version 0.1 stopped here inside a step" in capsys.readouterr().err
+
+
+def numbers(ctx, stage: str) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in row.items() if isinstance(value, float) and name in METRICS}
+        for row in read_log(ctx.run.stage(stage).path / "updates.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("objective", ["kld", "lch", "mse", "grpo", "gspo", "ppo", "gkd", "minillm"])
+def test_no_number_of_an_update_depends_on_how_it_is_split(tiny, objective):
+    sets = [f"rl.objective={objective}", "rl.responses_per_prompt=2", "rl.teacher_mix=0"]
+    if objective != "minillm":
+        sets.pop()
+    made = []
+    for tokens in (8192, 40):
+        ctx = run_stage(tiny, f"rl-{objective}", *sets, f"rl.micro_batch_tokens={tokens}", name=f"t{tokens}")
+        made.append(numbers(ctx, f"rl-{objective}"))
+        (metrics, *_) = read_log(ctx.run.stage(f"rl-{objective}").metrics)
+        assert 0 <= metrics["kl_to_old"] < 1 and 0 < metrics["sampled_prob"] < 1
+    for one, other in zip(*made, strict=True):
+        assert one.keys() == other.keys() >= {"entropy", "sampled_prob", "logit_grad_sampled", "logit_grad_others"}
+        for name in one.keys() - {"clipped", "loss", "grad_norm"}:
+            assert one[name] == pytest.approx(other[name], rel=2e-2, abs=2e-4), name
+    first, again = made[0][0], made[1][0]
+    assert first["entropy"] == pytest.approx(again["entropy"], rel=1e-5)
+    assert first["loss"] == pytest.approx(again["loss"], rel=1e-3, abs=1e-5)
+
+
+def test_whole_groups_stay_together_in_a_minibatch_and_in_a_micro_batch():
+    examples = [Example([1] * (3 + i % 5), [2] * (1 + i % 7)) for i in range(24)]
+    rl = Rl(objective="grpo", responses_per_prompt=4, minibatch=8, micro_batch_tokens=60, whole_groups=True)
+    plan = plan_minibatches(examples, rl, seed=0, step=0)
+    assert [sum(map(len, minibatch)) for minibatch in plan] == [8, 8, 8]
+    micro_batches = [places for minibatch in plan for places in minibatch]
+    assert sorted(i for places in micro_batches for i in places) == list(range(24))
+    for places in micro_batches:
+        groups = {i // 4 for i in places}
+        assert sorted(places) == sorted(4 * group + k for group in groups for k in range(4))
+
+
+def test_a_phase_keeps_the_groups_that_are_asked_for():
+    phase = Phase([5, 7, 9], 4, list(range(6)), torch.arange(6.0), None, [False] * 6, 6)  # type: ignore[arg-type]
+    kept = phase.only([2, 0], 2)
+    assert kept.chosen == [9, 5] and kept.responses == [4, 5, 0, 1] and kept.drawn == 6
+    assert kept.grades is not None and kept.grades.tolist() == [4, 5, 0, 1]
+    assert kept.and_also(phase).chosen == [9, 5, 5, 7, 9] and kept.and_also(phase).drawn == 12
