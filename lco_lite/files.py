@@ -4,8 +4,6 @@ A process killed at any instant leaves the old content or the new, never half of
 names is dealt with by ``recover`` when the run is opened again. Failures of the disk become one message with the path.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

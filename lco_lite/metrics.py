@@ -49,13 +49,13 @@ METRICS: dict[str, str] = {
 
 
 class JsonLog:
-    """Appends JSON objects to ``path``, one a line, each at once. Each carries its ``step``; several may share one.
+    """Appends JSON objects to ``path``, one a line, each at once. Each has its ``step``, which others may share.
 
     ``done`` is the step of the checkpoint that the stage goes on from, 0 for a stage that starts: lines of later steps
     belong to work that is done again and are dropped, and so is a last line that was cut short. NaN and infinities are
     written as null. Raises LcoError on a full disk, UsageError without permission.
 
-    A kill loses no line. A power cut may lose the last ones: no weight depends on them, so no step waits for the disk.
+    A kill loses no line. A power cut may lose the last ones: no weight depends on them, so none waits for the disk.
     """
 
     def __init__(self, path: Path, done: int) -> None:

@@ -4,8 +4,6 @@ A function is named ``FILE.py:NAME`` in a recipe or on the command line. One who
 its own: ``LineWorker`` is the caller's side, ``serve`` the process's; as a program this file serves a reward function.
 """
 
-from __future__ import annotations
-
 import atexit
 import importlib.util
 import json

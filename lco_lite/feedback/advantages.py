@@ -4,8 +4,6 @@ Legend: N responses, in groups of G to a prompt, one after the other; T tokens, 
 response's number, in order; V tokens of the vocabulary, d_r hidden of the reward model.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Feedback that is one number a response: by rule, by a function of the user's, by a sequence classifier."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -9,8 +9,6 @@ and the win rate is the mean of sigmoid(theta + psi * difficulty_i): the length 
 standard normal prior (a ridge of 1), theta one so wide that it only keeps it finite where every score is the same.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

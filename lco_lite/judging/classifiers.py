@@ -1,7 +1,5 @@
 """Classification models as reward models: how they are loaded, and one number for a whole response."""
 
-from __future__ import annotations
-
 import bisect
 import re
 from collections.abc import Callable, Sequence

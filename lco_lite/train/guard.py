@@ -3,8 +3,6 @@
 Pure: metrics in, warnings out. Each is said once and again only after it recovered.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping
