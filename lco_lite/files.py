@@ -156,8 +156,7 @@ def _concerns(error: OSError, path: Path) -> bool:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """All objects, in the order of the file, so that object i stands in line i + 1; empty lines are allowed at the end
-    only.
+    """All objects in the order of the file: object i stands in line i + 1. Only at the end may lines be empty.
 
     Raises DataError for a file that is missing, unreadable or empty, and for a line that is no JSON object in UTF-8.
     """
@@ -217,5 +216,5 @@ class JsonLines:
 
 
 def json_line(value: dict[str, Any]) -> bytes:
-    """``value`` and a line end, in UTF-8; lone surrogates become question marks. NaN and infinities raise ValueError."""
+    """``value`` and a line end in UTF-8, lone surrogates as question marks. ValueError for NaN and infinities."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
