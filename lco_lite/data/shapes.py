@@ -1,4 +1,4 @@
-"""One row to a demonstration, preference pairs or a prompt, whatever of the common shapes it has.
+"""One row to a demonstration, preference pairs or a prompt, whichever of the common shapes it has.
 
 =================  ==============================================================================================
 demonstrations     ``prompt`` + ``completion`` | ``response`` | ``output``; ``instruction`` (+ ``input``) + ``output``;
@@ -9,20 +9,18 @@ preferences        ``chosen`` + ``rejected``, with ``prompt`` | ``question`` | `
 prompts            ``prompt`` | ``question`` | ``problem`` | ``instruction``; ``messages`` or ``conversations``
 =================  ==============================================================================================
 
-A row's own system message stands in its turns or in ``system``, and goes before the recipe's. What a row lacks is a
-DataError that begins with ``at``, its file and line.
+The functions take a row and its place ``at`` (file and line), with which the DataError for an unusable row begins.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, TypeAlias
 
 from lco_lite.errors import DataError
 from lco_lite.models.chat import Message, conversation
+from lco_lite.tasks.base import Item
 from lco_lite.tasks.qa_feedback import qa_prompt
 
 PROMPTS = ("prompt", "question", "problem", "instruction")
@@ -46,14 +44,23 @@ class Preference:
     rejected: str
 
 
-def demonstration(row: Row, system: str | None, at: str) -> Demonstration:
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation up to the response; ``item`` where a task can grade the response; the data row it came from."""
+
+    messages: Sequence[Message]
+    item: Item | None = None
+    row: Row = field(default_factory=dict)
+
+
+def demonstration(row: Row, at: str) -> Demonstration:
     for key in RESPONSES:
         if key in row:
-            return Demonstration(prompt(row, system, at), _response(row[key], f"{at}, field {key}"))
+            return Demonstration(prompt(row, at).messages, _response(row[key], f"{at}, field {key}"))
     if "chosen" in row:
-        pair = _pair(row, system, at)
-        return Demonstration(pair.messages, pair.chosen)
-    turns = _turns(row, at)
+        preference = _preference(row, at)
+        return Demonstration(preference.messages, preference.chosen)
+    turns = _conversation(row, at)
     if turns is None:
         raise DataError(
             f"{at}: no response: one of {', '.join(RESPONSES)}, chosen or messages is needed, found {_keys(row)}"
@@ -61,59 +68,59 @@ def demonstration(row: Row, system: str | None, at: str) -> Demonstration:
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
         roles = ", ".join(turn["role"] for turn in turns)
         raise DataError(f"{at}: a demonstration ends with an assistant turn after a user's, found roles {roles}")
-    return Demonstration(_with_system(turns[:-1], row, system, at), turns[-1]["content"])
+    return Demonstration(turns[:-1], turns[-1]["content"])
 
 
-def preferences(row: Row, system: str | None, at: str) -> list[Preference]:
+def preferences(row: Row, at: str) -> list[Preference]:
     """The pairs of one row: one, or one a comparison where a row compares several answers."""
     if "preference" in row and "prediction 1" in row:
-        return _compared(row, system, at)
-    return [_pair(row, system, at)]
+        return _compared(row, at)
+    return [_preference(row, at)]
 
 
-def _pair(row: Row, system: str | None, at: str) -> Preference:
-    for key in ("chosen", "rejected"):
-        if key not in row:
-            raise DataError(f"{at}: field {key} is missing, found {_keys(row)}")
-    if is_transcript(row["chosen"]):
-        return _of_transcripts(row, system, at)
-    chosen = _response(row["chosen"], f"{at}, field chosen")
-    rejected = _response(row["rejected"], f"{at}, field rejected")
-    if any(row.get(key) for key in (*PROMPTS, *CONVERSATIONS)):
-        return Preference(prompt(row, system, at), chosen, rejected)
-    if isinstance(row["chosen"], list) and len(row["chosen"]) > 1:
-        shared = _as_turns(row["chosen"][:-1], f"{at}, field chosen")
-        return Preference(_with_system(shared, row, system, at), chosen, rejected)
-    raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)}, conversations, or whole conversations in chosen")
-
-
-def prompt(row: Row, system: str | None, at: str) -> list[Message]:
-    """The conversation up to the response."""
-    turns = _turns(row, at)
+def prompt(row: Row, at: str) -> Prompt:
+    """The conversation up to the response; an answer that the row has is left out."""
+    turns = _conversation(row, at)
     if turns is not None:
-        return _with_system(turns[:-1] if turns[-1]["role"] == "assistant" else turns, row, system, at)
+        asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        if not asked:
+            raise DataError(f"{at}: a prompt ends with a user's turn, found an assistant's alone")
+        return Prompt(asked, row=row)
     for key in PROMPTS:
         value = row.get(key)
         if isinstance(value, list):
-            return _with_system(_as_turns(value, f"{at}, field {key}"), row, system, at)
+            return Prompt(_turns(value, f"{at}, field {key}"), row=row)
         if isinstance(value, str) and value.strip():
             more = row.get("input") if key == "instruction" else None
-            text = f"{value}\n\n{more}" if more else value
-            return _with_system(list(conversation(text)), row, system, at)
+            return Prompt(conversation(f"{value}\n\n{more}" if more else value), row=row)
     raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)} or messages is needed, found {_keys(row)}")
 
 
-def _of_transcripts(row: Row, system: str | None, at: str) -> Preference:
-    if not is_transcript(row["rejected"]):
-        raise DataError(f"{at}, field rejected: a transcript is needed, as chosen is, found {row['rejected']!r:.80}")
-    try:
-        shared, chosen, rejected = parted(transcript(row["chosen"]), transcript(row["rejected"]))
-    except ValueError as e:
-        raise DataError(f"{at}: {e}") from e
-    return Preference(_with_system(shared, row, system, at), chosen, rejected)
+def with_system(messages: Sequence[Message], row: Row, system: str | None, at: str) -> Sequence[Message]:
+    """``messages`` after a system message: their own, else the row's field ``system``, else ``system``."""
+    own = row.get("system")
+    if own is not None and not isinstance(own, str):
+        raise DataError(f"{at}, field system: a text is needed, found {own!r:.80}")
+    text = own or system
+    return [{"role": "system", "content": text}, *messages] if text and messages[0]["role"] != "system" else messages
 
 
-def _compared(row: Row, system: str | None, at: str) -> list[Preference]:
+def _preference(row: Row, at: str) -> Preference:
+    for key in ("chosen", "rejected"):
+        if key not in row:
+            raise DataError(f"{at}: field {key} is missing, found {_keys(row)}")
+    if _is_transcript(row["chosen"]):
+        return _of_transcripts(row, at)
+    chosen = _response(row["chosen"], f"{at}, field chosen")
+    rejected = _response(row["rejected"], f"{at}, field rejected")
+    if any(row.get(key) for key in (*PROMPTS, *CONVERSATIONS)):
+        return Preference(prompt(row, at).messages, chosen, rejected)
+    if isinstance(row["chosen"], list) and len(row["chosen"]) > 1:
+        return Preference(_turns(row["chosen"][:-1], f"{at}, field chosen"), chosen, rejected)
+    raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)}, conversations, or whole conversations in chosen")
+
+
+def _compared(row: Row, at: str) -> list[Preference]:
     """FG-RLHF: ``preference`` has, for each two of the predictions, 1 or 2 for the better one and 0 for neither."""
     names = sorted((key for key in row if key.startswith("prediction ")), key=lambda key: (len(key), key))
     answers = [_response(row[name], f"{at}, field {name}") for name in names]
@@ -127,30 +134,30 @@ def _compared(row: Row, system: str | None, at: str) -> list[Preference]:
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{at}, field question: a text is needed, found {question!r:.80}")
     try:
-        messages = _with_system(list(conversation(qa_prompt(question, row.get("passages") or []))), row, system, at)
+        messages = conversation(qa_prompt(question, row.get("passages") or []))
     except ValueError as e:
         raise DataError(f"{at}: {e}") from e
-    judged = zip(pairs, labels, strict=True)
-    return [Preference(messages, *(pair if label == 1 else pair[::-1])) for pair, label in judged if label]
+    compared = zip(pairs, labels, strict=True)
+    return [Preference(messages, *(pair if label == 1 else pair[::-1])) for pair, label in compared if label]
 
 
 def _response(value: Any, at: str) -> str:
     if isinstance(value, str) and value.strip():
         return value
-    turns = _as_turns([value] if isinstance(value, Mapping) else value, at)
+    turns = _turns([value] if isinstance(value, Mapping) else value, at)
     if turns[-1]["role"] != "assistant":
         raise DataError(f"{at}: ends with a turn of {turns[-1]['role']}; the assistant's is needed")
     return turns[-1]["content"]
 
 
-def _turns(row: Row, at: str) -> list[Message] | None:
+def _conversation(row: Row, at: str) -> list[Message] | None:
     for key in CONVERSATIONS:
         if row.get(key):
-            return _as_turns(row[key], f"{at}, field {key}")
+            return _turns(row[key], f"{at}, field {key}")
     return None
 
 
-def _as_turns(value: Any, at: str) -> list[Message]:
+def _turns(value: Any, at: str) -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise DataError(f"{at}: text or a list of turns is needed, found {value!r:.80}")
     turns: list[Message] = []
@@ -163,48 +170,40 @@ def _as_turns(value: Any, at: str) -> list[Message]:
     return turns
 
 
-def _with_system(turns: list[Message], row: Row, system: str | None, at: str) -> list[Message]:
-    own = row.get("system")
-    if own is not None and not isinstance(own, str):
-        raise DataError(f"{at}, field system: a text is needed, found {own!r:.80}")
-    text = own or system
-    return [{"role": "system", "content": text}, *turns] if text and turns[0]["role"] != "system" else turns
-
-
 def _keys(row: Row) -> str:
     return ", ".join(row) or "no fields"
 
 
+# HH-RLHF: the whole conversation in one text, "\n\nHuman: … \n\nAssistant: …"
+
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):[ \t]?")
-_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
-def is_transcript(value: Any) -> bool:
+def _is_transcript(value: Any) -> bool:
     return isinstance(value, str) and _SPEAKER.match(value) is not None
 
 
-def transcript(text: str) -> list[Message]:
-    """Its turns. Of several in a row by one speaker the texts are joined; a turn may be empty."""
-    parts = _SPEAKER.split(text)[1:]
+def _of_transcripts(row: Row, at: str) -> Preference:
+    """The prompt is what both share; the responses are the turns in which they first differ, or the last."""
+    if not _is_transcript(row["rejected"]):
+        raise DataError(f"{at}, field rejected: a transcript is needed, as chosen is, found {row['rejected']!r:.80}")
+    chosen, rejected = _spoken(row["chosen"]), _spoken(row["rejected"])
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == 0 or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
+        raise DataError(f"{at}: chosen and rejected part where the assistant does not answer the user")
+    return Preference(chosen[:shared], chosen[shared]["content"], rejected[shared]["content"])
+
+
+def _spoken(transcript: str) -> list[Message]:
+    """Its turns, which may be empty; turns in a row by one speaker are joined."""
+    parts = _SPEAKER.split(transcript)[1:]
     turns: list[dict[str, str]] = []
     for speaker, said in zip(parts[::2], parts[1::2], strict=True):
-        role, said = _SPEAKERS[speaker], said.strip()
+        role, said = "user" if speaker == "Human" else "assistant", said.strip()
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] = f"{turns[-1]['content']}\n\n{said}".strip()
         else:
             turns.append({"role": role, "content": said})
     return list(turns)
-
-
-def parted(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
-    """(prompt, chosen response, rejected response): what both share, and the two turns in which they first differ.
-
-    Two that are the same part at their last turn. Raises ValueError where that is no turn of the assistant after one
-    of the user.
-    """
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == 0 or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
-        raise ValueError("chosen and rejected part where the assistant does not answer the user")
-    return chosen[:shared], chosen[shared]["content"], rejected[shared]["content"]

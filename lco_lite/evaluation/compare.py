@@ -3,8 +3,6 @@
 A and B are stages of one run (``sft``, ``rl-lch``) or ``RUN/STAGE``. What is told is B less A.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

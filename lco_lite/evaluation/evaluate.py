@@ -8,8 +8,6 @@ A batch is on disk as soon as it is graded. The batches and their random numbers
 score that was stopped anywhere goes on with the next batch and ends in the same lines as one that was not.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -150,14 +148,14 @@ def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
             passes.setdefault(row["seed"], []).append(row)
     else:
         passes = respond_to_all(ctx, task, stage, prompts, asked, started)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in passes.values() for row in rows)
+        write_text(rows_file, "".join(lines))
     result = {"task": task.name, "stage": stage} | summarise(list(passes.values()), len(prompts), settings.samples)
     if settings.scoring == "likelihood":
         result |= main_first({"accuracy": result["metrics"]["pass@1"]})
     elif not task.graded:
         result |= _tasks_own(ctx, task, file.with_suffix(".files"), passes)
     result["settings"] = asked
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in passes.values() for row in rows)
-    write_text(rows_file, "".join(lines))
     write_json(file, result)
     remove(started)
     return result

@@ -4,8 +4,6 @@ A score without its prompt cannot be repeated, so what it rests on goes into eve
 only while nothing of that has changed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

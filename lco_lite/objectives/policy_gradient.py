@@ -15,8 +15,6 @@ rloo        the same with one ρ a sequence, Π ρ_t               over sequence
 Ratios differ from 1 only from the second update of a rollout on: with one update a phase the clip never acts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any

@@ -61,12 +61,12 @@ class QaFeedback(Task):
 def _rewards(name: str, rows: Sequence[Mapping[str, Any]], settings: Eval, console: Console) -> list[Reward]:
     import torch
 
-    from lco_lite.judging.classifiers import RewardModel, Text, clauses, sentences
+    from lco_lite.judging.classifiers import SegmentClassifier, Text, clauses, sentences
 
     path = getattr(settings.reward_models, name)
     console.note(f"{name}: {path} scores {len(rows)} answers")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = RewardModel(path, clauses if name == "relevance" else sentences, device)
+    model = SegmentClassifier(path, clauses if name == "relevance" else sentences, device)
     # FG-RLHF's model of relevance reads the question alone
     contexts = ["" if name == "relevance" else _context(row["row"]["passages"]) for row in rows]
     answers = [row["response"].rpartition("</think>")[2].strip() for row in rows]
