@@ -5,8 +5,6 @@ state and the random states) and ``state.json`` (step, positions in the data, sh
 one ends with the same weights as one that was never stopped, bit for bit on a CPU.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -1,7 +1,5 @@
 """What a run would do (``--dry-run``): the resolved recipe, one example as the model sees it, each stage's work."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What a run was made with: versions, device and memory, the git commit. The same facts that a bug report needs."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

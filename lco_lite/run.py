@@ -250,7 +250,7 @@ _NO_MATTER = {
     "reward_timeout",
 }
 # left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
-_NEWER = {"rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
+_NEWER: dict[str, Any] = {"rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
 
 
 def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Functions of the user's own, named ``FILE.py:NAME`` in a recipe or on the command line."""
 
-from __future__ import annotations
-
 import atexit
 import importlib.util
 import json

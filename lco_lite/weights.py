@@ -12,8 +12,6 @@ reference       what the reward model started from       start
 A model from scratch is trained whole by sft; from there on it is a base like any other.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch.nn import Parameter

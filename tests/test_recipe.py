@@ -12,7 +12,6 @@ from lco_lite.recipe import UNGRADED, Recipe, Section
 from lco_lite.recipe.file import dump, load_recipe, override, parse_yaml, validate, write_yaml
 from lco_lite.recipe.rl import METHOD_DEFAULTS
 from lco_lite.tasks import load_task, task_names
-from lco_lite.tasks.base import grades
 
 ROOT = Path(__file__).parent.parent
 SMALL = "task: arithmetic\nmodel: {init: {}}\n"
@@ -146,7 +145,7 @@ def test_without_right_and_wrong_there_is_no_rule_and_no_sampled_pair(tmp_path, 
 def test_tasks_without_right_and_wrong_are_those_that_make_their_own_metrics():
     of_a_users_own = {"custom"}  # has a grader by construction, and needs a file
     names = set(task_names()) - of_a_users_own
-    assert {name for name in names if not grades(load_task(name))} == set(UNGRADED)
+    assert {name for name in names if not load_task(name).graded} == set(UNGRADED)
 
 
 def test_a_long_value_is_shown_in_part(tmp_path):

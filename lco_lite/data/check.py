@@ -4,8 +4,6 @@ Of every source: lengths, rows that do not fit, duplicates, pairs without contra
 and which rows are evaluation items of the tasks that the recipe scores.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias

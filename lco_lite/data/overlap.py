@@ -7,8 +7,6 @@ shares half of the item's words in such runs, as Tülu 3 has it (Lambert et al. 
 words overlap by the same text only. What a task writes around every problem does not count.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ A task's training items are shuffled once by the seed; sft takes the first ``sft
 the rest (all of them where sft leaves none). Held-out items are the task's ``test`` split and never trained on.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass

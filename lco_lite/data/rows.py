@@ -12,8 +12,6 @@ prompts            ``prompt`` | ``question`` | ``problem`` | ``instruction``; ``
 What a row lacks is a DataError that begins with ``at``, its file and line.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,6 @@
 A and B are stages of one run (``sft``, ``rl-lch``) or ``RUN/STAGE``. What is told is B less A.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,8 @@ from torch import Tensor
 from lco_lite.console import Console
 from lco_lite.errors import UsageError
 from lco_lite.evaluation.prompts import score_name
+from lco_lite.evaluation.summary import Graded
+from lco_lite.files import read_jsonl
 from lco_lite.run import Run, differences, flat
 from lco_lite.tasks import load_task
 
@@ -25,23 +25,21 @@ _SHOWN = 20
 _WIDTH = 40
 _SAME_SCORE = ("sampling", "protocol", "items")
 
-Rows = Sequence[Mapping[str, Any]]
-
 
 @dataclass(frozen=True)
-class Scored:
-    """A score as it lies in a run."""
+class Score:
+    """As it lies in a run: the result, and the graded responses that it is made of."""
 
     label: str
     result: Mapping[str, Any]
-    rows: Rows
+    responses: Sequence[Graded]
 
     def by_seed(self) -> dict[int, dict[str, float]]:
         """seed -> item -> share of its samples that are right."""
-        found: dict[int, dict[str, list[bool]]] = {}
-        for row in self.rows:
-            found.setdefault(row["seed"], {}).setdefault(row["id"], []).append(row["right"])
-        return {seed: {i: fmean(right) for i, right in items.items()} for seed, items in found.items()}
+        verdicts: dict[int, dict[str, list[bool]]] = {}
+        for r in self.responses:
+            verdicts.setdefault(r["seed"], {}).setdefault(r["id"], []).append(r["right"])
+        return {seed: {i: fmean(right) for i, right in items.items()} for seed, items in verdicts.items()}
 
 
 def compare_scores(
@@ -54,39 +52,45 @@ def compare_scores(
     as_json: bool,
 ) -> None:
     """Both scores, their difference and the answers that flipped, a task after the other."""
-    named = _tasks(runs, name, tasks)
-    found = {task: compare(*(find(runs, name, task, which, scoring) for which in pair)) for task in named}
-    for task, (result, warnings) in found.items():
+    if not tasks:
+        own = (Run(runs / name) if name else Run.newest(runs)).recipe().task
+        if own is None:
+            raise UsageError("eval --compare: name a task: the run's recipe has none")
+        tasks = [own]
+    results = {}
+    for task in tasks:
+        a, b = (find(runs, name, task, which, scoring) for which in pair)
+        results[task], warnings = compare(a, b)
         for line in warnings:
             console.warn(f"{task}: {line}")
-        if not as_json:
-            show(console, task, result)
     if as_json:
-        console.emit({task: result for task, (result, _) in found.items()})
+        return console.emit(results)
+    for task, result in results.items():
+        show(console, task, result)
 
 
-def find(runs: Path, name: str | None, task: str, which: str, scoring: str = "generation") -> Scored:
+def find(runs: Path, name: str | None, task: str, which: str, scoring: str) -> Score:
     """The score of STAGE or RUN/STAGE. UsageError with the command that makes it where it is not there."""
     run_name, _, stage = which.rpartition("/")
     run_name = run_name or name or Run.newest(runs).name
-    if not stage or not (runs / run_name).is_dir():
+    run = Run(runs / run_name)
+    if not stage or not run.path.is_dir():
         raise UsageError(
             f"--compare {which}: a stage of the run, or RUN/STAGE; there is no run {run_name!r} in {runs}/"
         )
-    file = Run(runs / run_name).eval_path(score_name(load_task(task).name, scoring), stage)
-    rows = file.with_suffix(".rows.jsonl")
-    if not file.exists() or not rows.exists():
-        whose = f"--policy {stage}" if Run(runs / run_name).has_recipe() else "--model MODEL"
+    file = run.eval_path(score_name(load_task(task).name, scoring), stage)
+    responses = file.with_suffix(".rows.jsonl")
+    if not file.exists() or not responses.exists():
+        whose = f"--policy {stage}" if run.has_recipe() else "--model MODEL"
         whose += " --scoring likelihood" if scoring == "likelihood" else ""
         raise UsageError(
             f"run {run_name} has no score of {stage} on {task} yet; this makes it:\n"
             f"  lco-lite eval {task} {whose} --name {run_name}" + ("" if str(runs) == "runs" else f" --runs {runs}")
         )
-    lines = rows.read_text(encoding="utf-8").split("\n")[:-1]
-    return Scored(which, json.loads(file.read_text(encoding="utf-8")), [json.loads(line) for line in lines])
+    return Score(which, json.loads(file.read_text(encoding="utf-8")), read_jsonl(responses))
 
 
-def compare(a: Scored, b: Scored) -> tuple[dict[str, Any], list[str]]:
+def compare(a: Score, b: Score) -> tuple[dict[str, Any], list[str]]:
     """(result for ``--json``, warnings). UsageError where the two have not answered the same items."""
     warnings = _check(a, b)
     n, seeds_a, seeds_b = a.result["n"], a.by_seed(), b.by_seed()
@@ -95,45 +99,45 @@ def compare(a: Scored, b: Scored) -> tuple[dict[str, Any], list[str]]:
         warnings.append(f"{a.label} has other seeds than {b.label}: items are drawn again, seeds are averaged over")
         seeds_a, seeds_b = {0: _item_means(seeds_a)}, {0: _item_means(seeds_b)}
     ids = sorted({i for scores in (*seeds_a.values(), *seeds_b.values()) for i in scores})
-    columns = [[seeds_b[s].get(i, 0.0) - seeds_a[s].get(i, 0.0) for i in ids] for s in seeds_a]
-    grid = torch.zeros(n, len(columns), dtype=torch.float64)  # what fits neither window is wrong for both
+    columns = [[seeds_b[seed].get(i, 0.0) - seeds_a[seed].get(i, 0.0) for i in ids] for seed in seeds_a]
+    grid = torch.zeros(n, len(columns), dtype=torch.float64)  # [N, S]; what fits neither window is wrong for both
     grid[: len(ids)] = torch.tensor(columns, dtype=torch.float64).T
-    by_item = grid.mean(1)
+    by_item = grid.mean(1)  # [N]
     wins, losses = int((by_item > 1e-12).sum()), int((by_item < -1e-12).sum())
-    found = paired_bootstrap(grid)
+    difference = paired_bootstrap(grid)
     result = {
         "a": a.label,
         "b": b.label,
         "mean_a": a.result["mean"],
         "mean_b": b.result["mean"],
-        "difference": found.mean,
-        "interval": [found.low, found.high],
-        "p": found.p,
+        "difference": difference.mean,
+        "interval": [difference.low, difference.high],
+        "p": difference.p,
         "resamples": RESAMPLES,
         "items": n,
         "seeds": len(columns) if paired else None,
         "wins": wins,
         "losses": losses,
         "ties": n - wins - losses,
-        "flipped": flipped(a.rows, b.rows),
+        "flipped": flipped(a.responses, b.responses),
     }
     return result, warnings
 
 
-def flipped(a: Rows, b: Rows) -> list[dict[str, Any]]:
+def flipped(a: Sequence[Graded], b: Sequence[Graded]) -> list[dict[str, Any]]:
     """Responses of which one is right and the other is not: the same item, pass and sample, in A's order."""
-    other = dict(zip(_places(b), b, strict=True))
+    by_place_b = _by_place(b)
     return [
         {
-            "id": row["id"],
-            "seed": row["seed"],
-            "gold": row["gold"],
-            "a": row["extracted"],
-            "b": other[place]["extracted"],
-            "right": "a" if row["right"] else "b",
+            "id": of_a["id"],
+            "seed": of_a["seed"],
+            "gold": of_a["gold"],
+            "a": of_a["extracted"],
+            "b": of_b["extracted"],
+            "right": "a" if of_a["right"] else "b",
         }
-        for place, row in zip(_places(a), a, strict=True)
-        if place in other and row["right"] != other[place]["right"]
+        for place, of_a in _by_place(a).items()
+        if (of_b := by_place_b.get(place)) is not None and of_a["right"] != of_b["right"]
     ]
 
 
@@ -154,21 +158,12 @@ def show(console: Console, task: str, result: Mapping[str, Any]) -> None:
         console.table(f"answers that flipped{more}", ["item", "seed", "gold", result["a"], result["b"]], cells)
 
 
-def _tasks(runs: Path, name: str | None, tasks: Sequence[str] | None) -> list[str]:
-    if tasks:
-        return list(tasks)
-    own = (Run(runs / name) if name else Run.newest(runs)).recipe().task
-    if own is None:
-        raise UsageError("eval --compare: name a task: the run's recipe has none")
-    return [own]
-
-
-def _check(a: Scored, b: Scored) -> list[str]:
+def _check(a: Score, b: Score) -> list[str]:
     """What to warn of. UsageError where the scores cannot be set against each other."""
     for one in (a, b):
         if one.result.get("own"):
             raise UsageError(f"--compare: task {one.result['task']} is not right or wrong item by item")
-    golds = [{row["id"]: row["gold"] for row in one.rows} for one in (a, b)]
+    golds = [{r["id"]: r["gold"] for r in one.responses} for one in (a, b)]
     same = a.result["settings"]["items"] == b.result["settings"]["items"]
     if a.result["n"] != b.result["n"] or not (same or golds[0] == golds[1]):
         raise UsageError(
@@ -185,10 +180,10 @@ def _item_means(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     return {i: fmean(scores[i] for scores in by_seed.values()) for i in ids}
 
 
-def _places(rows: Rows) -> list[tuple[str, int, int]]:
-    """(item, number of the pass, sample): passes are counted, since their seeds may differ."""
-    passes = {seed: k for k, seed in enumerate(dict.fromkeys(row["seed"] for row in rows))}
-    return [(row["id"], passes[row["seed"]], row["sample"]) for row in rows]
+def _by_place(responses: Sequence[Graded]) -> dict[tuple[str, int, int], Graded]:
+    """By (item, number of the pass, sample): passes are counted, since their seeds may differ."""
+    passes = {seed: k for k, seed in enumerate(dict.fromkeys(r["seed"] for r in responses))}
+    return {(r["id"], passes[r["seed"]], r["sample"]): r for r in responses}
 
 
 def _short(text: str | None) -> str:

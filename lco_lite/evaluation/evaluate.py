@@ -8,8 +8,6 @@ A batch is on disk as soon as it is graded. The batches and their random numbers
 score that was stopped anywhere goes on with the next batch and ends in the same lines as one that was not.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +29,7 @@ from lco_lite.rollout.engine import Engine, Sampling, in_order, open_engine
 from lco_lite.rollout.lockstep import optimal_policy
 from lco_lite.sequences import seeded
 from lco_lite.tasks import load_task
-from lco_lite.tasks.base import Item, Task, grades
+from lco_lite.tasks.base import Item, Task
 
 # which policy on which tasks, and how the scores are shown
 
@@ -106,8 +104,7 @@ def _task_file(recipe: Recipe, name: str) -> str | None:
 
 def _check(ctx: Context, task: Task, n: int) -> None:
     """Whether all is there that scoring ``n`` items will need. Raises what the task raises."""
-    if hasattr(task, "check"):
-        task.check(ctx.recipe.eval, n, _passes(ctx.recipe.eval), ctx.console)
+    task.check(ctx.recipe.eval, n, _passes(ctx.recipe.eval), ctx.console)
 
 
 def _passes(settings: Eval) -> int:
@@ -151,14 +148,14 @@ def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
             passes.setdefault(row["seed"], []).append(row)
     else:
         passes = respond_to_all(ctx, task, stage, prompts, asked, started)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in passes.values() for row in rows)
+        write_text(rows_file, "".join(lines))
     result = {"task": task.name, "stage": stage} | summarise(list(passes.values()), len(prompts), settings.samples)
     if settings.scoring == "likelihood":
         result |= main_first({"accuracy": result["metrics"]["pass@1"]})
-    elif not grades(task):
+    elif not task.graded:
         result |= _tasks_own(ctx, task, file.with_suffix(".files"), passes)
     result["settings"] = asked
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in passes.values() for row in rows)
-    write_text(rows_file, "".join(lines))
     write_json(file, result)
     remove(started)
     return result
@@ -261,7 +258,7 @@ def respond(
 
 
 def _refuse_meaningless(task: Task, stage: str, settings: Eval) -> None:
-    if settings.samples > 1 and not grades(task):
+    if settings.samples > 1 and not task.graded:
         raise UsageError(
             f"eval.samples: task {task.name} is not right or wrong, so pass@k and maj@k do not exist for it"
         )
@@ -299,7 +296,7 @@ def _fitting(
     if not fitting:
         raise DataError(f"no item of {task.name} fits the model's window of {window} tokens")
     if left_out := len(questions) - len(fitting):
-        verdict = "count as wrong" if grades(task) else "are left out"
+        verdict = "count as wrong" if task.graded else "are left out"
         ctx.console.warn(f"{left_out} of {len(questions)} items do not fit the window and {verdict}")
     return fitting
 
@@ -317,7 +314,7 @@ def _sampling(settings: Eval, task: Task) -> Sampling:
 # tasks that are not right or wrong
 
 
-def _tasks_own(ctx: Context, task: Any, files: Path, passes: Mapping[int, Sequence[Graded]]) -> dict[str, Any]:
+def _tasks_own(ctx: Context, task: Task, files: Path, passes: Mapping[int, Sequence[Graded]]) -> dict[str, Any]:
     """The part of a result that the task makes of each pass: its metrics, the first of them the main one.
 
     What it writes besides is in a folder of ``files`` for each seed.

@@ -5,8 +5,6 @@ tokens where the tokenizer needs several. Nothing is sampled, and no more logits
 Legend: N items, C choices, d hidden width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

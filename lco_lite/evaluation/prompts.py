@@ -4,8 +4,6 @@ A score without its prompt cannot be repeated, so what it rests on goes into eve
 only while nothing of that has changed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json
@@ -19,11 +17,11 @@ from lco_lite import __version__
 from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, system_text
 from lco_lite.errors import DataError, UsageError
+from lco_lite.grading.math import grade_math, grade_rounded
 from lco_lite.models.chat import conversation
 from lco_lite.recipe import Eval, Recipe
-from lco_lite.tasks.base import Item, Task, grade_math
+from lco_lite.tasks.base import Item, Task
 from lco_lite.tasks.custom import UsersGrader
-from lco_lite.tasks.mathematics import grade_rounded
 
 
 def score_name(task: str, scoring: str) -> str:
@@ -38,29 +36,25 @@ def eval_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
     """
     settings = recipe.eval
     template, system = eval_template(task, settings), eval_system(recipe, task)
-    if getattr(task, "template", template) != template:
-        task = replace(task, template=template)  # type: ignore[type-var]
+    if task.template != template:
+        task = replace(task, template=template)
     examples_of = worked_examples(task, settings.few_shot)
-
-    def turn(item: Item) -> str:
-        return item.prompt if hasattr(task, "template") else template.replace("{problem}", item.prompt)
 
     prompts = []
     for item in task.items("test")[: settings.items]:
         turns = [*examples_of(item), item]
-        messages = conversation(turn(turns[0]), system)
+        messages = conversation(turns[0].prompt, system)
         for example, following in pairwise(turns):
             answer = example.gold if settings.scoring == "likelihood" else example.demonstration or ""
-            messages += [{"role": "assistant", "content": answer}, *conversation(turn(following))]
+            messages += [{"role": "assistant", "content": answer}, *conversation(following.prompt)]
         prompts.append(Prompt(messages, item))
     return prompts
 
 
 def eval_template(task: Task, settings: Eval) -> str:
     """What stands around ``{problem}`` in the user's turn."""
-    own = getattr(task, "template", "{problem}")
-    letter = getattr(task, "likelihood_template", None) if settings.scoring == "likelihood" else None
-    return settings.template or letter or own
+    letter = task.likelihood_template if settings.scoring == "likelihood" else None
+    return settings.template or letter or task.template
 
 
 def eval_system(recipe: Recipe, task: Task) -> str | None:
@@ -105,8 +99,8 @@ def score_settings(ctx: Context, task: Task, stage: str, prompts: Sequence[Promp
     settings = ctx.recipe.eval
     apart = {"tasks", "batch", "batch_tokens", "template", "system", "few_shot", "scoring"}
     apart |= {name for name in Eval.model_fields if name.startswith(("judge_", "reward_"))}
-    scored_by = {"scored_by": task.scored_by(settings)} if hasattr(task, "scored_by") else {}
-    return scored_by | {
+    scored_by = task.scored_by(settings)
+    return ({"scored_by": scored_by} if scored_by else {}) | {
         "made_by": _made_by(ctx, stage),
         "seed": ctx.recipe.seed,
         "sampling": settings.model_dump(exclude=apart),
@@ -131,7 +125,7 @@ def prompt_settings(recipe: Recipe, task: Task) -> dict[str, Any]:
 def grader_of(task: Task) -> dict[str, str]:
     """The name of what grades; for mathematics math-verify's version; for a function of the user's a digest of its
     file, since an edited grader makes another score."""
-    grader = getattr(task, "grader", type(task).grade)
+    grader: Any = task.grader or task.aggregate
     if isinstance(grader, UsersGrader):
         file = Path(grader.spec.rpartition(":")[0])
         return {"name": grader.spec, "file": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}

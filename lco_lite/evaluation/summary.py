@@ -1,7 +1,5 @@
 """Graded responses to numbers: pass@1, pass@k, maj@k, with their spread over seeds and their error over items."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter

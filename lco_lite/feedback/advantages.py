@@ -3,8 +3,6 @@
 Legend: N responses, in groups of G to a prompt, one after the other; T tokens, ``rows`` [T] the response of each.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

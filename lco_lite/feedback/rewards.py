@@ -1,7 +1,5 @@
 """Feedback that is one number a response: by rule, by a function of the user's, by a sequence classifier."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,10 +14,10 @@ from lco_lite.recipe import Rl
 from lco_lite.user_code import LineWorker, load_function
 
 Conversations = Sequence[Sequence[Message]]
-Rater = Callable[[Conversations, Sequence[Mapping[str, Any]], Sequence[str], Tensor | None], Tensor]
+RewardSource = Callable[[Conversations, Sequence[Mapping[str, Any]], Sequence[str], Tensor | None], Tensor]
 
 
-def open_rater(rl: Rl, device: torch.device) -> Rater | None:
+def reward_source(rl: Rl, device: torch.device) -> RewardSource | None:
     """(prompts, data rows, responses, the task's grades of ±1 if any) -> rewards, [N]; None for feedback on tokens."""
     if rl.feedback == "rule":
         return rule

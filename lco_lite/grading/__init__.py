@@ -1,8 +1,8 @@
 """Is this response right? A problem, the verdict on a response to it, and the graders, a file each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,6 @@ class Grade:
     right: bool
     extracted: str | None
     why: str
+
+
+Grader: TypeAlias = Callable[[str, Item], Grade]

@@ -1,22 +1,23 @@
 """The comparisons that need no algebra: text, numbers, lists, tuples, intervals, sets.
 
-``same`` answers yes, no, or None for "ask a computer algebra system". Most comparisons of a benchmark end here.
+``spell`` writes an answer in one spelling; ``equal`` answers yes, no, or None for "ask a computer algebra system". Most
+comparisons of a benchmark end here.
 """
 
 import re
-from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 _NAME = r"[A-Za-z]{1,3}(?:_(?:\w|\{\w+\}))?(?:\([a-z]\))?"
 _ASSIGNED = re.compile(rf"(?:{_NAME}|\({_NAME}(?:,{_NAME})*\))(?:=|\\in)")
 _FUNCTION = re.compile(r"([A-Za-z])\(([a-z])\)")
 _WORD = re.compile(r"\(?[A-Za-z](?:[A-Za-z' -]*[A-Za-z])?\)?")
 _OPTION = re.compile(r"\(?([A-Z])(?:\)|[.:](?=.)|(?= ))|\(?([A-Z])\)?$")
+_RELATION = re.compile(r"[=<>]|\\[lg]e|\\ne|\\in(?![a-z])")
 _UNORDERED = ("", r"\{")
 
 
-@dataclass(frozen=True)
-class Collection:
+class Collection(NamedTuple):
     r"""``opening`` and ``closing`` are the brackets: ``(``, ``[``, ``\{``, or nothing for a bare list."""
 
     opening: str
@@ -24,7 +25,7 @@ class Collection:
     closing: str
 
 
-def same(answer: str, gold: str) -> bool | None:
+def equal(answer: str, gold: str) -> bool | None:
     """Do two answers, spelled by ``spell``, agree? None where it takes algebra to tell."""
     a, g = _tight(answer), _tight(gold)
     if not a or not g:
@@ -32,19 +33,21 @@ def same(answer: str, gold: str) -> bool | None:
     a = _with_argument_of(a, g)
     if a == g:
         return True
-    if (assigned := _assignment_undone(a, g)) is not None:
-        return same(*assigned)
+    if (value := _assigned(a, g)) is not None:
+        return equal(value, g)
+    if (value := _assigned(g, a)) is not None:
+        return equal(a, value)
     if _equation_for_zero(a, g):
         return False
     x, y = number(a), number(g)
     if x is not None and y is not None:
-        return same_number(x, y)
+        return equal_numbers(x, y)
     if _WORD.fullmatch(gold):
-        return _same_words(answer, gold)
+        return _equal_words(answer, gold)
     c, d = _collection(a), _collection(g)
     if c is not None and d is not None:
-        return _same_items(c, d)
-    if c is not None and not c.opening and all(same(item, g) for item in c.items):
+        return _equal_items(c, d)
+    if c is not None and not c.opening and all(equal(item, g) for item in c.items):
         return True  # one answer in two forms: 3/2 or 1.5
     listed, single = (c, y) if c is not None else (d, x)
     return False if listed is not None and single is not None and r"\pm" not in a + g else None
@@ -64,14 +67,12 @@ def _with_argument_of(a: str, g: str) -> str:
     return re.sub(rf"(?<![A-Za-z\\]){f[2]}(?![A-Za-z])", h[2], a)
 
 
-def _assignment_undone(a: str, g: str) -> tuple[str, str] | None:
-    """Both without the ``x=`` or ``x \\in`` that one of them has and the other has not."""
-    m, n = _ASSIGNED.match(a), _ASSIGNED.match(g)
-    if m and not n and not re.search(r"[=<>]|\\[lg]e|\\ne|\\in(?![a-z])", g) and _single_relation(a):
-        return a[m.end() :], g
-    if n and not m and not re.search(r"[=<>]|\\[lg]e|\\ne|\\in(?![a-z])", a) and _single_relation(g):
-        return a, g[n.end() :]
-    return None
+def _assigned(text: str, other: str) -> str | None:
+    """``text`` without its ``x=`` or ``x \\in``; None where it has none, ``other`` has one too, or more is related."""
+    match = _ASSIGNED.match(text)
+    if match is None or _ASSIGNED.match(other) or _RELATION.search(other):
+        return None
+    return text[match.end() :] if len(re.findall(r"=|\\in(?![a-z])", text)) == 1 else None
 
 
 def _equation_for_zero(a: str, g: str) -> bool:
@@ -80,11 +81,7 @@ def _equation_for_zero(a: str, g: str) -> bool:
     return number(g) == number("0") == number(right) and re.search(r"[A-Za-z]", left) is not None
 
 
-def _single_relation(text: str) -> bool:
-    return len(re.findall(r"=|\\in(?![a-z])", text)) == 1
-
-
-def _same_words(answer: str, gold: str) -> bool | None:
+def _equal_words(answer: str, gold: str) -> bool | None:
     """Names, words and letters of options. A single letter may be a variable, so a formula is left to algebra."""
     letter, word = gold.strip("()"), answer.strip("() ")
     if max(len(letter), len(word)) > 1 and word.casefold() == letter.casefold():
@@ -125,12 +122,12 @@ def _split(text: str) -> list[str] | None:
     return [p for p in parts if p] if depth == 0 else None
 
 
-def _same_items(c: Collection, d: Collection) -> bool | None:
+def _equal_items(c: Collection, d: Collection) -> bool | None:
     if len(c.items) != len(d.items):
         return False if all(number(i) for i in (*c.items, *d.items)) else None
     if c.opening in _UNORDERED and d.opening in _UNORDERED:
-        return _same_unordered(list(c.items), list(d.items))
-    each = [same(i, j) for i, j in zip(c.items, d.items, strict=True)]
+        return _equal_unordered(list(c.items), list(d.items))
+    each = [equal(i, j) for i, j in zip(c.items, d.items, strict=True)]
     if False in each:
         return False
     if None in each:
@@ -138,11 +135,11 @@ def _same_items(c: Collection, d: Collection) -> bool | None:
     return (c.opening, c.closing) == (d.opening, d.closing) or {c.opening, d.opening} == {"", "("}
 
 
-def _same_unordered(left: list[str], right: list[str]) -> bool | None:
+def _equal_unordered(left: list[str], right: list[str]) -> bool | None:
     """Each item finds a partner of its own. Items that only algebra can match leave the question open."""
     open_question = False
     for item in left:
-        verdicts = [same(item, other) for other in right]
+        verdicts = [equal(item, other) for other in right]
         if True in verdicts:
             right.pop(verdicts.index(True))
         elif None in verdicts:
@@ -152,8 +149,7 @@ def _same_unordered(left: list[str], right: list[str]) -> bool | None:
     return None if open_question else True
 
 
-@dataclass(frozen=True)
-class Number:
+class Number(NamedTuple):
     """An exact value and how it was written: ``decimal`` may be rounded, ``percent`` keeps its numeral as the value."""
 
     value: Fraction
@@ -178,43 +174,40 @@ def number(text: str) -> Number | None:
     if _DECIMAL_COMMA.fullmatch(text):
         text = text.replace(",", ".")
     if m := _SIMPLE.fullmatch(text):
-        value = _value(m[2])
-        exponent = int(m[3] or 0)
-        return value and Number(_signed(m[1], value.value * Fraction(10) ** exponent), value.decimal, bool(m[4]))
+        return _scaled(m[1], m[2], m[3] or "0", bool(m[4]))
     if m := _POWER.fullmatch(text):
-        value = _value(m[2]) if m[2] else Number(Fraction(1))
-        exponent = int(m[3] or m[4])
-        return value and Number(_signed(m[1], value.value * Fraction(10) ** exponent), value.decimal)
+        return _scaled(m[1], m[2] or "1", m[3] or m[4])
     if m := _FRACTION.fullmatch(text):
-        return _quotient(m[1], int(m[2] or 0), m[3], m[4], bool(m[5]))
+        return _quotient(m[1], m[2] or "0", m[3], m[4], bool(m[5]))
     if m := _RATIO.fullmatch(text):
-        return _quotient(m[1], 0, m[2], m[3], bool(m[4]))
+        return _quotient(m[1], "0", m[2], m[3], bool(m[4]))
     if m := _REPEATING.fullmatch(text):
         head, period = Fraction(f"{m[2] or 0}.{m[3] or 0}"), Fraction(int(m[4]), 10 ** len(m[4]) - 1)
-        return Number(_signed(m[1], head + period / 10 ** len(m[3])))
+        return Number(int(f"{m[1]}1") * (head + period / 10 ** len(m[3])))
     return None
 
 
-def _value(digits: str) -> Number | None:
-    digits = digits.replace(",", "")
-    if not any(c.isdigit() for c in digits):
+def _scaled(sign: str, numeral: str, exponent: str, percent: bool = False) -> Number | None:
+    value = _value(numeral)
+    if value is None:
         return None
-    return Number(Fraction(digits.rstrip(".")), "." in digits)
+    return Number(int(f"{sign}1") * value * Fraction(10) ** int(exponent), "." in numeral, percent)
 
 
-def _signed(sign: str, value: Fraction) -> Fraction:
-    return -value if sign == "-" else value
-
-
-def _quotient(sign: str, whole: int, top: str, bottom: str, percent: bool) -> Number | None:
-    a, b = _value(top.lstrip("+-")), _value(bottom.lstrip("+-"))
-    if a is None or b is None or b.value == 0:
+def _quotient(sign: str, whole: str, top: str, bottom: str, percent: bool) -> Number | None:
+    a, b = _value(top), _value(bottom)
+    if a is None or not b:
         return None
-    value = _signed(top[0], a.value) / _signed(bottom[0], b.value)
-    return Number(_signed(sign, whole + value), a.decimal or b.decimal, percent)
+    return Number(int(f"{sign}1") * (int(whole) + a / b), "." in top + bottom, percent)
 
 
-def same_number(a: Number, b: Number) -> bool:
+def _value(numeral: str) -> Fraction | None:
+    """None for what has no digit, or two points."""
+    numeral = numeral.replace(",", "").rstrip(".")
+    return Fraction(numeral) if re.fullmatch(r"[-+]?(?:\d+|\d*\.\d+)", numeral) else None
+
+
+def equal_numbers(a: Number, b: Number) -> bool:
     """Equal; a decimal need only agree to 12 digits, so that 0.0833333333333333 is 1/12 and 0.3333 is not 1/3.
 
     The percent sign is a unit, as in the grader of the MATH paper: 50% is 50, and 0.5, but does not answer 1/2.
@@ -227,56 +220,38 @@ def same_number(a: Number, b: Number) -> bool:
     return a.value == b.value
 
 
-_UNICODE = str.maketrans(
-    {
-        "−": "-",
-        "–": "-",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "≠": r"\ne ",
-        "±": r"\pm ",
-        "∪": r"\cup ",
-        "∈": r"\in ",
-        "°": r"^\circ ",
-        "\u00a0": " ",
-        "\u202f": " ",
-    }
-)
+_SYMBOLS = r"×\times ·\cdot π\pi ∞\infty ≤\le ≥\ge ≠\ne ±\pm ∪\cup ∈\in °^\circ"
+_UNICODE = str.maketrans("−–\u00a0\u202f", "--  ") | {ord(s[0]): f"{s[1:]} " for s in _SYMBOLS.split()}
 _REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\{\s*,\s*\}\s*(?=\d{3})|(?<=\d),\s*\\!\s*(?=\d{3})", ""),  # thousands as LaTeX writes them
-        (r"(?<=\d)(?:\\[,;: ]|\s)\s*(?=\d{3}(?!\d))", ""),
-        (r"\\left\s*\.|\\right\s*\.", ""),
-        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])", ""),
-        (r"\\q?quad", " "),
-        (r"(?<!\\)\\[!,;:>\s]|~|\$|\\[()\[\]]|\*\*", " "),
-        (r"^\s*(?:\\approx|≈|=)", ""),
-        (r"(?<=\d)\s*\^?\s*\{?\s*(?:th|st|nd|rd)\s*\}?\s*$", ""),  # ordinals
-        (r"√\s*\(([^()]*)\)|√\s*(\d+|[a-z])", r"\\sqrt{\1\2}"),
-        (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?![\d.])", r" \\times 10^{\1}"),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-        (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-        (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-        (r"\\(?:lt|less)(?![a-z])", "<"),
-        (r"\\(?:gt|greater)(?![a-z])", ">"),
-        (r"\\leq(?:slant)?(?![a-z])|<=", r"\\le "),
-        (r"\\geq(?:slant)?(?![a-z])|>=", r"\\ge "),
-        (r"\\neq(?![a-z])|!=", r"\\ne "),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|(?<=[\d}])\s*\\?(?:text|mathrm)?\{?\s*degrees?\s*\}?", ""),
-        (r"\\?%|(?<=[\d}\s])(?:percent(?:age)?|pct)\b", "%"),
-    ]
+    (r"\{\s*,\s*\}\s*(?=\d{3})|(?<=\d),\s*\\!\s*(?=\d{3})", ""),  # thousands as LaTeX writes them
+    (r"(?<=\d)(?:\\[,;: ]|\s)\s*(?=\d{3}(?!\d))", ""),
+    (r"\\left\s*\.|\\right\s*\.", ""),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])", ""),
+    (r"\\q?quad", " "),
+    (r"(?<!\\)\\[!,;:>\s]|~|\$|\\[()\[\]]|\*\*", " "),
+    (r"^\s*(?:\\approx|≈|=)", ""),
+    (r"(?<=\d)\s*\^?\s*\{?\s*(?:th|st|nd|rd)\s*\}?\s*$", ""),  # ordinals
+    (r"√\s*\(([^()]*)\)|√\s*(\d+|[a-z])", r"\\sqrt{\1\2}"),
+    (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?![\d.])", r" \\times 10^{\1}"),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (r"\\(?:lt|less)(?![a-z])", "<"),
+    (r"\\(?:gt|greater)(?![a-z])", ">"),
+    (r"\\leq(?:slant)?(?![a-z])|<=", r"\\le "),
+    (r"\\geq(?:slant)?(?![a-z])|>=", r"\\ge "),
+    (r"\\neq(?![a-z])|!=", r"\\ne "),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|(?<=[\d}])\s*\\?(?:text|mathrm)?\{?\s*degrees?\s*\}?", ""),
+    (r"\\?%|(?<=[\d}\s])(?:percent(?:age)?|pct)\b", "%"),
 ]
-_WRAPPED = r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|hbox|math(?:rm|bf|it|sf)|operatorname|bf)\s*\{([^{}]*)\}"
 _UNIT_LETTERS = "AaCFghJKLmNsVW"
 _CONJUNCTION = re.compile(r"(?<![A-Za-z\\])(?:,\s*)?(?:and|or)(?![a-z])")
-_UNIT = re.compile(_WRAPPED + r"(?:\s*\^\s*\{?\s*-?\d+\s*\}?)?")
+_UNIT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|hbox|math(?:rm|bf|it|sf)|operatorname|bf)\s*\{([^{}]*)\}"
+    r"(?:\s*\^\s*\{?\s*-?\d+\s*\}?)?"
+)
 _PLAIN_UNIT = re.compile(
     r"(?<=[\d})])(?:\s+(?!sqrt|pi\b|sin|cos|tan|log|ln|mod)(?:[A-Za-z]{2,})(?:[\s./]+[A-Za-z]+)*"
     r"|(?:cm|mm|km|kg|mg|ml|mph|ft|hrs?|min|cents?|units?)|\s+[mgs])(?:\s*\^\s*\{?\d\}?|[²³])?\s*$"
@@ -289,7 +264,7 @@ def spell(answer: str) -> str:
     if r"\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text)
     text = _unwrap(text.strip())
     text = _CONJUNCTION.sub(",", text)
     text = _PLAIN_UNIT.sub("", text.rstrip(" .,;"))

@@ -1,30 +1,34 @@
 """Is a mathematical answer right? The grader of every mathematics task, and their reward.
 
-The final answer is found (``final_answer``), written in one spelling (``spelling``), and compared as text, as numbers
-or item by item (``forms``); what is left needs algebra and goes to math-verify in a process of its own (``symbolic``).
+The final answer is found, written in one spelling, and compared as text, as numbers or item by item (``equality``);
+what is left needs algebra and goes to math-verify in a process of its own (``symbolic``).
 """
 
 import re
-from collections.abc import Iterator
 from fractions import Fraction
 
-from lco_lite.grading import Grade, symbolic
-from lco_lite.grading.equality import number, same, spell
+from lco_lite.grading import Grade, Item, equality, symbolic
 
 _DEEPEST = 12
 _LONGEST = 500  # characters; the longest gold answer of MATH has 159
 
 
-def grade(response: str, gold: str) -> bool:
+def grade_math(response: str, item: Item) -> Grade:
+    """``grade_answer`` with the item's gold answer."""
+    return grade_answer(response, item.gold)
+
+
+def grade_rounded(response: str, item: Item) -> Grade:
+    """The same, but a number within 1 % of gold, which may be rounded, is right."""
+    return grade_answer(response, item.gold, tolerance=0.01)
+
+
+def grade_answer(response: str, gold: str, tolerance: float = 0.0) -> Grade:
     r"""Is the final answer of ``response`` equal to ``gold`` (LaTeX or plain text, or a text that boxes the answer)?
 
-    Takes at most ``symbolic.SECONDS`` and never raises, whatever the model wrote.
+    Numbers may differ by ``tolerance``, a part of gold's. Takes at most ``symbolic.SECONDS`` and never raises, whatever
+    the model wrote.
     """
-    return explain(response, gold).right
-
-
-def explain(response: str, gold: str, tolerance: float = 0.0) -> Grade:
-    """The same with the answer that was found and the reason; numbers may differ by ``tolerance``, a part of gold's."""
     answer = final_answer(response)
     if answer is None:
         return Grade(False, None, "no answer found")
@@ -36,8 +40,8 @@ def compare(answer: str, gold: str, tolerance: float = 0.0) -> tuple[bool, str]:
     """Are two answers equal, or numbers within ``tolerance``, and how that was told."""
     if len(answer) > _LONGEST:
         return False, f"longer than {_LONGEST} characters"
-    spelled, wanted = spell(answer), spell(gold)
-    verdict = same(spelled, wanted)
+    spelled, wanted = equality.spell(answer), equality.spell(gold)
+    verdict = equality.equal(spelled, wanted)
     if not verdict and tolerance and (near := _near(spelled, wanted, tolerance)) is not None:
         return near, f"within {tolerance:.0%}" if near else "not equal"
     if verdict is not None:
@@ -51,15 +55,9 @@ def compare(answer: str, gold: str, tolerance: float = 0.0) -> tuple[bool, str]:
 
 
 def _near(answer: str, gold: str, tolerance: float) -> bool | None:
-    """Whether two plain numbers are near each other; None where one of them is something else."""
-    a, g = number(_after_equals(answer)), number(_after_equals(gold))
-    if a is None or g is None:
-        return None
-    return abs(a.value - g.value) <= Fraction(tolerance) * abs(g.value)
-
-
-def _after_equals(text: str) -> str:
-    return re.split(r"=|\\approx|\\simeq", text)[-1].strip()
+    """Whether two plain numbers, perhaps after ``=``, are near each other; None where one of them is something else."""
+    a, g = (equality.number(re.split(r"=|\\approx|\\simeq", text)[-1].strip()) for text in (answer, gold))
+    return None if a is None or g is None else abs(a.value - g.value) <= Fraction(tolerance) * abs(g.value)
 
 
 def _well_formed(text: str) -> bool:
@@ -196,16 +194,12 @@ def _words(text: str) -> int:
 def _last(text: str, start: int) -> str | None:
     """The last formula or number of ``text`` that ends after ``start``."""
     spans = [s for s in _SPAN.finditer(text) if not _words(_content(s))]
-    found: list[tuple[int, str]] = [(s.end(), _content(s) + _percent(text, s.end())) for s in spans]
-    found += [(n.end(), n[0]) for n in _numbers_outside(text, start, spans)]
-    found = [f for f in found if f[0] > start]
-    return max(found)[1].strip() if found else None
-
-
-def _numbers_outside(text: str, start: int, spans: list[re.Match[str]]) -> Iterator[re.Match[str]]:
-    for match in _NUMBER.finditer(text, start):
-        if not any(s.start() <= match.start() < s.end() for s in spans):
-            yield match
+    ends = [(s.end(), _content(s) + _percent(text, s.end())) for s in spans]
+    for n in _NUMBER.finditer(text, start):
+        if not any(s.start() <= n.start() < s.end() for s in spans):
+            ends.append((n.end(), n[0]))
+    ends = [(end, answer) for end, answer in ends if end > start]
+    return max(ends)[1].strip() if ends else None
 
 
 def _content(span: re.Match[str]) -> str:

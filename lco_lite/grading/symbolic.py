@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,40 +10,29 @@ from lco_lite.errors import LcoError
 from lco_lite.user_code import LineWorker, serve
 
 SECONDS = 3.0
+_MEMORY = 4 * 2**30  # bytes of the process's address space
+_ORPHAN_SECONDS = 10  # after which the process ends by itself, should the one that would end it be gone
+
+_worker = LineWorker("lco_lite.grading.symbolic")
 
 
-class Verifier:
-    """One worker process and the lock that callers share."""
+def equal(answer: str, gold: str, tolerance: float = 0.0) -> bool | None:
+    """Is ``answer`` mathematically equal to ``gold`` (LaTeX without dollar signs)? None if it could not be told.
 
-    def __init__(self) -> None:
-        self._worker = LineWorker("lco_lite.grading.symbolic")
-
-    def equal(self, answer: str, gold: str, tolerance: float = 0.0) -> bool | None:
-        """Is ``answer`` mathematically equal to ``gold`` (LaTeX without dollar signs)? None if it could not be told.
-
-        With a ``tolerance``, values that differ by no more than that part of gold's count as equal.
-        """
-        if self._worker.greet() is None:
-            raise LcoError("the process that compares formulas does not start; is math-verify installed?")
-        line = self._worker.ask(json.dumps([answer, gold, tolerance]), SECONDS)
-        return None if line is None else bool(json.loads(line))
-
-    def close(self) -> None:
-        """Ends the worker process; the next comparison starts another."""
-        self._worker.close()
-
-
-_verifier = Verifier()
-equal = _verifier.equal
-
-
-_MEMORY = 4 * 2**30  # bytes of address space
-_ORPHAN_SECONDS = 10
+    With a ``tolerance``, values that differ by no more than that part of gold's count as equal. Threads take turns.
+    """
+    if _worker.greet() is None:
+        raise LcoError("the process that compares formulas does not start; is math-verify installed?")
+    line = _worker.ask(json.dumps([answer, gold, tolerance]), SECONDS)
+    return None if line is None else bool(json.loads(line))
 
 
 def _prepare() -> Callable[[str], str]:
-    """Answers the empty line with ``ready`` and every other with its verdict."""
-    _limit_memory()
+    """In the process: answers the empty line with ``ready`` and every other with its verdict."""
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     same = _comparison()
     same(r"\frac{\sqrt{2} x}{3}", r"1 + x^{2}", 0.0)  # the first comparison builds the tables of the parser
 
@@ -58,6 +48,12 @@ def _prepare() -> Callable[[str], str]:
         return json.dumps(equal)
 
     return verdict
+
+
+def _alarm(seconds: int) -> None:
+    """Unhandled, the signal ends this process even inside native code."""
+    if sys.platform != "win32":
+        signal.alarm(seconds)
 
 
 def _comparison() -> Callable[[str, str, float], bool]:
@@ -83,23 +79,8 @@ def _comparison() -> Callable[[str, str, float], bool]:
 
 def _near(answer: Any, gold: Any, tolerance: float) -> bool:
     """Both are constants, and near each other. Raises whatever sympy raises on what has no numerical value."""
-    answer, gold = (getattr(value, "rhs", value) for value in (answer, gold))
-    difference, size = abs(complex(answer) - complex(gold)), abs(complex(gold))
-    return difference <= tolerance * size
-
-
-def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-
-
-def _alarm(seconds: int) -> None:
-    """Unhandled, the signal ends this process even inside native code, should the parent be gone by then."""
-    if hasattr(signal, "alarm"):
-        signal.alarm(seconds)
+    a, g = (complex(getattr(value, "rhs", value)) for value in (answer, gold))
+    return abs(a - g) <= tolerance * abs(g)
 
 
 if __name__ == "__main__":

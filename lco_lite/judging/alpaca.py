@@ -1,6 +1,13 @@
-"""Win rates of one pass over AlpacaEval's instructions, by a judge behind an API or by the ``alpaca-eval`` package."""
+"""Win rates of one pass over AlpacaEval's instructions, by a judge behind an API or by the ``alpaca-eval`` package.
 
-from __future__ import annotations
+The length-controlled win rate is the one that remains when a model's answers are as long as the reference's (Dubois et
+al. 2024, AlpacaEval 2). A logistic model of the score s of each pair is fitted by its log-likelihood:
+
+    s_i ~ sigmoid(theta + phi * tanh(d_i / std(d)) + psi * difficulty_i),  d_i = length of the answer - of the reference
+
+and the win rate is the mean of sigmoid(theta + psi * difficulty_i): the length term is set to 0. phi and psi have a
+standard normal prior (a ridge of 1), theta one so wide that it only keeps it finite where every score is the same.
+"""
 
 import importlib.util
 import json
@@ -11,15 +18,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from torch import Tensor
+import torch
 
 from lco_lite.console import Console
 from lco_lite.errors import LcoError, UsageError
 from lco_lite.files import write_text
-from lco_lite.judging.judge import Answers, ChatClient, Estimate, Judge, Judgement, Pair, refuse_unconfirmed, tokens_of
+from lco_lite.judging.judge import ChatClient, Comparison, Estimate, Judge, Judgement, refuse_unconfirmed, tokens_of
 from lco_lite.recipe import Eval
 
+PACKAGE, ANNOTATOR = "alpaca-eval", "weighted_alpaca_eval_gpt4_turbo"
 KEY_VARIABLE = "OPENAI_API_KEY"
+RIDGE, RIDGE_OF_CONSTANT = 1.0, 1e-6
 _PACKAGE_PROMPT = 250  # tokens of what the package asks about the texts
 _FEW = 0.05
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
@@ -69,42 +78,72 @@ def _by_judge(
     rows: Sequence[Row], outputs: Sequence[dict[str, str]], settings: Eval, folder: Path, console: Console
 ) -> dict[str, float]:
     assert settings.judge_url is not None
-    judge = Judge(ChatClient(settings.judge_url, judge_key(settings)), settings, Answers(folder.parent / "judge.jsonl"))
-    pairs = [Pair(o["instruction"], o["output"], r["row"]["output"]) for o, r in zip(outputs, rows, strict=True)]
-    cost = judge.estimate(pairs)
-    console.note(f"{settings.judge_model} judges {len(pairs)} pairs in both orders: {cost}")
+    judge = Judge(ChatClient(settings.judge_url, judge_key(settings)), settings, folder.parent / "judge.jsonl")
+    compared = [
+        Comparison(o["instruction"], o["output"], r["row"]["output"]) for o, r in zip(outputs, rows, strict=True)
+    ]
+    cost = judge.estimate(compared)
+    console.note(f"{settings.judge_model} judges {len(compared)} pairs in both orders: {cost}")
     refuse_unconfirmed(cost, settings)
-    found = judge.scores(pairs, console)
-    lines = [{"id": row["id"], **asdict(one)} for row, one in zip(rows, found, strict=True)]
+    judgements = judge.scores(compared, console)
+    lines = [{"id": row["id"], **asdict(one)} for row, one in zip(rows, judgements, strict=True)]
     write_text(folder / "judged.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    return _metrics(pairs, found, _difficulty(rows), console)
+    difficulty = [row["row"].get("instruction_difficulty") for row in rows]  # where the data has it
+    known = None if any(value is None for value in difficulty) else [float(value) for value in difficulty]
+    return _metrics(compared, judgements, known, console)
 
 
 def _metrics(
-    pairs: Sequence[Pair], found: Sequence[Judgement], difficulty: Sequence[float] | None, console: Console
+    compared: Sequence[Comparison],
+    judgements: Sequence[Judgement],
+    difficulty: Sequence[float] | None,
+    console: Console,
 ) -> dict[str, float]:
-    off_point = sum(one.off_point for one in found)
+    n, off_point = len(judgements), sum(one.off_point for one in judgements)
     if off_point:
-        console.warn(f"{off_point} of {2 * len(found)} verdicts were neither A, B nor tie, and count as ties")
-    scores = [one.score for one in found]
-    differences = [len(p.answer) - len(p.reference) for p in pairs]
-    longer = sum(d > 0 for d in differences) / len(differences)
+        console.warn(f"{off_point} of {2 * n} verdicts were neither A, B nor tie, and count as ties")
+    scores = [one.score for one in judgements]
+    differences = [len(one.answer) - len(one.reference) for one in compared]
+    longer = sum(d > 0 for d in differences) / n
     if not _FEW <= longer <= 1 - _FEW:
         console.warn(
             f"{longer:.0%} of the answers are longer than the reference's: the length-controlled win rate extrapolates"
         )
     return {
-        "win_rate": sum(scores) / len(scores),
+        "win_rate": sum(scores) / n,
         "lc_win_rate": length_controlled(scores, differences, difficulty),
-        "orders_agree": sum(one.in_order[0] == one.in_order[1] for one in found) / len(found),
-        "off_point": off_point / (2 * len(found)),
+        "orders_agree": sum(one.in_order[0] == one.in_order[1] for one in judgements) / n,
+        "off_point": off_point / (2 * n),
     }
 
 
-def _difficulty(rows: Sequence[Row]) -> list[float] | None:
-    """Of each instruction, where the data has it."""
-    known = [row["row"].get("instruction_difficulty") for row in rows]
-    return None if any(value is None for value in known) else [float(value) for value in known]
+def length_controlled(
+    scores: Sequence[float], differences: Sequence[float], difficulty: Sequence[float] | None = None
+) -> float:
+    """Win rate in [0, 1]. ``scores`` in [0, 1]; ``differences`` in characters; ``difficulty`` where it is known."""
+    s, d = (torch.tensor(values, dtype=torch.float64) for values in (list(scores), list(differences)))
+    spread = float(d.std()) if len(d) > 1 else 0.0
+    length = torch.tanh(d / spread) if spread > 0 else torch.zeros_like(d)
+    known = [] if difficulty is None else [torch.tensor(list(difficulty), dtype=torch.float64)]
+    x = torch.stack([torch.ones_like(s), length, *known], dim=1)  # [N, K]
+    ridge = torch.tensor([RIDGE_OF_CONSTANT, *[RIDGE] * (x.shape[1] - 1)], dtype=torch.float64)
+    w = torch.zeros_like(ridge, requires_grad=True)
+    newton = torch.optim.LBFGS(
+        [w], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+
+    def cost() -> torch.Tensor:
+        """Minus the log of the posterior."""
+        newton.zero_grad()
+        z = x @ w
+        value = torch.nn.functional.softplus(z).sum() - s @ z + (ridge * w * w).sum() / 2
+        value.backward()
+        return value
+
+    newton.step(cost)  # type: ignore[no-untyped-call]
+    even = x.clone()
+    even[:, 1] = 0.0
+    return float(torch.sigmoid(even @ w.detach()).mean())
 
 
 def _by_package(
@@ -114,16 +153,12 @@ def _by_package(
     references = [dict(row["row"]) for row in rows]
     texts = [(o["instruction"], o["output"], r["output"]) for o, r in zip(outputs, references, strict=True)]
     tokens_in = sum(_PACKAGE_PROMPT + tokens_of(*some) for some in texts)
-    cost = Estimate.of(len(rows), 0, tokens_in, len(rows), settings.judge_price)
+    cost = Estimate(len(rows), 0, tokens_in, len(rows), settings.judge_price)
     console.note(f"{PACKAGE} judges {len(rows)} pairs: {cost}")
     refuse_unconfirmed(cost, settings)
     if [row["id"] for row in rows] != [f"alpaca_eval/test/{i}" for i in range(len(rows))]:
         console.warn(f"{PACKAGE} knows an instruction's difficulty by its place, and some are left out")
     return package_win_rates(outputs, references, settings.judge_model, folder)
-
-
-PACKAGE = "alpaca-eval"
-ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 
 
 def need_package() -> None:
@@ -160,52 +195,3 @@ def package_win_rates(
     except Exception as e:  # its annotators raise what their clients raise
         raise LcoError(f"{PACKAGE} failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
     return {"win_rate": win_rate / 100, "lc_win_rate": controlled / 100}
-
-
-RIDGE = 1.0  # of phi and psi
-RIDGE_OF_CONSTANT = 1e-6
-_STEPS, _ENOUGH = 100, 1e-10
-
-
-def length_controlled(
-    scores: Sequence[float], differences: Sequence[float], difficulty: Sequence[float] | None = None
-) -> float:
-    """Win rate in [0, 1]. ``scores`` in [0, 1]; ``differences`` in characters; ``difficulty`` where it is known."""
-    import torch
-
-    def column(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor([float(v) for v in values], dtype=torch.float64)
-
-    s, d = column(scores), column(differences)
-    spread = float(d.std()) if len(d) > 1 else 0.0
-    length = torch.tanh(d / spread) if spread > 0 else torch.zeros_like(d)
-    x = torch.stack([torch.ones_like(s), length, *([] if difficulty is None else [column(difficulty)])], dim=1)
-    weights = _fit(x, s)
-    even = x.clone()
-    even[:, 1] = 0.0
-    return float(torch.sigmoid(even @ weights).mean())
-
-
-def _fit(x: Tensor, s: Tensor) -> Tensor:
-    """[N, K], [N] -> [K]: the weights of highest posterior, by Newton's method."""
-    import torch
-
-    ridge = torch.full((x.shape[1],), RIDGE, dtype=x.dtype)
-    ridge[0] = RIDGE_OF_CONSTANT
-
-    def cost(w: Tensor) -> float:
-        z = x @ w
-        return float(torch.nn.functional.softplus(z).sum() - s @ z + (ridge * w * w).sum() / 2)
-
-    w = torch.zeros_like(ridge)
-    for _ in range(_STEPS):
-        p = torch.sigmoid(x @ w)
-        curvature = (x * (p * (1 - p))[:, None]).T @ x + torch.diag(ridge)
-        step = torch.linalg.solve(curvature, x.T @ (p - s) + ridge * w)
-        scale = 1.0
-        while cost(w - scale * step) > cost(w) and scale > _ENOUGH:
-            scale /= 2  # a whole step may overshoot where the scores are all alike
-        w = w - scale * step
-        if float((scale * step).abs().max()) < _ENOUGH:
-            break
-    return w

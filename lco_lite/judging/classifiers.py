@@ -1,7 +1,5 @@
 """Classification models as reward models: how they are loaded, and one number for a whole response."""
 
-from __future__ import annotations
-
 import bisect
 import re
 from collections.abc import Callable, Sequence
@@ -36,30 +34,26 @@ class SequenceClassifier:
         self.tokenizer = load_tokenizer(weights)
         self.tokenizer.truncation_side = "left"
         if self.model.config.num_labels > 2:
-            raise ModelError(f"{path}: has {self.model.config.num_labels} labels; a reward model has 1 or 2")
+            raise ModelError(f"{path}: has {self.model.config.num_labels} labels; 1 or 2 are needed")
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> Tensor:
         """[N] scores, in fp32 on the CPU."""
         texts = [self._text(p, r) for p, r in zip(prompts, responses, strict=True)]
-        found = []
+        scores = []
         for first in range(0, len(texts), self.batch):
             ids = self.tokenizer(
                 texts[first : first + self.batch],
                 padding=True,
                 truncation=True,
-                max_length=self._window,
+                max_length=getattr(self.model.config, "max_position_embeddings", None) or 4096,
                 add_special_tokens=self.tokenizer.chat_template is None,
                 return_tensors="pt",
-            ).to(self.model.device)
-            logits = self.model(**self._accepted(ids)).logits.float().cpu()
-            found.append(logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0])
-        return torch.cat(found)
-
-    @property
-    def _window(self) -> int:
-        return getattr(self.model.config, "max_position_embeddings", None) or 4096
+            )
+            logits = logits_of(self.model, ids)
+            scores.append(logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0])
+        return torch.cat(scores)
 
     def _text(self, prompt: Sequence[Message], response: str) -> str:
         if self.tokenizer.chat_template is None:
@@ -67,8 +61,11 @@ class SequenceClassifier:
         turns = [*map(dict, prompt), {"role": "assistant", "content": response}]
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
 
-    def _accepted(self, ids: Any) -> dict[str, Tensor]:
-        return {name: ids[name] for name in ("input_ids", "attention_mask")}
+
+def logits_of(model: Any, ids: Any) -> Tensor:
+    """[B, labels], or [B, L, labels] of a token classifier, in fp32 on the CPU."""
+    inputs = {name: ids[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    return model(**inputs).logits.float().cpu()
 
 
 def load_classifier(
@@ -87,7 +84,7 @@ def load_classifier(
             path, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as e:  # transformers raises many kinds
-        raise unloadable("reward model", path, e) from e
+        raise unloadable("classifier", path, e) from e
     if loaded["missing_keys"]:  # transformers draws them at random
         raise ModelError(f"{path}: weights are missing, e.g. {sorted(loaded['missing_keys'])[0]}")
     return model.requires_grad_(False).eval().to(device), kind
@@ -98,7 +95,7 @@ def _kind(path: str, config: Any, kinds: Sequence[str]) -> str:
     for kind in kinds:
         if any(f"{kind.capitalize()}Classification" in name for name in named):
             return kind
-    raise ModelError(f"{path}: is {', '.join(named)}; a reward model is a {'- or '.join(kinds)}-classification model")
+    raise ModelError(f"{path}: is {', '.join(named)}; a {'- or '.join(kinds)}-classification model is needed")
 
 
 NO_ERROR, IGNORED = "O", "Ignore"  # FG-RLHF's labels; whatever else there is marks an error
@@ -110,7 +107,7 @@ Split: TypeAlias = Callable[[str], list[str]]
 
 @dataclass(frozen=True)
 class Text:
-    """What a reward model reads: ``question``, ``context`` (passages; may be empty) and ``answer``."""
+    """What a classifier reads: ``question``, ``context`` (passages; may be empty) and ``answer``."""
 
     question: str
     context: str
@@ -126,7 +123,7 @@ class Reward:
     good: int | None = None
 
 
-class RewardModel:
+class SegmentClassifier:
     """A token- or sequence-classification model from a folder or hub id; its config says which.
 
     ``split`` makes the segments of an answer. Raises ModelError for what is no such model, for pickled weights, and
@@ -162,8 +159,7 @@ class RewardModel:
     def _batch(self, texts: Sequence[Text]) -> list[Reward]:
         written = [self._words(text) for text in texts]
         ids = self._tokens([words for words, _ in written], padding=True, return_tensors="pt")
-        inputs = {name: ids[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        logits = self.model(**inputs).logits.float().cpu()
+        logits = logits_of(self.model, ids)
         if not self.by_token:
             # the bad label's logit is taken off where there are two
             values = logits[:, self.good] - (0 if self.bad is None else logits[:, self.bad])

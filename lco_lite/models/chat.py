@@ -5,8 +5,6 @@ With a chat template the tokenizer writes the prompt. Without one the plain form
 Prompt and response are tokenised apart, so the boundary between them never moves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

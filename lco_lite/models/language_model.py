@@ -4,8 +4,6 @@ What the losses rest on is proved when a model is opened: that its logits are th
 left changes nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Iterator

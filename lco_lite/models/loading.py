@@ -4,8 +4,6 @@ Only safetensors are read. A model from scratch and a GGUF file become ordinary 
 loaded is one ModelError that says what was found and what is accepted.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

@@ -52,10 +52,8 @@ def asks_gradient(x: Tensor | None) -> bool:
 
 
 class Gradients:
-    """∂L/∂hidden, ∂L/∂weight and ∂L/∂bias times ``scale``, filled chunk by chunk.
-
-    ``asks``: which of the three; None for those that autograd needs.
-    """
+    """∂L/∂hidden, ∂L/∂weight and ∂L/∂bias times ``scale``, filled chunk by chunk: those in ``asks``, or (None) those
+    that autograd needs."""
 
     def __init__(
         self, hidden: Tensor, head: Head, scale: float = 1.0, asks: tuple[bool, bool, bool] | None = None

@@ -3,6 +3,7 @@
 Legend: V vocabulary, d hidden width, T tokens.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -54,7 +55,7 @@ class Head:
 
     def same_as(self, other: "Head") -> bool:
         """True where both are the very same weights used in the same way."""
-        mine, theirs = (self.scale, self.softcap, self.rows), (other.scale, other.softcap, other.rows)
+        mine, theirs = ((h.scale, h.softcap, h.rows) for h in (self, other))
         return self.weight is other.weight and self.bias is other.bias and mine == theirs
 
     def prefix(self, rows: int) -> "Head":
@@ -114,10 +115,7 @@ class Head:
 
 def wide(*tensors: Tensor) -> torch.dtype:
     """The type to accumulate in: fp32, or fp64 where an input is."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
 def row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -159,9 +157,8 @@ def columns_product(grad: Tensor, weight: Tensor) -> Tensor:
 
 def _widens(x: Tensor, weight: Tensor) -> bool:
     """True where the GPU multiplies half-precision operands into fp32; autograd does not go through that."""
-    if not weight.is_cuda or wide(x, weight) != torch.float32 or not MM_WIDENS:
-        return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return MM_WIDENS and weight.is_cuda and wide(x, weight) == torch.float32 and not differentiated
 
 
 def _widening_product(x: Tensor, matrix: Tensor) -> Tensor:

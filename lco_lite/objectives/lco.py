@@ -49,27 +49,23 @@ def lco_loss(
     Raises ValueError for unknown names, for sizes that do not fit, and for a target that lacks what the head needs.
     """
     _check(objective, weighting, hidden, target, standardise)
-    _check(objective, weighting, hidden, target, standardise)
     head, target = target.fit(head)
     rows = head.rows
-    asked = actions
+    asked, dtype = actions, head.operand_dtype
     if actions is None and isinstance(target, SparseTarget):
         actions = target.actions
-    linear, dtype = target.is_hidden(head), head.operand_dtype
+    linear = target.is_hidden(head)
     by_moments = objective == "mse" and weighting != "policy" and linear
-    curve, factor = lch if objective == "lch" else mse, 1.0
-    if by_moments and weighting == "sum":
-        factor = float(rows)
-    elif objective != "kld" and weighting == "mean" and not by_moments:
-        factor = 1 / rows
+    curve = lch if objective == "lch" else mse
+    factor = 1 / rows if objective != "kld" and weighting == "mean" else 1.0  # kept out of half precision
     grads = Gradients(hidden, head, scale=1 / len(hidden))
     chunks = []
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for part in spans(len(hidden), chunk, head.weight.shape[1] if by_moments else rows, hidden.device):
             h, goal, taken = hidden[part], target[part], None if actions is None else actions[part]
             if by_moments:
-                values, grad = mse_by_moments(h, head, goal, standardise, factor, taken)
-                grads.put(part, grad, factor * grads.scale)
+                values, grad, size = mse_by_moments(h, head, goal, standardise, weighting, taken)
+                grads.put(part, grad, size * grads.scale)
             else:
                 logits = head.logits(h) if objective == "kld" or not linear else None
                 if objective == "kld" and isinstance(goal, SparseTarget):
@@ -173,9 +169,9 @@ def policy_weighted(
 
 
 def mse_by_moments(
-    hidden: Tensor, head: Head, target: AnyTarget, standardise: bool, factor: float, actions: Tensor | None
-) -> tuple[Values, Tensor]:
-    """factor · mean over V of r² in closed form, and its gradient with respect to ``hidden`` [C, d], short of factor.
+    hidden: Tensor, head: Head, target: AnyTarget, standardise: bool, weighting: str, actions: Tensor | None
+) -> tuple[Values, Tensor, float]:
+    """Mean or sum over V of r² in closed form, and its gradient with respect to ``hidden`` [C, d], short of a factor.
 
     With w̄ and Σ the mean and covariance of the head's rows, the mean of (W·u)² is (w̄·u)² + u·Σ·u. A dense advantage is
     v through its own head, centred; a sparse one, x = A/β, adds a rank-one term with the row of its action.
@@ -208,7 +204,8 @@ def mse_by_moments(
     values = {"loss": loss, "logit_grad_norm": 2 * (loss.clamp_min(0) / n).sqrt()}
     if sampled is not None:
         values["logit_grad_sampled"] = 2 / n * sampled.abs()
-    return {name: factor * value for name, value in values.items()}, grad.mul_(-2 * head.scale)
+    factor = float(n) if weighting == "sum" else 1.0
+    return {name: factor * value for name, value in values.items()}, grad.mul_(-2 * head.scale), factor
 
 
 def _row_dot(head: Head, actions: Tensor, x: Tensor) -> Tensor:

@@ -15,8 +15,6 @@ rloo        the same with one ρ a sequence, Π ρ_t               over sequence
 Ratios differ from 1 only from the second update of a rollout on: with one update a phase the clip never acts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -42,7 +40,7 @@ class PolicyBatch:
     """
 
     logprobs: Tensor | None
-    old_logprobs: Tensor
+    old_logprobs: Tensor | None
     advantages: Tensor
     rows: Tensor
     tokens: int
@@ -59,7 +57,7 @@ class PolicyBatch:
     @property
     def log_ratio(self) -> Tensor:
         """log ρ, [T]."""
-        assert self.logprobs is not None, "a ratio needs log π_θ of the sampled tokens"
+        assert self.logprobs is not None and self.old_logprobs is not None, "a ratio needs both"
         return self.logprobs - self.old_logprobs
 
     def per_sequence(self, values: Tensor) -> tuple[Tensor, Tensor]:

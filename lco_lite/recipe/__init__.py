@@ -6,8 +6,6 @@ only across sections is checked. Imports no torch.
 "paper" is arXiv 2603.00963; "prototype" the settings that were found to learn in this project's first experiments.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Literal
 

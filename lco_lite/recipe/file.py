@@ -4,8 +4,6 @@ A recipe is a YAML file; ``--set a.b=c`` overrides it, and named flags override 
 combinations that make no sense are refused, all at once, each with its place, key path and value.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 import shutil

@@ -4,8 +4,6 @@ An objective's defaults are those it is known with; a recipe overrides them. Num
 MiniLLM: TRL 1.10, the last release that had them) unless the paper states one.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal

@@ -218,7 +218,7 @@ def _no_plain_url(url: str) -> Iterator[str]:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         yield f"judge_url {url!r} is neither http://… nor https://… nor alpaca-eval"
     elif parts.username or parts.password or parts.query or parts.fragment:
-        yield "judge_url holds more than host and path: a key belongs in an environment variable"
+        yield "judge_url holds more than host and path: a key belongs into an environment variable"
 
 
 class Training(Section):

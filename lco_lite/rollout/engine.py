@@ -3,8 +3,6 @@
 Legend: B prompts of a batch, L their padded length, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """The engine that needs nothing else: transformers' ``generate`` with the active adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Each role keeps its own key-value cache; at every position all of them read the 
 distribution of their logits. Legend: B sequences, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,47 +1,25 @@
-"""Benchmarks by name. A task is one small file and one line of ``_TASKS``; importing them loads nothing heavy."""
+"""Benchmarks by name. A new one is a module of this package with ``TASKS``: name -> function of ``data`` that opens it.
+
+Importing them loads nothing heavy.
+"""
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 from lco_lite.errors import DataError, UsageError
-from lco_lite.tasks.alpaca_eval import alpaca_eval
-from lco_lite.tasks.arithmetic import Arithmetic
-from lco_lite.tasks.base import Grade, Item, Task
+from lco_lite.grading import Grade, Item
+from lco_lite.tasks.base import Task
 from lco_lite.tasks.custom import custom
-from lco_lite.tasks.mathematics import aime24, aime25, amc23, gsm8k, math500, minervamath
-from lco_lite.tasks.mmlu import mmlu, mmlu_redux, mmlu_redux_all
-from lco_lite.tasks.qa_feedback import qa_feedback
 
 __all__ = ["Grade", "Item", "Task", "load_task", "task_names"]
 
 
-def _arithmetic(data: Path | None) -> Task:
-    if data is not None:
-        raise UsageError(f"task arithmetic makes its own problems and reads no data; {data} is not used")
-    return Arithmetic()
-
-
-_TASKS: dict[str, Callable[[Path | None], Task]] = {
-    "arithmetic": _arithmetic,
-    "gsm8k": gsm8k,
-    "math500": math500,
-    "amc23": amc23,
-    "aime24": aime24,
-    "aime25": aime25,
-    "minervamath": minervamath,
-    "mmlu": mmlu,
-    "mmlu_redux": mmlu_redux,
-    "mmlu_redux_all": mmlu_redux_all,
-    "alpaca_eval": alpaca_eval,
-    "qa_feedback": qa_feedback,
-    "custom": custom,
-}
-
-
 def task_names() -> list[str]:
     """The names ``load_task`` knows, in alphabetical order."""
-    return sorted(_TASKS)
+    return sorted(_openers())
 
 
 def load_task(name: str, data: str | Path | None = None) -> Task:
@@ -55,8 +33,14 @@ def load_task(name: str, data: str | Path | None = None) -> Task:
         raise DataError(f"{path}: no such file or folder")
     if name.startswith("custom:"):
         return custom(path, name.removeprefix("custom:"))
-    if name not in _TASKS:
-        close = get_close_matches(name, _TASKS, n=1)
+    openers = _openers()
+    if name not in openers:
+        close = get_close_matches(name, openers, n=1)
         hint = f"; did you mean {close[0]}?" if close else "."
         raise UsageError(f"unknown task {name!r}{hint} Known: {', '.join(task_names())}")
-    return _TASKS[name](path)
+    return openers[name](path)
+
+
+def _openers() -> dict[str, Callable[[Path | None], Task]]:
+    names = [module.name for module in iter_modules(__path__) if module.name != "base"]
+    return {task: opener for name in names for task, opener in import_module(f"{__name__}.{name}").TASKS.items()}

@@ -5,52 +5,49 @@ token follows from a few others. No test problem occurs in ``train``, not even w
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 from lco_lite.errors import UsageError
-from lco_lite.tasks.base import Grade, Item
+from lco_lite.grading import Grade, Item
+from lco_lite.tasks.base import Problem, Rows, Task
 
 TRAIN, TEST = 5_000, 1_000
 _SEED = 20_260_300
+_LONGEST = 32  # tokens: the longest response is 23 bytes, and its end-of-sequence token
 
 
-@dataclass
-class Arithmetic:
-    """``train``: 5,000 problems with demonstrations; ``test``: 1,000 held out. Each split in a fixed random order."""
-
-    name: str = "arithmetic"
-    template: str = "{problem}"
-    system: str | None = None
-    max_new_tokens: int = 32  # the longest response is 23 bytes, and its end-of-sequence token
-
-    def items(self, split: str) -> Sequence[Item]:
-        """Items of ``train`` or ``test``. Raises UsageError for any other split."""
-        splits = _splits()
-        if split not in splits:
-            raise UsageError(f"task {self.name} has the splits {', '.join(splits)}; {split!r} is none of them")
-        return splits[split]
-
-    def grade(self, response: str, item: Item) -> Grade:
-        """Exact match of what stands after the last ``#``."""
-        _, mark, answer = response.rpartition("#")
-        if not mark:
-            return Grade(False, None, "no # in the response")
-        answer = answer.strip()
-        right = answer == item.gold
-        return Grade(right, answer, "equal" if right else f"{answer[:20]!r} is not {item.gold}")
+class Arithmetic(Task):
+    """Knows where a response first goes wrong, for there is one right working."""
 
     def first_error(self, response: str, item: Item) -> int | None:
-        """Where the response departs from the one right working (its length if it stops too early); None if right."""
+        """Where the response departs from the working (its length if it stops too early); None if it is right."""
         right, response = working(item.row["a"], item.row["b"]), response.rstrip()
         if response == right:
             return None
-        for i, (got, wanted) in enumerate(zip(response, right, strict=False)):
-            if got != wanted:
-                return i
-        return min(len(response), len(right))
+        pairs = enumerate(zip(response, right, strict=False))
+        return next((i for i, (got, wanted) in pairs if got != wanted), min(len(response), len(right)))
+
+
+def arithmetic(data: Path | None = None) -> Task:
+    """``train``: 5,000 problems with demonstrations; ``test``: 1,000 held out. Each split in a fixed random order."""
+    if data is not None:
+        raise UsageError(f"task arithmetic makes its own problems and reads no data; {data} is not used")
+    sources = {split: partial(_rows, split) for split in ("train", "test")}
+    return Arithmetic("arithmetic", sources, _read, grader=grade_sum, template="{problem}", max_new_tokens=_LONGEST)
+
+
+def grade_sum(response: str, item: Item) -> Grade:
+    """Exact match of what stands after the last ``#``."""
+    _, mark, answer = response.rpartition("#")
+    if not mark:
+        return Grade(False, None, "no # in the response")
+    answer = answer.strip()
+    right = answer == item.gold
+    return Grade(right, answer, "equal" if right else f"{answer[:20]!r} is not {item.gold}")
 
 
 def working(a: int, b: int) -> str:
@@ -61,16 +58,20 @@ def working(a: int, b: int) -> str:
     return f"{a % 10}+{b % 10}+0={units} {a // 10}+{b // 10}+{carry}={tens} #{a + b}"
 
 
-def _item(a: int, b: int, shown: bool) -> Item:
-    prompt = f"{a}+{b}"
-    return Item(f"arithmetic/{prompt}", prompt, str(a + b), working(a, b) if shown else None, {"a": a, "b": b})
+def _read(row: Mapping[str, Any]) -> Problem:
+    a, b = row["a"], row["b"]
+    return Problem(f"{a}+{b}", str(a + b), working(a, b), f"arithmetic/{a}+{b}")
+
+
+def _rows(split: str, folder: Path | None) -> Rows:
+    return [(f"{a}+{b}", {"a": a, "b": b}) for a, b in _summands()[split]]
 
 
 @cache
-def _splits() -> dict[str, tuple[Item, ...]]:
+def _summands() -> dict[str, list[tuple[int, int]]]:
     # random() is the one method whose sequence Python promises to keep for ever, hence sorting by it, not shuffle().
     rng = random.Random(_SEED)
-    pairs = sorted(product(range(10, 100), repeat=2), key=lambda _: rng.random())
+    pairs = sorted(product(range(10, 100), range(10, 100)), key=lambda _: rng.random())
     test: list[tuple[int, int]] = []
     held_out: set[tuple[int, int]] = set()
     for a, b in pairs:
@@ -79,8 +80,7 @@ def _splits() -> dict[str, tuple[Item, ...]]:
         if (a, b) not in held_out:
             test.append((a, b))
             held_out |= {(a, b), (b, a)}
-    train = [pair for pair in pairs if pair not in held_out][:TRAIN]
-    return {
-        "train": tuple(_item(a, b, shown=True) for a, b in train),
-        "test": tuple(_item(a, b, shown=False) for a, b in test),
-    }
+    return {"train": [pair for pair in pairs if pair not in held_out][:TRAIN], "test": test}
+
+
+TASKS = {"arithmetic": arithmetic}

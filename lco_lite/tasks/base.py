@@ -1,110 +1,116 @@
-"""What a task is: prompts, gold answers, a grader. One definition of "correct" for rewards and benchmarks alike."""
+"""What a task is: problems, a prompt around each of them, a grader; and where the rows of its splits come from.
 
+A row is looked up in a file that is named, in a folder of such files, or on the hub. The folder is ``data`` where that
+is one, else what the environment variable ``LCO_LITE_DATA`` names.
+"""
+
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
+from lco_lite.console import Console
 from lco_lite.errors import DataError, UsageError
-from lco_lite.grading import Grade, Item
-from lco_lite.grading.math import explain
-from lco_lite.tasks.source import Rows
+from lco_lite.files import read_jsonl
+from lco_lite.grading import Grade, Grader, Item
+from lco_lite.grading.math import grade_math
+from lco_lite.recipe import Eval
 
-
-class Task(Protocol):
-    """A benchmark and a source of problems: ``train`` (demonstrations, pairs, RL prompts) and ``test`` (held out).
-
-    Every task here is a dataclass, so that ``dataclasses.replace(task, system=...)`` overrides its texts and limits.
-    """
-
-    name: str
-    template: str
-    system: str | None
-    max_new_tokens: int
-
-    def items(self, split: str) -> Sequence[Item]:
-        """All items of a split in a fixed order. Raises DataError naming the file or hub id wanted if it is absent."""
-        ...
-
-    def grade(self, response: str, item: Item) -> Grade:
-        """Is this response right? Never raises on whatever the model wrote."""
-        ...
-
-    def first_error(self, response: str, item: Item) -> int | None:
-        """Index of the first wrong character; None if the response is right or the task cannot tell."""
-        ...
-
-
-def grades(task: Task) -> bool:
-    """Whether the task says of a response that it is right or wrong; one with ``aggregate`` makes its own metrics."""
-    return not hasattr(task, "aggregate")
-
-
+FOLDER = "LCO_LITE_DATA"
 BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+Rows: TypeAlias = list[tuple[str, dict[str, Any]]]
+"""Rows, each with its place for messages: ``FILE, line 3``."""
 
 
 class Problem(NamedTuple):
-    """What a task takes from a row."""
+    """What a task takes from a row. Without an ``id`` of its own, an item is named by its split and place."""
 
     text: str
     gold: str
     demonstration: str | None = None
-
-
-Read: TypeAlias = Callable[[Mapping[str, Any]], Problem | None]
-
-
-def grade_math(response: str, item: Item) -> Grade:
-    """The grader of mathematics (``lco_lite.grading.math``)."""
-    return explain(response, item.gold)
+    id: str | None = None
 
 
 @dataclass
-class Benchmark:
-    """``splits`` load the rows (see ``source.splits``), ``read`` makes problems of them.
+class Task:
+    """A benchmark and a source of problems: ``train`` (demonstrations, pairs, RL prompts) and ``test`` (held out).
 
-    ``read`` returns None for a row to leave out; it raises KeyError or ValueError for one that is malformed.
+    ``sources`` load the rows of each split, given the folder to look in (see ``Source``). ``read`` makes a problem of a
+    row: None leaves the row out, KeyError and ValueError say that it is malformed. ``data`` is a file with the ``test``
+    rows, or the folder. ``template`` stands around the problem; ``likelihood_template`` takes its place where choices
+    are scored by log-likelihood. Without a ``grader`` a response is neither right nor wrong, and ``aggregate`` scores.
+    ``dataclasses.replace(task, system=...)`` gives the same task with another text, limit or grader.
     """
 
     name: str
-    splits: Mapping[str, Callable[[], Rows]]
-    read: Read
-    grader: Callable[[str, Item], Grade] = grade_math
+    sources: Mapping[str, Callable[[Path | None], Rows]]
+    read: Callable[[Mapping[str, Any]], Problem | None]
+    data: Path | None = None
+    grader: Grader | None = grade_math
     template: str = BOXED
+    likelihood_template: str | None = None
     system: str | None = None
     max_new_tokens: int = 1_536
-    likelihood_template: str | None = None  # in place of ``template`` where choices are scored by log-likelihood
     _items: dict[str, tuple[Item, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def items(self, split: str) -> Sequence[Item]:
-        """All items of a split. Raises UsageError for an unknown split, DataError for absent or malformed data."""
-        if split not in self.splits:
-            raise UsageError(f"task {self.name} has the splits {', '.join(self.splits)}; {split!r} is none of them")
+        """All items of a split in a fixed order. Raises UsageError for an unknown split, DataError for absent (the
+        message names the file or hub set that is wanted) or malformed data."""
+        if split not in self.sources:
+            raise UsageError(f"task {self.name} has the splits {', '.join(self.sources)}; {split!r} is none of them")
         if split not in self._items:
-            found = enumerate(self.splits[split]())
-            items = [self._item(split, i, at, row) for i, (at, row) in found]
+            items = [self._item(split, i, place, row) for i, (place, row) in enumerate(self._rows(split))]
             self._items[split] = tuple(item for item in items if item is not None)
         return self._items[split]
 
+    @property
+    def graded(self) -> bool:
+        """Whether the task says of a response that it is right or wrong."""
+        return self.grader is not None
+
     def grade(self, response: str, item: Item) -> Grade:
-        """The grader's verdict."""
-        return self.grader(response, item)
+        """Is this response right? Never raises, whatever the model wrote."""
+        return self.grader(response, item) if self.grader else Grade(False, None, "scored by aggregate")
 
     def first_error(self, response: str, item: Item) -> int | None:
-        """None: where free text goes wrong is not for a rule to tell."""
+        """Index of the first wrong character; None where the response is right or the task cannot tell."""
         return None
 
-    def _item(self, split: str, i: int, at: str, row: dict[str, Any]) -> Item | None:
+    def check(self, settings: Eval, n: int, passes: int, console: Console) -> None:
+        """Before the first response is made: raises UsageError where scoring ``n`` of them, ``passes`` times, lacks
+        something."""
+
+    def scored_by(self, settings: Eval) -> dict[str, Any]:
+        """The settings that ``aggregate`` rests on, beside the responses; JSON."""
+        return {}
+
+    def aggregate(self, rows: list[dict[str, Any]], settings: Eval, folder: Path, console: Console) -> dict[str, float]:
+        """Metrics of one pass, the main one first, where responses are not graded. ``rows`` have ``id``, ``response``
+        and the data ``row``; files of the task's own go to ``folder``."""
+        raise NotImplementedError(f"task {self.name} is graded: it has no other metrics")
+
+    def _rows(self, split: str) -> Rows:
+        folder = Path(os.environ[FOLDER]) if os.environ.get(FOLDER) else None
+        if self.data is not None and self.data.is_dir():
+            folder = self.data
+        elif self.data is not None and split == "test":
+            return read_rows(self.data)
+        return self.sources[split](folder)
+
+    def _item(self, split: str, i: int, place: str, row: dict[str, Any]) -> Item | None:
         try:
             problem = self.read(row)
         except KeyError as e:
-            raise DataError(f"{at}: has no field {e.args[0]!r}; found {', '.join(row) or 'none'}") from e
+            raise DataError(f"{place}: has no field {e.args[0]!r}; found {', '.join(row) or 'none'}") from e
         except ValueError as e:
-            raise DataError(f"{at}: {e}") from e
+            raise DataError(f"{place}: {e}") from e
         if problem is None:
             return None
         prompt = self.template.replace("{problem}", problem.text)
         shown = None if split == "test" else problem.demonstration  # what is held out is never imitated
-        return Item(f"{self.name}/{split}/{i}", prompt, problem.gold, shown, row)
+        return Item(problem.id or f"{self.name}/{split}/{i}", prompt, problem.gold, shown, row)
 
 
 def text(row: Mapping[str, Any], *names: str) -> str:
@@ -117,9 +123,60 @@ def text(row: Mapping[str, Any], *names: str) -> str:
     return row[name].strip()
 
 
-def answer_text(row: Mapping[str, Any], name: str = "answer") -> str:
-    """An answer that is a text or a number, as text: 27.0 becomes 27. Raises KeyError or ValueError."""
-    value = row[name]
+def answer_text(row: Mapping[str, Any]) -> str:
+    """The field ``answer``, a text or a number, as text: 27.0 becomes 27. Raises KeyError or ValueError."""
+    value = row["answer"]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(int(value)) if value == int(value) else repr(value)
-    return text(row, name)
+    return text(row, "answer")
+
+
+EVERY_CONFIG = "*"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one split: ``files`` of the folder, one after the other; without them ``split`` of the hub set
+    ``hub``. With ``EVERY_CONFIG`` each row has its configuration's name as ``subject``."""
+
+    files: tuple[str, ...]
+    hub: str
+    split: str
+    config: str | None = None
+
+    def __call__(self, folder: Path | None) -> Rows:
+        """Raises DataError where neither has the rows."""
+        if folder is not None and all((folder / name).exists() for name in self.files):
+            return read_rows(*(folder / name for name in self.files))
+        import datasets
+
+        every = self.config == EVERY_CONFIG
+        try:
+            rows = [
+                {"subject": config, **row} if every else dict(row)
+                for config in (datasets.get_dataset_config_names(self.hub) if every else [self.config])
+                for row in datasets.load_dataset(self.hub, config, split=self.split)
+            ]
+        except Exception as e:  # offline, renamed, gated, a broken cache: many kinds, one meaning
+            files = " and ".join(self.files)
+            where = f"the folder {folder} has no {files}, and the" if folder else "the"
+            raise hub_error(f"{where} hub set {self.hub} (split {self.split})", files, e) from e
+        return [(f"{self.hub}, row {i}", row) for i, row in enumerate(rows, 1)]
+
+
+def hub_error(what: str, files: str, cause: Exception) -> DataError:
+    """The hub did not give ``what``; ``files`` of a folder would do."""
+    first = next(iter(str(cause).splitlines()), "") or type(cause).__name__
+    return DataError(
+        f"{what} cannot be loaded: {first[:200]}. To use local data, set {FOLDER}=DIR to a folder with {files}"
+    )
+
+
+def read_rows(*files: Path) -> Rows:
+    """The rows of one JSONL file after the other. Raises DataError naming file and line of what is wrong."""
+    return [(f"{file}, line {i}", row) for file in files for i, row in enumerate(read_jsonl(file), 1)]
+
+
+def first_file(folder: Path | None, names: Sequence[str]) -> Path | None:
+    """The first of these files that the folder has."""
+    return next((folder / name for name in names if folder and (folder / name).exists()), None)

@@ -13,20 +13,39 @@ from pathlib import Path
 from typing import Any
 
 from lco_lite.errors import DataError, UsageError
+from lco_lite.grading import Grade, Grader, Item
 from lco_lite.grading.choice import grade_choice
-from lco_lite.tasks.base import Benchmark, Grade, Item, Problem, answer_text, grade_math, text
-from lco_lite.tasks.mathematics import grade_rounded
-from lco_lite.tasks.source import Rows, read_rows
+from lco_lite.grading.math import grade_math, grade_rounded
+from lco_lite.tasks.base import Problem, Rows, Task, answer_text, read_rows, text
 from lco_lite.user_code import load_function, names_function
 
-Grader = Callable[[str, Item], Grade]
+
+def custom(data: Path | None = None, grader: str = "math") -> Task:
+    """The task. Raises UsageError for an unknown grader; its items raise DataError where ``data`` names no file."""
+    sources = {split: partial(_rows, data, split) for split in ("train", "test")}
+    return Task("custom", sources, _read, grader=_grader(grader), template="{problem}", max_new_tokens=1_024)
+
+
+def _rows(file: Path | None, split: str, folder: Path | None) -> Rows:
+    """One file holds both splits, so no folder is looked into."""
+    if file is None:
+        raise DataError("task custom needs a JSONL file with the fields prompt and answer, and none is named")
+    rows = [(place, row) for place, row in read_rows(file) if (row.get("split") == "train") == (split == "train")]
+    if not rows:
+        sign = "with" if split == "train" else "without"
+        raise DataError(f'{file}: has no {split} items, which are the rows {sign} "split": "train"')
+    return rows
+
+
+def _read(row: Mapping[str, Any]) -> Problem:
+    return Problem(text(row, "prompt"), answer_text(row), text(row, "response") if "response" in row else None)
 
 
 def grade_exact(response: str, item: Item) -> Grade:
     """The whole response is the answer, but for spaces around it."""
-    found = response.strip()
-    right = found == item.gold
-    return Grade(right, found or None, "equal" if right else "not equal")
+    answer = response.strip()
+    right = answer == item.gold
+    return Grade(right, answer or None, "equal" if right else "not equal")
 
 
 GRADERS: dict[str, Grader] = {
@@ -35,26 +54,6 @@ GRADERS: dict[str, Grader] = {
     "choice": grade_choice,
     "exact": grade_exact,
 }
-
-
-def custom(data: Path | None = None, grader: str = "math") -> Benchmark:
-    """The task. Raises UsageError for an unknown grader; its items raise DataError where ``data`` names no file."""
-    splits = {split: partial(_rows, data, split) for split in ("train", "test")}
-    return Benchmark("custom", splits, _read, _grader(grader), template="{problem}", max_new_tokens=1_024)
-
-
-def _rows(file: Path | None, split: str) -> Rows:
-    if file is None:
-        raise DataError("task custom needs a JSONL file with the fields prompt and answer, and none is named")
-    found = [(at, row) for at, row in read_rows(file) if (row.get("split") == "train") == (split == "train")]
-    if not found:
-        sign = "with" if split == "train" else "without"
-        raise DataError(f'{file}: has no {split} items, which are the rows {sign} "split": "train"')
-    return found
-
-
-def _read(row: Mapping[str, Any]) -> Problem:
-    return Problem(text(row, "prompt"), answer_text(row), text(row, "response") if "response" in row else None)
 
 
 def _grader(name: str) -> Grader:
@@ -82,3 +81,6 @@ class UsersGrader:
         if isinstance(verdict, bool):
             return Grade(verdict, None, f"{self.spec.rpartition(':')[2]} says {'right' if verdict else 'wrong'}")
         raise UsageError(f"{self.spec} returned {verdict!r:.60} on item {item.id}; a bool or a Grade is needed")
+
+
+TASKS = {"custom": custom}

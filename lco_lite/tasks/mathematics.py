@@ -1,23 +1,24 @@
-"""GSM8K: 8,792 grade-school word problems with whole numbers as answers (Cobbe et al. 2021)."""
+"""The benchmarks of mathematics, a section each: GSM8K, MATH500, AMC and AIME, MinervaMath."""
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lco_lite.grading.math import boxed, explain
-from lco_lite.tasks.base import Benchmark, Grade, Item, Problem, answer_text, text
-from lco_lite.tasks.source import Source, splits
+from lco_lite.grading.math import boxed, grade_rounded
+from lco_lite.tasks.base import Problem, Source, Task, answer_text, text
 
-_GSM8K = "openai/gsm8k"
+# GSM8K (Cobbe et al. 2021): 8,792 grade-school word problems with whole numbers as answers.
+
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
-def gsm8k(data: Path | None = None) -> Benchmark:
-    """The task; demonstrations lose their calculator marks and box their answer, as the prompt asks for."""
-    train = Source(("gsm8k_train.jsonl",), _GSM8K, "train", "main")
-    test = Source(("gsm8k_test.jsonl",), _GSM8K, "test", "main")
-    return Benchmark("gsm8k", splits(data, train=train, test=test), _read_gsm8k, max_new_tokens=512)
+def gsm8k(data: Path | None = None) -> Task:
+    """Demonstrations lose their calculator marks and box their answer, as the prompt asks for."""
+    train = Source(("gsm8k_train.jsonl",), "openai/gsm8k", "train", "main")
+    test = Source(("gsm8k_test.jsonl",), "openai/gsm8k", "test", "main")
+    return Task("gsm8k", {"train": train, "test": test}, _read_gsm8k, data, max_new_tokens=512)
 
 
 def _read_gsm8k(row: Mapping[str, Any]) -> Problem:
@@ -29,12 +30,16 @@ def _read_gsm8k(row: Mapping[str, Any]) -> Problem:
     return Problem(text(row, "question"), gold, f"{worked}\nThe answer is $\\boxed{{{gold}}}$.")
 
 
-def math500(data: Path | None = None) -> Benchmark:
-    """The task."""
+# MATH500: 500 competition problems held out from MATH (Hendrycks et al. 2021; Lightman et al. 2023). As in the paper,
+# ``train`` is the rest of MATH: 12,000 problems with solutions.
+
+
+def math500(data: Path | None = None) -> Task:
+    """Without the rows whose solution boxes nothing (circulating copies have two): nothing could be graded by them."""
     rest = ("math_train.jsonl", "math_test_minus_math500.jsonl")
     train = Source(rest, "nlile/hendrycks-MATH-benchmark", "train")
     test = Source(("math500_test.jsonl",), "HuggingFaceH4/MATH-500", "test")
-    return Benchmark("math500", splits(data, train=train, test=test), _read_math)
+    return Task("math500", {"train": train, "test": test}, _read_math, data)
 
 
 def _read_math(row: Mapping[str, Any]) -> Problem | None:
@@ -43,41 +48,32 @@ def _read_math(row: Mapping[str, Any]) -> Problem | None:
     return Problem(text(row, "problem"), gold, solution) if gold else None
 
 
-def amc23(data: Path | None = None) -> Benchmark:
-    """AMC 12 of 2023, the problems with a whole number as answer."""
-    return _contest("amc23", Source(("amc23_test.jsonl",), "math-ai/amc23", "test"), data)
+# AMC 12 of 2023 (40 problems, those with a whole number as answer), AIME I and II of 2024 and of 2025 (30 each).
+
+_CONTESTS = {
+    "amc23": Source(("amc23_test.jsonl",), "math-ai/amc23", "test"),
+    "aime24": Source(("aime24_test.jsonl",), "HuggingFaceH4/aime_2024", "train"),
+    "aime25": Source(("aime25_test.jsonl",), "math-ai/aime25", "test"),
+}
 
 
-def aime24(data: Path | None = None) -> Benchmark:
-    """AIME I and II of 2024."""
-    return _contest("aime24", Source(("aime24_test.jsonl",), "HuggingFaceH4/aime_2024", "train"), data)
-
-
-def aime25(data: Path | None = None) -> Benchmark:
-    """AIME I and II of 2025."""
-    return _contest("aime25", Source(("aime25_test.jsonl",), "math-ai/aime25", "test"), data)
-
-
-def _contest(name: str, source: Source, data: Path | None) -> Benchmark:
-    return Benchmark(name, splits(data, test=source), _read_contest)
+def contest(name: str, data: Path | None = None) -> Task:
+    """One of ``_CONTESTS``."""
+    return Task(name, {"test": _CONTESTS[name]}, _read_contest, data)
 
 
 def _read_contest(row: Mapping[str, Any]) -> Problem:
     return Problem(text(row, "problem", "question"), answer_text(row))
 
 
-TOLERANCE = 0.01
+# MinervaMath (Lewkowycz et al. 2022): 272 problems of MIT's open courses in the natural sciences and economics. The
+# gold numbers are rounded, often to two digits, and stand without their units.
 
 
-def minervamath(data: Path | None = None) -> Benchmark:
-    """The task."""
-    source = Source(("minerva_math_test.jsonl",), "math-ai/minervamath", "test")
-    return Benchmark("minervamath", splits(data, test=source), _read_minerva, grade_rounded)
-
-
-def grade_rounded(response: str, item: Item) -> Grade:
-    """As mathematics, but a number within 1 % of a gold number that may be rounded is right."""
-    return explain(response, item.gold, TOLERANCE)
+def minervamath(data: Path | None = None) -> Task:
+    """A number is right within 1 % of the gold one."""
+    test = Source(("minerva_math_test.jsonl",), "math-ai/minervamath", "test")
+    return Task("minervamath", {"test": test}, _read_minerva, data, grade_rounded)
 
 
 def _read_minerva(row: Mapping[str, Any]) -> Problem:
@@ -85,3 +81,7 @@ def _read_minerva(row: Mapping[str, Any]) -> Problem:
     if not gold:
         raise ValueError(r"field solution has no \boxed answer")
     return Problem(text(row, "problem", "question"), gold.replace("np.", "\\"))
+
+
+TASKS = {"gsm8k": gsm8k, "math500": math500, "minervamath": minervamath}
+TASKS |= {name: partial(contest, name) for name in _CONTESTS}

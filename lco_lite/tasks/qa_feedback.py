@@ -1,23 +1,22 @@
 """QA-Feedback (Wu et al. 2023, FG-RLHF): a question and passages of Wikipedia, to be answered in a few sentences.
 
-Not right or wrong: three reward models score relevance (each clause), factuality (each sentence) and completeness (the
-whole answer). Rows have ``question``, ``passages`` and ``answer``, or ``gold``.
+Three reward models score relevance (each clause), factuality (each sentence) and completeness (the whole answer). Rows
+have ``question``, ``passages`` and ``answer``, or ``gold``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lco_lite.console import Console
 from lco_lite.errors import DataError, UsageError
 from lco_lite.files import write_text
 from lco_lite.recipe import Eval
-from lco_lite.tasks.base import Benchmark, Grade, Item, Problem, text
-from lco_lite.tasks.source import FOLDER, Rows, first_file, folder_of, read_rows
+from lco_lite.tasks.base import FOLDER, Problem, Rows, Task, first_file, read_rows, text
 
 if TYPE_CHECKING:
     from lco_lite.judging.classifiers import Reward
@@ -29,19 +28,10 @@ FILES = {
 ASPECTS = ("relevance", "factuality", "completeness")
 
 
-@dataclass
-class QaFeedback(Benchmark):
-    """``aggregate`` scores a pass."""
+class QaFeedback(Task):
+    """Neither right nor wrong: the mean of three rewards."""
 
-    def grade(self, response: str, item: Item) -> Grade:
-        return Grade(False, None, "scored by aggregate")
-
-    def scored_by(self, settings: Eval) -> dict[str, Any]:
-        """The settings that ``aggregate`` rests on, beside the responses."""
-        return {"reward_models": settings.reward_models.model_dump()}
-
-    def check(self, settings: Eval, n: int, passes: int, console: Any) -> None:
-        """Before the first response is made. Raises UsageError where a reward model is not named."""
+    def check(self, settings: Eval, n: int, passes: int, console: Console) -> None:
         missing = [name for name in ASPECTS if getattr(settings.reward_models, name) is None]
         if missing:
             wanted = " ".join(f"-s eval.reward_models.{name}=ID_OR_FOLDER" for name in missing)
@@ -50,52 +40,35 @@ class QaFeedback(Benchmark):
                 "(each a token- or sequence-classification model in safetensors)"
             )
 
-    def aggregate(self, rows: list[dict[str, Any]], settings: Eval, folder: Path, console: Any) -> dict[str, float]:
+    def scored_by(self, settings: Eval) -> dict[str, Any]:
+        return {"reward_models": settings.reward_models.model_dump()}
+
+    def aggregate(self, rows: list[dict[str, Any]], settings: Eval, folder: Path, console: Console) -> dict[str, float]:
         """``reward``, the mean of the three; each of them, a mean over answers; and of token classifiers the share of
         all segments without an error, which FG-RLHF reports.
 
-        Writes ``rewards.jsonl``. Raises UsageError where a model is not named, ModelError where it is not to be had.
+        Writes ``rewards.jsonl``. Raises UsageError where a model is not named, ModelError where one cannot be loaded.
         """
         self.check(settings, len(rows), 1, console)
-        found = {name: _rewards(name, rows, settings, console) for name in ASPECTS}
-        lines = [{"id": row["id"], **{name: found[name][i].value for name in ASPECTS}} for i, row in enumerate(rows)]
+        rewards = {name: _rewards(name, rows, settings, console) for name in ASPECTS}
+        lines = [{"id": row["id"], **{name: rewards[name][i].value for name in ASPECTS}} for i, row in enumerate(rows)]
         write_text(folder / "rewards.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        means = {name: sum(one.value for one in found[name]) / len(rows) for name in ASPECTS}
-        shares = {f"{name}_share": share for name in ASPECTS if (share := _share(found[name])) is not None}
+        means = {name: sum(one.value for one in rewards[name]) / len(rows) for name in ASPECTS}
+        shares = {f"{name}_share": share for name in ASPECTS if (share := _share(rewards[name])) is not None}
         return {"reward": sum(means.values()) / len(ASPECTS), **means, **shares}
 
 
-def qa_feedback(data: Path | None = None) -> QaFeedback:
-    """The task: question and passages as FG-RLHF writes them, the first answer as gold and demonstration."""
-    splits = {split: partial(_rows, data, split) for split in FILES}
-    return QaFeedback("qa_feedback", splits, _read, template="{problem}", max_new_tokens=200)
-
-
-def qa_prompt(question: str, passages: Sequence[Any]) -> str:
-    """``question: … context: wikipage: TITLE text: … | wikipage: …``, the input of FG-RLHF's policies.
-
-    A passage is ``{"wikipage", "content"}`` or a list of its title and sentences. Raises ValueError for another.
-    """
-    context = context_of(passages)
-    return f"question: {question.strip()}" + (f" context: {context}" if context else "")
-
-
-def context_of(passages: Sequence[Any]) -> str:
-    """All passages in one text; empty where there are none."""
-    return " | ".join(f"wikipage: {title} text: {content}" for title, content in map(_passage, passages))
-
-
-def _rewards(name: str, rows: Sequence[Mapping[str, Any]], settings: Eval, console: Any) -> list[Reward]:
+def _rewards(name: str, rows: Sequence[Mapping[str, Any]], settings: Eval, console: Console) -> list[Reward]:
     import torch
 
-    from lco_lite.judging.classifiers import RewardModel, Text, clauses, sentences
+    from lco_lite.judging.classifiers import SegmentClassifier, Text, clauses, sentences
 
     path = getattr(settings.reward_models, name)
     console.note(f"{name}: {path} scores {len(rows)} answers")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = RewardModel(path, clauses if name == "relevance" else sentences, device)
+    model = SegmentClassifier(path, clauses if name == "relevance" else sentences, device)
     # FG-RLHF's model of relevance reads the question alone
-    contexts = ["" if name == "relevance" else context_of(row["row"]["passages"]) for row in rows]
+    contexts = ["" if name == "relevance" else _context(row["row"]["passages"]) for row in rows]
     answers = [row["response"].rpartition("</think>")[2].strip() for row in rows]
     questions = [row["row"]["question"] for row in rows]
     return model([Text(*parts) for parts in zip(questions, contexts, answers, strict=True)])
@@ -107,18 +80,42 @@ def _share(rewards: Sequence[Reward]) -> float | None:
     return sum(one.good or 0 for one in rewards) / max(sum(one.segments for one in rewards), 1)
 
 
-def _rows(data: Path | None, split: str) -> Rows:
-    if data is not None and not data.is_dir() and split == "test":
-        return read_rows(data)
-    local = first_file(data, *FILES[split])
-    if local is None:
-        wanted, folder = " or ".join(FILES[split]), folder_of(data)
-        where = f"the folder {folder} has no {wanted}" if folder else f"{FOLDER} names no folder with {wanted}"
-        raise DataError(
-            f"{where}. Take {split}.json from tasks/qa_feedback/data of FG-RLHF's repository (allenai/FineGrainedRLHF "
-            "on GitHub), and write each object of its list on a line"
-        )
-    return read_rows(local)
+def qa_feedback(data: Path | None = None) -> Task:
+    """Question and passages as FG-RLHF writes them, the first answer as gold and demonstration."""
+    sources = {split: partial(_rows, split) for split in FILES}
+    return QaFeedback("qa_feedback", sources, _read, data, grader=None, template="{problem}", max_new_tokens=200)
+
+
+def qa_prompt(question: str, passages: Sequence[Any]) -> str:
+    """``question: … context: wikipage: TITLE text: … | wikipage: …``, the input of FG-RLHF's policies.
+
+    A passage is ``{"wikipage", "content"}`` or a list of its title and sentences. Raises ValueError for another.
+    """
+    context = _context(passages)
+    return f"question: {question.strip()}" + (f" context: {context}" if context else "")
+
+
+def _context(passages: Sequence[Any]) -> str:
+    return " | ".join(f"wikipage: {title} text: {content}" for title, content in map(_passage, passages))
+
+
+def _passage(passage: Any) -> tuple[str, str]:
+    if isinstance(passage, Mapping) and all(isinstance(passage.get(key), str) for key in ("wikipage", "content")):
+        return passage["wikipage"], passage["content"]
+    if isinstance(passage, (list, tuple)) and len(passage) > 1 and all(isinstance(part, str) for part in passage):
+        return passage[0], " ".join(passage[1:])
+    raise ValueError(f"passage {passage!r:.60} has neither wikipage and content nor a title and sentences")
+
+
+def _rows(split: str, folder: Path | None) -> Rows:
+    if file := first_file(folder, FILES[split]):
+        return read_rows(file)
+    wanted = " or ".join(FILES[split])
+    where = f"the folder {folder} has no {wanted}" if folder else f"{FOLDER} names no folder with {wanted}"
+    raise DataError(
+        f"{where}. Take {split}.json from tasks/qa_feedback/data of FG-RLHF's repository (allenai/FineGrainedRLHF "
+        "on GitHub), and write each object of its list on a line"
+    )
 
 
 def _read(row: Mapping[str, Any]) -> Problem:
@@ -133,9 +130,4 @@ def _read(row: Mapping[str, Any]) -> Problem:
     return Problem(qa_prompt(question, passages), answer.strip(), answer.strip())
 
 
-def _passage(passage: Any) -> tuple[str, str]:
-    if isinstance(passage, Mapping) and all(isinstance(passage.get(key), str) for key in ("wikipage", "content")):
-        return passage["wikipage"], passage["content"]
-    if isinstance(passage, (list, tuple)) and len(passage) > 1 and all(isinstance(part, str) for part in passage):
-        return passage[0], " ".join(passage[1:])
-    raise ValueError(f"passage {passage!r:.60} has neither wikipage and content nor a title and sentences")
+TASKS = {"qa_feedback": qa_feedback}

@@ -1,7 +1,5 @@
 """The order of the stages, and what each rests on: sft, then rm, then rl, then a score of each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from lco_lite.checkpoint import checkpoints

@@ -8,8 +8,6 @@ that it will teach, its advantage points the wrong way.
     lco-lite train-rm recipes/quickstart.yaml
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ A and z* stand still for all minibatches and epochs of a step: refreshing π_old
 once more, and doing so after every batch compounds noise.
 """
 
-from __future__ import annotations
-
 from statistics import fmean
 from typing import Any
 

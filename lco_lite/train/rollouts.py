@@ -20,7 +20,7 @@ from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, recipe_task, rl_prompts
 from lco_lite.errors import DataError
 from lco_lite.feedback.advantages import live_groups
-from lco_lite.feedback.rewards import open_rewards
+from lco_lite.feedback.rewards import reward_source
 from lco_lite.files import JsonLines, remove
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import LanguageModel
@@ -102,7 +102,7 @@ class Rollouts:
 
         asked = fitting(ctx, asked, model, rl.max_length, "prompts", room)
         self.prompts, self.ids = [prompt for prompt, _ in asked], [ids for _, ids in asked]
-        self.rewards = open_rewards(rl, ctx.device)
+        self.rewards = reward_source(rl, ctx.device)
 
     def phase(self, step: int, stop_if_asked: Callable[[], None]) -> Phase:
         """The step's responses, of the policy as it is now. With dynamic sampling (DAPO) groups without signal make

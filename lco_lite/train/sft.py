@@ -6,8 +6,6 @@ their response tokens, however they are split.
     lco-lite sft recipes/quickstart.yaml
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

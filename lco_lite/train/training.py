@@ -82,7 +82,7 @@ class StageTraining:
 
     def log(self, path: Path, kind: type[JsonLog] = MetricsLog) -> JsonLog:
         """A log of the stage, cut back to the checkpoint that it goes on from."""
-        return self._open.enter_context(kind(path, self.done or None))
+        return kind(path, self.done)
 
     def oldest_checkpoint(self) -> int:
         """The step of the oldest checkpoint that is kept: a damaged one makes the stage go back to it. 0: none."""

@@ -27,7 +27,7 @@ from lco_lite.models.loading import build_scratch
 from lco_lite.recipe import Eval, Recipe
 from lco_lite.recipe.sections import Init
 from lco_lite.rollout.hf import HFEngine
-from lco_lite.tasks import Grade, Item, load_task
+from lco_lite.tasks import Grade, Item, Task, load_task
 from tests.evaluation.eval_cases import GRADER, chance_task, result_of, rows_of, score
 
 
@@ -232,25 +232,14 @@ ITEMS = [Item(f"t/test/{i}", f"q{i}", str(i), None, {"subject": "ab"[i % 2]}) fo
 SHOWN = [Item(f"t/dev/{i}", f"e{i}", str(i), f"so {i}", {"subject": "ab"[i % 2]}) for i in range(4)]
 
 
-@dataclasses.dataclass
-class Stub:
-    """A task of three items; ``splits`` by name."""
-
-    splits: dict[str, list[Item]]
-    name: str = "stub"
-    system: str | None = "task's own"
-    max_new_tokens: int = 8
+class Stub(Task):
+    """Its sources are items already, in which only the template is missing."""
 
     def items(self, split: str) -> list[Item]:
-        if split not in self.splits:
+        if split not in self.sources:
             raise UsageError(f"no {split}")
-        return self.splits[split]
-
-    def grade(self, response: str, item: Item) -> Grade:
-        return Grade(False, None, "no verdict")
-
-    def first_error(self, response: str, item: Item) -> int | None:
-        return None
+        put = self.template.replace
+        return [dataclasses.replace(item, prompt=put("{problem}", item.prompt)) for item in self.sources[split]]
 
 
 class Rewarded(Stub):
@@ -261,6 +250,12 @@ class Rewarded(Stub):
         return {"length": sum(len(r["response"]) for r in rows) / len(rows), "items": float(len(rows))}
 
 
+def stub(kind: type[Stub] = Stub, **splits: list[Item]) -> Stub:
+    """A task of three items that calls none of their responses right."""
+    grader = None if kind is Rewarded else lambda response, item: Grade(False, None, "no verdict")
+    return kind("stub", splits, None, None, grader, "{problem}", system="task's own", max_new_tokens=8)
+
+
 def scored(**settings: Any) -> Recipe:
     """A recipe with these settings of ``eval``."""
     bare = {"model": {"path": "x"}, "task": "arithmetic", "sft": {"enabled": False}}
@@ -268,7 +263,7 @@ def scored(**settings: Any) -> Recipe:
 
 
 def test_worked_examples_are_earlier_turns_of_the_items_own_subject():
-    prompts = eval_prompts(scored(few_shot=2, system="be brief"), Stub({"test": ITEMS, "dev": SHOWN}))
+    prompts = eval_prompts(scored(few_shot=2, system="be brief"), stub(test=ITEMS, dev=SHOWN))
     assert [(m["role"], m["content"]) for m in prompts[1].messages] == [
         ("system", "be brief"),
         ("user", "e1"),
@@ -280,7 +275,7 @@ def test_worked_examples_are_earlier_turns_of_the_items_own_subject():
 
 
 def test_without_a_dev_split_the_first_training_items_are_shown_to_all():
-    prompts = eval_prompts(scored(few_shot=1), Stub({"test": ITEMS, "train": SHOWN}))
+    prompts = eval_prompts(scored(few_shot=1), stub(test=ITEMS, train=SHOWN))
     assert [p.messages[1]["content"] for p in prompts] == ["e0"] * 3
     assert prompts[0].messages[0]["content"] == "task's own"
 
@@ -295,7 +290,7 @@ def test_without_a_dev_split_the_first_training_items_are_shown_to_all():
 )
 def test_too_few_worked_examples_are_refused(splits, n, told):
     with pytest.raises(UsageError, match=told):
-        eval_prompts(scored(few_shot=n), Stub({"test": ITEMS, **splits}))
+        eval_prompts(scored(few_shot=n), stub(test=ITEMS, **splits))
 
 
 def test_a_template_takes_the_place_of_the_tasks_own_in_examples_too(tmp_path):
@@ -304,8 +299,8 @@ def test_a_template_takes_the_place_of_the_tasks_own_in_examples_too(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(problem) + "\n")
     (prompt,) = eval_prompts(scored(template="Q: {problem}", few_shot=1), load_task("gsm8k", tmp_path))
     assert [m["content"] for m in prompt.messages] == ["Q: 1+1?", "so\nThe answer is $\\boxed{2}$.", "Q: 1+1?"]
-    (plain,) = eval_prompts(scored(template="Q: {problem}", system=""), Stub({"test": ITEMS[:1]}))
-    assert [m["content"] for m in plain.messages] == ["Q: q0"], "also of a task that knows no template"
+    (plain,) = eval_prompts(scored(template="Q: {problem}", system=""), stub(test=ITEMS[:1]))
+    assert [m["content"] for m in plain.messages] == ["Q: q0"], "also of a task that writes nothing around its problems"
 
 
 def test_a_template_without_a_place_for_the_problem_is_refused():
@@ -334,7 +329,7 @@ def test_everything_a_score_rests_on_is_in_its_result(model, tmp_path):
 
 def test_the_grader_of_mathematics_is_recorded_with_math_verifys_version():
     found = grader_of(load_task("math500"))
-    assert found["name"] == "lco_lite.tasks.base.grade_math" and found["math_verify"][0].isdigit()
+    assert found["name"] == "lco_lite.grading.math.grade_math" and found["math_verify"][0].isdigit()
     assert prompt_settings(scored(), load_task("math500"))["template"].endswith("within \\boxed{}.")
 
 
@@ -377,8 +372,8 @@ def test_one_file_of_items_is_for_one_task(model, tmp_path):
 
 
 def test_a_task_that_is_not_right_or_wrong_shows_its_own_metrics_with_their_spread(model, tmp_path, monkeypatch):
-    stub = Rewarded({"test": ITEMS})
-    monkeypatch.setattr(evaluate, "load_task", lambda name, data=None: stub)
+    task = stub(Rewarded, test=ITEMS)
+    monkeypatch.setattr(evaluate, "load_task", lambda name, data=None: task)
     data = tmp_path / "none.jsonl"
     data.touch()
     result = score(model, tmp_path, "stub", data, "--seeds", 2, "--json")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lco_lite.grading.math import grade
+from lco_lite.grading.math import grade_answer
 
 FILES = ["grader_math_verify.jsonl", "grader_hendrycks_math.jsonl", "grader_rasbt_ch03.jsonl"]
 DISAGREEMENTS = {
@@ -30,7 +30,7 @@ def test_the_grader_agrees_on_98_percent_and_every_disagreement_is_argued():
     pairs = _pairs()
     found = {}
     for pair in pairs:
-        verdict = grade(pair["pred"] or "", pair["gold"] or "")
+        verdict = grade_answer(pair["pred"] or "", pair["gold"] or "").right
         if verdict != bool(pair["expected"]):
             found[pair["pred"], pair["gold"]] = verdict
     assert found == DISAGREEMENTS

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lco_lite.grading.math import compare, explain, grade
+from lco_lite.grading.math import compare, grade_answer
 
 EQUAL = [  # (answer, gold)
     ("x=5", "5"),
@@ -180,24 +180,29 @@ def test_different_answers_count_as_wrong(answer, gold):
 
 
 def test_zero_is_right_where_zero_is_asked_for():
-    assert grade(r"so there is none: \boxed{0}", "0")
+    assert grade_answer(r"so there is none: \boxed{0}", "0").right
 
 
 def test_gold_may_be_a_solution_that_boxes_its_answer():
-    assert grade("The answer is 7.", r"We add and find $\boxed{7}$.")
+    assert grade_answer("The answer is 7.", r"We add and find $\boxed{7}$.").right
 
 
 def test_grade_names_what_it_found_and_why():
-    found = explain(r"\boxed{\frac{2}{4}}", "1/2")
+    found = grade_answer(r"\boxed{\frac{2}{4}}", "1/2")
     assert (found.right, found.extracted, found.why) == (True, r"\frac{2}{4}", "equal")
-    assert explain("no idea what to do about this", "1").why == "no answer found"
+    assert grade_answer("no idea what to do about this", "1").why == "no answer found"
+
+
+@pytest.mark.parametrize("answer", ["1.2.3/4", r"\frac{1.2.3}{4}", ".../4"])
+def test_a_numeral_with_two_points_is_wrong_and_raises_nothing(answer):
+    assert not grade_answer(rf"\boxed{{{answer}}}", "4").right
 
 
 def test_numbers_need_no_second_process():
     code = (
         "import subprocess; subprocess.Popen = None\n"
-        "from lco_lite.grading.math import grade\n"
-        "print(grade(r'\\boxed{72}', '72'), grade(r'\\boxed{71}', '72'), grade(r'\\boxed{(1,2)}', '(1, 2.0)'))"
+        "from lco_lite.grading.math import grade_answer as g\n"
+        "print(g(r'\\boxed{72}', '72').right, g(r'\\boxed{71}', '72').right, g(r'\\boxed{(1,2)}', '(1, 2.0)').right)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["True", "False", "True"]
@@ -205,9 +210,11 @@ def test_numbers_need_no_second_process():
 
 def test_formulas_are_graded_in_any_thread():
     verdicts = []
-    threads = [
-        threading.Thread(target=lambda: verdicts.append(grade(r"\boxed{2\sqrt2}", r"\sqrt{8}"))) for _ in range(4)
-    ]
+
+    def grade() -> None:
+        verdicts.append(grade_answer(r"\boxed{2\sqrt2}", r"\sqrt{8}").right)
+
+    threads = [threading.Thread(target=grade) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -219,6 +226,6 @@ def test_a_worker_process_that_was_killed_is_replaced():
     from lco_lite.grading import symbolic
 
     assert symbolic.equal(r"2\sqrt{2}", r"\sqrt{8}")
-    symbolic._verifier._worker._process.kill()
-    symbolic._verifier._worker._process.wait()
+    symbolic._worker._process.kill()
+    symbolic._worker._process.wait()
     assert symbolic.equal(r"2\sqrt{2}", r"\sqrt{8}")

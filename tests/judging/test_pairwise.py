@@ -11,11 +11,11 @@ import pytest
 
 from lco_lite.console import Console
 from lco_lite.errors import UsageError
-from lco_lite.judging.judge import ANSWERS, Answers, ChatClient, Judge, Pair, read_verdict, refuse_unconfirmed
+from lco_lite.judging.judge import ANSWERS, ChatClient, Comparison, Judge, read_verdict, refuse_unconfirmed
 from lco_lite.recipe import Eval
 from tests.judging.server import Said, chat_server
 
-PAIRS = [Pair("Name a fruit", "an apple", "fruit"), Pair("Say hi", "no", "hello there")]
+PAIRS = [Comparison("Name a fruit", "an apple", "fruit"), Comparison("Say hi", "no", "hello there")]
 
 
 def settings(url: str = "http://localhost/v1", **more) -> Eval:
@@ -41,7 +41,7 @@ def prefers_longer(request, n) -> Said:
 
 def judge_of(server, folder, **more) -> Judge:
     client = ChatClient(server.url, sleep=lambda seconds: None)
-    return Judge(client, settings(server.url, **more), Answers(folder / "judge.jsonl"))
+    return Judge(client, settings(server.url, **more), folder / "judge.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_failure_ends_the_waiting_of_the_other_threads(tmp_path):
         def stop(self):
             self.stopped.set()
 
-    judge = Judge(Two(), settings(), Answers(tmp_path / "judge.jsonl"))
+    judge = Judge(Two(), settings(), tmp_path / "judge.jsonl")
     with pytest.raises(UsageError, match="refused"):
         judge.scores(PAIRS[:1], quiet())
     assert Two.stopped.is_set()
@@ -171,7 +171,7 @@ def test_a_line_that_a_kill_cut_short_is_asked_again_and_spoils_no_other(tmp_pat
 def test_answers_kept_have_the_words_and_tokens_but_neither_key_nor_texts(tmp_path):
     with chat_server(prefers_longer) as server:
         client = ChatClient(server.url, "sk-secret")
-        Judge(client, settings(server.url), Answers(tmp_path / "judge.jsonl")).scores(PAIRS, quiet())
+        Judge(client, settings(server.url), tmp_path / "judge.jsonl").scores(PAIRS, quiet())
     content = (tmp_path / "judge.jsonl").read_text()
     line = json.loads(content.splitlines()[0])
     assert sorted(line) == ["key", "said", "tokens_in", "tokens_out", "verdict"]
@@ -188,8 +188,8 @@ def test_pairs_that_are_equal_are_asked_once(tmp_path):
 
 def test_the_cost_counts_requests_tokens_and_dollars(tmp_path):
     priced = settings(judge_price=(10.0, 100.0))
-    cost = Judge(ChatClient("http://host"), priced, Answers(tmp_path / "judge.jsonl")).estimate(
-        [Pair("i" * 4_000, "a" * 8_000, "r" * 4_000)]
+    cost = Judge(ChatClient("http://host"), priced, tmp_path / "judge.jsonl").estimate(
+        [Comparison("i" * 4_000, "a" * 8_000, "r" * 4_000)]
     )
     assert cost.requests == 2 and cost.known == 0
     assert 2 * 4_000 < cost.tokens_in < 2 * 4_200
@@ -198,7 +198,7 @@ def test_the_cost_counts_requests_tokens_and_dollars(tmp_path):
 
 
 def test_more_requests_than_the_limit_need_a_yes_and_the_message_has_the_cost_of_all_passes(tmp_path):
-    judge = Judge(ChatClient("http://host"), settings(judge_price=(1e4, 0)), Answers(tmp_path / "judge.jsonl"))
+    judge = Judge(ChatClient("http://host"), settings(judge_price=(1e4, 0)), tmp_path / "judge.jsonl")
     cost = judge.estimate(PAIRS)
     refuse_unconfirmed(cost, settings(judge_limit=4))
     refuse_unconfirmed(cost, settings(judge_limit=3, judge_confirmed=True))

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from lco_lite.errors import UsageError
 from lco_lite.tasks import load_task
-from lco_lite.tasks.arithmetic import Arithmetic, working
+from lco_lite.tasks.arithmetic import working
 
-TASK = Arithmetic()
+TASK = load_task("arithmetic")
 ITEM = next(item for item in TASK.items("train") if item.row["a"] % 10 + item.row["b"] % 10 >= 10)
 RIGHT = ITEM.demonstration or ""
 FIRST = {"train": ["33+78", "82+84", "17+77"], "test": ["54+69", "48+52", "91+92"]}
@@ -77,6 +79,13 @@ def test_first_error_is_the_end_of_a_response_that_stops_too_early():
 
 def test_first_error_finds_what_goes_on_after_the_answer():
     assert TASK.first_error(RIGHT + " #1", ITEM) == len(RIGHT)
+
+
+def test_a_template_stands_around_the_problem_and_leaves_ids_and_order_as_they_are():
+    asked = replace(TASK, template="What is {problem}?").items("test")
+    assert asked[0].prompt == "What is 54+69?"
+    assert [item.id for item in asked] == [item.id for item in TASK.items("test")]
+    assert asked[0].id == "arithmetic/54+69"
 
 
 def test_unknown_split_names_those_there_are():

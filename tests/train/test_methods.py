@@ -167,4 +167,4 @@ def test_a_language_model_is_no_sequence_classifier(warm, capsys):
     sets = ["rl.objective=reinforce", "rl.feedback=reward_model", f"rl.reward_classifier={base}"]
     with pytest.raises(typer.Exit), start(warm, *sets) as ctx:
         train(ctx, "rl-reinforce", fresh=True)
-    assert "is LlamaForCausalLM; a reward model is a sequence-classification model" in capsys.readouterr().err
+    assert "is LlamaForCausalLM; a sequence-classification model is needed" in capsys.readouterr().err

@@ -5,9 +5,16 @@ from types import SimpleNamespace
 import pytest
 
 from lco_lite.errors import DataError
-from lco_lite.tasks.source import EVERY_CONFIG, FOLDER, Source, rows, splits
+from lco_lite.tasks import load_task
+from lco_lite.tasks.base import EVERY_CONFIG, FOLDER, Problem, Source, Task
 
 SOURCE = Source(("one.jsonl", "two.jsonl"), "some/set", "test", "main")
+
+
+def values(data=None, split="test"):
+    """What the rows of a task over ``SOURCE`` hold."""
+    task = Task("made", {"train": SOURCE, "test": SOURCE}, lambda row: Problem("p", str(row["v"])), data)
+    return [item.row["v"] for item in task.items(split)]
 
 
 @pytest.fixture(autouse=True)
@@ -40,30 +47,29 @@ def hub(monkeypatch):
 
 def test_the_files_of_the_folder_are_read_one_after_the_other(folder, monkeypatch):
     monkeypatch.setenv(FOLDER, str(folder))
-    found = rows(SOURCE)
-    assert [row["v"] for _, row in found] == [1, 2, 3]
-    assert found[2][0] == f"{folder / 'two.jsonl'}, line 1"
+    assert values() == [1, 2, 3]
+    assert SOURCE(folder)[2][0] == f"{folder / 'two.jsonl'}, line 1"
 
 
 def test_a_folder_that_is_named_goes_before_that_of_the_environment(folder, monkeypatch, tmp_path_factory):
     monkeypatch.setenv(FOLDER, str(tmp_path_factory.mktemp("empty")))
-    assert len(rows(SOURCE, folder)) == 3
+    assert len(values(folder)) == 3
 
 
 def test_the_hub_is_asked_where_no_folder_is_named(hub):
-    assert rows(SOURCE) == [("some/set, row 1", {"v": "main"})]
+    assert SOURCE(None) == [("some/set, row 1", {"v": "main"})]
     assert hub.calls == [("some/set", "main", "test")]
 
 
 def test_the_hub_is_asked_where_the_folder_lacks_a_file(hub, folder, monkeypatch):
     (folder / "two.jsonl").unlink()
     monkeypatch.setenv(FOLDER, str(folder))
-    assert rows(SOURCE) == [("some/set, row 1", {"v": "main"})]
+    assert values() == ["main"]
 
 
 def test_every_config_of_a_hub_set_is_read_and_named(hub):
     every = Source(("x.jsonl",), "some/set", "test", EVERY_CONFIG)
-    assert [row for _, row in rows(every)] == [{"subject": "art", "v": "art"}, {"subject": "law", "v": "law"}]
+    assert [row for _, row in every(None)] == [{"subject": "art", "v": "art"}, {"subject": "law", "v": "law"}]
 
 
 def test_offline_says_which_files_and_set_are_wanted_and_how_to_point_to_them(hub):
@@ -71,17 +77,22 @@ def test_offline_says_which_files_and_set_are_wanted_and_how_to_point_to_them(hu
     with pytest.raises(
         DataError, match=r"some/set .*Couldn't reach the hub.*LCO_LITE_DATA=DIR.*one.jsonl and two.jsonl"
     ):
-        rows(SOURCE)
+        values()
 
 
 def test_offline_says_that_the_folder_lacks_the_file(hub, tmp_path, monkeypatch):
     hub.fail = ConnectionError()
     monkeypatch.setenv(FOLDER, str(tmp_path))
     with pytest.raises(DataError, match=f"the folder {tmp_path} has no one.jsonl.*ConnectionError"):
-        rows(SOURCE)
+        values()
 
 
 def test_one_file_holds_the_test_items_and_no_others(hub, folder):
-    load = splits(folder / "two.jsonl", train=SOURCE, test=SOURCE)
-    assert [row["v"] for _, row in load["test"]()] == [3]
-    assert [row["v"] for _, row in load["train"]()] == ["main"]
+    assert values(folder / "two.jsonl") == [3]
+    assert values(folder / "two.jsonl", "train") == ["main"]
+
+
+def test_a_task_without_a_grader_says_so_and_calls_no_response_right():
+    task = Task("made", {}, lambda row: None, grader=None)
+    assert not task.graded and not task.grade("x", None).right
+    assert load_task("gsm8k").graded and not load_task("alpaca_eval").graded

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from lco_lite.errors import ModelError
-from lco_lite.judging.classifiers import RewardModel, Text, clauses, sentences
+from lco_lite.judging.classifiers import SegmentClassifier, Text, clauses, sentences
 from lco_lite.models.loading import END, byte_tokenizer
 from tests.judging.reward_folders import save_reward_model
 
@@ -35,7 +35,7 @@ def words_of(text: Text) -> list[str]:
 
 def test_a_token_classifier_rates_each_sentence_at_the_separator_before_it(tmp_path):
     folder = save_reward_model(tmp_path / "rm", True, LABELS, seed=1)
-    rewards = RewardModel(str(folder), sentences, CPU, batch=2)(TEXTS)
+    rewards = SegmentClassifier(str(folder), sentences, CPU, batch=2)(TEXTS)
     model = AutoModelForTokenClassification.from_pretrained(folder)
     seen = set()
     for text, reward in zip(TEXTS, rewards, strict=True):
@@ -62,7 +62,7 @@ def test_a_token_classifier_rates_each_sentence_at_the_separator_before_it(tmp_p
 )
 def test_the_names_of_the_labels_say_which_is_good(tmp_path, labels, good):
     folder = save_reward_model(tmp_path / "rm", True, labels)
-    model = RewardModel(str(folder), sentences, CPU)
+    model = SegmentClassifier(str(folder), sentences, CPU)
     with torch.no_grad():  # the last label always wins
         model.model.score.weight.zero_()
         model.model.score.bias = torch.nn.Parameter(torch.arange(float(model.model.config.num_labels)))
@@ -72,14 +72,14 @@ def test_the_names_of_the_labels_say_which_is_good(tmp_path, labels, good):
 def test_clauses_are_rated_where_the_split_makes_them(tmp_path):
     folder = save_reward_model(tmp_path / "rm", True, LABELS)
     text = Text("Who?", "", "It was Ann who sang it, and later on it was Bob who wrote it.")
-    assert RewardModel(str(folder), clauses, CPU)([text])[0].segments == 2
-    assert RewardModel(str(folder), sentences, CPU)([text])[0].segments == 1
+    assert SegmentClassifier(str(folder), clauses, CPU)([text])[0].segments == 2
+    assert SegmentClassifier(str(folder), sentences, CPU)([text])[0].segments == 1
 
 
 @pytest.mark.parametrize("labels", [1, 2])
 def test_a_sequence_classifier_rates_the_whole_answer_alone_or_in_a_batch(tmp_path, labels):
     folder = save_reward_model(tmp_path / "rm", False, labels)
-    rewards = RewardModel(str(folder), sentences, CPU, batch=3)(TEXTS)
+    rewards = SegmentClassifier(str(folder), sentences, CPU, batch=3)(TEXTS)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = byte_tokenizer(10_000)
     for text, reward in zip(TEXTS, rewards, strict=True):
@@ -95,7 +95,7 @@ def test_a_sequence_classifier_rates_the_whole_answer_alone_or_in_a_batch(tmp_pa
 @pytest.mark.parametrize("by_token", [True, False])
 def test_passages_lose_their_end_where_the_input_is_too_long_and_the_answer_stays_whole(tmp_path, by_token):
     folder = save_reward_model(tmp_path / "rm", by_token, LABELS if by_token else 1, max_position_embeddings=200)
-    model = RewardModel(str(folder), sentences, CPU)
+    model = SegmentClassifier(str(folder), sentences, CPU)
     long = Text("Who?", "word " * 500, "Ann did. Bob did too.")
     words, places = model._words(long)
     assert words[-1] == "too." and words[:4] == ["question:", "Who?", "context:", "word"]
@@ -108,22 +108,20 @@ def test_passages_lose_their_end_where_the_input_is_too_long_and_the_answer_stay
 def test_segments_that_the_window_cuts_off_are_left_out(tmp_path):
     folder = save_reward_model(tmp_path / "rm", True, LABELS, max_position_embeddings=64)
     answer = "Ann did it today. " * 20
-    assert 1 <= RewardModel(str(folder), sentences, CPU)([Text("Who?", "", answer)])[0].segments < 20
+    assert 1 <= SegmentClassifier(str(folder), sentences, CPU)([Text("Who?", "", answer)])[0].segments < 20
 
 
 def test_what_is_no_reward_model_is_refused_with_what_is_wanted(tmp_path):
     from tests.models.families import save
 
-    with pytest.raises(
-        ModelError, match="LlamaForCausalLM; a reward model is a token- or sequence-classification model"
-    ):
-        RewardModel(str(save("llama", tmp_path / "lm")), sentences, CPU)
+    with pytest.raises(ModelError, match="LlamaForCausalLM; a token- or sequence-classification model is needed"):
+        SegmentClassifier(str(save("llama", tmp_path / "lm")), sentences, CPU)
     with pytest.raises(ModelError, match="no such folder"):
-        RewardModel(str(tmp_path / "none"), sentences, CPU)
+        SegmentClassifier(str(tmp_path / "none"), sentences, CPU)
     with pytest.raises(ModelError, match="labels A, B, C, D"):
-        RewardModel(str(save_reward_model(tmp_path / "four", True, list("ABCD"))), sentences, CPU)
+        SegmentClassifier(str(save_reward_model(tmp_path / "four", True, list("ABCD"))), sentences, CPU)
     with pytest.raises(ModelError, match="one label, or two"):
-        RewardModel(str(save_reward_model(tmp_path / "three", False, 3)), sentences, CPU)
+        SegmentClassifier(str(save_reward_model(tmp_path / "three", False, 3)), sentences, CPU)
 
 
 def test_a_head_that_is_missing_is_not_made_up(tmp_path):
@@ -135,14 +133,14 @@ def test_a_head_that_is_missing_is_not_made_up(tmp_path):
         {k: v for k, v in weights.items() if not k.startswith("score")}, folder / "model.safetensors", {"format": "pt"}
     )
     with pytest.raises(ModelError, match="weights are missing, e.g. score"):
-        RewardModel(str(folder), sentences, CPU)
+        SegmentClassifier(str(folder), sentences, CPU)
 
 
 def test_pickled_weights_are_refused(tmp_path):
     folder = save_reward_model(tmp_path / "rm", True, LABELS)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="only pickled weights"):
-        RewardModel(str(folder), sentences, CPU)
+        SegmentClassifier(str(folder), sentences, CPU)
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path):
@@ -152,7 +150,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Config: pass\n")
     with pytest.raises(ModelError):
-        RewardModel(str(folder), sentences, CPU)
+        SegmentClassifier(str(folder), sentences, CPU)
     assert not (tmp_path / "ran").exists()
 
 
@@ -171,7 +169,7 @@ def test_a_roberta_shaped_model_reads_word_by_word_within_its_positions(tmp_path
     config.id2label = dict(enumerate(LABELS))
     tf.LongformerForTokenClassification(config).save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
-    model = RewardModel(str(tmp_path / "rm"), sentences, CPU)
+    model = SegmentClassifier(str(tmp_path / "rm"), sentences, CPU)
     assert model.separator == "</s>" and model.window <= 128
     rewards = model([Text("Who?", "word " * 100, "Ann did. Bob did too."), Text("Who?", "", "Ann.")])
     assert [one.segments for one in rewards] == [2, 1]
