@@ -86,12 +86,14 @@ def open_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
 
 def open_feedback_models(ctx: Context, start: Role) -> tuple[Role | None, Role | None]:
     """(φ, φ_ref) as the recipe's feedback needs them: those of DPO; for ``logprob`` the reward model's base alone."""
-    settings = ctx.recipe.reward_model
     if ctx.recipe.rl.needs_reward_model:
         return open_reward_model(ctx, start)
     if ctx.recipe.rl.feedback != "logprob":
         return None, None
-    return Role(_own_reward_base(ctx, settings, start.model)) if isinstance(settings, RewardModel) else start, None
+    settings = ctx.recipe.reward_model
+    if isinstance(settings, RewardModel):
+        return Role(_own_reward_base(ctx, settings, start.model)), None
+    return start, None
 
 
 def open_stage(ctx: Context, stage: str) -> Role:

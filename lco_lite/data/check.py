@@ -34,7 +34,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainingData:
     """Where rows come from and what they are used for. Training leaves out rows longer than ``window`` tokens;
     ``room`` is what a response may take that is yet to be sampled."""
 
@@ -75,7 +75,7 @@ def check_data(recipe: Recipe, console: Console, json: bool) -> None:
         raise DataError("; ".join(refused))
 
 
-def recipe_sources(recipe: Recipe, task: Task | None) -> list[Source]:
+def recipe_sources(recipe: Recipe, task: Task | None) -> list[TrainingData]:
     """All rows of each file, in its order; of the task the items that each stage takes."""
     data, system, of_task = recipe.data, system_text(recipe, task), f"training items of {task.name}" if task else ""
     sources = []
@@ -86,22 +86,22 @@ def recipe_sources(recipe: Recipe, task: Task | None) -> list[Source]:
             place = "row"
             shown = read_demonstrations(data.demonstrations, system, data.columns.demonstrations)
         samples = [Sample(f"{place} {i}", d.messages, (d.response,)) for i, d in enumerate(shown, 1)]
-        sources.append(Source("demonstrations", data.demonstrations or of_task, samples, recipe.sft.max_length))
+        sources.append(TrainingData("demonstrations", data.demonstrations or of_task, samples, recipe.sft.max_length))
     if recipe.rl.needs_reward_model and data.preferences != "sampled":
         pairs = read_preferences(data.preferences, system, data.columns.preferences)
         samples = [Sample(f"pair {i}", p.messages, (p.chosen, p.rejected)) for i, p in enumerate(pairs, 1)]
-        sources.append(Source("preferences", data.preferences, samples, recipe.train_rm.max_length))
+        sources.append(TrainingData("preferences", data.preferences, samples, recipe.train_rm.max_length))
     if data.prompts is None:
         asked = rl_prompts(recipe, task)
     else:
         asked = read_prompts(data.prompts, system, data.columns.prompts)
     samples = [Sample(p.item.id if p.item else f"row {i}", p.messages) for i, p in enumerate(asked, 1)]
     room = recipe.rl.max_new_tokens or (task.max_new_tokens if task else recipe.rl.max_length // 2)
-    sources.append(Source("prompts", data.prompts or of_task, samples, recipe.rl.max_length, room))
+    sources.append(TrainingData("prompts", data.prompts or of_task, samples, recipe.rl.max_length, room))
     return sources
 
 
-def report(source: Source, chat: ChatFormat | None) -> Report:
+def report(source: TrainingData, chat: ChatFormat | None) -> Report:
     """Lengths are in tokens, or in characters of the bare turns without ``chat``; ``over_window`` counts rows that
     training leaves out, ``silent`` responses without a word; ``example`` has the trained text in ⟦ ⟧.
 
@@ -148,7 +148,7 @@ def lengths(sizes: Sequence[int]) -> dict[str, int]:
     return {name: ordered[place] for name, place in places.items()}
 
 
-def overlap_report(source: Source, items: EvaluationItems, allow: Sequence[str]) -> Report:
+def overlap_report(source: TrainingData, items: EvaluationItems, allow: Sequence[str]) -> Report:
     """Rows that are items of one task (``same``) or near twins of them; ``items`` is how many of the ``checked`` ones
     they touch; ``examples`` are (place of the row, overlap).
 

@@ -9,8 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lco_lite.data.overlap import refuse_same
-from lco_lite.data.rows import Made, read_demonstrations, read_preferences, read_prompts
-from lco_lite.data.shapes import Demonstration, Prompt
+from lco_lite.data.rows import (
+    Demonstration,
+    Made,
+    Prompt,
+    read_demonstrations,
+    read_preferences,
+    read_prompts,
+)
 from lco_lite.errors import DataError
 from lco_lite.models.chat import ChatFormat, conversation
 from lco_lite.recipe import Recipe

@@ -178,7 +178,7 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def training_mode(self) -> Iterator[None]:
-        """Dropout as configured and, where asked for, activations recomputed; both end with the block."""
+        """Dropout as configured and, with ``checkpointing``, activations recomputed; both end with the block."""
         self.base.train()
         for frozen in self._int8:
             frozen.eval()

@@ -149,7 +149,7 @@ def unloadable(what: str, source: str, error: Exception) -> ModelError:
 
 
 def load_tokenizer(weights: Weights, folder: Path | None = None) -> PreTrainedTokenizerBase:
-    """From ``folder`` if given, else ``weights.path``; padding is set, for it is not stored with a tokenizer."""
+    """From ``folder`` if given, else ``weights.path``; padding is chosen here, tokenizers are stored without."""
     source = str(folder or weights.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_origin(weights, folder))

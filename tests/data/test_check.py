@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
-from lco_lite.data.check import Sample, Source, lengths, report
+from lco_lite.data.check import Sample, TrainingData, lengths, report
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.loading import byte_tokenizer
 from lco_lite.tasks import load_task
@@ -51,7 +51,7 @@ def test_a_report_counts_in_tokens_of_the_recipes_model():
         Sample("row 3", user("c" * 30), ("same", "SAME ")),
         Sample("row 4", user("d"), ("word", "")),
     ]
-    r = report(Source("preferences", "x.jsonl", samples, window=30), chat)
+    r = report(TrainingData("preferences", "x.jsonl", samples, window=30), chat)
     counts = ("rows", "unit", "duplicates", "same_pairs", "silent", "over_window")
     assert [r[count] for count in counts] == [4, "tokens", 1, 1, 1, 1]
     prompt, response = r["prompt"], r["response"]
@@ -59,7 +59,7 @@ def test_a_report_counts_in_tokens_of_the_recipes_model():
     assert (response["least"], response["most"]) == (1, 6), "with the end of the turn"
     assert r["example"] == "<|user|>ab<|assistant|>⟦yes<|end|>⟧"
     for room, over in ((27, 1), (26, 0)):
-        asked = Source("prompts", "x", [Sample("row 1", user("ab"))], window=30, room=room)
+        asked = TrainingData("prompts", "x", [Sample("row 1", user("ab"))], window=30, room=room)
         assert report(asked, chat)["over_window"] == over
 
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from lco_lite.data.rows import load_rows, read_demonstrations, read_preferences, read_prompts
-from lco_lite.data.shapes import Prompt
+from lco_lite.data.rows import Prompt, load_rows, read_demonstrations, read_preferences, read_prompts
 from lco_lite.errors import DataError
 from lco_lite.recipe.sections import DemonstrationColumns, PreferenceColumns, PromptColumns
 
