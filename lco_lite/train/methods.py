@@ -124,7 +124,6 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
     """
     method, policy = method_of(rl), models.policy
     old_head = policy.model.head.frozen() if policy.model.head.is_trained else None
-    rewards = phase.grades if phase.rewards is None else phase.rewards
     scored = []
     for minibatch in plan:
         tokens = sum(len(phase.examples[i].response) for places in minibatch for i in places)
@@ -132,8 +131,8 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
             batch = collate([phase.examples[i] for i in places], policy.model.pad_id)
             responses, sequences = torch.tensor(places)[batch.rows], sum(map(len, minibatch))
             micro = MicroBatch(batch, responses, tokens, sequences, policy.hidden(batch), old_head)
-            if rewards is not None:
-                micro.per_token["rewards"] = rewards[responses]
+            if phase.scores is not None:
+                micro.per_token["rewards"] = phase.scores[responses]
             if names_function(rl.objective) or rl.target:
                 micro.per_token.update(sampled_logprobs(models, micro))
             scored.append(method.score(models, phase, micro, rl).to("cpu"))

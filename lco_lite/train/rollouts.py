@@ -52,6 +52,11 @@ class Phase:
     drawn: int = 0
 
     @property
+    def scores(self) -> Tensor | None:
+        """[N]: the rewards, else the grades."""
+        return self.grades if self.rewards is None else self.rewards
+
+    @property
     def examples(self) -> list[Example]:
         return [response.example for response in self.responses]
 
