@@ -3,15 +3,14 @@
 One run, side by side: the contenders take turns, and the median of the turns is shown. Contenders:
 
     naive ...   full logits of policy, π_old, φ_DPO and φ_ref, and autograd: what a first version does
-    trl kl      TRL's chunked divergence, forward KL of two sources: its nearest job, with two distributions, not four
+    trl kl      TRL's chunked divergence, forward KL of two sources: its closest loss, with two distributions, not four
     liger kl    Liger's fused linear JSD at beta 0: the same two-source KL
     lco ...     this project
     floor n     n bare products of the same shape, T x V x d, over 512 tokens at a time
 
-Time in ms. Extra memory is the peak above the inputs and the gradient that is returned: torch's counter on a GPU; on a
-CPU the high-water mark of a process of its own that does nothing else (Linux). Error: of ∂loss/∂hidden, relative to
-float64. The covariance of LCO-MSE is made once a head, its time is shown apart. Peers that are not installed are
-left out with a line (extra `bench`).
+Time in ms. Extra memory is the peak above the inputs and the returned gradient: torch's counter on a GPU; on a CPU the
+high-water mark of a separate process (Linux). Error: of ∂loss/∂hidden, relative to float64. The covariance of LCO-MSE
+is made once for each head; its time is shown separately. A line says which peers are not installed (extra `bench`).
 """
 
 import argparse

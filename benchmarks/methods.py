@@ -5,8 +5,8 @@
     python benchmarks/methods.py --objectives kld,ppo --rates 3e-4,1e-3 --set rl.feedback=dpo_sampled
 
 Each seed trains its own model and reward model; the objectives share them. LCO has the recipe's learning rate; for
-every other objective seed 0 tries several, and the one with the best score is used for all seeds. What is known already
-is not trained again.
+every other objective seed 0 tries several, and all seeds use the one with the best score. Finished results are kept and
+not trained again.
 """
 
 from __future__ import annotations

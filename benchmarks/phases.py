@@ -3,8 +3,8 @@
     python benchmarks/phases.py recipes/quickstart.yaml
     python benchmarks/phases.py recipes/smollm2.yaml --set model.path=FOLDER --json
 
-Trains what RL rests on first, where it is missing, then RL; reads its metrics.jsonl. Medians over steps, the first left
-out where there are more (allocations, kernels compiled). Compare runs on one machine, not seconds between machines.
+Trains any missing earlier stage, then RL, and reads its metrics.jsonl. Medians are over steps, without the first if
+there are more (it allocates memory and compiles kernels). Compare runs on one machine, not seconds between machines.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from typing import Annotated
 
 import typer
 
+from lco_lite.command import command
 from lco_lite.environment import environment
+from lco_lite.metrics import read_log
+from lco_lite.train.pipeline import train
 
 PHASES = ("rollout", "score", "update", "eval")
 
@@ -24,14 +27,10 @@ PHASES = ("rollout", "score", "update", "eval")
 def main(
     recipe: str,
     sets: Annotated[list[str] | None, typer.Option("--set", "-s", help="Override a field of the recipe.")] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of the run that is made or gone on with.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     name: Annotated[str, typer.Option(help="The run's name.")] = "phases",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    from lco_lite.command import command
-    from lco_lite.metrics import read_log
-    from lco_lite.train.pipeline import train
-
     with command(recipe, runs, name, sets, {}, quiet=True) as ctx:
         stage = f"rl-{ctx.recipe.rl.objective}"
         train(ctx, stage)

@@ -3,7 +3,7 @@
     python benchmarks/quickstart.py                     # about ten minutes on two cores
     python benchmarks/quickstart.py --seeds 1 --json
 
-Each seed trains its own model and reward model; the objectives share them. Goes on where it was when started again.
+Each seed trains its own model and reward model; the objectives share them. Started again, it continues where it was.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ one ends with the same weights as one that was never stopped, bit for bit on a C
 import hashlib
 import json
 import random
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from lco_lite.errors import UsageError
 from lco_lite.files import remove, write_folder, write_json
 
 FORMAT = 1
-_NAME = re.compile(r"^step-(\d+)$")
+TENSORS, OPTIMIZER = "tensors.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,18 @@ def save_checkpoint(
     tree = None if optimizer is None else pack(optimizer.state_dict(), optimizer_tensors, "optimizer")
     path = folder / f"step-{step:08d}"
     with write_folder(path) as new:
-        save_file({k: _own_copy(v) for k, v in tensors.items()}, new / "tensors.safetensors")
-        save_file(
-            {k: _own_copy(v) for k, v in (optimizer_tensors | rng_tensors).items()}, new / "optimizer.safetensors"
-        )
-        sums = {name: _sha256(new / name) for name in ("tensors.safetensors", "optimizer.safetensors")}
+        for name, saved in ((TENSORS, tensors), (OPTIMIZER, optimizer_tensors | rng_tensors)):
+            # copies: safetensors refuses tensors that share memory
+            own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in saved.items()}
+            save_file(own, new / name)
+        sums = {name: _sha256(new / name) for name in (TENSORS, OPTIMIZER)}
         content = {"format": FORMAT, "step": step, "state": state, "optimizer": tree, "rng": rng, "sha256": sums}
         write_json(new / "state.json", {"sha256": _sha256_json(content), "content": content})
-    _prune(folder, step, keep)
+    # those after it were damaged when the stage went back before them; left there they would be tried again
+    kept = [other for other in checkpoints(folder) if other.name <= path.name][-keep:]
+    for other in checkpoints(folder):
+        if other not in kept:
+            remove(other)
     return path
 
 
@@ -98,8 +101,7 @@ def load_latest(
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, oldest first."""
-    found = [(int(m[1]), p) for p in folder.glob("step-*") if (m := _NAME.match(p.name))]
-    return [path for _, path in sorted(found)]
+    return sorted(folder.glob("step-" + "[0-9]" * 8))
 
 
 def capture_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -118,7 +120,7 @@ def restore_rng(tensors: dict[str, Tensor], states: dict[str, Any]) -> None:
     kind, keys, position, has_gauss, gauss = states["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(tensors["rng.torch"].cpu())
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for i in range(torch.cuda.device_count()):
         if f"rng.cuda.{i}" in tensors:
             torch.cuda.set_rng_state(tensors[f"rng.cuda.{i}"].cpu(), i)
 
@@ -168,20 +170,7 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[
         if _sha256(path / name) != expected:
             raise ValueError(f"{name} is not what was written")
     # optimizer and random states stay on the CPU: load_state_dict moves each where its parameter is
-    return content, load_file(path / "tensors.safetensors", str(device)), load_file(path / "optimizer.safetensors")
-
-
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Those after ``step`` were damaged when the stage went back before them; left there they would be tried again."""
-    paths = checkpoints(folder)
-    after = [p for p in paths if int(p.name.removeprefix("step-")) > step]
-    for path in after + [p for p in paths if p not in after][:-keep]:
-        remove(path)
-
-
-def _own_copy(tensor: Tensor) -> Tensor:
-    """safetensors refuses tensors that share memory."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return content, load_file(path / TENSORS, str(device)), load_file(path / OPTIMIZER)
 
 
 def _sha256_json(value: Any) -> str:

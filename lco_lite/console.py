@@ -60,10 +60,11 @@ class Console:
 
     def stage(self, name: str, detail: str = "") -> None:
         """Says what begins: ``rl-kld  3 steps of 512 prompts``."""
-        self._say(f"\n{name}" + (f"  {detail}" if detail else ""), style="bold")
+        self.note(f"\n{name}" + (f"  {detail}" if detail else ""), style="bold")
 
-    def note(self, text: str) -> None:
-        self._say(text)
+    def note(self, text: str, style: str = "") -> None:
+        if not self._quiet:
+            self._print(self._screen, text, style)
 
     def warn(self, text: str) -> None:
         """To stderr, also when quiet."""
@@ -111,10 +112,6 @@ class Console:
         """The last line on stdout: what was made and what to type next. With json it goes to stderr."""
         if not (self._json and self._quiet):
             self._print(self._screen, f"{path}" + (f"  next: {next_command}" if next_command else ""))
-
-    def _say(self, text: str, style: str = "") -> None:
-        if not self._quiet:
-            self._print(self._screen, text, style)
 
     def _print(self, console: RichConsole, text: str, style: str = "") -> None:
         console.print(Text(self._clean(text, console), style), soft_wrap=True)

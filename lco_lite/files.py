@@ -29,18 +29,19 @@ def write_errors(path: Path) -> Iterator[None]:
     """A full disk (LcoError) or a place that cannot be written (UsageError) becomes a message that names ``path``."""
     try:
         yield
-    except OSError as e:
-        if e.errno in _DISK_FULL:
-            raise _disk_full(path) from e
-        if e.errno in _NO_PERMISSION and _concerns(e, path):
-            why = "the file system is read-only" if e.errno == errno.EROFS else "permission denied"
-            raise UsageError(f"no permission to write {path}: {why}. Choose another place with --runs DIR.") from e
-        if e.errno in _NO_PLACE and _concerns(e, path):
-            raise UsageError(f"cannot write {path}: {e.strerror}. Choose another place with --runs DIR.") from e
-        raise
     except Exception as e:
-        if "No space left on device" in str(e):  # safetensors writes from Rust and raises an error type of its own
-            raise _disk_full(path) from e
+        number = e.errno if isinstance(e, OSError) else None
+        # safetensors writes from Rust and raises an error type of its own, without a number
+        if number in _DISK_FULL or (number is None and "No space left on device" in str(e)):
+            place = next(p for p in (path, *path.resolve().parents) if p.exists())
+            raise LcoError(
+                f"disk is full: {shutil.disk_usage(place).free / 2**20:.0f} MiB free under {path.parent}; nothing was "
+                "lost. Make room and start again."
+            ) from e
+        if isinstance(e, OSError) and number in (*_NO_PERMISSION, *_NO_PLACE) and _concerns(e, path):
+            why = "permission denied" if number in (errno.EACCES, errno.EPERM) else e.strerror
+            what = "no permission to write" if number in _NO_PERMISSION else "cannot write"
+            raise UsageError(f"{what} {path}: {why}. Choose another place with --runs DIR.") from e
         raise
 
 
@@ -73,13 +74,17 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside ``path``. When the block ends well it replaces ``path``, else it is removed."""
-    temporary = _temporary(path, "new")
+    temporary, old = _temporary(path, "new"), _temporary(path, "old")
     with write_errors(path):
         try:
             temporary.mkdir(parents=True)
             yield temporary
             _sync_tree(temporary)
-            _replace_folder(temporary, path)
+            if path.exists():  # a full folder cannot be renamed onto: it steps aside, and ``recover`` knows why
+                os.replace(path, old)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+            _delete(old)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -110,16 +115,6 @@ def recover(root: Path) -> None:
                     os.replace(left_over, original)
                 else:
                     _delete(left_over)
-
-
-def _replace_folder(new: Path, path: Path) -> None:
-    """A full folder cannot be renamed onto; the old one steps aside first, and ``recover`` knows what that means."""
-    old = _temporary(path, "old")
-    if path.exists():
-        os.replace(path, old)
-    os.replace(new, path)
-    _sync_folder(path.parent)
-    _delete(old)
 
 
 def _temporary(path: Path, kind: str) -> Path:
@@ -160,16 +155,8 @@ def _concerns(error: OSError, path: Path) -> bool:
     return named.is_relative_to(folder) or folder.is_relative_to(named)
 
 
-def _disk_full(path: Path) -> LcoError:
-    place = next(p for p in (path, *path.resolve().parents) if p.exists())
-    free = shutil.disk_usage(place).free / 2**20
-    return LcoError(
-        f"disk is full: {free:.0f} MiB free under {path.parent}; nothing was lost. Make room and start again."
-    )
-
-
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """All rows, in the order of the file, so that row i stands in line i + 1; empty lines are allowed at the end only.
+    """All objects in the order of the file: object i stands in line i + 1. Only at the end may lines be empty.
 
     Raises DataError for a file that is missing, unreadable or empty, and for a line that is no JSON object in UTF-8.
     """
@@ -183,56 +170,51 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     lines = content.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
     if lines == [b""]:
         raise DataError(f"{path}: is empty; one JSON object a line is expected")
-    return [_json_row(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+    return [_json_object(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
 
 
-def _json_row(line: bytes, at: str) -> dict[str, Any]:
+def _json_object(line: bytes, at: str) -> dict[str, Any]:
     if not line.strip():
         raise DataError(f"{at}: is empty; one JSON object a line is expected")
     try:
-        row = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as e:
         raise DataError(f"{at}: is not UTF-8 (byte {e.start + 1})") from e
-    except (json.JSONDecodeError, RecursionError) as e:
-        what = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else "nested too deeply"
-        raise DataError(f"{at}: is not JSON: {what}") from e
-    if not isinstance(row, dict):
-        raise DataError(f"{at}: is {_kind(row)}, not an object with named fields")
-    return row
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    return {list: "a list", str: "a string", bool: "a boolean"}.get(type(value), "a number")
+    except RecursionError as e:
+        raise DataError(f"{at}: is not JSON: nested too deeply") from e
+    except json.JSONDecodeError as e:
+        raise DataError(f"{at}: is not JSON: {e.msg} at column {e.colno}") from e
+    if not isinstance(value, dict):
+        kind = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
+        raise DataError(f"{at}: is {kind}, not an object with named fields")
+    return value
 
 
 class JsonLines:
-    """JSON objects in a file, one a line, each on its way to the disk at once.
+    """JSON objects in a file, one a line. Each is on the disk when ``append`` returns.
 
-    ``rows`` are those of the file: of one that is there already the whole lines, without a last one that a kill cut
-    short. Raises LcoError on a full disk, UsageError without permission or for a file that holds anything else.
+    ``rows`` holds them all. Of a file that is there already these are the whole lines: a last one that a kill cut short
+    is removed. Raises LcoError on a full disk, UsageError without permission or for a file that holds anything else.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows = read_jsonl(path) if path.exists() and _drop_torn_line(path) else []
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            write_bytes(path, whole)
+        self.rows = read_jsonl(path) if whole else []
 
     def append(self, row: dict[str, Any]) -> None:
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
         with write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                file.write(line)
+                file.write(json_line(row))
                 file.flush()
                 os.fsync(file.fileno())
         self.rows.append(row)
 
 
-def _drop_torn_line(path: Path) -> bool:
-    """Cuts off what stands after the last line end; whether anything is left."""
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_bytes(path, whole)
-    return bool(whole)
+def json_line(value: dict[str, Any]) -> bytes:
+    """``value`` and a line end in UTF-8, lone surrogates as question marks. ValueError for NaN and infinities."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"

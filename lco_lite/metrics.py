@@ -1,4 +1,5 @@
-"""The numbers of a stage: one JSON object a step in ``metrics.jsonl``, under names that are listed here and only here.
+"""The numbers of a stage under names that are listed here and only here: one JSON object a step in ``metrics.jsonl``,
+and, of an rl stage, one an update in ``updates.jsonl``.
 
 ``docs/metrics.md`` is the same list for readers.
 """
@@ -8,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lco_lite.files import write_bytes, write_errors
+from lco_lite.files import json_line, write_bytes, write_errors
 
 METRICS: dict[str, str] = {
     "step": "updates done (sft, rm) or rollout phases done (rl), this one included",
+    "update": "update within the step, from 1 (updates.jsonl)",
     "loss": "the objective, mean over the step's updates",
     "lr": "learning rate of the step's last update",
     "grad_norm": "2-norm of the gradient before clipping, mean over the step's updates",
@@ -22,12 +25,14 @@ METRICS: dict[str, str] = {
     "accuracy": "share of responses that are right (rl), of pairs whose chosen response is the likelier (rm), 0 to 1",
     "margin": "mean implicit reward of chosen minus rejected, nats times beta (rm)",
     "dead_groups": "share of groups whose responses all have the same reward and so teach nothing, 0 to 1",
-    "kl_to_old": "KL(pi || pi_old) a token after the step's updates, nats",
-    "entropy": "entropy of the policy a token, nats",
-    "sampled_prob": "mean probability of the sampled tokens, 0 to 1",
+    "kl_to_old": "KL(pi || pi_old) a token after the step's last update, on that update's responses, nats",
+    "entropy": "entropy of the policy a token, over all response tokens of the step's updates, nats",
+    "sampled_prob": "mean probability of the sampled tokens, over all response tokens of the step's updates, 0 to 1",
     "clipped": "share of tokens, or of sequences (gspo, rloo), whose ratio the clip holds, 0 to 1",
-    "logit_grad_norm_pos": "2-norm of the gradient in the logits, tokens with positive advantage",
-    "logit_grad_norm_neg": "2-norm of the gradient in the logits, tokens with negative advantage",
+    "logit_grad_norm_pos": "2-norm of the gradient in the logits, tokens with advantage > 0",
+    "logit_grad_norm_neg": "2-norm of the gradient in the logits, tokens with advantage < 0",
+    "logit_grad_sampled": "gradient of a token's loss in the logit of the sampled token, absolute value, mean",
+    "logit_grad_others": "2-norm of the same gradient over the other tokens of the vocabulary, mean",
     "response_tokens": "response tokens trained on in this step",
     "mean_response_tokens": "mean length of a response, tokens",
     "truncated": "share of responses that hit the length limit, 0 to 1",
@@ -44,107 +49,76 @@ METRICS: dict[str, str] = {
 
 
 class JsonLog:
-    """Appends JSON objects to ``path``, one a line, each at once. Every object carries its ``step``.
+    """Appends JSON objects to ``path``, one a line, each at once. Each has its ``step``, which others may share.
 
-    ``resume_after`` is the step of the checkpoint that the stage goes on from: later lines belong to work that is done
-    again and are dropped, and so is a last line that was cut short. None: the stage starts anew, with an empty file.
-    NaN and infinities are written as null. Raises LcoError on a full disk, UsageError without permission.
+    ``done`` is the step of the checkpoint that the stage goes on from, 0 for a stage that starts: lines of later steps
+    belong to work that is done again and are dropped, and so is a last line that was cut short. NaN and infinities are
+    written as null. Raises LcoError on a full disk, UsageError without permission.
+
+    A kill loses no line. A power cut may lose the last ones: no weight depends on them, so none waits for the disk.
     """
 
-    def __init__(self, path: Path, resume_after: int | None) -> None:
+    def __init__(self, path: Path, done: int) -> None:
         self.path = path
-        kept = [] if resume_after is None else [row for row in read_log(path) if row["step"] <= resume_after]
-        write_bytes(path, b"".join(map(_line, kept)))
-        with write_errors(path):
-            # unbuffered: a line is on its way at once, and nothing is left over to fail again when the log is closed
-            self._file = path.open("ab", buffering=0)
+        write_bytes(path, b"".join(json_line(_finite(line)) for line in read_log(path) if line["step"] <= done))
 
-    def write(self, row: dict[str, Any]) -> None:
-        if "step" not in row:
+    def write(self, numbers: dict[str, Any]) -> None:
+        if "step" not in numbers:
             raise ValueError(f"{self.path.name}: a line needs its step")
-        line = memoryview(_line(row))
-        with write_errors(self.path):
-            while line:
-                line = line[self._file.write(line) :]
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> JsonLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        with write_errors(self.path), self.path.open("ab") as file:
+            file.write(json_line(_finite(numbers)))
 
 
 class MetricsLog(JsonLog):
     """A JsonLog that takes only the names in METRICS; another raises ValueError."""
 
-    def write(self, row: dict[str, Any]) -> None:
-        unknown = sorted(name for name in _names(row) if name not in METRICS)
+    def write(self, numbers: dict[str, Any]) -> None:
+        unknown = sorted(name for name in _names(numbers) if name not in METRICS)
         if unknown:
-            raise ValueError(f"no such metric: {', '.join(unknown)} (telemetry.metrics.METRICS lists them)")
-        super().write(row)
+            raise ValueError(f"no such metric: {', '.join(unknown)} (METRICS in lco_lite/metrics.py lists them)")
+        super().write(numbers)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics or samples file; none where there is no file. Lines that are not whole are passed over."""
+    """The objects of a metrics, updates or samples file; none where there is no file. Lines that a kill or a full disk
+    cut short are passed over."""
     if not path.exists():
         return []
-    rows = []
+    objects = []
     for line in path.read_bytes().splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:  # cut short by a kill or a full disk; the step is in no checkpoint
+            value = json.loads(line)
+        except ValueError:
             continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
+        if isinstance(value, dict) and "step" in value:
+            objects.append(value)
+    return objects
 
 
-def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+def _names(numbers: dict[str, Any]) -> Iterator[str]:
+    for name, value in numbers.items():
+        yield from (f"{name}.{inner}" for inner in value) if isinstance(value, dict) else (name,)
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return {name: _finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _names(row: dict[str, Any], prefix: str = "") -> list[str]:
-    names = []
-    for key, value in row.items():
-        names += _names(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-    return names
 
 
 def peak_mib() -> float:
     """Most memory allocated on the GPU since the last reset; without one, the largest resident size of the process."""
     torch = sys.modules.get("torch")  # not imported: then nothing is on a GPU
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch is not None and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated()) / 2**20
-    return _peak_resident_mib()
-
-
-if sys.platform == "win32":
-
-    def _peak_resident_mib() -> float:
+    if sys.platform == "win32":
         import psutil  # comes with accelerate
 
         return float(psutil.Process().memory_info().peak_wset) / 2**20
-elif sys.platform == "linux":
+    if sys.platform == "linux":  # not getrusage: its peak is passed on from the parent process, however small the child
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(float(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024
+    import resource
 
-    def _peak_resident_mib() -> float:
-        # not getrusage: its peak is passed on from the parent process, however small the child
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(float(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
-else:
-
-    def _peak_resident_mib() -> float:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on other systems
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on other systems
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

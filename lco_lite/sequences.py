@@ -1,7 +1,13 @@
-"""Random numbers by name: what is drawn depends on the seed and on what it is for, never on what was drawn before."""
+"""What a batch is made of, and in which order: token sequences, their padding, micro-batches; then random numbers.
+
+Random numbers go by name: what is drawn depends on the seed and on what it is for, never on what was drawn before.
+
+Legend: B sequences, L the longest of them, T response tokens of all of them, d hidden.
+"""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -9,22 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-
-def derive(seed: int, *names: object) -> int:
-    """A seed in 0..2^63-1 for this purpose, e.g. ``derive(0, "rollout", step)``."""
-    text = ":".join(map(str, (seed, *names)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-@contextlib.contextmanager
-def seeded(seed: int, *names: object) -> Iterator[None]:
-    """torch's random numbers come from this seed inside, and go on as before outside."""
-    import torch
-
-    with torch.random.fork_rng():
-        torch.manual_seed(derive(seed, *names))
-        yield
 
 
 @dataclass(frozen=True)
@@ -72,16 +62,47 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     return Batch(ids, mask, torch.cat(index), actions, torch.cat(rows))
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices grouped by length so that no group's padded size passes ``max_tokens`` (a single long one may)."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        longest = lengths[groups[-1][0]] if groups else 0
-        if groups and longest * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
+def micro_batches(lengths: Sequence[int], max_tokens: int, group: int = 1) -> list[list[int]]:
+    """Indices batched by length so that no batch's padded size passes ``max_tokens`` (a single long unit may).
+
+    A unit is ``group`` consecutive entries, which stay together; it is as long as the longest of them.
+    """
+    units = [range(len(lengths))[first : first + group] for first in range(0, len(lengths), group)]
+    longest_first = sorted(units, key=lambda unit: (-max(lengths[i] for i in unit), unit[0]))
+    batches: list[list[int]] = []
+    longest = 0  # entry of the last batch
+    for unit in longest_first:
+        if not batches or longest * (len(batches[-1]) + len(unit)) > max_tokens:
+            batches.append([])
+            longest = max(lengths[i] for i in unit)
+        batches[-1] += unit
+    return batches
+
+
+def derive(seed: int, *names: object) -> int:
+    """A seed in 0..2^63-1 for this purpose, e.g. ``derive(0, "rollout", step)``."""
+    text = ":".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@contextlib.contextmanager
+def seeded(seed: int, *names: object, state: Sequence[str] | None = None) -> Iterator[None]:
+    """torch's random numbers come from this seed inside, and go on as before outside. With a ``state`` of
+    ``rng_state``, taken inside earlier, they go on from there."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, *names))
+        states = [torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for text in state or ()]
+        if states:
+            torch.set_rng_state(states[0])
+        for device, on_gpu in zip(range(torch.cuda.device_count()), states[1:], strict=False):
+            torch.cuda.set_rng_state(on_gpu, device)
+        yield
+
+
+def rng_state() -> list[str]:
+    """torch's random state for ``seeded``, as base64: the CPU's and, once CUDA is in use, each of its devices'."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [base64.b64encode(state.numpy().tobytes()).decode() for state in (torch.get_rng_state(), *on_gpus)]
 
 
 def endless(n: int, seed: int, start: int, count: int) -> list[int]:

@@ -1,4 +1,8 @@
-"""Functions of the user's own, named ``FILE.py:NAME`` in a recipe or on the command line."""
+"""The user's own code, and processes that answer lines.
+
+A function is named ``FILE.py:NAME`` in a recipe or on the command line. One whose time is bounded runs in a process of
+its own: ``LineWorker`` is the caller's side, ``serve`` the process's; as a program this file serves a reward function.
+"""
 
 import atexit
 import importlib.util
@@ -25,16 +29,16 @@ def names_function(text: str) -> bool:
 
 @cache
 def load_function(spec: str) -> Callable[..., Any]:
-    """The function ``FILE.py:NAME``. Raises UsageError where it cannot be had."""
+    """The function ``FILE.py:NAME``. Raises UsageError for a file or name that is not there, or fails."""
     if not names_function(spec):
         raise UsageError(f"{spec!r} is no FILE.py:NAME")
     file, _, name = spec.rpartition(":")
-    found = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if found is None or found.loader is None or not Path(file).is_file():
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if module_spec is None or module_spec.loader is None or not Path(file).is_file():
         raise UsageError(f"{file}: no such file")
-    module = importlib.util.module_from_spec(found)
+    module = importlib.util.module_from_spec(module_spec)
     try:
-        found.loader.exec_module(module)
+        module_spec.loader.exec_module(module)
     except Exception as e:
         raise UsageError(f"{file}: cannot be imported: {type(e).__name__}: {e}") from e
     function = getattr(module, name, None)
@@ -43,12 +47,9 @@ def load_function(spec: str) -> Callable[..., Any]:
     return function
 
 
-_PACKAGE_PARENT = Path(__file__).resolve().parents[1]
-
-
 class LineWorker:
-    """``python -m MODULE ARGUMENTS``, which answers an empty line (a greeting) when it is ready. One caller at a time:
-    others wait."""
+    """``python -m MODULE ARGUMENTS``, which answers an empty line (a greeting) when it is ready. Callers wait for each
+    other."""
 
     def __init__(self, module: str, arguments: Sequence[str] = (), start_seconds: float = 120.0) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
@@ -85,7 +86,8 @@ class LineWorker:
 
     def _start(self) -> str | None:
         self.close()
-        path = os.pathsep.join(filter(None, [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH")]))
+        package = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -133,35 +135,39 @@ Function = Callable[[list[str], list[str], list[dict[str, Any]]], Any]
 
 
 def answer(function: Function, line: str) -> str:
-    """``{"rewards": [...]}``, or ``{"error": text, "row": index or null}``."""
+    """[prompts, responses, data rows] -> ``{"rewards": [...]}`` or ``{"error": text, "response": index or null}``."""
     if not line:
         return "ready"
     prompts, responses, rows = json.loads(line)
+
+    def wrong(text: str, response: int | None = None) -> str:
+        return json.dumps({"error": text, "response": response})
+
     try:
         given = function(prompts, responses, rows)
     except Exception as e:
-        return json.dumps({"error": f"{type(e).__name__}: {e}", "row": _culprit(function, prompts, responses, rows)})
+        return wrong(f"{type(e).__name__}: {e}", _culprit(function, list(zip(prompts, responses, rows, strict=True))))
     try:
-        values = list(given)
+        rewards = list(given)
     except TypeError:
-        return json.dumps({"error": f"a list of numbers is needed, not {given!r:.80}", "row": None})
-    if len(values) != len(responses):
-        return json.dumps({"error": f"{len(values)} rewards for {len(responses)} responses", "row": None})
-    for i, value in enumerate(values):
+        return wrong(f"a list of numbers is needed, not {given!r:.80}")
+    if len(rewards) != len(responses):
+        return wrong(f"{len(rewards)} rewards for {len(responses)} responses")
+    for i, reward in enumerate(rewards):
         try:
-            values[i] = float(value)
+            rewards[i] = float(reward)
         except (TypeError, ValueError):
-            return json.dumps({"error": f"the reward is {value!r:.80}, not a number", "row": i})
-        if not math.isfinite(values[i]):
-            return json.dumps({"error": f"the reward is {value!r}; it must be finite", "row": i})
-    return json.dumps({"rewards": values})
+            return wrong(f"the reward is {reward!r:.80}, not a number", i)
+        if not math.isfinite(rewards[i]):
+            return wrong(f"the reward is {reward!r}; it must be finite", i)
+    return json.dumps({"rewards": rewards})
 
 
-def _culprit(function: Function, prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> int | None:
-    """The first row on which the function fails alone as well."""
-    for i in range(len(responses)):
+def _culprit(function: Function, batch: list[tuple[str, str, dict[str, Any]]]) -> int | None:
+    """The first response on which the function fails alone as well."""
+    for i, (prompt, response, row) in enumerate(batch):
         try:
-            function(prompts[i : i + 1], responses[i : i + 1], rows[i : i + 1])
+            function([prompt], [response], [row])
         except Exception:
             return i
     return None

@@ -1,4 +1,4 @@
-"""Which weights play which role in a run.
+"""Which weights play which role in a run?
 
 ==============  =======================================  ===========================================
 role            adapters (``lora``)                      full fine-tuning (``lora: null``)
@@ -17,7 +17,8 @@ from pathlib import Path
 from torch.nn import Parameter
 
 from lco_lite.context import Context
-from lco_lite.models.language_model import LanguageModel, Role, check_same_tokenizer
+from lco_lite.models.chat import check_same_tokenizer
+from lco_lite.models.language_model import LanguageModel, Role
 from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_tokenizer
 from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.run import StageFolder
@@ -32,20 +33,18 @@ def trains_whole_model(ctx: Context, stage: str) -> bool:
 
 
 def open_base(ctx: Context) -> LanguageModel:
-    """The policy's base as it is before any stage; made or converted into the run the first time."""
-    model = ctx.recipe.model
-    base = ctx.run.path / "base"
-    if model.init is not None:
-        if not base.exists():
-            build_scratch(model.init, base, derive(ctx.recipe.seed, "weights"))
-        return _load(ctx, model, base)
-    return _load(ctx, model, converted_gguf(model, base))
+    """The policy's base as it is before any stage; the first time it is made, or converted, into the run."""
+    model, folder = ctx.recipe.model, ctx.run.path / "base"
+    if model.init is None:
+        return _load(ctx, model, converted_gguf(model, folder))
+    if not folder.exists():
+        build_scratch(model.init, folder, derive(ctx.recipe.seed, "weights"))
+    return _load(ctx, model, folder)
 
 
 def open_sft(ctx: Context) -> Role:
     """What the sft stage trains: a new adapter on the base, or the base's own weights."""
-    model = open_base(ctx)
-    lora = ctx.recipe.model.lora
+    model, lora = open_base(ctx), ctx.recipe.model.lora
     if lora is None or trains_whole_model(ctx, "sft"):
         return Role(model)
     model.add_adapter(START, lora, derive(ctx.recipe.seed, START))
@@ -54,14 +53,9 @@ def open_sft(ctx: Context) -> Role:
 
 def open_start(ctx: Context) -> Role:
     """The policy before RL: what sft left, or the base where the recipe has no sft."""
-    stage = ctx.run.stage("sft")
     if not ctx.recipe.sft.enabled:
         return Role(open_base(ctx))
-    if trains_whole_model(ctx, "sft"):
-        return Role(_load(ctx, ctx.recipe.model, stage.model))
-    model = open_base(ctx)
-    model.load_adapter(START, stage.adapter)
-    return Role(model, START)
+    return _made_by(ctx, "sft", START, None)
 
 
 def open_policy(ctx: Context, start: Role) -> Role:
@@ -82,28 +76,24 @@ def open_untrained_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
 
 def open_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
     """(φ_DPO, φ_ref) as the rm stage left them."""
-    stage = ctx.run.stage("rm")
     settings = ctx.recipe.reward_model
     if isinstance(settings, RewardModel):
         model = _own_reward_base(ctx, settings, start.model)
-        model.load_adapter(REWARD, stage.adapter)
+        model.load_adapter(REWARD, ctx.run.stage("rm").adapter)
         return Role(model, REWARD), Role(model)
-    if trains_whole_model(ctx, "rm"):
-        return Role(_load(ctx, ctx.recipe.model, stage.model)), start
-    start.model.load_adapter(REWARD, stage.adapter)
-    return Role(start.model, REWARD), start
+    return _made_by(ctx, "rm", REWARD, start.model), start
 
 
 def open_feedback_models(ctx: Context, start: Role) -> tuple[Role | None, Role | None]:
-    """(φ, φ_ref) of the recipe's feedback: DPO's pair; for ``logprob`` the reward model's base alone; else none."""
+    """(φ, φ_ref) as the recipe's feedback needs them: those of DPO; for ``logprob`` the reward model's base alone."""
     if ctx.recipe.rl.needs_reward_model:
         return open_reward_model(ctx, start)
-    if ctx.recipe.rl.feedback == "logprob":
-        settings = ctx.recipe.reward_model
-        if isinstance(settings, RewardModel):
-            return Role(_own_reward_base(ctx, settings, start.model)), None
-        return start, None
-    return None, None
+    if ctx.recipe.rl.feedback != "logprob":
+        return None, None
+    settings = ctx.recipe.reward_model
+    if isinstance(settings, RewardModel):
+        return Role(_own_reward_base(ctx, settings, start.model)), None
+    return start, None
 
 
 def open_stage(ctx: Context, stage: str) -> Role:
@@ -119,11 +109,7 @@ def open_stage(ctx: Context, stage: str) -> Role:
         return start
     if stage == "rm":
         return open_reward_model(ctx, start)[0]
-    made = ctx.run.stage(stage)
-    if trains_whole_model(ctx, stage):
-        return Role(_load(ctx, ctx.recipe.model, made.model))
-    start.model.load_adapter(POLICY, made.adapter)
-    return Role(start.model, POLICY)
+    return _made_by(ctx, stage, POLICY, start.model)
 
 
 def trainable(ctx: Context, role: Role, stage: str) -> list[tuple[str, Parameter]]:
@@ -141,6 +127,16 @@ def save(role: Role, stage: StageFolder) -> Path:
         return stage.model
     role.model.save_adapter(role.adapter, stage.adapter)
     return stage.adapter
+
+
+def _made_by(ctx: Context, stage: str, name: str, base: LanguageModel | None) -> Role:
+    """What a stage left: a model of its own, or an adapter on the policy's base, which is opened unless given."""
+    folder = ctx.run.stage(stage)
+    if trains_whole_model(ctx, stage):
+        return Role(_load(ctx, ctx.recipe.model, folder.model))
+    base = base or open_base(ctx)
+    base.load_adapter(name, folder.adapter)
+    return Role(base, name)
 
 
 def _trainable_copy(ctx: Context, start: Role, name: str) -> Role:

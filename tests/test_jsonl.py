@@ -1,9 +1,11 @@
+import errno
 import json
+import os
 
 import pytest
 
-from lco_lite.errors import DataError
-from lco_lite.files import read_jsonl
+from lco_lite.errors import DataError, LcoError
+from lco_lite.files import JsonLines, read_jsonl
 
 
 @pytest.fixture
@@ -60,3 +62,44 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         read_jsonl(tmp_path)
+
+
+def test_lines_that_were_appended_are_there_when_the_file_is_opened_again(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    rows = [{"text": "one\u2028two\n\u0085"}, {"n": [1, None]}]
+    for row in rows:
+        JsonLines(path).append(row)
+    assert JsonLines(path).rows == rows == read_jsonl(path)
+
+
+@pytest.mark.parametrize("whole", [[], [{"a": 1}], [{"a": 1}, {"a": 2}]])
+@pytest.mark.parametrize("cut", [b'{"a"', b'{"a": 3}', b"\xc3"])
+def test_a_last_line_that_a_kill_cut_short_is_removed_and_the_next_one_follows_the_whole_ones(write, whole, cut):
+    path = write(b"".join(json.dumps(row).encode() + b"\n" for row in whole) + cut)
+    lines = JsonLines(path)
+    assert lines.rows == whole
+    lines.append({"a": 9})
+    assert lines.rows == read_jsonl(path) == [*whole, {"a": 9}]
+
+
+def test_each_line_is_on_the_disk_before_append_returns(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_size), sync(handle)))
+    lines = JsonLines(tmp_path / "rows.jsonl")
+    for _ in range(2):
+        lines.append({"a": 1})
+    assert synced == [9, 18]
+
+
+def test_a_file_of_something_else_is_refused_and_a_full_disk_is_said(write, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="line 1: is not JSON"):
+        JsonLines(write(b"no json\n"))
+    lines = JsonLines(tmp_path / "other.jsonl")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LcoError, match="disk is full"):
+        lines.append({"a": 1})
+    assert lines.rows == []

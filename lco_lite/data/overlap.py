@@ -4,16 +4,16 @@ Two texts are the same if they differ in case, spacing and Unicode form alone: i
 is what stands between spaces, less the punctuation around it. n = 13 is GPT-3's (Brown et al. 2020, appendix C). One
 shared run of 13 words may be a turn of phrase ("Find the number of ordered pairs …"), so what is called an overlap
 shares half of the item's words in such runs, as Tülu 3 has it (Lambert et al. 2024, section 3.2); items shorter than 13
-words overlap by the same text only.
+words overlap by the same text only. What a task writes around every problem does not count.
 """
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lco_lite.errors import DataError
-from lco_lite.tasks.base import Item, Task
+from lco_lite.tasks.base import Task
 
 N = 13
 SHARE = 0.5
@@ -31,82 +31,76 @@ class Overlap:
     text: str
 
 
-def normalised(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def problem_of(task: Task, item: Item) -> str:
-    """The item's prompt without what the task writes around every problem."""
-    return bare(item.prompt, task)
-
-
-def bare(text: str, task: Task | None) -> str:
-    """``text`` without the task's template, where it is written in it."""
-    before, _, after = (task.template if task else "{problem}").partition("{problem}")
-    if text.startswith(before) and text.endswith(after):
-        return text[len(before) : len(text) - len(after)]
-    return text
-
-
 class EvaluationItems:
-    """The items of one task, indexed for ``same`` and ``overlaps``."""
+    """The held-out items of one task, indexed for ``same`` and ``overlaps``. Raises DataError where it has none."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._same: dict[str, str] = {}
-        self._words: dict[str, int] = {}
-        self._grams: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
+        self._same: dict[str, str] = {}  # text -> item
+        self._length: dict[str, int] = {}  # item -> words
+        self._runs: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)  # 13 words -> (item, place)
         for item in task.items("test"):
-            text = normalised(problem_of(task, item))
+            text = self._problem(item.prompt)
             self._same.setdefault(text, item.id)
-            words = _words(text)
-            self._words[item.id] = len(words)
-            for at, gram in _grams(words):
-                self._grams[gram].append((item.id, at))
+            self._length[item.id] = len(_words(text))
+            for place, run in _runs(text):
+                self._runs[run].append((item.id, place))
 
     def __len__(self) -> int:
-        return len(self._words)
+        return len(self._length)
 
     def same(self, prompts: Sequence[str]) -> list[Overlap]:
         """Those with the same text as an item."""
-        found = ((i, self._same.get(normalised(bare(text, self.task))), text) for i, text in enumerate(prompts))
-        return [Overlap(i, item, True, 1.0, text) for i, item, text in found if item is not None]
+        items = (self._same.get(self._problem(prompt)) for prompt in prompts)
+        return [Overlap(i, item, True, 1.0, prompts[i]) for i, item in enumerate(items) if item is not None]
 
     def overlaps(self, prompts: Sequence[str]) -> list[Overlap]:
         """Those that share at least half of an item's words in runs of 13, or its whole text; the likest item each."""
-        found = {o.row: o for o in self.same(prompts)}
-        for i, text in enumerate(prompts):
-            if i not in found:
-                best = max(self._shares(text), default=(0.0, ""))
-                if best[0] >= SHARE:
-                    found[i] = Overlap(i, best[1], False, best[0], text)
-        return [found[i] for i in sorted(found)]
+        overlaps = {overlap.row: overlap for overlap in self.same(prompts)}
+        for i, prompt in enumerate(prompts):
+            if i not in overlaps:
+                share, item = max(self._shares(prompt), default=(0.0, ""))
+                if share >= SHARE:
+                    overlaps[i] = Overlap(i, item, False, share, prompt)
+        return [overlaps[i] for i in sorted(overlaps)]
 
-    def _shares(self, text: str) -> Iterator[tuple[float, str]]:
+    def _shares(self, prompt: str) -> Iterator[tuple[float, str]]:
         covered: dict[str, set[int]] = defaultdict(set)
-        for _, gram in _grams(_words(normalised(bare(text, self.task)))):
-            for item, at in self._grams.get(gram, ()):
-                covered[item].update(range(at, at + N))
-        return ((len(places) / self._words[item], item) for item, places in covered.items())
+        for _, run in _runs(self._problem(prompt)):
+            for item, place in self._runs.get(run, ()):
+                covered[item].update(range(place, place + N))
+        return ((len(places) / self._length[item], item) for item, places in covered.items())
+
+    def _problem(self, text: str) -> str:
+        """``text``, normalised, without the task's template where it is written in it."""
+        before, _, after = self.task.template.partition("{problem}")
+        if text.startswith(before) and text.endswith(after):
+            text = text[len(before) : len(text) - len(after)]
+        return normalised(text)
+
+
+def normalised(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _words(text: str) -> list[str]:
     return [word for word in (part.strip(_PUNCTUATION) for part in text.split()) if word]
 
 
-def _grams(words: Sequence[str]) -> Iterable[tuple[int, tuple[str, ...]]]:
-    return ((at, tuple(words[at : at + N])) for at in range(len(words) - N + 1))
+def _runs(text: str) -> Iterator[tuple[int, tuple[str, ...]]]:
+    words = _words(text)
+    return ((place, tuple(words[place : place + N])) for place in range(len(words) - N + 1))
 
 
 def refuse_same(prompts: Sequence[str], task: Task, allowed: Sequence[str], source: str) -> None:
     """Raises DataError where prompts to train on are held-out items of ``task``, unless ``allowed`` has TASK:same."""
     if f"{task.name}:same" in allowed:
         return
-    found = EvaluationItems(task).same(prompts)
-    if found:
-        first = found[0]
+    overlaps = EvaluationItems(task).same(prompts)
+    if overlaps:
+        first = overlaps[0]
         raise DataError(
-            f"{source}: {len(found)} of its {len(prompts)} prompts are held-out items of {task.name}, e.g. "
+            f"{source}: {len(overlaps)} of its {len(prompts)} prompts are held-out items of {task.name}, e.g. "
             f"{first.text!r:.80} ({first.item}): a score on them says nothing. Take them out, or allow it by name: "
             f"data.allow_overlap: [{task.name}:same]"
         )

@@ -5,32 +5,31 @@ the rest (all of them where sft leaves none). Held-out items are the task's ``te
 """
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from lco_lite.data import rows
 from lco_lite.data.overlap import refuse_same
-from lco_lite.data.shapes import Demonstration, Preference
+from lco_lite.data.rows import (
+    Demonstration,
+    Made,
+    Prompt,
+    read_demonstrations,
+    read_preferences,
+    read_prompts,
+)
 from lco_lite.errors import DataError
-from lco_lite.models.chat import ChatFormat, Message, conversation
+from lco_lite.models.chat import ChatFormat, conversation
 from lco_lite.recipe import Recipe
+from lco_lite.recipe.sections import Columns
 from lco_lite.sequences import Example, derive
 from lco_lite.tasks import load_task
 from lco_lite.tasks.base import Item, Task
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A conversation up to the response; ``item`` where a task can grade the response; the data row it came from."""
-
-    messages: Sequence[Message]
-    item: Item | None = None
-    row: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Pair:
+    """A preference pair as token ids."""
+
     chosen: Example
     rejected: Example
 
@@ -47,18 +46,11 @@ def recipe_task(recipe: Recipe) -> Task | None:
 
 
 def system_text(recipe: Recipe, task: Task | None) -> str | None:
-    if recipe.chat.system is not None or task is None:
-        return recipe.chat.system
-    return task.system
+    """The recipe's system message, else the task's."""
+    return task.system if recipe.chat.system is None and task else recipe.chat.system
 
 
-def item_prompt(item: Item, recipe: Recipe, task: Task) -> Prompt:
-    return Prompt(conversation(item.prompt, system_text(recipe, task)), item, item.row)
-
-
-def held_out(recipe: Recipe, task: Task, limit: int | None) -> list[Prompt]:
-    """The first ``limit`` held-out items as prompts."""
-    return [item_prompt(item, recipe, task) for item in task.items("test")[:limit]]
+# for sft
 
 
 def sft_examples(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Example]:
@@ -68,68 +60,74 @@ def sft_examples(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Ex
 
 def demonstrations(recipe: Recipe, task: Task | None) -> list[Demonstration]:
     """``data.demonstrations``, else the task's. Raises DataError where there are none or they are held-out items."""
-    source = recipe.data.demonstrations
-    if source is not None:
-        found = rows.demonstrations(source, system_text(recipe, task), recipe.data.columns.demonstrations)
-        _refuse_held_out(recipe, task, source, [d.messages for d in found])
-        return _shuffled(found, recipe.seed)[: recipe.sft.examples]
+    data = recipe.data
+    if data.demonstrations is not None:
+        rows = _shuffled_rows(recipe, task, read_demonstrations, data.demonstrations, data.columns.demonstrations)
+        return rows[: recipe.sft.examples]
     assert task is not None, "the recipe makes sure of one or the other"
-    first, _ = _split(recipe, task)
-    shown = [(item, item.demonstration) for item in first if item.demonstration]
+    items, _ = _split(recipe, task)
+    shown = [(item, item.demonstration) for item in items if item.demonstration]
     if not shown:
         raise DataError(
             f"task {task.name} has no demonstrations: name a file in data.demonstrations, or set sft.enabled: false"
         )
-    return [Demonstration(item_prompt(item, recipe, task).messages, text) for item, text in shown]
+    return [Demonstration(_item_prompt(item, recipe, task).messages, text) for item, text in shown]
 
 
-def rl_prompts(recipe: Recipe, task: Task | None) -> list[Prompt]:
-    """Prompts for rollouts: ``data.prompts``, or the task's items that sft left."""
-    source = recipe.data.prompts
-    if source is not None:
-        found = rows.prompts(source, system_text(recipe, task), recipe.data.columns.prompts)
-        _refuse_held_out(recipe, task, source, [messages for messages, _ in found])
-        return [Prompt(messages, row=row) for messages, row in _shuffled(found, recipe.seed)]
-    assert task is not None, "the recipe makes sure of one or the other"
-    return task_prompts(recipe, task)
-
-
-def task_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
-    """The task's training items that sft left, which the task can grade: what pairs are sampled from."""
-    first, rest = _split(recipe, task)
-    return [item_prompt(item, recipe, task) for item in rest or first]
+# for train-rm
 
 
 def file_pairs(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Pair]:
-    """Preference pairs of ``data.preferences`` as token ids."""
-    pairs = []
-    for p in preferences(recipe, task):
+    """The pairs of ``data.preferences``, a file or hub set. Raises DataError where they are held-out items."""
+    data, pairs = recipe.data, []
+    for p in _shuffled_rows(recipe, task, read_preferences, data.preferences, data.columns.preferences):
         prompt = chat.prompt(p.messages)
         pairs.append(Pair(Example(prompt, chat.response(p.chosen)), Example(prompt, chat.response(p.rejected))))
     return pairs
 
 
-def preferences(recipe: Recipe, task: Task | None) -> list[Preference]:
-    """Those of ``data.preferences``, a file or hub set. Raises DataError where they are held-out items."""
-    source = recipe.data.preferences
-    found = rows.preferences(source, system_text(recipe, task), recipe.data.columns.preferences)
-    _refuse_held_out(recipe, task, source, [p.messages for p in found])
-    return _shuffled(found, recipe.seed)
+def task_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
+    """The task's training items that sft left, which the task can grade: what pairs are sampled from."""
+    first, rest = _split(recipe, task)
+    return [_item_prompt(item, recipe, task) for item in rest or first]
 
 
-def _refuse_held_out(recipe: Recipe, task: Task | None, source: str, found: Sequence[Sequence[Message]]) -> None:
+# for rl
+
+
+def rl_prompts(recipe: Recipe, task: Task | None) -> list[Prompt]:
+    """Prompts for rollouts: ``data.prompts``, or the task's items that sft left."""
+    data = recipe.data
+    if data.prompts is not None:
+        return _shuffled_rows(recipe, task, read_prompts, data.prompts, data.columns.prompts)
+    assert task is not None, "the recipe makes sure of one or the other"
+    return task_prompts(recipe, task)
+
+
+def held_out(recipe: Recipe, task: Task, limit: int | None) -> list[Prompt]:
+    """The first ``limit`` held-out items."""
+    return [_item_prompt(item, recipe, task) for item in task.items("test")[:limit]]
+
+
+def _shuffled_rows(
+    recipe: Recipe, task: Task | None, read: Callable[..., list[Made]], source: str, columns: Columns
+) -> list[Made]:
+    """Raises DataError where they are held-out items of the task."""
+    rows = read(source, system_text(recipe, task), columns)
     if task is not None:
-        refuse_same([messages[-1]["content"] for messages in found], task, recipe.data.allow_overlap, source)
+        refuse_same([row.messages[-1]["content"] for row in rows], task, recipe.data.allow_overlap, source)
+    random.Random(derive(recipe.seed, "split")).shuffle(rows)
+    return rows
 
 
 def _split(recipe: Recipe, task: Task) -> tuple[list[Item], list[Item]]:
-    items = _shuffled(task.items("train"), recipe.seed)
+    """(items for sft, the rest) of the task's training items."""
+    items = list(task.items("train"))
+    random.Random(derive(recipe.seed, "split")).shuffle(items)
     taken = len(items) if recipe.sft.examples is None else recipe.sft.examples
     uses_items = recipe.sft.enabled and recipe.data.demonstrations is None
-    return (items[:taken], items[taken:]) if uses_items else ([], list(items))
+    return (items[:taken], items[taken:]) if uses_items else ([], items)
 
 
-def _shuffled(found: Sequence, seed: int) -> list:
-    found = list(found)
-    random.Random(derive(seed, "split")).shuffle(found)
-    return found
+def _item_prompt(item: Item, recipe: Recipe, task: Task) -> Prompt:
+    return Prompt(conversation(item.prompt, system_text(recipe, task)), item, item.row)

@@ -1,21 +1,105 @@
-"""Rows of a local file or a hub set as demonstrations, preference pairs and prompts (``shapes`` says which rows)."""
+"""Rows of a file or a hub set become demonstrations, preference pairs or prompts, whichever common shape they have.
+
+=================  ==============================================================================================
+demonstrations     ``prompt`` + ``completion`` | ``response`` | ``output``; ``instruction`` (+ ``input``) + ``output``;
+                   ``messages`` ending with an assistant turn; sharegpt ``conversations``; preferences: their ``chosen``
+preferences        ``chosen`` + ``rejected``, with ``prompt`` | ``question`` | ``instruction`` or ``conversations``;
+                   chosen and rejected are text, one message, whole conversations that share the prompt, or transcripts
+                   as HH-RLHF has them; FG-RLHF's ``question``, ``passages``, ``prediction 1…``, ``preference``
+prompts            ``prompt`` | ``question`` | ``problem`` | ``instruction``; ``messages`` or ``conversations``
+=================  ==============================================================================================
+
+What a row lacks is a DataError that begins with ``at``, its file and line.
+"""
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from lco_lite.data import shapes
-from lco_lite.data.shapes import CONVERSATIONS, RESPONSES, Demonstration, Preference
 from lco_lite.errors import DataError
 from lco_lite.files import read_jsonl
-from lco_lite.models.chat import Message
+from lco_lite.models.chat import Message, conversation
 from lco_lite.recipe.sections import Columns
+from lco_lite.tasks.base import Item
+from lco_lite.tasks.qa_feedback import qa_prompt
 
 FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_PLACES = {"response": RESPONSES[0]}  # where the shapes look for a field
+PROMPTS = ("prompt", "question", "problem", "instruction")
+RESPONSES = ("completion", "response", "output")
+CONVERSATIONS = ("messages", "conversations")
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
-Made = TypeVar("Made")
+Row: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    messages: Sequence[Message]
+    response: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    messages: Sequence[Message]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation up to the response; ``item`` where a task can grade the response; the data row it came from."""
+
+    messages: Sequence[Message]
+    item: Item | None = None
+    row: Row = field(default_factory=dict)
+
+
+Made = TypeVar("Made", Demonstration, Preference, Prompt)
+
+
+def read_demonstrations(source: str, system: str | None = None, columns: Columns | None = None) -> list[Demonstration]:
+    return _read(source, system, columns, lambda row, at: [_demonstration(row, at)])
+
+
+def read_preferences(source: str, system: str | None = None, columns: Columns | None = None) -> list[Preference]:
+    """The pairs of all rows. Raises DataError where there is none."""
+    pairs = _read(source, system, columns, _preferences)
+    if not pairs:
+        raise DataError(f"{source}: has no pairs: in no row is one answer better than another")
+    return pairs
+
+
+def read_prompts(source: str, system: str | None = None, columns: Columns | None = None) -> list[Prompt]:
+    return _read(source, system, columns, lambda row, at: [_prompt(row, at)])
+
+
+def _read(
+    source: str, system: str | None, columns: Columns | None, make: Callable[[Row, str], list[Made]]
+) -> list[Made]:
+    renamed = {} if columns is None else columns.model_dump(exclude_none=True)
+    place = "line" if source.endswith(".jsonl") else "row"
+    made: list[Made] = []
+    for i, row in enumerate(load_rows(source), 1):
+        at = f"{source}, {place} {i}"
+        row = _with_our_names(row, renamed, at)
+        made += [replace(one, messages=_with_system(one.messages, row, system, at)) for one in make(row, at)]
+    return made
+
+
+def _with_our_names(row: dict[str, Any], renamed: dict[str, str], at: str) -> dict[str, Any]:
+    """The row with the columns that the recipe names (our name -> theirs) in place of those that would be used."""
+    for ours, theirs in renamed.items():
+        if theirs not in row:
+            raise DataError(f"{at}: has no column {theirs!r}, which the recipe names as {ours}; found {', '.join(row)}")
+    hidden: tuple[str, ...] = RESPONSES if "response" in renamed else ()
+    if "messages" in renamed or "prompt" in renamed:
+        hidden += CONVERSATIONS
+    kept = {name: value for name, value in row.items() if name not in hidden}
+    return kept | {ours: row[theirs] for ours, theirs in renamed.items()}
 
 
 def load_rows(source: str) -> list[dict[str, Any]]:
@@ -34,84 +118,187 @@ def load_rows(source: str) -> list[dict[str, Any]]:
 
     try:
         if kind:
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+            table = datasets.load_dataset(kind, data_files=str(path), split="train")
         else:
             name, _, split = source.partition(":")
-            rows = datasets.load_dataset(name, split=split or "train")
-    except Exception as e:  # datasets raises many kinds, all of them meaning: not to be had
-        raise DataError(
-            f"{source}: cannot be loaded as {'a ' + kind + ' file' if kind else 'a hub set'}: {_first_line(e)}"
-        ) from e
-    if not len(rows):
+            table = datasets.load_dataset(name, split=split or "train")
+    except Exception as e:  # datasets raises many kinds, and all of them mean that there are no rows
+        what, why = f"a {kind} file" if kind else "a hub set", (str(e).splitlines() or [type(e).__name__])[0]
+        raise DataError(f"{source}: cannot be loaded as {what}: {why}") from e
+    if not len(table):
         raise DataError(f"{source}: has no rows")
-    return list(rows)
-
-
-def demonstrations(source: str, system: str | None = None, columns: Columns | None = None) -> list[Demonstration]:
-    return _each(source, columns, lambda row, at: shapes.demonstration(row, system, at))
-
-
-def preferences(source: str, system: str | None = None, columns: Columns | None = None) -> list[Preference]:
-    """The pairs of all rows. Raises DataError where there is none."""
-    by_row = _each(source, columns, lambda row, at: shapes.preferences(row, system, at))
-    pairs = [pair for found in by_row for pair in found]
-    if not pairs:
-        raise DataError(f"{source}: has no pairs: in no row is one answer better than another")
-    return pairs
-
-
-def prompts(
-    source: str, system: str | None = None, columns: Columns | None = None
-) -> list[tuple[list[Message], dict[str, Any]]]:
-    """(conversation, the row it came from)."""
-    return _each(source, columns, lambda row, at: (shapes.prompt(row, system, at), dict(row)))
-
-
-def _each(source: str, columns: Columns | None, make: Callable[[Mapping[str, Any], str], Made]) -> list[Made]:
-    named = {} if columns is None else columns.model_dump(exclude_none=True)
-    place = "line" if source.endswith(".jsonl") else "row"
-    made = []
-    for i, row in enumerate(load_rows(source), 1):
-        at = f"{source}, {place} {i}"
-        made.append(make(_renamed(row, named, at), at))
-    return made
-
-
-def _renamed(row: Mapping[str, Any], named: Mapping[str, str], at: str) -> Mapping[str, Any]:
-    """The row with the columns that the recipe names in the place of ours, which they hide."""
-    if not named:
-        return row
-    for field, column in named.items():
-        if column not in row:
-            raise DataError(
-                f"{at}: has no column {column!r}, which the recipe names as {field}; found {', '.join(row)}"
-            )
-    hidden: set[str] = set()
-    if "response" in named:
-        hidden |= set(RESPONSES)
-    if "messages" in named or "prompt" in named:
-        hidden |= set(CONVERSATIONS)
-    kept = {key: value for key, value in row.items() if key not in hidden}
-    return kept | {_PLACES.get(field, field): row[column] for field, column in named.items()}
+    return list(table)
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
     """A list of objects; a file of one object a line is JSON Lines, whatever its name."""
     try:
         content = path.read_text(encoding="utf-8-sig")
-        found = json.loads(content) if content.lstrip().startswith("[") else read_jsonl(path)
+        rows = json.loads(content) if content.lstrip().startswith("[") else read_jsonl(path)
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: is not UTF-8 (byte {e.start + 1})") from e
     except (json.JSONDecodeError, RecursionError) as e:
         what = f"{e.msg} in line {e.lineno}" if isinstance(e, json.JSONDecodeError) else "nested too deeply"
         raise DataError(f"{path}: is not JSON: {what}") from e
-    for i, row in enumerate(found, 1):
+    for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {i}: is not an object with named fields, found {row!r:.80}")
-    if not found:
+    if not rows:
         raise DataError(f"{path}: has no rows")
-    return found
+    return rows
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _demonstration(row: Row, at: str) -> Demonstration:
+    for key in RESPONSES:
+        if key in row:
+            return Demonstration(_prompt(row, at).messages, _response(row[key], f"{at}, field {key}"))
+    if "chosen" in row:
+        preference = _preference(row, at)
+        return Demonstration(preference.messages, preference.chosen)
+    turns = _conversation(row, at)
+    if turns is None:
+        raise DataError(
+            f"{at}: no response: one of {', '.join(RESPONSES)}, chosen or messages is needed, found {_keys(row)}"
+        )
+    if turns[-1]["role"] != "assistant" or len(turns) < 2:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise DataError(f"{at}: a demonstration ends with an assistant turn after a user's, found roles {roles}")
+    return Demonstration(turns[:-1], turns[-1]["content"])
+
+
+def _preferences(row: Row, at: str) -> list[Preference]:
+    """The pairs of one row: one, or one a comparison where a row compares several answers."""
+    if "preference" in row and "prediction 1" in row:
+        return _compared(row, at)
+    return [_preference(row, at)]
+
+
+def _prompt(row: Row, at: str) -> Prompt:
+    """The conversation up to the response; an answer that the row has is left out."""
+    turns = _conversation(row, at)
+    if turns is not None:
+        asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        if not asked:
+            raise DataError(f"{at}: a prompt ends with a user's turn, found an assistant's alone")
+        return Prompt(asked, row=row)
+    for key in PROMPTS:
+        value = row.get(key)
+        if isinstance(value, list):
+            return Prompt(_turns(value, f"{at}, field {key}"), row=row)
+        if isinstance(value, str) and value.strip():
+            more = row.get("input") if key == "instruction" else None
+            return Prompt(conversation(f"{value}\n\n{more}" if more else value), row=row)
+    raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)} or messages is needed, found {_keys(row)}")
+
+
+def _with_system(messages: Sequence[Message], row: Row, system: str | None, at: str) -> Sequence[Message]:
+    """``messages`` after a system message: their own, else the row's field ``system``, else ``system``."""
+    own = row.get("system")
+    if own is not None and not isinstance(own, str):
+        raise DataError(f"{at}, field system: a text is needed, found {own!r:.80}")
+    text = own or system
+    return [{"role": "system", "content": text}, *messages] if text and messages[0]["role"] != "system" else messages
+
+
+def _preference(row: Row, at: str) -> Preference:
+    for key in ("chosen", "rejected"):
+        if key not in row:
+            raise DataError(f"{at}: field {key} is missing, found {_keys(row)}")
+    if _is_transcript(row["chosen"]):
+        return _of_transcripts(row, at)
+    chosen = _response(row["chosen"], f"{at}, field chosen")
+    rejected = _response(row["rejected"], f"{at}, field rejected")
+    if any(row.get(key) for key in (*PROMPTS, *CONVERSATIONS)):
+        return Preference(_prompt(row, at).messages, chosen, rejected)
+    if isinstance(row["chosen"], list) and len(row["chosen"]) > 1:
+        return Preference(_turns(row["chosen"][:-1], f"{at}, field chosen"), chosen, rejected)
+    raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)}, conversations, or whole conversations in chosen")
+
+
+def _compared(row: Row, at: str) -> list[Preference]:
+    """FG-RLHF: ``preference`` has, for each two of the predictions, 1 or 2 for the better one and 0 for neither."""
+    names = sorted((key for key in row if key.startswith("prediction ")), key=lambda key: (len(key), key))
+    answers = [_response(row[name], f"{at}, field {name}") for name in names]
+    labels, pairs = row["preference"], list(combinations(answers, 2))
+    if not isinstance(labels, list) or len(labels) != len(pairs) or any(label not in (0, 1, 2) for label in labels):
+        raise DataError(
+            f"{at}, field preference: {len(pairs)} labels, 0, 1 or 2, are needed for {len(names)} predictions, "
+            f"found {labels!r:.80}"
+        )
+    question = row.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"{at}, field question: a text is needed, found {question!r:.80}")
+    try:
+        messages = conversation(qa_prompt(question, row.get("passages") or []))
+    except ValueError as e:
+        raise DataError(f"{at}: {e}") from e
+    compared = zip(pairs, labels, strict=True)
+    return [Preference(messages, *(pair if label == 1 else pair[::-1])) for pair, label in compared if label]
+
+
+def _response(value: Any, at: str) -> str:
+    if isinstance(value, str) and value.strip():
+        return value
+    turns = _turns([value] if isinstance(value, Mapping) else value, at)
+    if turns[-1]["role"] != "assistant":
+        raise DataError(f"{at}: ends with a turn of {turns[-1]['role']}; the assistant's is needed")
+    return turns[-1]["content"]
+
+
+def _conversation(row: Row, at: str) -> list[Message] | None:
+    for key in CONVERSATIONS:
+        if row.get(key):
+            return _turns(row[key], f"{at}, field {key}")
+    return None
+
+
+def _turns(value: Any, at: str) -> list[Message]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise DataError(f"{at}: text or a list of turns is needed, found {value!r:.80}")
+    turns: list[Message] = []
+    for turn in value:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
+        if role not in _ROLES or not isinstance(content, str):
+            raise DataError(f"{at}: a turn is {{role: user | assistant | system, content: text}}, found {turn!r:.80}")
+        turns.append({"role": _ROLES[role], "content": content})
+    return turns
+
+
+def _keys(row: Row) -> str:
+    return ", ".join(row) or "no fields"
+
+
+# HH-RLHF: the whole conversation in one text, "\n\nHuman: … \n\nAssistant: …"
+
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):[ \t]?")
+
+
+def _is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and _SPEAKER.match(value) is not None
+
+
+def _of_transcripts(row: Row, at: str) -> Preference:
+    """The prompt is what both share; the responses are the turns in which they first differ, or the last."""
+    if not _is_transcript(row["rejected"]):
+        raise DataError(f"{at}, field rejected: a transcript is needed, as chosen is, found {row['rejected']!r:.80}")
+    chosen, rejected = _spoken(row["chosen"]), _spoken(row["rejected"])
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == 0 or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
+        raise DataError(f"{at}: chosen and rejected part where the assistant does not answer the user")
+    return Preference(chosen[:shared], chosen[shared]["content"], rejected[shared]["content"])
+
+
+def _spoken(transcript: str) -> list[Message]:
+    """Its turns, which may be empty; turns in a row by one speaker are joined."""
+    parts = _SPEAKER.split(transcript)[1:]
+    turns: list[dict[str, str]] = []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        role, said = "user" if speaker == "Human" else "assistant", said.strip()
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{said}".strip()
+        else:
+            turns.append({"role": role, "content": said})
+    return list(turns)

@@ -1,6 +1,7 @@
 """Rewards of whole responses, or of their tokens, to advantages: baselines, scaling, generalised advantage estimation.
 
-Legend: N responses, in groups of G to a prompt, one after the other; T tokens, ``rows`` [T] the response of each.
+Legend: N responses, in groups of G to a prompt, one after the other; T tokens, ``response`` [T] of each its
+response's number, in order; V tokens of the vocabulary, d_r hidden of the reward model.
 """
 
 import torch
@@ -45,33 +46,33 @@ def whiten(values: Tensor) -> Tensor:
     return (values - values.mean()) / (values.std(correction=0) + 1e-8)
 
 
-def gae(rewards: Tensor, values: Tensor, rows: Tensor, gamma: float, lam: float) -> Tensor:
+def gae(rewards: Tensor, values: Tensor, response: Tensor, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016, eq 16) within each response, [T] -> [T].
 
     δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γλ A_{t+1}; past the last token of a response V and A are 0.
     """
-    r, v, row = rewards.tolist(), values.tolist(), rows.tolist()  # a loop over floats is far quicker than over tensors
+    r, v, of = rewards.tolist(), values.tolist(), response.tolist()  # floats: far quicker in a loop than tensors
     advantages = [0.0] * len(r)
-    for t in range(len(r) - 1, -1, -1):
-        inside = t + 1 < len(r) and row[t + 1] == row[t]
+    for t in reversed(range(len(r))):
+        inside = t + 1 < len(r) and of[t + 1] == of[t]
         next_value, following = (v[t + 1], advantages[t + 1]) if inside else (0.0, 0.0)
         advantages[t] = r[t] + gamma * next_value - v[t] + gamma * lam * following
     return rewards.new_tensor(advantages)
 
 
-def mean_reward_to_go(rewards: Tensor, rows: Tensor) -> Tensor:
+def mean_reward_to_go(rewards: Tensor, response: Tensor) -> Tensor:
     """[T] -> [T]: the mean reward of the tokens that follow in the same response, 0 for its last (MiniLLM's
     length-normalised return)."""
-    total, last = rewards.double().cumsum(0), rows.bincount().cumsum(0) - 1
-    left = last[rows] - torch.arange(len(rows), device=rows.device)
-    return ((total[last][rows] - total) / left.clamp_min(1)).to(rewards.dtype)
+    total, last = rewards.double().cumsum(0), response.bincount().cumsum(0) - 1
+    left = last[response] - torch.arange(len(response), device=response.device)
+    return ((total[last][response] - total) / left.clamp_min(1)).to(rewards.dtype)
 
 
-def at_last_token(rewards: Tensor, rows: Tensor) -> Tensor:
+def at_last_token(rewards: Tensor, response: Tensor) -> Tensor:
     """Rewards [B] of whole responses -> [T]: each at the last of its tokens, 0 elsewhere."""
-    last = torch.ones_like(rows, dtype=torch.bool)
-    last[:-1] = rows[1:] != rows[:-1]
-    return torch.where(last, rewards[rows], torch.zeros((), dtype=rewards.dtype))
+    last = torch.ones_like(response, dtype=torch.bool)
+    last[:-1] = response[1:] != response[:-1]
+    return torch.where(last, rewards[response], torch.zeros((), dtype=rewards.dtype))
 
 
 def overlong_penalty(lengths: Tensor, limit: int, buffer: float) -> Tensor:
@@ -88,16 +89,13 @@ def dpo_shift(h_dpo: Tensor, h_ref: Tensor) -> Tensor:
 def sampled_advantages(shift: Tensor, head: Head, actions: Tensor, base: Tensor | None = None) -> Tensor:
     """A(a_t), centred over the vocabulary, of the sampled ``actions`` [T] -> [T]: (W_a - w̄)·shift. For the metrics.
 
-    Through a soft-capped head it is a difference of logits, which ``base`` [T, d_r], h_ref, is needed for."""
-    if head.softcap is not None and base is not None:
-        return _capped(shift, head, actions.to(shift.device), base.to(wide(shift, head.weight)))
-    rows = head.vocabulary[actions.to(head.weight.device)].to(shift.dtype)
-    return head.scale * ((rows - head.mean_row.to(shift.dtype)) * shift).sum(-1)
-
-
-def _capped(shift: Tensor, head: Head, actions: Tensor, base: Tensor) -> Tensor:
-    found = []
+    Through a soft-capped head it is a difference of logits, which needs the ``base`` of the shift [T, d_r], h_ref."""
+    if head.softcap is None or base is None:
+        sampled = head.vocabulary[actions.to(head.weight.device)].to(shift.dtype)  # [T, d_r]
+        return head.scale * ((sampled - head.mean_row.to(shift.dtype)) * shift).sum(-1)
+    actions, base = actions.to(shift.device), base.to(wide(shift, head.weight))
+    parts = []
     for part in spans(len(shift), None, head.rows, shift.device):
-        a = head.logits(base[part] + shift[part]) - head.logits(base[part])
-        found.append(a.gather(-1, actions[part].unsqueeze(-1)).squeeze(-1) - a.mean(-1))
-    return torch.cat(found)
+        advantages = head.logits(base[part] + shift[part]) - head.logits(base[part])  # [part, V]
+        parts.append(advantages.gather(-1, actions[part].unsqueeze(-1)).squeeze(-1) - advantages.mean(-1))
+    return torch.cat(parts)

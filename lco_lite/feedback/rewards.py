@@ -14,11 +14,14 @@ from lco_lite.recipe import Rl
 from lco_lite.user_code import LineWorker, load_function
 
 Conversations = Sequence[Sequence[Message]]
-Rater = Callable[[Conversations, Sequence[Mapping[str, Any]], Sequence[str], Tensor | None], Tensor]
+DataRows = Sequence[Mapping[str, Any]]
+RewardSource = Callable[[Conversations, DataRows, Sequence[str], Tensor | None], Tensor]
+"""(prompts, their data rows, responses, the task's grades of +1 and -1 if it grades) -> rewards, [N]."""
+BATCH = 32  # responses that a function is given at a time
 
 
-def open_rater(rl: Rl, device: torch.device) -> Rater | None:
-    """(prompts, data rows, responses, the task's grades of ±1 if any) -> rewards, [N]; None for feedback on tokens."""
+def reward_source(rl: Rl, device: torch.device) -> RewardSource | None:
+    """Where the recipe's rewards come from; None for feedback on tokens."""
     if rl.feedback == "rule":
         return rule
     if rl.reward_function is not None:
@@ -30,20 +33,10 @@ def open_rater(rl: Rl, device: torch.device) -> Rater | None:
     return None
 
 
-def rule(
-    prompts: Conversations, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], grades: Tensor | None
-) -> Tensor:
-    """+1 right, -1 wrong (paper, eq 11)."""
+def rule(prompts: Conversations, rows: DataRows, texts: Sequence[str], grades: Tensor | None) -> Tensor:
+    """+1 right, -1 wrong (paper, eq 11): the grades themselves."""
     assert grades is not None, "the recipe makes sure of a task, and its prompts are its items"
     return grades
-
-
-def rule_rewards(right: Sequence[bool]) -> Tensor:
-    """[N] of +1 and -1."""
-    return torch.tensor([1.0 if r else -1.0 for r in right])
-
-
-BATCH = 32
 
 
 class RewardFunction:
@@ -54,26 +47,24 @@ class RewardFunction:
         self.spec, self.seconds = spec, seconds
         self._worker = LineWorker("lco_lite.user_code", [spec])
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Tensor:
-        """[N] rewards. Raises UsageError naming the row, counted from 1 within the phase."""
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: DataRows) -> Tensor:
+        """[N] rewards. Raises UsageError naming the response, counted from 1 within the phase."""
         rewards: list[float] = []
         for first in range(0, len(responses), BATCH):
             part = slice(first, first + BATCH)
-            rewards += self._batch(list(prompts[part]), list(responses[part]), [dict(r) for r in rows[part]], first)
+            rewards += self._ask(prompts[part], responses[part], [dict(row) for row in rows[part]], first)
         return torch.tensor(rewards)
 
-    def _batch(self, prompts: list[str], responses: list[str], rows: list[dict[str, Any]], first: int) -> list[float]:
+    def _ask(self, prompts: Sequence[str], responses: Sequence[str], rows: DataRows, first: int) -> list[float]:
         answer = self._worker.ask(json.dumps([prompts, responses, rows], default=str), self.seconds)
-        where = f"{self.spec}, responses {first + 1} to {first + len(responses)} of the phase"
         if answer is None:
             raise UsageError(
-                f"{where}: no answer within {self.seconds:g} s, or its process died; rl.reward_timeout sets the limit"
+                f"{self.spec}, responses {first + 1} to {first + len(responses)} of the phase: no answer within "
+                f"{self.seconds:g} s, or its process died; rl.reward_timeout sets the limit"
             )
-        found = json.loads(answer)
-        if "error" in found:
-            raise UsageError(f"{self.spec}{_at(found['row'], responses, first)}: {found['error']}")
-        return found["rewards"]
-
-
-def _at(row: int | None, responses: Sequence[str], first: int) -> str:
-    return "" if row is None else f", response {first + row + 1} of the phase ({responses[row]!r:.80})"
+        judged = json.loads(answer)
+        if "error" not in judged:
+            return judged["rewards"]
+        at = judged["response"]
+        where = "" if at is None else f", response {first + at + 1} of the phase ({responses[at]!r:.80})"
+        raise UsageError(f"{self.spec}{where}: {judged['error']}")

@@ -1,0 +1,1 @@
+"""What computes? Weights, named adapters on them, the LM head, the tokenizer and its template."""

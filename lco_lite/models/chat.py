@@ -1,4 +1,4 @@
-"""Text to tokens: how a conversation is written for a model, and where its response ends.
+"""Text to tokens: how a conversation is written for a model, where its response ends, whose tokens are the same.
 
 With a chat template the tokenizer writes the prompt. Without one the plain format is, for each message,
 ``### Role:`` on a line, its content, an empty line; then ``### Assistant:`` on a line and the response.
@@ -12,7 +12,6 @@ from lco_lite.errors import ModelError
 from lco_lite.sequences import Example
 
 Message = Mapping[str, str]
-_MARK = "lcoliteresponse"
 
 
 class ChatFormat:
@@ -27,6 +26,13 @@ class ChatFormat:
         self.template_args = dict(template_args or {})
         self.end = self._end_of_turn()
 
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The response as text, specials left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to where the response begins. Raises ModelError where the template refuses the messages."""
         return self.ids(self.prompt_text(messages))
@@ -37,10 +43,6 @@ class ChatFormat:
 
     def example(self, messages: Sequence[Message], response: str, closed: bool = True) -> Example:
         return Example(self.prompt(messages), self.response(response, closed))
-
-    def text(self, ids: Sequence[int]) -> str:
-        """The response as text, specials left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         if self.tokenizer.chat_template is None:
@@ -56,22 +58,33 @@ class ChatFormat:
             raise ModelError(f"the model's chat template refuses a conversation of roles {roles}: {e}") from e
 
     def _end_of_turn(self) -> int:
-        eos = self.tokenizer.eos_token_id
         if self.tokenizer.chat_template is not None:
-            turn = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARK}])
-            after = self.ids(turn.partition(_MARK)[2].strip())
+            mark = "lcoliteresponse"
+            turn = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}])
+            after = self.ids(turn.partition(mark)[2].strip())
             if after and after[0] in self.tokenizer.all_special_ids + list(self.tokenizer.added_tokens_decoder):
                 return after[0]
-        if eos is None:
+        if self.tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no EOS token and its template closes no turn: a response could never end"
             )
-        return eos
-
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer.eos_token_id
 
 
 def conversation(prompt: str, system: str | None = None) -> list[dict[str, str]]:
     """One user turn, after a system message where there is one."""
     return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
+
+
+def check_same_tokenizer(policy: Any, reward_model: Any) -> None:
+    """Raises ModelError unless the same ids mean the same tokens; one may have more of them at the end."""
+    ours, theirs = ({i: t for t, i in tok.get_vocab().items()} for tok in (policy, reward_model))
+    common = min(max(ours), max(theirs)) + 1
+    differing = [i for i in range(common) if ours.get(i) != theirs.get(i)]
+    if differing:
+        i = differing[0]
+        raise ModelError(
+            f"policy and reward model have different tokenizers ({len(ours)} and {len(theirs)} tokens): "
+            f"{len(differing)} ids differ, the first is {i}: {ours.get(i)!r} and {theirs.get(i)!r}. "
+            "A reward model of the policy's family is needed."
+        )

@@ -1,15 +1,20 @@
-"""A causal language model with its tokenizer, its head, and named LoRA adapters on one base."""
+"""A causal language model with its tokenizer, its head, and named LoRA adapters on one base.
+
+What the losses rest on is proved when a model is opened: that its logits are those of ``Head``, and that padding on the
+left changes nothing.
+"""
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Linear, Parameter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +38,7 @@ class LanguageModel:
         self.config = base.config.get_text_config()
         self.decoder = decoder_of(base)
         self.head = inspect_head(base, max(tokenizer.get_vocab().values()) + 1)
-        prove_padding(base, self.hidden_states)
+        prove_padding(self)
         inside = set(self.decoder.modules()) - {base.get_output_embeddings()}
         # asked before any adapter wraps them: name -> is it part of the language model
         self._linear = {name: m in inside for name, m in base.named_modules() if isinstance(m, Linear)}
@@ -67,8 +72,6 @@ class LanguageModel:
         out = self.decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
         return out.last_hidden_state
 
-    # adapters
-
     def add_adapter(self, name: str, lora: Lora, seed: int) -> None:
         """A new adapter, equal to the base until it is trained; its weights depend on ``seed`` alone."""
         targets, exclude = self._targets(lora)
@@ -83,16 +86,20 @@ class LanguageModel:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._attach(name, config)
-        self.activate(self.active)
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """A PEFT adapter folder, frozen. Raises ModelError where it is none, or one of another base."""
+        """A PEFT adapter folder, frozen. Raises ModelError if it is damaged, no adapter, or one of another base."""
+        file = folder / "adapter_model.safetensors"
         if not (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder}: no adapter_config.json: a PEFT adapter folder is needed")
+        if not file.is_file():
+            raise ModelError(f"{file}: missing; an adapter is read from safetensors only")
         try:
+            state = load_file(file)
             self._attach(name, LoraConfig.from_pretrained(str(folder)))
-            state = _read_adapter(folder)
             result: Any = set_peft_model_state_dict(self._peft, state, adapter_name=name)
+        except SafetensorError as e:
+            raise ModelError(f"{file}: damaged: {e}") from e
         except (RuntimeError, ValueError, TypeError) as e:
             raise ModelError(f"{folder}: this adapter is of another base: {' '.join(str(e).split())[:400]}") from e
         missing = [key for key in result.missing_keys if f".{name}." in key]
@@ -102,17 +109,14 @@ class LanguageModel:
                 f"{folder}: this adapter is of another base: {len(missing)} of its weights are missing and "
                 f"{len(homeless)} find no place, e.g. {(missing or homeless)[0]}"
             )
-        self.activate(self.active)
 
     def copy_adapter(self, source: str, name: str) -> None:
         """A second adapter with the weights of the first."""
-        assert self._peft is not None, f"there is no adapter {source!r} to copy"
         self._attach(name, copy.deepcopy(self._peft.peft_config[source]))
-        self.load_adapter_state(name, self.adapter_state(source))
-        self.activate(self.active)
+        set_peft_model_state_dict(self._peft, self.adapter_state(source), adapter_name=name)
 
     def activate(self, name: str | None) -> None:
-        """Makes exactly this adapter work, or none; which weights are trained stays as it was."""
+        """Switches exactly this adapter on, or none; which weights are trained stays as it was."""
         self.active = name
         if self._peft is None:
             return
@@ -127,7 +131,7 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """``activate`` for as long as the block takes."""
+        """``activate`` for the length of the block."""
         before = self.active
         if name != before:
             self.activate(name)
@@ -145,27 +149,20 @@ class LanguageModel:
         return [(key, p) for key, p in self._adapter_parameters() if p.requires_grad]
 
     def trainable_full(self, freeze_head: bool) -> list[tuple[str, Parameter]]:
-        """Marks the base's weights as trained, without the LM head (and the embeddings tied to it) if so asked."""
+        """Marks the base's weights as trained; ``freeze_head``: all but the LM head and the embeddings tied to it."""
         self.base.requires_grad_(True)
         if freeze_head:
-            self.head.weight.requires_grad_(False)
-            if self.head.bias is not None:
-                self.head.bias.requires_grad_(False)
+            self.base.get_output_embeddings().requires_grad_(False)
         return [(key, p) for key, p in self.base.named_parameters() if p.requires_grad]
 
     def adapter_state(self, name: str) -> dict[str, Tensor]:
         """Weights by PEFT's portable names, copied."""
-        assert self._peft is not None, f"there is no adapter {name!r}"
         state = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
         return {key: value.detach().clone() for key, value in state.items()}
-
-    def load_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
-        set_peft_model_state_dict(self._peft, state, adapter_name=name)
 
     def save_adapter(self, name: str, folder: Path) -> None:
         """A plain PEFT folder, whole or not at all: ``PeftModel.from_pretrained(base, folder)`` loads it."""
         state = {key: value.cpu().contiguous() for key, value in self.adapter_state(name).items()}
-        assert self._peft is not None
         config = copy.deepcopy(self._peft.peft_config[name])
         config.inference_mode = True
         config.base_model_name_or_path = self.base.config._name_or_path
@@ -181,7 +178,7 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def training_mode(self) -> Iterator[None]:
-        """Dropout as configured and, where asked for, activations recomputed; both end with the block."""
+        """Dropout as configured and, with ``checkpointing``, activations recomputed; both end with the block."""
         self.base.train()
         for frozen in self._int8:
             frozen.eval()
@@ -192,6 +189,7 @@ class LanguageModel:
         finally:
             if self.checkpointing:
                 self.base.gradient_checkpointing_disable()
+                self.base.disable_input_require_grads()  # enabling adds a hook to the embeddings and leaves it there
             self.base.eval()
 
     def _attach(self, name: str, config: LoraConfig) -> None:
@@ -199,9 +197,9 @@ class LanguageModel:
             self._peft = get_peft_model(self.base, config, adapter_name=name)
         else:
             self._peft.add_adapter(name, config)
+        self.activate(self.active)
 
     def _adapter_parameters(self) -> list[tuple[str, Parameter]]:
-        assert self._peft is not None
         return [(key, p) for key, p in self._peft.named_parameters() if ".lora_" in key]
 
     def _targets(self, lora: Lora) -> tuple[list[str], list[str]]:
@@ -213,19 +211,6 @@ class LanguageModel:
         if unknown:
             raise ModelError(f"lora.targets: no linear layer named {', '.join(unknown)}; there are: {', '.join(known)}")
         return targets, [n for n, within in linear.items() if not within and n.rpartition(".")[2] in targets]
-
-
-def _read_adapter(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ModelError(f"{file}: missing; an adapter is read from safetensors only")
-    try:
-        return load_file(file)
-    except SafetensorError as e:
-        raise ModelError(f"{file}: damaged: {e}") from e
 
 
 @dataclass(frozen=True)
@@ -242,10 +227,6 @@ class Role:
             return batch.select(self.model.hidden_states(batch.input_ids, batch.attention_mask))
 
 
-# relative, of logits; bfloat16's rounding may differ by some percent from one shape of batch to another
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-
-
 def decoder_of(base: PreTrainedModel) -> torch.nn.Module:
     """The module from token ids to final hidden states; inside a multimodal wrapper its language model."""
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
@@ -254,55 +235,35 @@ def decoder_of(base: PreTrainedModel) -> torch.nn.Module:
     return decoder
 
 
+# relative, of logits; bfloat16's rounding may differ by some percent from one shape of batch to another
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+@torch.no_grad()
 def inspect_head(base: PreTrainedModel, vocabulary: int | None = None) -> Head:
     """The head as weight, bias, scale and soft-cap. Rows past ``vocabulary`` tokens pad the matrix and are left out.
 
     Raises ModelError naming the architecture where the head does anything else to its hidden states: what is not
     proved by a forward pass is not used.
     """
-    module = base.get_output_embeddings()
+    name, module = type(base).__name__, base.get_output_embeddings()
     if module is None or getattr(module, "weight", None) is None:
-        raise ModelError(f"{type(base).__name__} has no LM head: a causal language model is needed")
+        raise ModelError(f"{name} has no LM head: a causal language model is needed")
     config = base.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    if scale is None:
+        scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
     head = Head(
         module.weight,
         getattr(module, "bias", None),
-        scale=_scale(config),
+        scale=float(scale),
         softcap=getattr(config, "final_logit_softcapping", None),
         rows=min(vocabulary or module.weight.shape[0], module.weight.shape[0]),
     )
-    _prove(base, head)
-    return head
-
-
-def check_same_tokenizer(policy: PreTrainedTokenizerBase, reward_model: PreTrainedTokenizerBase) -> None:
-    """Raises ModelError unless the same ids mean the same tokens; one may have more of them at the end."""
-    ours, theirs = ({i: t for t, i in tok.get_vocab().items()} for tok in (policy, reward_model))
-    common = min(max(ours), max(theirs)) + 1
-    differing = [i for i in range(common) if ours.get(i) != theirs.get(i)]
-    if differing:
-        i = differing[0]
-        raise ModelError(
-            f"policy and reward model have different tokenizers ({len(ours)} and {len(theirs)} tokens): "
-            f"{len(differing)} ids differ, the first is {i}: {ours.get(i)!r} and {theirs.get(i)!r}. "
-            "A reward model of the policy's family is needed."
-        )
-
-
-def _scale(config: Any) -> float:
-    if getattr(config, "logit_scale", None) is not None:  # Cohere
-        return float(config.logit_scale)
-    if getattr(config, "logits_scaling", None) is not None:  # Granite
-        return 1.0 / float(config.logits_scaling)
-    return 1.0
-
-
-@torch.no_grad()
-def _prove(base: PreTrainedModel, head: Head) -> None:
-    name, ids = type(base).__name__, torch.tensor([[1, 2, 3]], device=head.weight.device)
+    ids = torch.tensor([[1, 2, 3]], device=head.weight.device)
     try:
-        logits = base(input_ids=ids, use_cache=False).logits[0].float()
-        hidden = decoder_of(base)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        logits = base(input_ids=ids, use_cache=False).logits[0].float()  # [3, >= V]
+        hidden = decoder_of(base)(input_ids=ids, use_cache=False).last_hidden_state[0]  # [3, d]
     except (TypeError, ValueError, AttributeError) as e:
         raise ModelError(f"{name}: does not take token ids alone to logits ({e}): it is not supported") from e
     error = _difference(head.logits(hidden).float(), logits[:, : head.rows])
@@ -311,21 +272,22 @@ def _prove(base: PreTrainedModel, head: Head) -> None:
             f"{name}: its logits are not scale · (W·h + b), soft-capped or not (relative error "
             f"{error:.1e}): this architecture's head is not supported"
         )
+    return head
 
 
 @torch.no_grad()
-def prove_padding(base: PreTrainedModel, hidden_states: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Raises ModelError naming the architecture where padding on the left, which rollouts need, changes
-    ``hidden_states`` of (ids, mask)."""
-    padded, mask = torch.tensor([[[0, 0, 1, 2, 3]], [[0, 0, 1, 1, 1]]], device=base.device)
-    plain, left = hidden_states(padded[:, 2:], mask[:, 2:])[0], hidden_states(padded, mask)[0, 2:]
-    error = _difference(left.float(), plain.float())
+def prove_padding(model: LanguageModel) -> None:
+    """Raises ModelError naming the architecture where padding on the left, which rollouts need, changes its hidden
+    states."""
+    ids, mask = torch.tensor([[[0, 0, 1, 2, 3]], [[0, 0, 1, 1, 1]]], device=model.device)
+    plain, padded = model.hidden_states(ids[:, 2:], mask[:, 2:])[0], model.hidden_states(ids, mask)[0, 2:]  # [3, d]
+    error = _difference(padded.float(), plain.float())
     if not error < 10 * _TOLERANCE.get(plain.dtype, 3e-2):
         raise ModelError(
-            f"{type(base).__name__}: padding on the left changes its hidden states (relative error {error:.1e}): "
+            f"{type(model.base).__name__}: padding on the left changes its hidden states (relative error {error:.1e}): "
             "this architecture is not supported"
         )
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+def _difference(tensor: Tensor, expected: Tensor) -> float:
+    return ((tensor - expected).norm() / expected.norm()).item()

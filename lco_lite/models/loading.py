@@ -1,6 +1,7 @@
 """Base weights and tokenizers from a hub id, a local folder or a GGUF file, in the precision that the recipe asks for.
 
-Only safetensors are read. Whatever cannot be loaded is one ModelError that says what was found and what is accepted.
+Only safetensors are read. A model from scratch and a GGUF file become ordinary model folders first. Whatever cannot be
+loaded is one ModelError that says what was found and what is accepted.
 """
 
 import importlib.util
@@ -27,60 +28,34 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from lco_lite.errors import ModelError, UsageError
 from lco_lite.files import write_folder, write_json
 from lco_lite.recipe.sections import Init, Model, Weights
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def resolve_device(asked: str) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises UsageError where CUDA is asked for and absent."""
+    """``auto`` is CUDA where there is one. Raises UsageError where the recipe asks for CUDA and there is none."""
     if asked == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: cuda is asked for, and torch finds no CUDA device; use device: cpu or auto")
+        raise UsageError("device: cuda, and torch finds no CUDA device; use device: cpu or auto")
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_tokenizer(weights: Weights, folder: Path | None = None) -> PreTrainedTokenizerBase:
-    """From ``folder`` if given, else ``weights.path``; padding is set, for it is not stored with a tokenizer."""
-    source = str(folder or weights.path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **_origin(weights, folder))
-    except Exception as e:  # each tokenizer class raises its own kinds
-        raise unloadable("tokenizer", source, e) from e
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        _choose_pad(tokenizer)
-    return tokenizer
-
-
-def open_tokenizer(model: Model, seed: int) -> Any:
-    """The policy's tokenizer before there is a run: a model from scratch is built in a folder that is thrown away."""
-    if model.gguf_file is not None:
-        return gguf_tokenizer(model)
-    if model.init is None:
-        return load_tokenizer(model)
-    with tempfile.TemporaryDirectory() as folder:
-        build_scratch(model.init, Path(folder) / "model", seed)
-        return load_tokenizer(model, Path(folder) / "model")
-
-
 def load_base(weights: Weights, device: torch.device, folder: Path | None = None) -> PreTrainedModel:
-    """The model on ``device``, in eval mode, frozen; its own sampling defaults are dropped: the recipe's hold."""
-    source = str(folder or weights.path)
+    """The model on ``device``, in eval mode, frozen; its own sampling defaults are dropped: the recipe's count."""
+    source, origin = str(folder or weights.path), _origin(weights, folder)
     refuse_unusable_folder(Path(source))
     dtype = base_dtype(weights, device)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
     if weights.attention != "auto":
         options["attn_implementation"] = weights.attention
     if weights.quantization != "none":
-        options["quantization_config"] = quantization_config(weights, dtype)
+        options["quantization_config"] = _quantization(weights, dtype)
     try:
-        config = AutoConfig.from_pretrained(source, **_origin(weights, folder))
-        model, loaded = language_model_class(config).from_pretrained(
-            source, config=config, output_loading_info=True, **_origin(weights, folder), **options
-        )
+        config = AutoConfig.from_pretrained(source, **origin)
+        kind = _language_model_class(config)
+        model, loaded = kind.from_pretrained(source, config=config, output_loading_info=True, **origin, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # transformers raises OSError, ValueError, KeyError, ImportError, and what remote code does
@@ -95,23 +70,10 @@ def load_base(weights: Weights, device: torch.device, folder: Path | None = None
     model.generation_config = GenerationConfig(
         eos_token_id=keep.eos_token_id, pad_token_id=keep.pad_token_id, bos_token_id=keep.bos_token_id
     )
-    return keep_4bit_layout(model).requires_grad_(False).eval()
+    return _keep_4bit_layout(model).requires_grad_(False).eval()
 
 
-def keep_4bit_layout(model: PreTrainedModel) -> PreTrainedModel:
-    """``model``, whose 4-bit layers stay as they were loaded.
-
-    On a CPU with AVX512-BF16 bitsandbytes repacks them in their first forward without gradients, for a product that has
-    no gradient and rounds the scales to bfloat16: training after scoring goes wrong without a word. Layers with a
-    bias, or narrower than a block of 64, fail there.
-    """
-    repacked: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
-    for layer in repacked:
-        layer.support_avx512bf16_for_cpu = False
-    return model
-
-
-def language_model_class(config: Any) -> Any:
+def _language_model_class(config: Any) -> Any:
     """The auto class whose models predict the next token: of text alone, or of text inside a multimodal wrapper.
 
     Raises ModelError naming the architecture where there is none.
@@ -126,24 +88,30 @@ def language_model_class(config: Any) -> Any:
 
 def base_dtype(weights: Weights, device: torch.device) -> torch.dtype:
     """``auto``: bfloat16 on a GPU, float32 on a CPU."""
-    if weights.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[weights.dtype]
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, auto if weights.dtype == "auto" else weights.dtype)
 
 
-def quantization_config(weights: Weights, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _quantization(weights: Weights, dtype: torch.dtype) -> BitsAndBytesConfig:
     """NF4 with double quantisation, computing in ``dtype``; or LLM.int8. The LM head is never quantised."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"quantization: {weights.quantization} needs bitsandbytes: pip install bitsandbytes")
-    if weights.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head"],
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    kind = {"load_in_8bit": True} if weights.quantization == "int8" else {"load_in_4bit": True, **nf4}
+    return BitsAndBytesConfig(**kind, llm_int8_skip_modules=["lm_head"])
+
+
+def _keep_4bit_layout(model: PreTrainedModel) -> PreTrainedModel:
+    """``model``, whose 4-bit layers stay as they were loaded.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks them in their first forward without gradients, for a product that has
+    no gradient and rounds the scales to bfloat16: training after scoring goes wrong without a word. Layers with a
+    bias, or narrower than a block of 64, fail there.
+    """
+    repacked: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    for layer in repacked:
+        layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _architecture(config: Any) -> str:
@@ -153,17 +121,6 @@ def _architecture(config: Any) -> str:
 def _origin(weights: Weights, folder: Path | None) -> dict[str, Any]:
     revision = None if folder is not None else weights.revision
     return {"trust_remote_code": weights.trust_remote_code, **({"revision": revision} if revision else {})}
-
-
-def _choose_pad(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A token that never ends a response: one made for padding, unk, any other special. EOS where there is nothing
-    else: attention masks are explicit everywhere and responses are cut by length, so padding is never read."""
-    known = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    usable = [t for t in known if t not in (tokenizer.eos_token, tokenizer.bos_token)]
-    by_name = [t for t in usable if "pad" in t.lower()] + [t for t in (tokenizer.unk_token,) if t in usable]
-    reserved = [t for t in usable if "reserved" in t.lower() or "unused" in t.lower()]
-    chosen = [*by_name, *reserved, tokenizer.eos_token]
-    tokenizer.pad_token = chosen[0]
 
 
 def refuse_unusable_folder(folder: Path) -> None:
@@ -177,12 +134,8 @@ def refuse_unusable_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: only pickled weights ({pickled[0]}); safetensors are needed, for pickle runs code")
 
 
-def _shortened(text: str, limit: int = 400) -> str:
-    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
-
-
 def unloadable(what: str, source: str, error: Exception) -> ModelError:
-    """What to tell the user of whatever transformers raised."""
+    """The message for whatever transformers raised while it loaded ``what``."""
     if isinstance(error, ModelError):
         return error
     reason = " ".join(str(error).split()) or type(error).__name__
@@ -190,7 +143,44 @@ def unloadable(what: str, source: str, error: Exception) -> ModelError:
         return ModelError(f"{source}: no such folder")
     if not Path(source).exists():
         reason += " (no local folder of this name; a hub id needs the network or a cached copy)"
-    return ModelError(f"{source}: this {what} cannot be loaded: {_shortened(reason)}")
+    if len(reason) > 400:
+        reason = f"{reason[:200]} … {reason[-200:]}"
+    return ModelError(f"{source}: this {what} cannot be loaded: {reason}")
+
+
+def load_tokenizer(weights: Weights, folder: Path | None = None) -> PreTrainedTokenizerBase:
+    """From ``folder`` if given, else ``weights.path``; padding is chosen here, tokenizers are stored without."""
+    source = str(folder or weights.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **_origin(weights, folder))
+    except Exception as e:  # each tokenizer class raises its own kinds
+        raise unloadable("tokenizer", source, e) from e
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        _choose_pad(tokenizer)
+    return tokenizer
+
+
+def _choose_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A token that never ends a response: one made for padding, unk, a reserved one. EOS where there is nothing else:
+    attention masks are explicit everywhere and responses are cut by length, so padding is never read."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    usable = [t for t in special if t not in (tokenizer.eos_token, tokenizer.bos_token)]
+    padding = [t for t in usable if "pad" in t.lower()]
+    unknown = [t for t in usable if t == tokenizer.unk_token]
+    reserved = [t for t in usable if "reserved" in t.lower() or "unused" in t.lower()]
+    tokenizer.pad_token = [*padding, *unknown, *reserved, tokenizer.eos_token][0]
+
+
+def open_tokenizer(model: Model, seed: int) -> Any:
+    """The policy's tokenizer before there is a run: a model from scratch is built in a folder that is thrown away."""
+    if model.gguf_file is not None:
+        return _from_gguf(AutoTokenizer, model)
+    if model.init is None:
+        return load_tokenizer(model)
+    with tempfile.TemporaryDirectory() as folder:
+        build_scratch(model.init, Path(folder) / "model", seed)
+        return load_tokenizer(model, Path(folder) / "model")
 
 
 def converted_gguf(weights: Weights, folder: Path) -> Path | None:
@@ -204,26 +194,16 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
         if not record.exists() or json.loads(record.read_text(encoding="utf-8")) != origin:
             raise UsageError(f"{folder}: was converted from another GGUF file: delete it, or choose another --name")
         return folder
-    model, tokenizer = _load_gguf(weights)
+    tokenizer = _from_gguf(AutoTokenizer, weights)
+    model = _from_gguf(AutoModelForCausalLM, weights, dtype=torch.bfloat16)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the marks
+    model.hf_quantizer = None
     with write_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         write_json(new / record.name, origin)
     return folder
-
-
-def gguf_tokenizer(weights: Weights) -> Any:
-    """The tokenizer inside the GGUF file. Raises ModelError where it cannot be read."""
-    return _from_gguf(AutoTokenizer, weights)
-
-
-def _load_gguf(weights: Weights) -> tuple[Any, Any]:
-    tokenizer = gguf_tokenizer(weights)
-    model = _from_gguf(AutoModelForCausalLM, weights, dtype=torch.bfloat16)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the marks
-    model.hf_quantizer = None
-    return model, tokenizer
 
 
 def _from_gguf(kind: Any, weights: Weights, **options: Any) -> Any:
@@ -296,10 +276,9 @@ def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 def quiet_libraries() -> None:
     """No progress bars of transformers and datasets; no warnings that a user can do nothing about. Errors stay."""
     import datasets
-    import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)

@@ -15,9 +15,11 @@ public code does otherwise than the paper (``rl.variant``) comes in by the same 
 Legend: T response tokens of a micro-batch, N responses of the phase, d hidden width.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,29 +77,18 @@ class MicroBatch:
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        def moved(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: moved(part) for name, part in value.items()}
-            return value.to(device) if hasattr(value, "to") else value
-
-        return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
+        names = ("batch", "responses", "old", "advantages", *([] if self.target is None else ["target"]))
+        per_token = {name: value.to(device) for name, value in self.per_token.items()}
+        return replace(self, per_token=per_token, **{name: getattr(self, name).to(device) for name in names})
 
     def policy_batch(self, rl: Rl, logprobs: Tensor | None = None) -> PolicyBatch:
         """What an objective sees of it beside hidden states."""
-        known = {name: self.per_token.get(name) for name in ("reference_logprobs", "reward_model_logprobs", "rewards")}
-        return PolicyBatch(
-            logprobs,
-            self.per_token.get("old_logprobs"),
-            self.advantages,
-            self.batch.rows,
-            self.tokens,
-            self.sequences,
-            actions=self.batch.actions,
-            responses=self.responses,
-            groups=self.responses // rl.responses_per_prompt,
-            settings=rl.settings,
-            **known,
-        )
+        old_logprobs, rows = self.per_token.get("old_logprobs"), self.batch.rows
+        names = ("reference_logprobs", "reward_model_logprobs", "rewards")
+        more: dict[str, Any] = {name: self.per_token.get(name) for name in names}
+        more |= {"actions": self.batch.actions, "responses": self.responses}
+        more |= {"groups": self.responses // rl.responses_per_prompt, "settings": rl.settings}
+        return PolicyBatch(logprobs, old_logprobs, self.advantages, rows, self.tokens, self.sequences, **more)
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,6 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
     """
     method, policy = method_of(rl), models.policy
     old_head = policy.model.head.frozen() if policy.model.head.is_trained else None
-    rewards = phase.grades if phase.rewards is None else phase.rewards
     scored = []
     for minibatch in plan:
         tokens = sum(len(phase.examples[i].response) for places in minibatch for i in places)
@@ -141,8 +131,8 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
             batch = collate([phase.examples[i] for i in places], policy.model.pad_id)
             responses, sequences = torch.tensor(places)[batch.rows], sum(map(len, minibatch))
             micro = MicroBatch(batch, responses, tokens, sequences, policy.hidden(batch), old_head)
-            if rewards is not None:
-                micro.per_token["rewards"] = rewards[responses]
+            if phase.scores is not None:
+                micro.per_token["rewards"] = phase.scores[responses]
             if names_function(rl.objective) or rl.target:
                 micro.per_token.update(sampled_logprobs(models, micro))
             scored.append(method.score(models, phase, micro, rl).to("cpu"))
@@ -163,7 +153,8 @@ def score_dense(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> Micr
     base = None  # a soft cap asks where the shift begins
     if head.softcap is not None:
         base = torch.zeros_like(shift) if before is None else before
-    target = DenseTarget(micro.old, shift, rl.beta, shift_head=head, shift_base=base, **anchored(models, micro, rl))
+    start = z_base(models, micro, rl, models.start.hidden(micro.batch) if rl.anchor else None)
+    target = DenseTarget(micro.old, shift, rl.beta, shift_head=head, shift_base=base, **start)
     micro = replace(micro, advantages=adv.sampled_advantages(shift, head, micro.batch.actions, base))
     return replace(micro, target=own_target(models, micro, target, rl))
 
@@ -172,10 +163,8 @@ def sparse_targets(models: Models, phase: Phase, scored: list[MicroBatch], rl: R
     """eq 11: A at the sampled token, 0 elsewhere."""
     targeted = []
     for micro in group_advantages(models, phase, scored, rl):
-        given: dict[str, Any] = {"old_head": micro.old_head, "anchor": rl.anchor}
-        if rl.anchor:
-            given |= {"reference": micro.per_token["reference"], "reference_head": reference_head(models, micro)}
-        target = SparseTarget(micro.old, micro.batch.actions, micro.advantages, rl.beta, **given)
+        start = z_base(models, micro, rl, micro.per_token.get("reference"))
+        target = SparseTarget(micro.old, micro.batch.actions, micro.advantages, rl.beta, **start)
         targeted.append(replace(micro, target=own_target(models, micro, target, rl)))
     return targeted
 
@@ -198,7 +187,7 @@ def lco(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
 def score_sampled(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> MicroBatch:
     """What models say of the sampled tokens: log-probabilities, φ's reward of each, KL to the policy before RL."""
     batch, device = micro.batch, micro.old.device
-    old = token_logprobs(micro.old, models.policy.model.head, batch.actions.to(device))[0]
+    old = logprobs(models.policy, batch, micro.old)
     per_token = {"old_logprobs": old, "token_rewards": torch.zeros_like(old), "kl": torch.zeros_like(old)}
     if rl.feedback == "dpo_sampled":
         liked, before = logprobs(need(models.reward_model), batch), logprobs(need(models.reference), batch)
@@ -260,8 +249,7 @@ def score_taught(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> Mic
     """The teacher's hidden states; the advantage of a sampled token is what MiniLLM's policy gradient makes of it."""
     reward_model, batch, device = need(models.reward_model), micro.batch, micro.old.device
     teacher = Teacher(reward_model.hidden(batch), reward_model.model.head)
-    old = token_logprobs(micro.old, models.policy.model.head, batch.actions.to(device))[0]
-    says = token_logprobs(teacher.hidden, teacher.head, batch.actions.to(teacher.hidden.device))[0].to(device)
+    old, says = logprobs(models.policy, batch, micro.old), logprobs(reward_model, batch, teacher.hidden).to(device)
     returns = adv.mean_reward_to_go((says - old).cpu(), batch.rows)
     per_token = {"old_logprobs": old, "importance": mixture_weights(old, says, rl.teacher_mix)}
     return replace(micro, advantages=returns, target=teacher, per_token=micro.per_token | per_token)
@@ -310,16 +298,12 @@ def with_advantages(scored: list[MicroBatch], advantages: Tensor) -> list[MicroB
     return [replace(micro, advantages=part) for micro, part in zip(scored, parts, strict=True)]
 
 
-def anchored(models: Models, micro: MicroBatch, rl: Rl) -> dict[str, Any]:
-    """What z_base is made of besides h_old."""
-    given: dict[str, Any] = {"old_head": micro.old_head, "anchor": rl.anchor}
-    if rl.anchor:
-        given |= {"reference": models.start.hidden(micro.batch), "reference_head": reference_head(models, micro)}
-    return given
-
-
-def reference_head(models: Models, micro: MicroBatch) -> Head | None:
-    return None if micro.old_head is None else models.start.model.head
+def z_base(models: Models, micro: MicroBatch, rl: Rl, reference: Tensor | None) -> dict[str, Any]:
+    """What a target starts from besides h_old: the copy of a trained head, and with an anchor ``reference`` [T, d]."""
+    if not rl.anchor:
+        return {"old_head": micro.old_head}
+    head = None if micro.old_head is None else models.start.model.head
+    return {"old_head": micro.old_head, "anchor": rl.anchor, "reference": reference, "reference_head": head}
 
 
 def own_target(models: Models, micro: MicroBatch, target: DenseTarget | SparseTarget, rl: Rl) -> Any:
@@ -342,15 +326,17 @@ def over_vocabulary(function: Callable[..., Any]) -> bool:
 
 def sampled_logprobs(models: Models, micro: MicroBatch) -> dict[str, Tensor]:
     """log π(a) [T] of the sampled tokens by π_old, by π_ref (the policy before RL) and, where there is one, by φ."""
-    policy, reward_model, batch = models.policy, models.reward_model, micro.batch
-    old = token_logprobs(micro.old, policy.model.head, batch.actions.to(micro.old.device))[0]
-    says = {"old_logprobs": old, "reference_logprobs": logprobs(models.start, batch)}
+    batch, reward_model = micro.batch, models.reward_model
+    says = {
+        "old_logprobs": logprobs(models.policy, batch, micro.old),
+        "reference_logprobs": logprobs(models.start, batch),
+    }
     return says if reward_model is None else says | {"reward_model_logprobs": logprobs(reward_model, batch)}
 
 
-def logprobs(role: Role, batch: Batch) -> Tensor:
-    """[T]"""
-    hidden = role.hidden(batch)
+def logprobs(role: Role, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+    """log π(a) of the sampled tokens, [T]; ``hidden`` [T, d] where it is at hand."""
+    hidden = role.hidden(batch) if hidden is None else hidden
     return token_logprobs(hidden, role.model.head, batch.actions.to(hidden.device))[0]
 
 

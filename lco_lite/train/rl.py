@@ -44,7 +44,9 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
         engine = rollout_engine(models, rl, chat.end)
         rollouts = Rollouts(ctx, policy.model, engine, chat, stage)
     updates = rl.steps * rl.inner_epochs * -(-rl.prompts_per_step * rl.responses_per_prompt // rl.minibatch)
-    ctx.console.stage(stage.name, describe(rl))
+    strength = f", β {rl.beta:g}" if rl.is_lco else ""
+    what = f"{rl.steps} steps of {rl.prompts_per_step} prompts, feedback {rl.feedback}{strength}"
+    ctx.console.stage(stage.name, what)
     with StageTraining(ctx, stage, parameters, rl, rl.steps, updates) as training:
         samples, update_log = training.log(stage.samples, JsonLog), training.log(stage.path / "updates.jsonl")
         history = read_log(stage.metrics)
@@ -54,9 +56,10 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
         training.try_longest(longest(rollouts, rl), rl.micro_batch_tokens, lambda e: try_out(models, e, rl))
         for step in training.steps():
             engine.sync()  # π_old is the policy as it is now
-            phase = rollouts.phase(step, training.stop_if_asked)
+            phase = rollouts.phase(step, training.stop_if_asked)  # on disk, batch by batch
             with ctx.clock("score"):
-                minibatches = score(models, phase, plan_minibatches(phase.examples, rl, recipe.seed, step), rl)
+                plan = plan_minibatches(phase.examples, rl, recipe.seed, step)
+                minibatches = score(models, phase, plan, rl)  # A and z* stand still until the next step
             report = Report(phase, rl)
             with ctx.clock("update"), policy.model.training_mode():
                 for which in order_of_updates(len(minibatches), rl, recipe.seed, step):
@@ -167,11 +170,10 @@ class Report:
             sampled = [response for response, shown in zip(phase.responses, phase.shown, strict=True) if not shown]
             metrics["mean_response_tokens"] = fmean(len(response.example.response) for response in sampled)
             metrics["truncated"] = fmean(response.truncated for response in sampled)
-            rewards = phase.grades if phase.rewards is None else phase.rewards
-            if rewards is not None:
-                metrics["reward"] = rewards[own].mean().item()
+            if phase.scores is not None:
+                metrics["reward"] = phase.scores[own].mean().item()
                 if self.group > 1:
-                    metrics["dead_groups"] = 1 - live_groups(rewards, self.group).float().mean().item()
+                    metrics["dead_groups"] = 1 - live_groups(phase.scores, self.group).float().mean().item()
             if phase.grades is not None:
                 metrics["accuracy"] = (phase.grades[own] > 0).float().mean().item()
         if self.eval is not None:
@@ -181,20 +183,14 @@ class Report:
         return metrics | {"samples_seen": samples_before + phase.drawn}
 
 
-def describe(rl: Rl) -> str:
-    strength = f", β {rl.beta:g}" if rl.is_lco else ""
-    return f"{rl.steps} steps of {rl.prompts_per_step} prompts, feedback {rl.feedback}{strength}"
-
-
 def readable(phase: Phase, rollouts: Rollouts, rl: Rl) -> list[dict[str, Any]]:
     """The first responses of a step, as rows for samples.jsonl."""
-    rewards = phase.grades if phase.rewards is None else phase.rewards
     return [
         {
             "prompt": rollouts.prompts[phase.chosen[i // rl.responses_per_prompt]].messages[-1]["content"],
             "response": rollouts.chat.text(response.example.response),
             "truncated": response.truncated,
-            "reward": None if rewards is None else rewards[i].item(),
+            "reward": None if phase.scores is None else phase.scores[i].item(),
         }
         for i, response in enumerate(phase.responses[:SAMPLES_A_STEP])
     ]

@@ -7,6 +7,8 @@ made, with the random numbers it would have had.
 Legend: N responses, G of them to a prompt, in a row.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +50,11 @@ class Phase:
     rewards: Tensor | None = None
     shown: list[bool] = field(default_factory=list)
     drawn: int = 0
+
+    @property
+    def scores(self) -> Tensor | None:
+        """[N]: the rewards, else the grades."""
+        return self.grades if self.rewards is None else self.rewards
 
     @property
     def examples(self) -> list[Example]:

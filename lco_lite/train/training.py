@@ -8,6 +8,8 @@ with StageTraining(ctx, stage, parameters, settings, steps, updates) as training
         training.keep(step, metrics)
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 from collections.abc import Callable, Sequence

@@ -7,7 +7,11 @@ import json
 import pytest
 
 from lco_lite.data.overlap import EvaluationItems, normalised
+from lco_lite.data.prompts import demonstrations, file_pairs, rl_prompts
 from lco_lite.errors import DataError
+from lco_lite.models.chat import ChatFormat
+from lco_lite.models.loading import byte_tokenizer
+from lco_lite.recipe.file import load_recipe
 from lco_lite.tasks import load_task
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
@@ -75,15 +79,17 @@ def test_normalising_keeps_every_sign():
 
 @pytest.mark.parametrize("key", ["demonstrations", "preferences", "prompts"])
 def test_training_on_held_out_items_is_refused_unless_allowed_by_name(tiny, tmp_path, key):
-    from lco_lite.data import prompts as prepare
-    from lco_lite.recipe.file import load_recipe
-
+    chat = ChatFormat(byte_tokenizer(64))
+    read = {
+        "demonstrations": demonstrations,
+        "preferences": lambda recipe, task: file_pairs(recipe, task, chat),
+        "prompts": rl_prompts,
+    }[key]
     task = load_task("arithmetic")
     prompt = task.items("test")[3].prompt
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": text, "completion": "c", "chosen": "c", "rejected": "r"} for text in ("free", prompt)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = {"prompts": prepare.rl_prompts}.get(key) or getattr(prepare, key)
     sets = [f"data.{key}={file}"]
     with pytest.raises(DataError, match=r"1 of its 2 prompts are held-out items of arithmetic.*arithmetic:same"):
         read(load_recipe(tiny, sets), task)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lco_lite.data.rows import demonstrations, load_rows, preferences, prompts
+from lco_lite.data.rows import Prompt, load_rows, read_demonstrations, read_preferences, read_prompts
 from lco_lite.errors import DataError
 from lco_lite.recipe.sections import DemonstrationColumns, PreferenceColumns, PromptColumns
 
@@ -30,7 +30,7 @@ def write(path, rows):
     ],
 )
 def test_demonstrations_of_every_shape_read_alike(tmp_path, row):
-    (found,) = demonstrations(write(tmp_path / "d.jsonl", [row]))
+    (found,) = read_demonstrations(write(tmp_path / "d.jsonl", [row]))
     assert found.messages == [USER]
     assert found.response == "4"
 
@@ -60,38 +60,40 @@ def test_demonstrations_of_every_shape_read_alike(tmp_path, row):
     ],
 )
 def test_preferences_of_every_shape_read_alike(tmp_path, row):
-    (found,) = preferences(write(tmp_path / "p.jsonl", [row]))
+    (found,) = read_preferences(write(tmp_path / "p.jsonl", [row]))
     assert (found.messages, found.chosen, found.rejected) == ([USER], "4", "5")
 
 
 def test_an_instruction_takes_its_input_along(tmp_path):
-    (found,) = demonstrations(write(tmp_path / "d.jsonl", [{"instruction": "Add.", "input": "2 2", "output": "4"}]))
+    (found,) = read_demonstrations(
+        write(tmp_path / "d.jsonl", [{"instruction": "Add.", "input": "2 2", "output": "4"}])
+    )
     assert found.messages[0]["content"] == "Add.\n\n2 2"
 
 
 def test_a_system_text_is_put_before_a_conversation_that_has_none(tmp_path):
     rows = [{"prompt": "a"}, {"messages": [{"role": "system", "content": "own"}, USER]}]
-    (first, _), (second, _) = prompts(write(tmp_path / "p.jsonl", rows), system="be brief")
-    assert first[0] == {"role": "system", "content": "be brief"}
-    assert second[0]["content"] == "own"
+    first, second = read_prompts(write(tmp_path / "p.jsonl", rows), system="be brief")
+    assert first.messages[0] == {"role": "system", "content": "be brief"}
+    assert second.messages[0]["content"] == "own"
 
 
 @pytest.mark.parametrize("row", [{"prompt": "a"}, {"conversations": [{"from": "human", "value": "a"}]}])
 def test_a_rows_own_system_message_goes_before_the_recipes(tmp_path, row):
-    ((messages, _),) = prompts(write(tmp_path / "p.jsonl", [{**row, "system": "own"}]), system="be brief")
-    assert [m["content"] for m in messages] == ["own", "a"]
+    (prompt,) = read_prompts(write(tmp_path / "p.jsonl", [{**row, "system": "own"}]), system="be brief")
+    assert [m["content"] for m in prompt.messages] == ["own", "a"]
 
 
 def test_a_prompt_row_drops_the_answer_that_it_carries(tmp_path):
     row = {"messages": [USER, {"role": "assistant", "content": "4"}]}
-    assert prompts(write(tmp_path / "p.jsonl", [row])) == [([USER], row)]
+    assert read_prompts(write(tmp_path / "p.jsonl", [row])) == [Prompt([USER], row=row)]
 
 
 def test_transcripts_part_where_they_first_differ_and_may_end_in_silence(tmp_path):
     shared = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 2+2?\n\nHuman: Please."
     long = {"chosen": f"{shared}\n\nAssistant: 4", "rejected": f"{shared}\n\nAssistant: 5\n\nHuman: no\n\nAssistant: 4"}
     silent = {"chosen": f"{shared}\n\nAssistant: 4", "rejected": f"{shared}\n\nAssistant:"}
-    first, second = preferences(write(tmp_path / "p.jsonl", [long, silent]))
+    first, second = read_preferences(write(tmp_path / "p.jsonl", [long, silent]))
     assert [m["content"] for m in first.messages] == ["Hi", "Hello", "2+2?\n\nPlease."]
     assert (first.chosen, first.rejected) == ("4", "5")
     assert (second.chosen, second.rejected) == ("4", "")
@@ -106,7 +108,7 @@ COMPARED = {
 
 
 def test_every_comparison_of_a_qa_feedback_row_with_a_winner_is_a_pair(tmp_path):
-    found = preferences(write(tmp_path / "p.jsonl", [COMPARED]))
+    found = read_preferences(write(tmp_path / "p.jsonl", [COMPARED]))
     assert [(p.chosen[-1], p.rejected[-1]) for p in found] == [("1", "2"), ("3", "1"), ("3", "4")]
     assert found[0].messages[0]["content"] == "question: Who? context: wikipage: Title text: First. Second."
 
@@ -115,16 +117,16 @@ def test_columns_of_other_names_are_read_where_the_recipe_names_them(tmp_path):
     row = {"q": "2+2?", "a": "4", "b": "5", "prompt": "hidden", "completion": "hidden", "who": "own"}
     row["messages"] = [{"role": "user", "content": "hidden"}, {"role": "assistant", "content": "hidden"}]
     file = write(tmp_path / "d.jsonl", [row])
-    (shown,) = demonstrations(file, columns=DemonstrationColumns(prompt="q", response="a", system="who"))
+    (shown,) = read_demonstrations(file, columns=DemonstrationColumns(prompt="q", response="a", system="who"))
     assert shown.messages == [{"role": "system", "content": "own"}, USER] and shown.response == "4"
-    (pair,) = preferences(file, columns=PreferenceColumns(prompt="q", chosen="a", rejected="b"))
+    (pair,) = read_preferences(file, columns=PreferenceColumns(prompt="q", chosen="a", rejected="b"))
     assert (pair.messages, pair.chosen, pair.rejected) == ([USER], "4", "5")
-    ((messages, kept),) = prompts(file, columns=PromptColumns(prompt="q"))
-    assert messages == [USER] and kept["a"] == "4"
+    (prompt,) = read_prompts(file, columns=PromptColumns(prompt="q"))
+    assert prompt.messages == [USER] and prompt.row["a"] == "4"
     with pytest.raises(
         DataError, match=r"d\.jsonl, line 1: has no column 'none', which the recipe names as prompt; found q, a"
     ):
-        prompts(file, columns=PromptColumns(prompt="none"))
+        read_prompts(file, columns=PromptColumns(prompt="none"))
 
 
 TURN = {"role": "assistant", "content": "b"}
@@ -134,36 +136,44 @@ HUMAN = "\n\nHuman: a"
 @pytest.mark.parametrize(
     ("read", "row", "named"),
     [
-        (demonstrations, {"prompt": "a"}, "no response: one of completion"),
-        (demonstrations, {"prompt": "a", "completion": None}, "field completion: text or a list of turns is needed"),
-        (demonstrations, {"prompt": "a", "completion": "  "}, "field completion"),
-        (demonstrations, {"prompt": "a", "completion": 7}, "found 7"),
-        (demonstrations, {"prompt": "a", "completion": [USER]}, "ends with a turn of user"),
-        (demonstrations, {"prompt": None, "completion": "b"}, "no prompt"),
-        (demonstrations, {"prompt": "", "completion": "b"}, "no prompt"),
-        (demonstrations, {"messages": [USER]}, "found roles user"),
-        (demonstrations, {"messages": [TURN]}, "found roles assistant"),
-        (demonstrations, {"messages": "a"}, "field messages: text or a list of turns"),
-        (demonstrations, {"messages": [USER, {"role": "assistant"}]}, "a turn is {role"),
-        (demonstrations, {"messages": [USER, {"role": "assistant", "content": None}]}, "a turn is {role"),
-        (demonstrations, {"prompt": "a", "completion": "b", "system": ["c"]}, "field system: a text is needed"),
-        (demonstrations, {}, "found no fields"),
-        (preferences, {"prompt": "a", "chosen": "b"}, "field rejected is missing"),
-        (preferences, {"prompt": "a", "chosen": "b", "rejected": None}, "field rejected"),
-        (preferences, {"prompt": "a", "chosen": "b", "rejected": ""}, "field rejected"),
-        (preferences, {"chosen": "b", "rejected": "c"}, "no prompt"),
-        (preferences, {"chosen": f"{HUMAN}\n\nAssistant: b", "rejected": "c"}, "a transcript is needed"),
-        (preferences, {"chosen": HUMAN, "rejected": HUMAN}, "does not answer the user"),
-        (preferences, {"chosen": f"{HUMAN}\n\nAssistant: b", "rejected": "\n\nHuman: z\n\nAssistant: c"}, "does not"),
-        (preferences, {**COMPARED, "preference": [1, 2]}, "6 labels, 0, 1 or 2, are needed"),
-        (preferences, {**COMPARED, "preference": [1, 2, 3, 0, 0, 0]}, "6 labels, 0, 1 or 2, are needed"),
-        (preferences, {**COMPARED, "prediction 2": ""}, "field prediction 2"),
-        (preferences, {**COMPARED, "passages": ["text"]}, "neither wikipage and content"),
-        (preferences, {**COMPARED, "question": None}, "field question"),
-        (prompts, {"text": "a"}, "found text"),
-        (prompts, {"messages": [{"role": "robot", "content": "a"}]}, "robot"),
-        (prompts, {"messages": [["user", "a"]]}, "a turn is {role"),
-        (prompts, {"prompt": 7}, "no prompt"),
+        (read_demonstrations, {"prompt": "a"}, "no response: one of completion"),
+        (
+            read_demonstrations,
+            {"prompt": "a", "completion": None},
+            "field completion: text or a list of turns is needed",
+        ),
+        (read_demonstrations, {"prompt": "a", "completion": "  "}, "field completion"),
+        (read_demonstrations, {"prompt": "a", "completion": 7}, "found 7"),
+        (read_demonstrations, {"prompt": "a", "completion": [USER]}, "ends with a turn of user"),
+        (read_demonstrations, {"prompt": None, "completion": "b"}, "no prompt"),
+        (read_demonstrations, {"prompt": "", "completion": "b"}, "no prompt"),
+        (read_demonstrations, {"messages": [USER]}, "found roles user"),
+        (read_demonstrations, {"messages": [TURN]}, "found roles assistant"),
+        (read_demonstrations, {"messages": "a"}, "field messages: text or a list of turns"),
+        (read_demonstrations, {"messages": [USER, {"role": "assistant"}]}, "a turn is {role"),
+        (read_demonstrations, {"messages": [USER, {"role": "assistant", "content": None}]}, "a turn is {role"),
+        (read_demonstrations, {"prompt": "a", "completion": "b", "system": ["c"]}, "field system: a text is needed"),
+        (read_demonstrations, {}, "found no fields"),
+        (read_preferences, {"prompt": "a", "chosen": "b"}, "field rejected is missing"),
+        (read_preferences, {"prompt": "a", "chosen": "b", "rejected": None}, "field rejected"),
+        (read_preferences, {"prompt": "a", "chosen": "b", "rejected": ""}, "field rejected"),
+        (read_preferences, {"chosen": "b", "rejected": "c"}, "no prompt"),
+        (read_preferences, {"chosen": f"{HUMAN}\n\nAssistant: b", "rejected": "c"}, "a transcript is needed"),
+        (read_preferences, {"chosen": HUMAN, "rejected": HUMAN}, "does not answer the user"),
+        (
+            read_preferences,
+            {"chosen": f"{HUMAN}\n\nAssistant: b", "rejected": "\n\nHuman: z\n\nAssistant: c"},
+            "does not",
+        ),
+        (read_preferences, {**COMPARED, "preference": [1, 2]}, "6 labels, 0, 1 or 2, are needed"),
+        (read_preferences, {**COMPARED, "preference": [1, 2, 3, 0, 0, 0]}, "6 labels, 0, 1 or 2, are needed"),
+        (read_preferences, {**COMPARED, "prediction 2": ""}, "field prediction 2"),
+        (read_preferences, {**COMPARED, "passages": ["text"]}, "neither wikipage and content"),
+        (read_preferences, {**COMPARED, "question": None}, "field question"),
+        (read_prompts, {"text": "a"}, "found text"),
+        (read_prompts, {"messages": [{"role": "robot", "content": "a"}]}, "robot"),
+        (read_prompts, {"messages": [["user", "a"]]}, "a turn is {role"),
+        (read_prompts, {"prompt": 7}, "no prompt"),
     ],
 )
 def test_a_malformed_row_is_named_with_file_and_line(tmp_path, read, row, named):
@@ -175,7 +185,7 @@ def test_a_malformed_row_is_named_with_file_and_line(tmp_path, read, row, named)
 
 def test_a_file_without_a_winner_has_no_pairs(tmp_path):
     with pytest.raises(DataError, match="has no pairs"):
-        preferences(write(tmp_path / "p.jsonl", [{**COMPARED, "preference": [0] * 6}]))
+        read_preferences(write(tmp_path / "p.jsonl", [{**COMPARED, "preference": [0] * 6}]))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +205,7 @@ def test_a_file_without_a_winner_has_no_pairs(tmp_path):
 def test_a_broken_file_is_told_in_one_line(tmp_path, name, content, named):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as e:
-        demonstrations(str(tmp_path / name))
+        read_demonstrations(str(tmp_path / name))
     assert named in str(e.value) and name in str(e.value) and "\n" not in str(e.value)
 
 
@@ -233,6 +243,6 @@ def test_the_human_preferences_of_qa_feedback_are_those_of_its_pairs(tmp_path):
     folder = Path(os.environ.get("LCO_LITE_DATA", ""))
     if not (folder / "qa_feedback_dev_feedback.jsonl").is_file():
         pytest.skip("LCO_LITE_DATA names no folder with qa_feedback_dev_feedback.jsonl")
-    ours = preferences(str(folder / "qa_feedback_dev_feedback.jsonl"))
-    theirs = preferences(str(folder / "qa_feedback_dev_pairs.jsonl"))
+    ours = read_preferences(str(folder / "qa_feedback_dev_feedback.jsonl"))
+    theirs = read_preferences(str(folder / "qa_feedback_dev_pairs.jsonl"))
     assert [(p.chosen, p.rejected) for p in ours] == [(p.chosen, p.rejected) for p in theirs]

