@@ -1,13 +1,4 @@
-"""The methods, a family a row: how a phase is scored, and what the loss of a micro-batch is.
-
-family             score: what π_old, φ and φ_ref say            loss
-=================  ============================================  ====================================================
-dense LCO          z* = z_old + A/β, A over the vocabulary       KLD, LCH or MSE to z*                      eqs 8 to 10
-sparse LCO         the same, A at the sampled token alone        the same                                         eq 11
-policy gradient    rewards to advantages by a baseline           REINFORCE, RLOO, GRPO, DAPO, GSPO
-ppo                rewards to advantages by a critic             PPO's surrogate, and the critic's
-gkd                the teacher's hidden states                   a divergence from the teacher
-minillm            the teacher's hidden states, and returns      reverse KL, token by token and by policy gradient
+"""The table of methods: for each family how a phase is scored, and what the loss of a micro-batch is (``METHODS``).
 
 A user's function FILE.py:NAME stands in for a loss (``rl.objective``) or changes a target (``rl.target``); what the
 public code does otherwise than the paper (``rl.variant``) comes in by the same two doors.
@@ -270,10 +261,15 @@ def taught(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[T
 
 
 METHODS = {
+    # z* = z_old + A/β, A over the vocabulary; KLD, LCH or MSE to it (eqs 8 to 10)
     "dense lco": Method(score_dense, lco),
+    # the same, A at the sampled token alone (eq 11)
     "sparse lco": Method(score_sampled, lco, sparse_targets),
+    # rewards to advantages by a baseline; REINFORCE, RLOO, GRPO, DAPO, GSPO, or the user's
     "policy gradient": Method(score_sampled, policy_gradient, group_advantages),
+    # rewards to advantages by a critic, which learns beside the policy
     "ppo": Method(score_sampled, ppo, critic_advantages),
+    # the teacher's hidden states; a divergence from it, and of MiniLLM a policy gradient of what follows too
     "gkd": Method(score_taught, gkd),
     "minillm": Method(score_taught, taught),
 }
