@@ -74,7 +74,8 @@ class StageTraining:
         self._open = contextlib.ExitStack()
         self.interrupt = self._open.enter_context(InterruptGuard())
         self.metrics = self.log(self.stage.metrics)
-        self.line = self._open.enter_context(self.ctx.console.progress(self.steps_planned, self.stage.name, self.done))
+        label = "train-rm" if self.stage.name == "rm" else self.stage.name
+        self.line = self._open.enter_context(self.ctx.console.progress(self.steps_planned, label, self.done))
         return self
 
     def __exit__(self, *_: object) -> None:
