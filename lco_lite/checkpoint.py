@@ -63,10 +63,10 @@ def save_checkpoint(
         content = {"format": FORMAT, "step": step, "state": state, "optimizer": tree, "rng": rng, "sha256": sums}
         write_json(new / "state.json", {"sha256": _sha256_json(content), "content": content})
     # those after it were damaged when the stage went back before them; left there they would be tried again
-    kept = [other for other in checkpoints(folder) if other.name <= path.name][-keep:]
-    for other in checkpoints(folder):
-        if other not in kept:
-            remove(other)
+    made = checkpoints(folder)
+    kept = made[: made.index(path) + 1][-keep:]
+    for other in set(made).difference(kept):
+        remove(other)
     return path
 
 
@@ -109,16 +109,14 @@ def capture_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    numpy_state = [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)]
-    return tensors, {"python": pack(random.getstate(), {}, "python"), "numpy": numpy_state}
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return tensors, {"python": pack(random.getstate(), {}, "python"), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
 
 
 def restore_rng(tensors: dict[str, Tensor], states: dict[str, Any]) -> None:
     """Puts back what ``capture_rng`` took; CUDA devices that are absent now are passed over."""
     random.setstate(unpack(states["python"], {}))
-    kind, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(tensors["rng.torch"].cpu())
     for i in range(torch.cuda.device_count()):
         if f"rng.cuda.{i}" in tensors:
@@ -178,8 +176,4 @@ def _sha256_json(value: Any) -> str:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()  # without the whole file in memory
