@@ -12,13 +12,8 @@ PACKAGES += ["safetensors", "gguf", "math-verify", "numpy", "pydantic", "rich", 
 
 def environment() -> dict[str, Any]:
     """Versions by package (None: not installed), devices (memory in MiB), the commit of the working directory."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "device": _device(),
-        "git": _git(),
-    }
+    system = {"python": platform.python_version(), "platform": platform.platform()}
+    return {**system, "packages": {name: _version(name) for name in PACKAGES}, "device": _device(), "git": _git()}
 
 
 def _version(package: str) -> str | None:

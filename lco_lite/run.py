@@ -151,13 +151,12 @@ class Run:
 
     def recipe(self) -> Recipe:
         """The resolved recipe that the run goes by. UsageError where it is missing or damaged."""
-        file = self.path / "recipe.yaml"
-        if not file.exists():
+        if not self.has_recipe():
             raise UsageError(
                 f"{self.path} has no recipe.yaml: give the recipe, for example `lco-lite run RECIPE --name {self.name}`"
             )
         try:
-            return load_recipe(file)
+            return load_recipe(self.path / "recipe.yaml")
         except RecipeError as e:
             raise UsageError(
                 f"the run's own recipe is damaged or of another version; give a recipe to go on with it.\n{e}"
