@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lco_lite.errors import UsageError
 from lco_lite.files import remove, write_folder, write_json
@@ -38,14 +39,9 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    tensors: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer | None,
-    state: dict[str, Any],
-    keep: int = 2,
+    folder: Path, step: int, tensors: dict[str, Tensor], optimizer: Optimizer | None, state: dict[str, Any]
 ) -> Path:
-    """Writes ``folder/step-N`` whole, prunes all but the ``keep`` newest, and returns its path.
+    """Writes ``folder/step-N`` whole, prunes all but the newest two, and returns its path.
 
     Tensors may live anywhere and share memory. ``state`` is nested JSON (data positions, scheduler, counters). Raises
     LcoError on a full disk, UsageError without permission; the checkpoints before stay as they were.
@@ -61,18 +57,18 @@ def save_checkpoint(
             save_file(own, new / name)
         sums = {name: _sha256(new / name) for name in (TENSORS, OPTIMIZER)}
         content = {"format": FORMAT, "step": step, "state": state, "optimizer": tree, "rng": rng, "sha256": sums}
-        write_json(new / "state.json", {"sha256": _sha256_json(content), "content": content})
+        write_json(new / "state.json", {"sha256": _sha256(content), "content": content})
     # those after it were damaged when the stage went back before them; left there they would be tried again
-    kept = [other for other in checkpoints(folder) if other.name <= path.name][-keep:]
-    for other in checkpoints(folder):
-        if other not in kept:
-            remove(other)
+    made = checkpoints(folder)
+    kept = made[: made.index(path) + 1][-2:]
+    for other in set(made).difference(kept):
+        remove(other)
     return path
 
 
 def load_latest(
     folder: Path,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizer | None = None,
     device: torch.device | str = "cpu",
     warn: Callable[[str], None] = warnings.warn,
 ) -> Checkpoint | None:
@@ -109,16 +105,14 @@ def capture_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    numpy_state = [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)]
-    return tensors, {"python": pack(random.getstate(), {}, "python"), "numpy": numpy_state}
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return tensors, {"python": pack(random.getstate(), {}, "python"), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
 
 
 def restore_rng(tensors: dict[str, Tensor], states: dict[str, Any]) -> None:
     """Puts back what ``capture_rng`` took; CUDA devices that are absent now are passed over."""
     random.setstate(unpack(states["python"], {}))
-    kind, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(tensors["rng.torch"].cpu())
     for i in range(torch.cuda.device_count()):
         if f"rng.cuda.{i}" in tensors:
@@ -162,7 +156,7 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
 def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     file = json.loads((path / "state.json").read_text(encoding="utf-8"))
     content = file["content"]
-    if _sha256_json(content) != file["sha256"]:
+    if _sha256(content) != file["sha256"]:
         raise ValueError("state.json is not what was written")
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
@@ -173,13 +167,7 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[
     return content, load_file(path / TENSORS, str(device)), load_file(path / OPTIMIZER)
 
 
-def _sha256_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def _sha256(value: Any) -> str:
+    """Of a file, or of anything else as JSON."""
+    mapped = np.memmap(value, mode="r") if isinstance(value, Path) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(mapped).hexdigest()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import median_high
 
 import typer
 
@@ -20,7 +21,8 @@ def preview(recipe: Recipe) -> None:
     prompts = rl_prompts(recipe, task)
     if recipe.sft.enabled:
         examples = sft_examples(recipe, task, chat)
-        typer.echo(f"one demonstration, [trained tokens in brackets]:\n{_marked(chat, examples[0])}\n")
+        prompt, response = map(chat.tokenizer.decode, (examples[0].prompt, examples[0].response))
+        typer.echo(f"one demonstration, [trained tokens in brackets]:\n{prompt}[{response}]\n")
         updates = recipe.sft.max_steps or math.ceil(recipe.sft.epochs * len(examples) / recipe.sft.batch_size)
         typer.echo(f"sft      {len(examples)} demonstrations of {_lengths(examples)} tokens, {updates} updates")
     else:
@@ -32,9 +34,8 @@ def preview(recipe: Recipe) -> None:
     updates = rl.inner_epochs * math.ceil(responses / rl.minibatch)
     typer.echo(f"rl       {len(prompts)} prompts; {rl.steps} steps of {responses} responses and {updates} updates")
     if task is not None:
-        typer.echo(
-            f"eval     {len(held_out(recipe, task, recipe.eval.items))} held-out items, {recipe.eval.seeds} passes"
-        )
+        items = held_out(recipe, task, recipe.eval.items)
+        typer.echo(f"eval     {len(items)} held-out items, {recipe.eval.seeds} passes")
 
 
 def _pairs(recipe: Recipe, chat: ChatFormat, prompts: int) -> str:
@@ -49,10 +50,6 @@ def _pairs(recipe: Recipe, chat: ChatFormat, prompts: int) -> str:
     return f"{len(pairs)} pairs of {tokens} tokens, {updates} updates"
 
 
-def _marked(chat: ChatFormat, example: Example) -> str:
-    return f"{chat.tokenizer.decode(example.prompt)}[{chat.tokenizer.decode(example.response)}]"
-
-
 def _lengths(examples: Sequence[Example]) -> str:
-    sizes = sorted(map(len, examples))
-    return f"{sizes[0]} to {sizes[-1]} (median {sizes[len(sizes) // 2]})"
+    sizes = [len(example) for example in examples]
+    return f"{min(sizes)} to {max(sizes)} (median {median_high(sizes)})"

@@ -6,34 +6,14 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = [
-    "lco-lite",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "gguf",
-    "math-verify",
-    "numpy",
-    "pydantic",
-    "rich",
-    "typer",
-]
+PACKAGES = ["lco-lite", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers"]
+PACKAGES += ["safetensors", "gguf", "math-verify", "numpy", "pydantic", "rich", "typer"]
 
 
 def environment() -> dict[str, Any]:
     """Versions by package (None: not installed), devices (memory in MiB), the commit of the working directory."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "device": _device(),
-        "git": _git(),
-    }
+    system = {"python": platform.python_version(), "platform": platform.platform()}
+    return {**system, "packages": {name: _version(name) for name in PACKAGES}, "device": _device(), "git": _git()}
 
 
 def _version(package: str) -> str | None:
@@ -49,22 +29,21 @@ def _device() -> dict[str, Any]:
     cpu = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if not torch.cuda.is_available():
         return {"kind": "cpu", **cpu}
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     gpus = [
-        {"name": d.name, "memory_mib": d.total_memory // 2**20, "capability": f"{d.major}.{d.minor}"} for d in devices
+        {"name": d.name, "memory_mib": d.total_memory // 2**20, "capability": f"{d.major}.{d.minor}"} for d in cards
     ]
     return {"kind": "cuda", "cuda": torch.version.cuda, "gpus": gpus, **cpu}
 
 
 def _git() -> dict[str, Any] | None:
     """None: no git, or the working directory is in no repository."""
+
+    def output(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
     try:
-        commit, changed = _git_output("rev-parse", "HEAD"), _git_output("status", "--porcelain")
+        return {"commit": output("rev-parse", "HEAD"), "changed": bool(output("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "changed": bool(changed)}
-
-
-def _git_output(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()

@@ -50,10 +50,21 @@ class StageFolder:
         UsageError with every difference where it was started with other settings or other upstream results.
         """
         file = self.path / "stage.json"
-        if file.exists():
-            self._refuse_changes(_read_json(file), settings, upstream)
-        else:
+        if not file.exists():
             write_json(file, {"settings": settings, "upstream": upstream, "started": _now()})
+        before = _read_json(file)
+        lines = differences(before["settings"], json.loads(json.dumps(settings)))
+        lines += [
+            f"{name} was trained again since" for name in upstream if before["upstream"].get(name) != upstream[name]
+        ]
+        lines += [f"{name} is no longer used" for name in before["upstream"] if name not in upstream]
+        if lines:
+            raise UsageError(
+                f"{self.path} was started with something else (then → now):\n"
+                + "".join(f"  {line}\n" for line in lines)
+                + "Go back to that, start this stage again with --fresh (deletes it and what was built on it), "
+                "or start a new run beside it with --name NAME."
+            )
         self._begun = time.monotonic()
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -69,20 +80,6 @@ class StageFolder:
         if not self.is_done():
             raise UsageError(f"{self.path}: this stage is not done yet")
         return str(_read_json(self.path / "done.json")["id"])
-
-    def _refuse_changes(self, before: dict[str, Any], settings: dict[str, Any], upstream: dict[str, str]) -> None:
-        lines = differences(before["settings"], json.loads(json.dumps(settings)))
-        lines += [
-            f"{name} was trained again since" for name, made in upstream.items() if before["upstream"].get(name) != made
-        ]
-        lines += [f"{name} is no longer used" for name in before["upstream"] if name not in upstream]
-        if lines:
-            raise UsageError(
-                f"{self.path} was started with something else (then → now):\n"
-                + "".join(f"  {line}\n" for line in lines)
-                + "Go back to that, start this stage again with --fresh (deletes it and what was built on it), "
-                "or start a new run beside it with --name NAME."
-            )
 
 
 @dataclass(frozen=True)
@@ -108,12 +105,13 @@ class Run:
     @classmethod
     def newest(cls, root: Path) -> Run:
         """The run under ``root`` that was used last. UsageError that says what to type where there is none."""
-        runs = [p.parent for p in root.glob("*/recipe.yaml")]
+        runs = {recipe.parent: recipe.stat().st_mtime for recipe in root.glob("*/recipe.yaml")}
+        runs |= {lock.parent: lock.stat().st_mtime for lock in root.glob("*/.lock") if lock.parent in runs}
         if not runs:
             raise UsageError(
                 f"no run under {root}/ yet: start with `lco-lite run recipes/quickstart.yaml` or `lco-lite sft RECIPE`"
             )
-        return cls(max(runs, key=_last_use))
+        return cls(max(runs, key=runs.__getitem__))
 
     @property
     def name(self) -> str:
@@ -127,50 +125,46 @@ class Run:
         """
         holder = self.path / ".lock"
         lock = FileLock(self.path / ".lock.held", timeout=0)
+        no_locks = f"{self.path}: this file system has no locks (%s): choose a local --runs DIR"
         try:
             with write_errors(holder):
-                lock.acquire()
-            if isinstance(lock, SoftFileLock):
-                lock.release()
-                raise NotImplementedError("a lock file would outlive its process")
+                held = lock.acquire()
         except Timeout as e:
             process = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"
             raise UsageError(
                 f"{self.path} is in use by process {process}: wait for it, stop it, or start another run with --name"
             ) from e
         except (OSError, NotImplementedError) as e:
-            raise UsageError(f"{self.path}: this file system has no locks ({e}): choose a local --runs DIR") from e
-        try:
+            raise UsageError(no_locks % e) from e
+        with held:
+            if isinstance(lock, SoftFileLock):
+                raise UsageError(no_locks % "a lock file would outlive its process")
             write_text(holder, str(os.getpid()))
             recover(self.path)
             try:
                 yield
             finally:
                 os.utime(holder)  # a run that ends after another began is the newer one
-        finally:
-            lock.release()
 
     def has_recipe(self) -> bool:
         return (self.path / "recipe.yaml").exists()
 
     def recipe(self) -> Recipe:
         """The resolved recipe that the run goes by. UsageError where it is missing or damaged."""
-        file = self.path / "recipe.yaml"
-        if not file.exists():
+        if not self.has_recipe():
             raise UsageError(
                 f"{self.path} has no recipe.yaml: give the recipe, for example `lco-lite run RECIPE --name {self.name}`"
             )
         try:
-            return load_recipe(file)
+            return load_recipe(self.path / "recipe.yaml")
         except RecipeError as e:
             raise UsageError(
                 f"the run's own recipe is damaged or of another version; give a recipe to go on with it.\n{e}"
             ) from e
 
     def write_recipe(self, recipe: Recipe) -> None:
+        """Beside it the environment it is to be run in."""
         write_text(self.path / "recipe.yaml", dump(recipe))
-
-    def write_environment(self) -> None:
         write_json(self.path / "environment.json", environment())
 
     def stage(self, name: str) -> StageFolder:
@@ -212,20 +206,14 @@ def _order(stage: str) -> tuple[int, str]:
     return ({"sft": 0, "rm": 1}.get(stage, 2), stage)
 
 
-def _last_use(run: Path) -> float:
-    """Taking the lock writes the process id into it."""
-    lock = run / ".lock"
-    return (lock if lock.exists() else run / "recipe.yaml").stat().st_mtime
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+        return value
     except (OSError, ValueError) as e:
         raise UsageError(f"{path} is damaged ({e}): start the stage again with --fresh") from e
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} is damaged (no JSON object): start the stage again with --fresh")
-    return value
 
 
 def _now() -> str:
@@ -236,19 +224,8 @@ _SFT = ("seed", "task", "model", "chat", "data.demonstrations", "data.columns.de
 _RM = (*_SFT, "reward_model", "data.preferences", "data.columns.preferences", "train_rm")
 
 # last part of the key, wherever it stands
-_NO_MATTER = {
-    "gradient_checkpointing",
-    "attention",
-    "trust_remote_code",
-    "micro_batch_tokens",
-    "rollout_batch",
-    "save_every",
-    "eval_every",
-    "eval_items",
-    "check_items",
-    "guard",
-    "reward_timeout",
-}
+_NO_MATTER = {"gradient_checkpointing", "attention", "trust_remote_code", "micro_batch_tokens", "rollout_batch"}
+_NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard", "reward_timeout"}
 # left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
 _NEWER: dict[str, Any] = {"rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
 
@@ -281,13 +258,8 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """One line a setting that differs: ``rl.beta: 1.0 → 0.5``."""
-    missing = object()
-    lines = []
-    for key in dict.fromkeys([*before, *after]):
-        old, new = before.get(key, missing), after.get(key, missing)
-        if old != new:
-            lines.append(f"{key}: {'unset' if old is missing else old} → {'unset' if new is missing else new}")
-    return lines
+    pairs = {key: (before.get(key, "unset"), after.get(key, "unset")) for key in [*before, *after]}
+    return [f"{key}: {old} → {new}" for key, (old, new) in pairs.items() if old != new]
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

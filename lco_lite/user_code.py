@@ -13,9 +13,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 from typing import Any
 
 from lco_lite.errors import UsageError
@@ -47,27 +48,37 @@ def load_function(spec: str) -> Callable[..., Any]:
     return function
 
 
-class LineWorker:
-    """``python -m MODULE ARGUMENTS``, which answers an empty line (a greeting) when it is ready. Callers wait for each
-    other."""
+_START_SECONDS = 120.0
 
-    def __init__(self, module: str, arguments: Sequence[str] = (), start_seconds: float = 120.0) -> None:
+
+class LineWorker:
+    """``python -m MODULE ARGUMENTS``, which answers an empty line when it is ready. Callers wait for each other."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
-        self._start_seconds = start_seconds
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         atexit.register(self.close)
 
-    def greet(self) -> str | None:
-        """Starts the process if need be; its answer to the greeting, None where it does not start."""
+    def runs(self) -> bool:
+        """Starts the process if need be; False where it does not start."""
         with self._lock:
-            return "" if self._alive() else self._start()
+            if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+                return True
+            self.close()
+            path = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+            self._process = subprocess.Popen(
+                self._command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment, encoding="utf-8"
+            )
+            self._owner = os.getpid()
+            return self._exchange("", _START_SECONDS) is not None
 
     def ask(self, line: str, seconds: float) -> str | None:
         """The answer to ``line``, started if need be; None if there is none within ``seconds``, or the process died."""
         with self._lock:
-            if not self._alive() and self._start() is None:
+            if not self.runs():
                 return None
             answer = self._exchange(line, seconds)
             if answer is None:
@@ -81,29 +92,9 @@ class LineWorker:
             self._process.communicate()
         self._process = None
 
-    def _alive(self) -> bool:
-        return self._process is not None and self._owner == os.getpid() and self._process.poll() is None
-
-    def _start(self) -> str | None:
-        self.close()
-        package = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
-            text=True,
-            encoding="utf-8",
-        )
-        self._owner = os.getpid()
-        return self._exchange("", self._start_seconds)
-
     def _exchange(self, line: str, seconds: float) -> str | None:
         process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            return None
+        assert process and process.stdin and process.stdout
         timer = threading.Timer(seconds, process.kill)
         timer.start()
         try:
@@ -121,8 +112,7 @@ class LineWorker:
 
 
 def serve(prepare: Callable[[], Callable[[str], str]]) -> None:
-    """The process's side. ``prepare`` makes the function that answers each line, the empty greeting too, until the
-    input ends."""
+    """The process's side, until the input ends. ``prepare`` makes what answers each line, the empty one too."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever the libraries print must not look like a reply
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's: it decides when this ends
@@ -146,7 +136,8 @@ def answer(function: Function, line: str) -> str:
     try:
         given = function(prompts, responses, rows)
     except Exception as e:
-        return wrong(f"{type(e).__name__}: {e}", _culprit(function, list(zip(prompts, responses, rows, strict=True))))
+        culprit = next((i for i in range(len(rows)) if _fails(function, prompts[i], responses[i], rows[i])), None)
+        return wrong(f"{type(e).__name__}: {e}", culprit)
     try:
         rewards = list(given)
     except TypeError:
@@ -163,14 +154,12 @@ def answer(function: Function, line: str) -> str:
     return json.dumps({"rewards": rewards})
 
 
-def _culprit(function: Function, batch: list[tuple[str, str, dict[str, Any]]]) -> int | None:
-    """The first response on which the function fails alone as well."""
-    for i, (prompt, response, row) in enumerate(batch):
-        try:
-            function([prompt], [response], [row])
-        except Exception:
-            return i
-    return None
+def _fails(function: Function, prompt: str, response: str, row: dict[str, Any]) -> bool:
+    try:
+        function([prompt], [response], [row])
+    except Exception:
+        return True
+    return False
 
 
 if __name__ == "__main__":

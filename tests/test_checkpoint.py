@@ -65,8 +65,8 @@ def training() -> dict:
     return namespace
 
 
-def parameters(tmp_path: Path, step: int, value: float = 1.0, **more) -> Path:
-    return save_checkpoint(tmp_path, step, {"w": torch.full((3,), value)}, None, {"step": step}, **more)
+def parameters(tmp_path: Path, step: int, value: float = 1.0) -> Path:
+    return save_checkpoint(tmp_path, step, {"w": torch.full((3,), value)}, None, {"step": step})
 
 
 def flip_a_byte(path: Path) -> None:
@@ -147,7 +147,7 @@ def test_without_a_checkpoint_there_is_nothing_to_load(tmp_path):
 
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 10, 11):
-        parameters(tmp_path, step, keep=2)
+        parameters(tmp_path, step)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000010", "step-00000011"]
 
 

@@ -166,7 +166,7 @@ def test_a_missing_or_damaged_recipe_is_said_in_words(run):
 
 def test_the_environment_names_versions_device_and_commit(run, monkeypatch):
     monkeypatch.chdir(ROOT)
-    run.write_environment()
+    run.write_recipe(recipe())
     written = json.loads((run.path / "environment.json").read_text())
     assert written["packages"]["torch"].startswith("2.")
     assert written["device"]["kind"] in ("cpu", "cuda")
@@ -178,7 +178,7 @@ def test_the_environment_names_versions_device_and_commit(run, monkeypatch):
 def test_outside_a_repository_there_is_no_commit(run, monkeypatch):
     monkeypatch.chdir(run.path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(run.path.parent))
-    run.write_environment()
+    run.write_recipe(recipe())
     assert json.loads((run.path / "environment.json").read_text())["git"] is None
 
 

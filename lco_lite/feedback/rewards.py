@@ -45,7 +45,7 @@ class RewardFunction:
     def __init__(self, spec: str, seconds: float) -> None:
         load_function(spec)  # what is wrong with the file is said before the first rollout
         self.spec, self.seconds = spec, seconds
-        self._worker = LineWorker("lco_lite.user_code", [spec])
+        self._worker = LineWorker("lco_lite.user_code", spec)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: DataRows) -> Tensor:
         """[N] rewards. Raises UsageError naming the response, counted from 1 within the phase."""

@@ -21,7 +21,7 @@ def equal(answer: str, gold: str, tolerance: float = 0.0) -> bool | None:
 
     With a ``tolerance``, values that differ by no more than that part of gold's count as equal. Threads take turns.
     """
-    if _worker.greet() is None:
+    if not _worker.runs():
         raise LcoError("the process that compares formulas does not start; is math-verify installed?")
     line = _worker.ask(json.dumps([answer, gold, tolerance]), SECONDS)
     return None if line is None else bool(json.loads(line))

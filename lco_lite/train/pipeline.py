@@ -31,7 +31,6 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
     stage.begin(stage_settings(ctx.recipe, name), upstream)
     if not ctx.run.has_recipe():
         ctx.run.write_recipe(ctx.recipe)
-        ctx.run.write_environment()
     if stage.is_done():
         ctx.console.note(f"{name}: done already ({stage.path})")
         return
