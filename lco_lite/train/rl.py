@@ -72,6 +72,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                         report.add(micro, loss, seen)
                     update_log.write({"step": step + 1, **report.update(training.update())})
                     training.line.update(step, **report.updates[-1])
+            with ctx.clock("score"):
                 report.kl_to_old = kl_to_old(models, minibatches[which])
             if rl.eval_every and (step + 1) % rl.eval_every == 0:
                 report.eval = evaluate(ctx, models, rollouts)
