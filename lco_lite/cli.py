@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json as json_format
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +221,7 @@ def env(json: Json = False) -> None:
     with boundary():
         facts = environment()
         if json:
-            return typer.echo(json_format.dumps(facts))
+            return Console(json=True).emit(facts)
         for topic, value in facts.items():
             for name, text in (value if isinstance(value, dict) else {"": value}).items():
                 typer.echo(f"{topic:10} {name:14} {text if text is not None else 'not installed'}")

@@ -191,7 +191,7 @@ class Run:
         sft takes everything with it, rm every rl-*, an rl-* only itself. Bases that were made or converted into the run
         (``base``, ``base-rm``) go with the first stage that reads them.
         """
-        present = {p.parent.name for p in self.path.glob("*/stage.json")} | {stage}
+        present = {begun.name for begun in self.stages()} | {stage}
         doomed = [name for name in sorted(present, key=_order) if name == stage or _order(stage)[0] < _order(name)[0]]
         for name in reversed(doomed):  # killed half-way, what is left still stands on what it was built on
             for score in sorted((self.path / "eval").glob(f"*--{name}.*")):
