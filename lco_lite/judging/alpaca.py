@@ -23,7 +23,7 @@ import torch
 from lco_lite.console import Console
 from lco_lite.errors import LcoError, UsageError
 from lco_lite.files import write_text
-from lco_lite.judging.judge import ChatClient, Comparison, Estimate, Judge, Judgement, refuse_unconfirmed, tokens_of
+from lco_lite.judging.judge import ChatClient, Comparison, Estimate, Judge, refuse_unconfirmed, tokens_of
 from lco_lite.recipe import Eval
 
 PACKAGE, ANNOTATOR = "alpaca-eval", "weighted_alpaca_eval_gpt4_turbo"
@@ -40,7 +40,7 @@ def check_judge(settings: Eval, n: int, passes: int, console: Console) -> None:
     """What can be said before there is a response. UsageError: the package or the key is absent."""
     by_package = settings.judge_url == PACKAGE
     if by_package:
-        need_package()
+        _need_package()
     else:
         judge_key(settings)
     requests = n if by_package else 2 * n
@@ -64,11 +64,10 @@ def judge_key(settings: Eval) -> str | None:
 
     Raises UsageError where a variable is named and not set.
     """
-    named = settings.judge_key_variable
-    if named is not None:
-        if not os.environ.get(named):
-            raise UsageError(f"eval.judge_key_variable: the environment variable {named} is not set")
-        return os.environ[named]
+    if (named := settings.judge_key_variable) is not None:
+        if key := os.environ.get(named):
+            return key
+        raise UsageError(f"eval.judge_key_variable: the environment variable {named} is not set")
     parts = urlsplit(settings.judge_url or "")
     private = parts.scheme == "https" or parts.hostname in _THIS_MACHINE
     return os.environ.get(KEY_VARIABLE) if private else None
@@ -88,21 +87,13 @@ def _by_judge(
     judgements = judge.scores(compared, console)
     lines = [{"id": row["id"], **asdict(one)} for row, one in zip(rows, judgements, strict=True)]
     write_text(folder / "judged.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    difficulty = [row["row"].get("instruction_difficulty") for row in rows]  # where the data has it
-    known = None if any(value is None for value in difficulty) else [float(value) for value in difficulty]
-    return _metrics(compared, judgements, known, console)
 
-
-def _metrics(
-    compared: Sequence[Comparison],
-    judgements: Sequence[Judgement],
-    difficulty: Sequence[float] | None,
-    console: Console,
-) -> dict[str, float]:
     n, off_point = len(judgements), sum(one.off_point for one in judgements)
     if off_point:
         console.warn(f"{off_point} of {2 * n} verdicts were neither A, B nor tie, and count as ties")
     scores = [one.score for one in judgements]
+    difficulty = [row["row"].get("instruction_difficulty") for row in rows]
+    known = None if None in difficulty else [float(value) for value in difficulty]  # not all data has it
     differences = [len(one.answer) - len(one.reference) for one in compared]
     longer = sum(d > 0 for d in differences) / n
     if not _FEW <= longer <= 1 - _FEW:
@@ -111,7 +102,7 @@ def _metrics(
         )
     return {
         "win_rate": sum(scores) / n,
-        "lc_win_rate": length_controlled(scores, differences, difficulty),
+        "lc_win_rate": length_controlled(scores, differences, known),
         "orders_agree": sum(one.in_order[0] == one.in_order[1] for one in judgements) / n,
         "off_point": off_point / (2 * n),
     }
@@ -121,10 +112,10 @@ def length_controlled(
     scores: Sequence[float], differences: Sequence[float], difficulty: Sequence[float] | None = None
 ) -> float:
     """Win rate in [0, 1]. ``scores`` in [0, 1]; ``differences`` in characters; ``difficulty`` where it is known."""
-    s, d = (torch.tensor(values, dtype=torch.float64) for values in (list(scores), list(differences)))
+    s, d = torch.tensor(scores, dtype=torch.float64), torch.tensor(differences, dtype=torch.float64)
     spread = float(d.std()) if len(d) > 1 else 0.0
     length = torch.tanh(d / spread) if spread > 0 else torch.zeros_like(d)
-    known = [] if difficulty is None else [torch.tensor(list(difficulty), dtype=torch.float64)]
+    known = [] if difficulty is None else [torch.tensor(difficulty, dtype=torch.float64)]
     x = torch.stack([torch.ones_like(s), length, *known], dim=1)  # [N, K]
     ridge = torch.tensor([RIDGE_OF_CONSTANT, *[RIDGE] * (x.shape[1] - 1)], dtype=torch.float64)
     w = torch.zeros_like(ridge, requires_grad=True)
@@ -132,8 +123,7 @@ def length_controlled(
         [w], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-15, line_search_fn="strong_wolfe"
     )
 
-    def cost() -> torch.Tensor:
-        """Minus the log of the posterior."""
+    def cost() -> torch.Tensor:  # minus the log of the posterior
         newton.zero_grad()
         z = x @ w
         value = torch.nn.functional.softplus(z).sum() - s @ z + (ridge * w * w).sum() / 2
@@ -149,39 +139,26 @@ def length_controlled(
 def _by_package(
     rows: Sequence[Row], outputs: Sequence[dict[str, str]], settings: Eval, folder: Path, console: Console
 ) -> dict[str, float]:
-    need_package()
+    """The package's annotations and its cache go to ``folder``. Raises LcoError where it fails."""
+    _need_package()
     references = [dict(row["row"]) for row in rows]
-    texts = [(o["instruction"], o["output"], r["output"]) for o, r in zip(outputs, references, strict=True)]
-    tokens_in = sum(_PACKAGE_PROMPT + tokens_of(*some) for some in texts)
+    tokens_in = sum(
+        _PACKAGE_PROMPT + tokens_of(o["instruction"], o["output"], r["output"])
+        for o, r in zip(outputs, references, strict=True)
+    )
     cost = Estimate(len(rows), 0, tokens_in, len(rows), settings.judge_price)
     console.note(f"{PACKAGE} judges {len(rows)} pairs: {cost}")
     refuse_unconfirmed(cost, settings)
     if [row["id"] for row in rows] != [f"alpaca_eval/test/{i}" for i in range(len(rows))]:
         console.warn(f"{PACKAGE} knows an instruction's difficulty by its place, and some are left out")
-    return package_win_rates(outputs, references, settings.judge_model, folder)
 
-
-def need_package() -> None:
-    """Raises UsageError where it is not installed."""
-    if importlib.util.find_spec("alpaca_eval") is None:
-        raise UsageError(f"--judge-url {PACKAGE} needs that package: pip install 'lco-lite[alpaca]'")
-
-
-def package_win_rates(
-    outputs: Sequence[dict[str, Any]], references: Sequence[dict[str, Any]], annotator: str | None, folder: Path
-) -> dict[str, float]:
-    """``win_rate`` and ``lc_win_rate`` in [0, 1]; its annotations and its cache go to ``folder``.
-
-    The package finds an instruction's difficulty by its place, so ``outputs`` are the first so many, in order. Raises
-    LcoError where the package fails.
-    """
     import alpaca_eval
 
     try:
         board, _ = alpaca_eval.evaluate(
             model_outputs=list(outputs),
-            reference_outputs=list(references),
-            annotators_config=annotator or ANNOTATOR,
+            reference_outputs=references,
+            annotators_config=settings.judge_model or ANNOTATOR,
             name=outputs[0]["generator"],
             output_path=str(folder),
             precomputed_leaderboard=None,
@@ -195,3 +172,8 @@ def package_win_rates(
     except Exception as e:  # its annotators raise what their clients raise
         raise LcoError(f"{PACKAGE} failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
     return {"win_rate": win_rate / 100, "lc_win_rate": controlled / 100}
+
+
+def _need_package() -> None:
+    if importlib.util.find_spec("alpaca_eval") is None:
+        raise UsageError(f"--judge-url {PACKAGE} needs that package: pip install 'lco-lite[alpaca]'")

@@ -16,21 +16,19 @@ from lco_lite.models.chat import Message
 from lco_lite.models.loading import base_dtype, load_tokenizer, refuse_unusable_folder, unloadable
 from lco_lite.recipe.sections import Weights
 
-SEQUENCE, TOKEN = "sequence", "token"
-_KINDS: dict[str, Any] = {SEQUENCE: AutoModelForSequenceClassification, TOKEN: AutoModelForTokenClassification}
+_KINDS: dict[str, Any] = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
+_BATCH = 32
 
 
 class SequenceClassifier:
     """Scores a response in its conversation, written in the classifier's own chat template where it has one.
 
     With one label the score is its logit, with two the log-odds of the second. Longer texts lose their beginning.
-    Raises ModelError for what is no such model.
     """
 
-    def __init__(self, path: str, device: torch.device, batch: int = 32) -> None:
+    def __init__(self, path: str, device: torch.device) -> None:
         weights = Weights(path=path)
-        self.batch = batch
-        self.model, _ = load_classifier(path, (SEQUENCE,), base_dtype(weights, device), device)
+        self.model, _ = load_classifier(path, ("sequence",), base_dtype(weights, device), device)
         self.tokenizer = load_tokenizer(weights)
         self.tokenizer.truncation_side = "left"
         if self.model.config.num_labels > 2:
@@ -42,9 +40,9 @@ class SequenceClassifier:
         """[N] scores, in fp32 on the CPU."""
         texts = [self._text(p, r) for p, r in zip(prompts, responses, strict=True)]
         scores = []
-        for first in range(0, len(texts), self.batch):
+        for first in range(0, len(texts), _BATCH):
             ids = self.tokenizer(
-                texts[first : first + self.batch],
+                texts[first : first + _BATCH],
                 padding=True,
                 truncation=True,
                 max_length=getattr(self.model.config, "max_position_embeddings", None) or 4096,
@@ -71,15 +69,17 @@ def logits_of(model: Any, ids: Any) -> Tensor:
 def load_classifier(
     path: str, kinds: Sequence[str], dtype: torch.dtype | None, device: torch.device
 ) -> tuple[Any, str]:
-    """(model, kind): frozen, in eval mode; its config says which of ``kinds`` it is.
-
-    Raises ModelError for what is no such model, for pickled weights, and where weights are missing.
-    """
+    """(model, kind): frozen, in eval mode; its config says which of ``kinds`` it is. Raises ModelError for what is no
+    such model, for pickled weights, and where weights are missing."""
     refuse_unusable_folder(Path(path))
     options = {} if dtype is None else {"dtype": dtype}
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        kind = _kind(path, config, kinds)
+        named = config.architectures or ["no architecture"]
+        kind = next((k for k in kinds if any(f"{k.capitalize()}Classification" in name for name in named)), None)
+        if kind is None:
+            wanted = "- or ".join(kinds)
+            raise ModelError(f"{path}: is {', '.join(named)}; a {wanted}-classification model is needed")
         model, loaded = _KINDS[kind].from_pretrained(
             path, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
@@ -88,14 +88,6 @@ def load_classifier(
     if loaded["missing_keys"]:  # transformers draws them at random
         raise ModelError(f"{path}: weights are missing, e.g. {sorted(loaded['missing_keys'])[0]}")
     return model.requires_grad_(False).eval().to(device), kind
-
-
-def _kind(path: str, config: Any, kinds: Sequence[str]) -> str:
-    named = config.architectures or ["no architecture"]
-    for kind in kinds:
-        if any(f"{kind.capitalize()}Classification" in name for name in named):
-            return kind
-    raise ModelError(f"{path}: is {', '.join(named)}; a {'- or '.join(kinds)}-classification model is needed")
 
 
 NO_ERROR, IGNORED = "O", "Ignore"  # FG-RLHF's labels; whatever else there is marks an error
@@ -124,16 +116,13 @@ class Reward:
 
 
 class SegmentClassifier:
-    """A token- or sequence-classification model from a folder or hub id; its config says which.
-
-    ``split`` makes the segments of an answer. Raises ModelError for what is no such model, for pickled weights, and
-    where weights are missing.
-    """
+    """A token- or sequence-classification model from a folder or hub id; ``split`` makes the segments of an answer.
+    Raises what ``load_classifier`` raises, and ModelError for labels that say nothing of errors."""
 
     def __init__(self, path: str, split: Split, device: torch.device, batch: int = 8) -> None:
         self.split, self.batch = split, batch
-        self.model, kind = load_classifier(path, (TOKEN, SEQUENCE), None, device)
-        self.by_token = kind == TOKEN
+        self.model, kind = load_classifier(path, ("token", "sequence"), None, device)
+        self.by_token = kind == "token"
         # words tokenised one by one, as in training: byte-level BPE wants a space before each
         spaced = {"add_prefix_space": True} if self.by_token else {}
         try:
@@ -146,15 +135,14 @@ class SegmentClassifier:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.separator = self.tokenizer.sep_token or self.tokenizer.eos_token
+        self.window = _window(self.tokenizer, self.model.config)
         self.good, self.bad = _labels(path, self.model.config, self.by_token)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[Text]) -> list[Reward]:
-        """A reward a text."""
-        found = []
-        for first in range(0, len(texts), self.batch):
-            found += self._batch(texts[first : first + self.batch])
-        return found
+        starts = range(0, len(texts), self.batch)
+        return [reward for i in starts for reward in self._batch(texts[i : i + self.batch])]
 
     def _batch(self, texts: Sequence[Text]) -> list[Reward]:
         written = [self._words(text) for text in texts]
@@ -177,17 +165,17 @@ class SegmentClassifier:
     def _words(self, text: Text) -> tuple[list[str], list[int]]:
         """The words of the input, and which of them are separators. Passages lose their end where it is too long."""
         answer, places = ["answer:"], []
-        for segment in self.split(text.answer) if self.by_token else []:
-            places.append(len(answer))
-            answer += [self.separator, *segment.split()]
-        if not self.by_token:
+        if self.by_token:
+            for segment in self.split(text.answer):
+                places.append(len(answer))
+                answer += [self.separator, *segment.split()]
+        else:
             answer += text.answer.split()
         head, context = ["question:", *text.question.split()], text.context.split()
         context = ["context:", *context] if context else []
         if context and self._length(head + context + answer) > self.window:
-            kept = bisect.bisect_right(
-                range(1, len(context) + 1), self.window, key=lambda n: self._length(head + context[:n] + answer)
-            )
+            counts = range(1, len(context) + 1)
+            kept = bisect.bisect_right(counts, self.window, key=lambda n: self._length(head + context[:n] + answer))
             context = context[:kept]
         before = len(head) + len(context)
         return head + context + answer, [before + at for at in places]
@@ -201,16 +189,13 @@ class SegmentClassifier:
         texts = words if self.by_token else [" ".join(some) for some in words]
         return self.tokenizer(texts, is_split_into_words=self.by_token, truncation=truncation, verbose=False, **more)
 
-    @property
-    def separator(self) -> str:
-        return self.tokenizer.sep_token or self.tokenizer.eos_token
 
-    @property
-    def window(self) -> int:
-        """Tokens. Position tables may have two entries more than there are positions (RoBERTa, Longformer)."""
-        own, positions = self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None)
-        limits = [own] if own < _NO_LIMIT else [positions - 2] if positions else [4_096]
-        return int(min([*limits, *([positions] if positions else [])]))
+def _window(tokenizer: Any, config: Any) -> int:
+    """Tokens. Position tables may have two entries more than there are positions (RoBERTa, Longformer)."""
+    own, positions = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)
+    if own >= _NO_LIMIT:
+        return positions - 2 if positions else 4_096
+    return min(own, positions or own)
 
 
 def _labels(path: str, config: Any, by_token: bool) -> tuple[int, int | None]:

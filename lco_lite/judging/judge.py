@@ -61,8 +61,7 @@ class Judgement:
 
 
 class Judge:
-    """A model behind a chat-completions API. What it has said stands in ``file``, a line an answer, from the moment it
-    is known."""
+    """A model behind a chat-completions API. What it says is appended to ``file`` at once, a line an answer."""
 
     def __init__(self, client: ChatClient, settings: Eval, file: Path) -> None:
         self.client, self.settings, self._file = client, settings, JsonLines(file)
@@ -96,25 +95,22 @@ class Judge:
                     if done % math.ceil(len(new) / _LINES) == 0 or done == len(new):
                         line.update(done)
             except BaseException:
-                self.client.stop()
+                self.client.stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
     def _ask(self, key: str, request: Mapping[str, Any]) -> None:
-        """Asks until there is a verdict, reminding the judge of what is wanted; ``ANSWERS`` times at most."""
-        messages, tokens_in, tokens_out = [*request["messages"]], 0, 0
-        said: list[str | None] = []
-        verdict = None
-        while verdict is None and len(said) < ANSWERS:
+        """Asks until there is a verdict, with a reminder of what is wanted; ``ANSWERS`` times at most."""
+        messages, replies, verdict = request["messages"], list[Reply](), None
+        while verdict is None and len(replies) < ANSWERS:
             reply = self.client.ask({**request, "messages": messages})
-            tokens_in, tokens_out = tokens_in + reply.tokens_in, tokens_out + reply.tokens_out
-            said.append(reply.text)
+            replies.append(reply)
             verdict = read_verdict(reply.text or "")
             messages = [*request["messages"], {"role": "assistant", "content": reply.text or "(no answer)"}]
             messages.append({"role": "user", "content": _REMINDER})
-        tokens = {"tokens_in": tokens_in, "tokens_out": tokens_out}
+        tokens = {"tokens_in": sum(r.tokens_in for r in replies), "tokens_out": sum(r.tokens_out for r in replies)}
         with self._lock:
-            self._file.append({"key": key, "verdict": verdict, "said": said, **tokens})
+            self._file.append({"key": key, "verdict": verdict, "said": [r.text for r in replies], **tokens})
             self._verdicts[key] = verdict
 
     def _both_orders(self, one: Comparison) -> list[tuple[str, dict[str, Any]]]:
@@ -171,15 +167,12 @@ class Estimate:
 
     @property
     def dollars(self) -> float | None:
-        """None where prices are unknown."""
         return self.price and (self.tokens_in * self.price[0] + self.tokens_out * self.price[1]) / 1e6
 
     def __str__(self) -> str:
         known = f" ({self.known:,} more are known from before)" if self.known else ""
-        cost = "" if self.dollars is None else f", about ${self.dollars:.2f}"
-        return (
-            f"{self.requests:,} requests{known}, about {self.tokens_in:,} tokens in and {self.tokens_out:,} out{cost}"
-        )
+        text = f"{self.requests:,} requests{known}, about {self.tokens_in:,} tokens in and {self.tokens_out:,} out"
+        return text if self.dollars is None else f"{text}, about ${self.dollars:.2f}"
 
 
 def tokens_of(*texts: str) -> int:
@@ -225,7 +218,8 @@ class ChatClient:
     """The chat-completions API at ``url``, such as ``http://localhost:8000/v1``. Safe to use from several threads.
 
     The key goes into one header. It is in no message, no file and, since redirects are not followed, on no other host.
-    ``sleep`` waits so many seconds, ``now`` is the time since 1970; tests give their own.
+    ``stopped`` ends waiting in all threads; what is under way is still answered. ``sleep`` waits so many seconds and
+    ``now`` is the time since 1970; tests give their own.
     """
 
     def __init__(
@@ -237,8 +231,8 @@ class ChatClient:
         now: Callable[[], float] = time.time,
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self._key, self._now, self._stopped = key, now, threading.Event()
-        self._sleep = sleep or self._stopped.wait
+        self._key, self._now, self.stopped = key, now, threading.Event()
+        self._sleep = sleep or self.stopped.wait
         headers = {"Content-Type": "application/json", "User-Agent": "lco-lite"}
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(headers=headers, timeout=timeout, verify=ssl.create_default_context())
@@ -250,7 +244,7 @@ class ChatClient:
         """
         why = "stopped"
         for i in range(TRIES):
-            if self._stopped.is_set():
+            if self.stopped.is_set():
                 break
             try:
                 return self._once(request)
@@ -263,19 +257,14 @@ class ChatClient:
                     self._sleep(wait)
         raise LcoError(f"{self.url} cannot be reached ({TRIES} tries): {why}")
 
-    def stop(self) -> None:
-        """Ends waiting in all threads; what is under way is still answered."""
-        self._stopped.set()
-
     def _once(self, request: Mapping[str, Any]) -> Reply:
         try:
             answer = self._http.post(self.url, content=json.dumps(request).encode())
         except (httpx.RequestError, httpx.InvalidURL) as e:  # refused, reset, unknown host, timed out, cut short
             raise _Again(self._safe(str(e) or type(e).__name__)) from None
         if answer.status_code != 200:
-            text = (
-                f"HTTP {answer.status_code} {answer.reason_phrase}: {self._safe(' '.join(answer.text.split())[:300])}"
-            )
+            said = self._safe(" ".join(answer.text.split())[:300])
+            text = f"HTTP {answer.status_code} {answer.reason_phrase}: {said}"
             if answer.status_code in (408, 429) or answer.status_code >= 500:
                 raise _Again(text, retry_after(answer.headers.get("Retry-After"), self._now()))
             if answer.status_code in (401, 403):

@@ -130,7 +130,7 @@ def test_a_redirect_is_not_followed():
 def test_a_stopped_client_neither_waits_nor_asks():
     with chat_server(lambda request, n: Said()) as server:
         client = ChatClient(server.url)
-        client.stop()
+        client.stopped.set()
         with pytest.raises(LcoError, match="stopped"):
             client.ask(REQUEST)
         assert server.requests == []
