@@ -21,8 +21,9 @@ from lco_lite.files import read_jsonl
 from lco_lite.run import Run, differences, flat
 from lco_lite.tasks import load_task
 
-_SHOWN = 20
-_WIDTH = 40
+RESAMPLES = 10_000
+_CELLS = 2**22  # numbers drawn at once
+_SHOWN, _WIDTH = 20, 40  # answers that flipped, and characters of each
 _SAME_SCORE = ("sampling", "protocol", "items")
 
 
@@ -81,11 +82,11 @@ def find(runs: Path, name: str | None, task: str, which: str, scoring: str) -> S
     file = run.eval_path(score_name(load_task(task).name, scoring), stage)
     responses = file.with_suffix(".rows.jsonl")
     if not file.exists() or not responses.exists():
-        whose = f"--policy {stage}" if run.has_recipe() else "--model MODEL"
-        whose += " --scoring likelihood" if scoring == "likelihood" else ""
+        flags = f"--policy {stage}" if run.has_recipe() else "--model MODEL"
+        flags += " --scoring likelihood" if scoring == "likelihood" else ""
+        flags += f" --name {run_name}" + ("" if str(runs) == "runs" else f" --runs {runs}")
         raise UsageError(
-            f"run {run_name} has no score of {stage} on {task} yet; this makes it:\n"
-            f"  lco-lite eval {task} {whose} --name {run_name}" + ("" if str(runs) == "runs" else f" --runs {runs}")
+            f"run {run_name} has no score of {stage} on {task} yet; this makes it:\n  lco-lite eval {task} {flags}"
         )
     return Score(which, json.loads(file.read_text(encoding="utf-8")), read_jsonl(responses))
 
@@ -105,11 +106,7 @@ def compare(a: Score, b: Score) -> tuple[dict[str, Any], list[str]]:
     by_item = grid.mean(1)  # [N]
     wins, losses = int((by_item > 1e-12).sum()), int((by_item < -1e-12).sum())
     difference = paired_bootstrap(grid)
-    result = {
-        "a": a.label,
-        "b": b.label,
-        "mean_a": a.result["mean"],
-        "mean_b": b.result["mean"],
+    result = {"a": a.label, "b": b.label, "mean_a": a.result["mean"], "mean_b": b.result["mean"]} | {
         "difference": difference.mean,
         "interval": [difference.low, difference.high],
         "p": difference.p,
@@ -126,25 +123,19 @@ def compare(a: Score, b: Score) -> tuple[dict[str, Any], list[str]]:
 
 def flipped(a: Sequence[Graded], b: Sequence[Graded]) -> list[dict[str, Any]]:
     """Responses of which one is right and the other is not: the same item, pass and sample, in A's order."""
-    by_place_b = _by_place(b)
-    return [
-        {
-            "id": of_a["id"],
-            "seed": of_a["seed"],
-            "gold": of_a["gold"],
-            "a": of_a["extracted"],
-            "b": of_b["extracted"],
-            "right": "a" if of_a["right"] else "b",
-        }
-        for place, of_a in _by_place(a).items()
-        if (of_b := by_place_b.get(place)) is not None and of_a["right"] != of_b["right"]
-    ]
+    flips, by_place_b = [], _by_place(b)
+    for place, of_a in _by_place(a).items():
+        of_b = by_place_b.get(place)
+        if of_b is not None and of_a["right"] != of_b["right"]:
+            answers = {"a": of_a["extracted"], "b": of_b["extracted"], "right": "a" if of_a["right"] else "b"}
+            flips.append({"id": of_a["id"], "seed": of_a["seed"], "gold": of_a["gold"], **answers})
+    return flips
 
 
 def show(console: Console, task: str, result: Mapping[str, Any]) -> None:
     """The numbers in percent, then the first answers that flipped."""
-    scores = (f"{result[side]} {100 * result[f'mean_{side}']:.1f}" for side in ("a", "b"))
-    console.note(f"{task}: {' → '.join(scores)}")
+    mean_a, mean_b = 100 * result["mean_a"], 100 * result["mean_b"]
+    console.note(f"{task}: {result['a']} {mean_a:.1f} → {result['b']} {mean_b:.1f}")
     low, high = result["interval"]
     over = f"{result['items']} items" + (f" and {result['seeds']} seeds" if result["seeds"] else "")
     console.note(
@@ -190,10 +181,6 @@ def _short(text: str | None) -> str:
     return "(none)" if text is None else text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
 
 
-RESAMPLES = 10_000
-_CELLS = 2**22  # numbers drawn at once
-
-
 @dataclass(frozen=True)
 class Difference:
     """The mean difference, its 95 % interval (2.5 % and 97.5 % of the resamples), and its two-sided p-value."""
@@ -210,23 +197,16 @@ def paired_bootstrap(differences: Tensor, seed: int = 0, resamples: int = RESAMP
     p is the share of resamples at least as far from their own mean as that is from 0, the observed one counted in:
     1 where nothing differs, and never below 1 / (R + 1).
     """
-    values = differences.double()
-    mean = values.mean()
-    drawn = _means(values, torch.Generator().manual_seed(seed), resamples)
-    rounding = 1e-12
-    extreme = int(((drawn - mean).abs() >= mean.abs() - rounding).sum())
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Difference(mean.item(), low, high, (1 + extreme) / (resamples + 1))
-
-
-def _means(values: Tensor, generator: torch.Generator, resamples: int) -> Tensor:
-    """[R]"""
+    values, generator = differences.double(), torch.Generator().manual_seed(seed)
     n, s = values.shape
     at_once = max(1, _CELLS // (n * s))
-    parts = []
+    means = []
     for start in range(0, resamples, at_once):
         r = min(at_once, resamples - start)
         items = torch.randint(n, (r, n), generator=generator)
         seeds = torch.randint(s, (r, s), generator=generator)
-        parts.append(values[items].mean(1).gather(1, seeds).mean(1))
-    return torch.cat(parts)
+        means.append(values[items].mean(1).gather(1, seeds).mean(1))
+    mean, drawn = values.mean(), torch.cat(means)  # [], [R]
+    extreme = int(((drawn - mean).abs() >= mean.abs() - 1e-12).sum())  # less what rounding makes
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Difference(mean.item(), low, high, (1 + extreme) / (resamples + 1))

@@ -68,7 +68,8 @@ def score_all(ctx: Context) -> None:
 def check_all(ctx: Context) -> None:
     """What ``score_all`` will lack is said before hours of training. Raises what the tasks raise."""
     for task in _eval_tasks(ctx.recipe):
-        _check(ctx, task, len(task.items("test")[: ctx.recipe.eval.items]))
+        n = len(task.items("test")[: ctx.recipe.eval.items])
+        task.check(ctx.recipe.eval, n, _passes(ctx.recipe.eval), ctx.console)
 
 
 def show(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
@@ -81,7 +82,7 @@ def show(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
         scale, digits = (1, 3) if result.get("own") else (100, 1)
         for name, metric in result["metrics"].items():
             column = result["task"] if name == "pass@1" else f"{result['task']} {name}"
-            values = [metric["mean"]] + ([] if metric["std"] is None else [metric["std"]])
+            values = [metric[key] for key in ("mean", "std") if metric[key] is not None]
             cells[result["stage"], column] = " ± ".join(f"{scale * value:.{digits}f}" for value in values)
     stages, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     lines = [[stage, *(cells.get((stage, column), "") for column in columns)] for stage in stages]
@@ -102,20 +103,12 @@ def _task_file(recipe: Recipe, name: str) -> str | None:
     return recipe.data.task if name == recipe.task else None
 
 
-def _check(ctx: Context, task: Task, n: int) -> None:
-    """Whether all is there that scoring ``n`` items will need. Raises what the task raises."""
-    task.check(ctx.recipe.eval, n, _passes(ctx.recipe.eval), ctx.console)
-
-
 def _passes(settings: Eval) -> int:
     """Greedy decoding and likelihoods are the same every time: one pass."""
     return 1 if settings.temperature == 0 or settings.scoring == "likelihood" else settings.seeds
 
 
 # one stage on one task
-
-Slot = tuple[int, int]
-"""A prompt's index and the number of its sample."""
 
 
 class Question(NamedTuple):
@@ -140,9 +133,9 @@ def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
     if known is not None and known["settings"] == asked:
         console.note(f"{task.name}: {stage} has been scored already ({file})")
         return known
-    _check(ctx, task, len(prompts))
+    task.check(settings, len(prompts), _passes(settings), console)
     passes: dict[int, list[Graded]] = {}  # by seed
-    if known is not None and _of_responses(known["settings"]) == _of_responses(asked):
+    if known is not None and known["settings"] | {"scored_by": None} == asked | {"scored_by": None}:
         console.note(f"{task.name}: {stage} has answered already; only the scores are made anew")
         for row in read_jsonl(rows_file):
             passes.setdefault(row["seed"], []).append(row)
@@ -172,7 +165,13 @@ def respond_to_all(
     with ctx.clock("loading"):
         role, chat, engine = open_policy(ctx, stage)
     with ctx.clock("eval"), InterruptGuard() as guard:
-        questions = _fitting(ctx, task, [_question(chat, p) for p in prompts], role.model.max_length, new_tokens)
+        window = role.model.max_length
+        questions = [q for p in prompts if len((q := _question(chat, p)).ids) <= window - new_tokens]
+        if not questions:
+            raise DataError(f"no item of {task.name} fits the model's window of {window} tokens")
+        if left_out := len(prompts) - len(questions):
+            verdict = "count as wrong" if task.graded else "are left out"
+            ctx.console.warn(f"{left_out} of {len(prompts)} items do not fit the window and {verdict}")
         batches = plan_batches([q.ids for q in questions], settings, new_tokens)
         total = n * len(questions) * settings.samples
         # batches of another size hold other responses
@@ -215,11 +214,12 @@ def open_policy(ctx: Context, stage: str) -> tuple[Role, ChatFormat, Engine]:
     return role, chat, open_engine(roles, chat.end, optimal_policy(ctx.recipe.rl.beta))
 
 
-def plan_batches(ids: Sequence[list[int]], settings: Eval, new_tokens: int) -> list[list[Slot]]:
-    """The longest prompts first, so that what does not fit the memory shows at once: at most ``eval.batch`` slots, and
-    ``eval.batch_tokens`` tokens if every response takes ``new_tokens`` (a single long one may pass it)."""
+def plan_batches(ids: Sequence[list[int]], settings: Eval, new_tokens: int) -> list[list[tuple[int, int]]]:
+    """Batches of (a prompt's index, the number of its sample), the longest prompts first, so that what does not fit the
+    memory shows at once: at most ``eval.batch`` of them, and ``eval.batch_tokens`` tokens if every response takes
+    ``new_tokens`` (a single long one may pass it)."""
     slots = [(i, j) for i in range(len(ids)) for j in range(settings.samples)]
-    batches: list[list[Slot]] = []
+    batches: list[list[tuple[int, int]]] = []
     for slot in sorted(slots, key=lambda slot: (-len(ids[slot[0]]), ids[slot[0]], slot)):
         width = len(ids[batches[-1][0][0]]) + new_tokens if batches else 0
         if batches and len(batches[-1]) < settings.batch and width * (len(batches[-1]) + 1) <= settings.batch_tokens:
@@ -270,35 +270,16 @@ def _refuse_meaningless(task: Task, stage: str, settings: Eval) -> None:
             raise UsageError("--scoring likelihood: π* is only decoded from; score a stage or base")
 
 
-def _of_responses(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a score's settings that its responses rest on."""
-    return {name: value for name, value in asked.items() if name != "scored_by"}
-
-
 def _started(file: Path, header: dict[str, Any], console: Console, label: str) -> JsonLines:
     """What is made of a score so far, below its settings; nothing of one with other settings."""
     lines = JsonLines(file)
-    if lines.rows[:1] == [header]:
-        return lines
-    if lines.rows:
+    if lines.rows and lines.rows[0] != header:
         console.note(f"{label}: starts anew, since the settings have changed")
         remove(file)
         lines = JsonLines(file)
-    lines.append(header)
+    if not lines.rows:
+        lines.append(header)
     return lines
-
-
-def _fitting(
-    ctx: Context, task: Task, questions: Sequence[Question], window: int, new_tokens: int
-) -> Sequence[Question]:
-    """Those that leave room for a response."""
-    fitting = [q for q in questions if len(q.ids) <= window - new_tokens]
-    if not fitting:
-        raise DataError(f"no item of {task.name} fits the model's window of {window} tokens")
-    if left_out := len(questions) - len(fitting):
-        verdict = "count as wrong" if task.graded else "are left out"
-        ctx.console.warn(f"{left_out} of {len(questions)} items do not fit the window and {verdict}")
-    return fitting
 
 
 def _question(chat: ChatFormat, prompt: Prompt) -> Question:
@@ -320,7 +301,7 @@ def _tasks_own(ctx: Context, task: Task, files: Path, passes: Mapping[int, Seque
     What it writes besides is in a folder of ``files`` for each seed.
     """
     items = {item.id: item for item in task.items("test")}
-    by_pass: list[dict[str, float]] = []
+    by_pass = []
     for seed, responses in passes.items():
         folder = files / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 from lco_lite import __version__
 from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, system_text
-from lco_lite.errors import DataError, UsageError
+from lco_lite.errors import UsageError
 from lco_lite.grading.math import grade_math, grade_rounded
 from lco_lite.models.chat import conversation
 from lco_lite.recipe import Eval, Recipe
@@ -65,8 +65,10 @@ def worked_examples(task: Task, n: int) -> Callable[[Item], Sequence[Item]]:
     """item -> its ``n`` examples: of ``dev`` those of the item's own subject, where it has one; else the first n."""
     if n == 0:
         return lambda item: ()
-    split, items = _examples_split(task)
-    answered = [item for item in items if item.demonstration]
+    split = next((name for name in ("dev", "train") if name in task.sources), None)
+    if split is None:
+        raise UsageError(f"eval.few_shot: task {task.name} has neither a dev nor a train split to take examples from")
+    answered = [item for item in task.items(split) if item.demonstration]
     by_subject = split == "dev" and all("subject" in item.row for item in answered)
 
     def examples_of(item: Item) -> Sequence[Item]:
@@ -80,32 +82,20 @@ def worked_examples(task: Task, n: int) -> Callable[[Item], Sequence[Item]]:
     return examples_of
 
 
-def _examples_split(task: Task) -> tuple[str, Sequence[Item]]:
-    for split in ("dev", "train"):
-        try:
-            return split, task.items(split)
-        except DataError:
-            raise
-        except UsageError:  # the task has no split of that name
-            continue
-    raise UsageError(f"eval.few_shot: task {task.name} has neither a dev nor a train split to take examples from")
-
-
 def score_settings(ctx: Context, task: Task, stage: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """All that a score rests on; how many responses are made at once is no part of it. JSON.
-
-    What is under ``scored_by`` decides how the responses of some tasks are scored, and not what they are.
-    """
+    """All that a score rests on, as JSON; ``scored_by`` decides how responses are scored, and not what they are."""
     settings = ctx.recipe.eval
     apart = {"tasks", "batch", "batch_tokens", "template", "system", "few_shot", "scoring"}
     apart |= {name for name in Eval.model_fields if name.startswith(("judge_", "reward_"))}
     scored_by = task.scored_by(settings)
+    # of what is asked and what is right: another for other items, texts, examples or gold answers
+    lines = [json.dumps([list(map(dict, p.messages)), p.item and p.item.gold]) for p in prompts]
     return ({"scored_by": scored_by} if scored_by else {}) | {
         "made_by": _made_by(ctx, stage),
         "seed": ctx.recipe.seed,
         "sampling": settings.model_dump(exclude=apart),
         "protocol": prompt_settings(ctx.recipe, task),
-        "items": _digest(prompts),
+        "items": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
     }
 
 
@@ -133,12 +123,6 @@ def grader_of(task: Task) -> dict[str, str]:
     if grader in (grade_math, grade_rounded):
         return name | {"math_verify": importlib.metadata.version("math-verify")}
     return name
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    """Of what is asked and what is right: another for other items, texts, examples or gold answers."""
-    lines = [json.dumps([list(map(dict, p.messages)), p.item and p.item.gold]) for p in prompts]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _made_by(ctx: Context, stage: str) -> str:
