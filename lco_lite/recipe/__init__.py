@@ -39,38 +39,21 @@ class Recipe(Section):
     @property
     def stages(self) -> list[str]:
         """The stages that the recipe asks for, in order."""
-        sft, rm = ["sft"] * self.sft.enabled, ["rm"] * self.rl.needs_reward_model
-        return [*sft, *rm, self.rl.stage]
+        return ["sft"] * self.sft.enabled + ["rm"] * self.rl.needs_reward_model + [self.rl.stage]
 
     def _wrong(self) -> Iterator[str]:
-        yield from self._wrong_for_the_task()
-        yield from self._wrong_for_the_model()
-
-    def _wrong_for_the_task(self) -> Iterator[str]:
-        sampled_pairs = self.rl.needs_reward_model and self.data.preferences == "sampled"
         if self.task is None:
             if self.sft.enabled and self.data.demonstrations is None:
                 yield "data.demonstrations: needed where task is null (or set sft.enabled: false)"
             if self.data.prompts is None:
                 yield "data.prompts: needed where task is null"
-            if sampled_pairs:
-                yield "data.preferences: `sampled` pairs are graded by a task, and task is null: name a file or hub set"
+        if self.task is None or self.task in UNGRADED:
+            why = f"{self.task} grades no response right or wrong" if self.task else "task is null"
             if self.rl.feedback == "rule":
-                yield "rl.feedback: rule asks a task's grader, and task is null"
-        elif self.task in UNGRADED:
-            if self.rl.feedback == "rule":
-                yield f"rl.feedback: {self.task} grades no response right or wrong, and rule needs that"
-            if sampled_pairs:
-                yield (
-                    f"data.preferences: {self.task} grades no response right or wrong, and `sampled` pairs need that: "
-                    "name a file or hub set"
-                )
-
-    def _wrong_for_the_model(self) -> Iterator[str]:
+                yield f"rl.feedback: rule needs a task that grades, and {why}"
+            if self.rl.needs_reward_model and self.data.preferences == "sampled":
+                yield f"data.preferences: `sampled` needs a task that grades, and {why}: name a file or hub set"
         if self.model.init is not None and not self.sft.enabled:
             yield "sft.enabled: a model from scratch has learnt nothing yet: it needs sft"
         if self.model.train_head and self.rl.variant.is_on:
             yield "rl.variant: needs a frozen head, and model.train_head is true"
-        shares_base = self.reward_model == "self" and self.rl.needs_reward_model
-        if shares_base and self.model.lora is None and self.model.quantization != "none":
-            yield "reward_model: self with lora: null needs unquantized weights"

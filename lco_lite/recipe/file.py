@@ -7,10 +7,9 @@ combinations that make no sense are refused, all at once, each with its place, k
 import difflib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 import typer
 import yaml
@@ -56,7 +55,7 @@ def validate(data: dict[str, Any], origin: str, places: Mapping[KeyPath, str] | 
     try:
         return Recipe.model_validate(data)
     except ValidationError as e:
-        problems = _problems(e, places or {})
+        problems = _problems(e, data, places or {})
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise RecipeError(f"{origin}: {count} in the recipe\n" + "\n".join(f"  {p}" for p in problems)) from e
 
@@ -90,71 +89,75 @@ def _with(data: dict[str, Any], path: KeyPath, value: Any) -> dict[str, Any]:
 
 # --- problems in words
 
-_WANTED = {
-    "model_type": "a mapping of settings",
-    "dict_type": "a mapping of settings",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
+_KINDS = {
+    "model": "a mapping of settings",
+    "dict": "a mapping of settings",
+    "list": "a list",
+    "tuple": "a list",
+    "string": "text",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
 }
-_LONGEST_VALUE = 60
-_NEXT_KEY = re.compile(r"; (?=[a-z_.]+: )")
 
 
-def _problems(error: ValidationError, places: Mapping[KeyPath, str]) -> list[str]:
+def _problems(error: ValidationError, data: Any, places: Mapping[KeyPath, str]) -> list[str]:
     """One line a problem. A key whose place is not known takes that of the section it stands in."""
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for e in error.errors():
-        by_path.setdefault(_keys_and_section(e["loc"])[0], []).append(e)
+        by_path.setdefault(_keys(e, data), []).append(e)
     texts: list[tuple[KeyPath, str]] = []
     for path, errors in by_path.items():
-        of_type = [e for e in errors if _wanted(e)]
-        others = [e for e in errors if not _wanted(e)]
+        wanted = [_wanted(e) for e in errors]
         deeper = any(p[: len(path)] == path and p != path for p in by_path)
         # a value may be several things (`self` or a mapping): where it is plainly one, what the others wanted is noise
-        if of_type and not others and not deeper:
-            texts.append((path, _should_be(of_type)))
-        for e in others:
-            texts += _in_words(path, e)
-    return list(dict.fromkeys(_line(path, text, places) for path, text in texts))
+        if all(wanted) and not deeper:
+            shown = _shown(errors[0]["input"])
+            should = f"should be {' or '.join(wanted)}, found {shown}"
+            texts.append((path, "is empty: give it a value, or delete the line" if shown == "None" else should))
+        for e in errors:
+            if not _wanted(e):
+                texts += _in_words(path, e)
+    return [_line(path, text, places) for path, text in texts]
 
 
-def _in_words(path: KeyPath, error: ErrorDetails) -> list[tuple[KeyPath, str]]:
-    if error["type"] == "extra_forbidden":
-        section = _keys_and_section(error["loc"])[1]
-        names = list(section.model_fields) if section else []
-        near = difflib.get_close_matches(str(path[-1]).lower().replace("-", "_"), names, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(names)}"
-        return [(path, f"unknown key; {hint}")]
-    if error["type"] == "missing":
-        return [(path, "is needed and missing")]
-    if error["type"] == "value_error":
-        text = str(error["ctx"]["error"])
-        if path:
-            return [(path, text)]
-        keyed = [part.partition(": ") for part in _NEXT_KEY.split(text)]  # checks across sections name their keys
-        return [(tuple(key.split(".")), part) for key, _, part in keyed]
-    message = error["msg"].removeprefix("Input ")
-    return [(path, f"{message[0].lower()}{message[1:]}, found {_shown(error['input'])}")]
-
-
-def _should_be(errors: list[ErrorDetails]) -> str:
-    value = errors[0]["input"]
-    if value is None:
-        return "is empty: give it a value, or delete the line"
-    return f"should be {' or '.join(dict.fromkeys(map(_wanted, errors)))}, found {_shown(value)}"
+def _keys(error: ErrorDetails, data: Any) -> KeyPath:
+    """The keys as users write them: pydantic also names the branch of a union (`self` or a mapping) that it tried."""
+    keys: list[Any] = []
+    for part in error["loc"]:
+        known = data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
+        if part in known:
+            keys.append(part)
+            data = data[part]
+    return (*keys, error["loc"][-1]) if error["type"] == "missing" else tuple(keys)
 
 
 def _wanted(error: ErrorDetails) -> str:
     """What a complaint about the kind of a value would have accepted; empty for other complaints."""
-    return str(error["ctx"]["expected"]) if error["type"] == "literal_error" else _WANTED.get(error["type"], "")
+    if error["type"] == "literal_error":
+        return str(error["ctx"]["expected"])
+    kind, _, complaint = error["type"].partition("_")
+    return _KINDS.get(kind, "") if complaint in ("type", "parsing", "from_float") else ""
+
+
+def _in_words(path: KeyPath, error: ErrorDetails) -> list[tuple[KeyPath, str]]:
+    if error["type"] == "extra_forbidden":
+        section: type[BaseModel] = Recipe
+        for key in path[:-1]:
+            either = section.model_fields[key].annotation
+            section = next(a for a in (either, *get_args(either)) if isinstance(a, type) and issubclass(a, BaseModel))
+        name = str(path[-1]).lower().replace("-", "_")
+        return [(path, f"unknown key; {_nearest(name, section.model_fields, 'accepted')}")]
+    if error["type"] == "missing":
+        return [(path, "is needed and missing")]
+    if error["type"] == "value_error":
+        problems = error["ctx"]["error"].args
+        if path:
+            return [(path, "; ".join(problems))]
+        keyed = [problem.partition(": ") for problem in problems]  # checks across sections name their keys
+        return [(tuple(key.split(".")), text) for key, _, text in keyed]
+    message = error["msg"].removeprefix("Input ")
+    return [(path, f"{message[0].lower()}{message[1:]}, found {_shown(error['input'])}")]
 
 
 def _line(path: KeyPath, text: str, places: Mapping[KeyPath, str]) -> str:
@@ -164,34 +167,12 @@ def _line(path: KeyPath, text: str, places: Mapping[KeyPath, str]) -> str:
 
 def _shown(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _keys_and_section(loc: tuple[Any, ...]) -> tuple[KeyPath, type[BaseModel] | None]:
-    """The keys as users write them, and the section that the last one stands in (None: in a list or a free mapping).
-
-    pydantic also names the branch of a union (`self` or a mapping) that it tried; no recipe has such a key.
-    """
-    keys: list[Any] = []
-    holder: type[BaseModel] | None = None
-    may_be: list[Any] = [Recipe]
-    for part in loc:
-        section = next((a for a in may_be if isinstance(a, type) and issubclass(a, BaseModel)), None)
-        if len(may_be) > 1:
-            may_be = [section]
-            continue
-        keys.append(part)
-        holder = section
-        field = section.model_fields.get(part) if section else None
-        may_be = _alternatives(field.annotation) if field else []
-    return tuple(keys), holder
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    """What a value may be: the branches of a union but null, or the annotation itself."""
-    if get_origin(annotation) in (None, Literal, list, tuple, dict):
-        return [annotation]
-    return [a for a in get_args(annotation) if a is not NoneType]
+def _nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(known)}"
 
 
 # --- YAML as one expects it (1.2): 1e-5 is a number; `no`, `on` and dates are text
@@ -277,8 +258,7 @@ def find_recipe(name: str) -> Path:
         return path
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else "shipped recipes: " + ", ".join(known)
+    hint = _nearest(name, known, "shipped recipes")
     raise RecipeError(f"{name}: no such recipe file, and no shipped recipe of that name; {hint}")
 
 
@@ -287,8 +267,7 @@ def show_recipes(name: str | None) -> None:
         typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
         return
     for known, path in shipped().items():
-        first = next(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-        typer.echo(f"{known:14} {first.lstrip('# ')}")
+        typer.echo(f"{known:14} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
 def copy_recipes(name: str | None, target: Path) -> None:

@@ -4,8 +4,8 @@ An objective's defaults are those it is known with; a recipe overrides them. Num
 MiniLLM: TRL 1.10, the last release that had them) unless the paper states one.
 """
 
-import difflib
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
@@ -14,7 +14,6 @@ from lco_lite.recipe.sections import Section, Training, setting
 from lco_lite.user_code import names_function
 
 TRL, TRL_PPO, PAPER = "TRL 1.16", "TRL 1.10, its last PPO", "arXiv 2603.00963"
-MINILLM = "Gu et al. 2024, section 2.2"
 
 _GRADIENT: dict[str, tuple[Any, str]] = {"feedback": ("rule", "its reward is a response's"), "lr": (1e-6, TRL)}
 _GROUPED = {**_GRADIENT, "baseline": ("group", "Shao et al. 2024"), "responses_per_prompt": (4, PAPER)}
@@ -56,28 +55,18 @@ METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
         "clip_high": (4e-4, "Zheng et al. 2025, section 5.1"),
     },
     "gkd": {"feedback": _TEACHER, "lr": (2e-5, TRL), "on_policy": (0.5, TRL + ": lmbda")},
-    "minillm": {
-        "feedback": _TEACHER,
-        "lr": (1e-6, "TRL 1.10, its last MiniLLM"),
-        "teacher_mix": (0.2, MINILLM),
-    },
+    "minillm": {"feedback": _TEACHER, "lr": (1e-6, "TRL 1.10, its last"), "teacher_mix": (0.2, "Gu et al. 2024, 2.2")},
 }
-_OWN = {"feedback": _GRADIENT["feedback"]}  # an objective of the user's own starts as a policy gradient
 
 LCO = ("kld", "lch", "mse")
 DISTILLATION = ("gkd", "minillm")
-
-
-def method_defaults(objective: str) -> dict[str, Any]:
-    """The values alone, by field."""
-    return {field: value for field, (value, _) in METHOD_DEFAULTS.get(objective, _OWN).items()}
 
 
 def known_objective(name: str) -> str:
     """``name`` itself. Raises ValueError with all names where there is no such objective."""
     if name in METHOD_DEFAULTS or names_function(name):
         return name
-    near = difflib.get_close_matches(name, METHOD_DEFAULTS, 1)
+    near = get_close_matches(name, METHOD_DEFAULTS, 1)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise ValueError(f"unknown objective {name!r}{hint} Accepted: {', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME")
 
@@ -184,7 +173,9 @@ class Rl(Training):
     def _defaults_of_the_objective(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        usual = method_defaults(str(given.get("objective", "kld")))
+        own = {"feedback": _GRADIENT["feedback"]}  # an objective of the user's own starts as a policy gradient
+        sourced = METHOD_DEFAULTS.get(str(given.get("objective", "kld")), own)
+        usual = {field: value for field, (value, _) in sourced.items()}
         if given.get("feedback") == "dpo_sampled":
             usual.pop("dynamic_sampling", None)  # sums of log-ratios never tie: every group has a signal
         return {**usual, **given}
@@ -199,11 +190,6 @@ class Rl(Training):
         return self.objective in LCO
 
     @property
-    def is_distillation(self) -> bool:
-        """Whether the objective follows a teacher's distribution."""
-        return self.objective in DISTILLATION
-
-    @property
     def is_own(self) -> bool:
         """Whether the objective is the user's; under dense feedback it is then one over the vocabulary."""
         return self.objective not in METHOD_DEFAULTS
@@ -211,17 +197,12 @@ class Rl(Training):
     @property
     def is_policy_gradient(self) -> bool:
         """Whether the loss is one of the sampled tokens' log-probabilities."""
-        return not self.is_lco and not self.is_distillation and not (self.is_own and self.is_dense)
+        return self.objective not in LCO + DISTILLATION and not (self.is_own and self.is_dense)
 
     @property
     def is_dense(self) -> bool:
         """Whether the feedback is an advantage for every token of the vocabulary."""
         return self.feedback in ("dpo", "logprob")
-
-    @property
-    def rewards_responses(self) -> bool:
-        """Whether the feedback is one number a response."""
-        return self.feedback in ("rule", "function", "reward_model")
 
     @property
     def needs_reward_model(self) -> bool:
@@ -232,16 +213,13 @@ class Rl(Training):
         yield from self._wrong_for_the_objective()
         yield from self._wrong_for_the_feedback()
         yield from self._wrong_variant()
-        yield from self._wrong_code_of_yours()
 
     def _wrong_for_the_objective(self) -> Iterator[str]:
         name = self.objective
         if self.is_policy_gradient and self.is_dense:
-            yield (
-                f"feedback {self.feedback} is an advantage over the whole vocabulary, and {name} takes that of sampled "
-                "tokens: dpo_sampled, rule, function or reward_model"
-            )
-        if self.is_distillation and not self.is_dense:
+            sparse = "that of sampled tokens: dpo_sampled, rule, function or reward_model"
+            yield f"feedback {self.feedback} is an advantage over the whole vocabulary, and {name} takes {sparse}"
+        if name in DISTILLATION and not self.is_dense:
             yield f"{name} follows a teacher: feedback dpo (φ_DPO) or logprob, not {self.feedback}"
         if not self.is_lco and (self.weighting != "mean" or self.anchor):
             yield f"weighting and anchor belong to kld, lch and mse, not to {name}"
@@ -254,19 +232,23 @@ class Rl(Training):
         if self.teacher_mix and name != "minillm":
             yield f"teacher_mix belongs to minillm: {name} does not correct for another sampler"
 
+        for field, spec in (("reward_function", self.reward_function), ("target", self.target)):
+            if spec is not None and not names_function(spec):
+                yield f"{field} {spec!r} is not FILE.py:NAME"
+        if self.target is not None and not self.is_lco:
+            yield f"target belongs to kld, lch and mse, not to {name}"
+        if self.settings and not self.is_own and self.target is None:
+            yield f"settings are for an objective or target of your own (FILE.py:NAME): {name} takes none"
+
     def _wrong_for_the_feedback(self) -> Iterator[str]:
+        size = self.responses_per_prompt
         grouped = self.baseline in ("group", "leave_one_out") or self.scale_rewards or self.dynamic_sampling
-        if not self.is_dense and grouped and self.responses_per_prompt < 2:
-            yield (
-                f"baseline {self.baseline}, scale_rewards and dynamic_sampling compare a prompt's responses: "
-                "responses_per_prompt must be at least 2"
-            )
-        if self.whole_groups and self.minibatch % self.responses_per_prompt:
-            yield (
-                f"whole_groups: minibatch {self.minibatch} is not a multiple of "
-                f"responses_per_prompt {self.responses_per_prompt}"
-            )
-        if self.dynamic_sampling and not self.rewards_responses:
+        if not self.is_dense and grouped and size < 2:
+            compare = f"baseline {self.baseline}, scale_rewards and dynamic_sampling compare a prompt's responses"
+            yield f"{compare}: responses_per_prompt must be at least 2"
+        if self.whole_groups and self.minibatch % size:
+            yield f"whole_groups: minibatch {self.minibatch} is not a multiple of responses_per_prompt {size}"
+        if self.dynamic_sampling and self.feedback in ("dpo", "dpo_sampled", "logprob"):
             yield f"dynamic_sampling looks at rewards of whole responses, and feedback {self.feedback} has none"
         if self.standardise and (not self.is_dense or not self.is_lco):
             yield "standardise needs kld, lch or mse with the dense advantages of feedback dpo or logprob"
@@ -288,13 +270,3 @@ class Rl(Training):
             yield "variant.negative_beta looks at the sign of a sampled token's advantage: feedback must be sparse"
         if v.agreement and self.feedback != "logprob":
             yield "variant.agreement compares π_old with φ of feedback logprob"
-
-    def _wrong_code_of_yours(self) -> Iterator[str]:
-        for field in ("reward_function", "target"):
-            spec = getattr(self, field)
-            if spec is not None and not names_function(spec):
-                yield f"{field} {spec!r} is not FILE.py:NAME"
-        if self.target is not None and not self.is_lco:
-            yield f"target belongs to kld, lch and mse, not to {self.objective}"
-        if self.settings and not self.is_own and self.target is None:
-            yield f"settings are for an objective or target of your own (FILE.py:NAME): {self.objective} takes none"

@@ -26,7 +26,7 @@ class Section(BaseModel):
     def _makes_sense(self) -> Section:
         problems = list(self._wrong())
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError(*problems)
         return self
 
 
