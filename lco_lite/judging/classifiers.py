@@ -1,4 +1,4 @@
-"""Classification models as reward models: how they are loaded, and one number for a whole response."""
+"""Classifiers of responses: how they are loaded, one number for a whole response, a reward for each segment of it."""
 
 import bisect
 import re
