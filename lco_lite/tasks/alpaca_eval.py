@@ -62,13 +62,9 @@ def alpaca_eval(data: Path | None = None) -> Task:
 
 def _output(row: Mapping[str, Any], generator: str) -> dict[str, str]:
     """A response in AlpacaEval's format. What a model thought before ``</think>`` is no part of its answer."""
-    answer = row["response"].rpartition("</think>")[2].strip()
-    return {
-        "instruction": row["row"]["instruction"],
-        "output": answer,
-        "generator": generator,
-        "dataset": row["row"].get("dataset", ""),
-    }
+    answer, asked = row["response"].rpartition("</think>")[2].strip(), row["row"]
+    dataset = asked.get("dataset", "")
+    return {"instruction": asked["instruction"], "output": answer, "generator": generator, "dataset": dataset}
 
 
 def _rows(folder: Path | None) -> Rows:

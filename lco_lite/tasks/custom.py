@@ -48,12 +48,7 @@ def grade_exact(response: str, item: Item) -> Grade:
     return Grade(right, answer or None, "equal" if right else "not equal")
 
 
-GRADERS: dict[str, Grader] = {
-    "math": grade_math,
-    "rounded": grade_rounded,
-    "choice": grade_choice,
-    "exact": grade_exact,
-}
+GRADERS = {"math": grade_math, "rounded": grade_rounded, "choice": grade_choice, "exact": grade_exact}
 
 
 def _grader(name: str) -> Grader:
