@@ -18,9 +18,7 @@ UNGRADED = ("alpaca_eval", "qa_feedback")  # tasks that compare or score respons
 
 
 class Recipe(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = setting(
-        "run", "the run's folder under --runs", "the recipe's"
-    )
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = setting("run", "folder in --runs", "yours")
     seed: int = setting(0, "of weights, data order and sampling", "0", ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one", "the machine")
     threads: int | None = setting(None, "CPU threads; null: torch's choice", "the machine", ge=1)

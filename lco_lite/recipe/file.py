@@ -112,9 +112,9 @@ def _problems(error: ValidationError, data: Any, places: Mapping[KeyPath, str]) 
         deeper = any(p[: len(path)] == path and p != path for p in by_path)
         # a value may be several things (`self` or a mapping): where it is plainly one, what the others wanted is noise
         if all(wanted) and not deeper:
-            shown = _shown(errors[0]["input"])
-            should = f"should be {' or '.join(wanted)}, found {shown}"
-            texts.append((path, "is empty: give it a value, or delete the line" if shown == "None" else should))
+            value = errors[0]["input"]
+            should = f"should be {' or '.join(wanted)}, found {_shown(value)}"
+            texts.append((path, "is empty: give it a value, or delete the line" if value is None else should))
         for e in errors:
             if not _wanted(e):
                 texts += _in_words(path, e)

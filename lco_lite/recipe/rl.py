@@ -81,9 +81,7 @@ class Variant(Section):
         "old", "lch, mse: current starts z* from the logits of each update instead of π_old's", "current there"
     )
     negative_beta: float | None = setting(None, "sparse: β times this where A ≤ 0", "100 there", gt=0)
-    agreement: float | None = setting(
-        None, "logprob: β times 100 where π_old and φ both give a token a log-probability above this", "-0.02", lt=0
-    )
+    agreement: float | None = setting(None, "logprob: β times 100 where log π_old and log φ exceed this", "-0.02", lt=0)
 
     @property
     def is_on(self) -> bool:
@@ -97,9 +95,7 @@ class Rl(Training):
         "paper eqs 8 to 10; KLD is the steadiest",
     )
     target: str | None = setting(None, "kld, lch, mse: FILE.py:NAME that changes z* (docs/extending.md)", "paper: eq 7")
-    settings: dict[str, Any] = setting(
-        {}, "settings of your own objective or target, handed to it in `batch.settings`", "yours"
-    )
+    settings: dict[str, Any] = setting({}, "of your own objective or target, in its `batch.settings`", "yours")
     beta: float = setting(1.0, "strength of the KL regulariser, in units of the advantage", "paper", gt=0)
     feedback: Literal["dpo", "dpo_sampled", "logprob", "rule", "function", "reward_model"] = setting(
         "dpo",
@@ -109,9 +105,7 @@ class Rl(Training):
     )
     reward_function: str | None = setting(None, "feedback function: FILE.py:NAME", "yours")
     reward_timeout: float = setting(60.0, "seconds that reward_function may take for 32 responses", "a minute", gt=0)
-    reward_classifier: str | None = setting(
-        None, "feedback reward_model: hub id or folder of a sequence-classification model", "yours"
-    )
+    reward_classifier: str | None = setting(None, "reward_model: hub id or folder of a sequence classifier", "yours")
     baseline: Literal["none", "batch", "group", "leave_one_out"] = setting(
         "batch",
         "what is subtracted from a reward: the mean of the phase, of the prompt's responses, of its other ones",
@@ -128,23 +122,17 @@ class Rl(Training):
     overlong_buffer: float = setting(
         0.0, "the last share of max_new_tokens, over which the reward falls by 1", "off; DAPO 0.2", ge=0, lt=1
     )
-    dynamic_sampling: bool = setting(
-        False, "sample other prompts for groups without signal, three times at most", "off; DAPO on"
-    )
+    dynamic_sampling: bool = setting(False, "other prompts for groups without signal, at most 3 times", "off; DAPO on")
     jsd_beta: float = setting(0.5, "gkd: β of the divergence; 0: KL(φ ‖ π_θ), 1: KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1)
     on_policy: float = setting(
         1.0, "gkd: share of prompts answered by the policy; the rest take their demonstration", "GKD 0.5", ge=0, le=1
     )
-    teacher_mix: float = setting(
-        0.0, "minillm: share of the teacher in the mixture that responses are drawn from", "MiniLLM 0.2", ge=0, lt=1
-    )
+    teacher_mix: float = setting(0.0, "minillm: the teacher's share in what is sampled", "MiniLLM 0.2", ge=0, lt=1)
     variant: Variant = setting(Variant(), "the public code's choices", "see Variant")
     weighting: Literal["mean", "sum", "policy"] = setting(
         "mean", "mse, lch: weights over the vocabulary; policy: by π_old", "mean: paper eqs 8 and 9"
     )
-    anchor: float = setting(
-        0.0, "λ in z* = (1-λ) z_old + λ z_ref + A/β", "0: paper; 0.5 stops the compounding", ge=0, le=1
-    )
+    anchor: float = setting(0.0, "λ in z* = (1-λ) z_old + λ z_ref + A/β", "0: paper; 0.5 stops compounding", ge=0, le=1)
     standardise: bool = setting(False, "dpo: divide A by its deviation over the vocabulary, per token", "off: paper")
     lr: float = setting(5e-6, "peak learning rate of AdamW", "paper", gt=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after warm-up", "paper's public code")
@@ -153,9 +141,7 @@ class Rl(Training):
     prompts_per_step: int = setting(512, "prompts per phase", "prototype: hundreds; paper's public code: 3,072", ge=1)
     responses_per_prompt: int = setting(1, "responses per prompt", "paper: 1 for LCO", ge=1)
     minibatch: int = setting(64, "responses per update", "prototype", ge=1)
-    whole_groups: bool = setting(
-        False, "keep the responses of a prompt in one minibatch and micro-batch", "off: mixed responses, less variance"
-    )
+    whole_groups: bool = setting(False, "a prompt's responses in one minibatch and micro-batch", "off: less variance")
     inner_epochs: int = setting(1, "passes over a phase's responses", "paper's public code", ge=1)
     temperature: float = setting(0.6, "of rollouts; 0 is greedy", "paper", ge=0)
     top_p: float = setting(0.95, "of rollouts", "paper", gt=0, le=1)
@@ -164,9 +150,7 @@ class Rl(Training):
     save_every: int = setting(1, "steps between checkpoints", "a phase is minutes of work", ge=1)
     eval_every: int = setting(1, "steps between held-out evaluations; 0: none", "one a phase", ge=0)
     eval_items: int = setting(256, "held-out items of such an evaluation", "std error 0.03", ge=1)
-    guard: Literal["warn", "stop", "off"] = setting(
-        "warn", "on collapse of entropy, reward or length", "off: silent; stop: exit status 4"
-    )
+    guard: Literal["warn", "stop", "off"] = setting("warn", "on collapse of entropy, reward or length", "stop: exit 4")
 
     @model_validator(mode="before")
     @classmethod
@@ -210,11 +194,6 @@ class Rl(Training):
         return self.feedback in ("dpo", "dpo_sampled")
 
     def _wrong(self) -> Iterator[str]:
-        yield from self._wrong_for_the_objective()
-        yield from self._wrong_for_the_feedback()
-        yield from self._wrong_variant()
-
-    def _wrong_for_the_objective(self) -> Iterator[str]:
         name = self.objective
         if self.is_policy_gradient and self.is_dense:
             sparse = "that of sampled tokens: dpo_sampled, rule, function or reward_model"
@@ -231,7 +210,6 @@ class Rl(Training):
             yield f"on_policy belongs to gkd: {name} learns from the policy's own responses"
         if self.teacher_mix and name != "minillm":
             yield f"teacher_mix belongs to minillm: {name} does not correct for another sampler"
-
         for field, spec in (("reward_function", self.reward_function), ("target", self.target)):
             if spec is not None and not names_function(spec):
                 yield f"{field} {spec!r} is not FILE.py:NAME"
@@ -239,6 +217,8 @@ class Rl(Training):
             yield f"target belongs to kld, lch and mse, not to {name}"
         if self.settings and not self.is_own and self.target is None:
             yield f"settings are for an objective or target of your own (FILE.py:NAME): {name} takes none"
+        yield from self._wrong_for_the_feedback()
+        yield from self._wrong_variant()
 
     def _wrong_for_the_feedback(self) -> Iterator[str]:
         size = self.responses_per_prompt

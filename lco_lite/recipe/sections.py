@@ -24,8 +24,7 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Section:
-        problems = list(self._wrong())
-        if problems:
+        if problems := list(self._wrong()):
             raise ValueError(*problems)
         return self
 
@@ -33,12 +32,8 @@ class Section(BaseModel):
 class Lora(Section):
     r: int = setting(32, "rank of the update", "QLoRA practice; 16 to 64 are alike", ge=1)
     alpha: float = setting(64, "scale: the update is multiplied by alpha / r", "twice the rank, QLoRA practice", gt=0)
-    dropout: float = setting(
-        0.0, "share of adapter inputs dropped", "0: h_old and h from the same numerics", ge=0, lt=1
-    )
-    targets: Literal["all-linear"] | list[str] = setting(
-        "all-linear", "modules that get an adapter; never the LM head", "QLoRA: all linear layers"
-    )
+    dropout: float = setting(0.0, "share of adapter inputs dropped", "0: h_old and h of the same numerics", ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = setting("all-linear", "adapted modules; never the LM head", "QLoRA")
 
 
 class Init(Section):
@@ -68,15 +63,11 @@ class Weights(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "weights and compute; auto: bfloat16 on a GPU, float32 on a CPU", "bfloat16 where it is fast"
     )
-    lora: Lora | None = setting(
-        Lora(), "the adapter; null trains all weights but the LM head", "LoRA keeps the head frozen"
-    )
+    lora: Lora | None = setting(Lora(), "the adapter; null trains all weights but the LM head", "keeps the head frozen")
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: a third more time, far less memory", "off on small models"
     )
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting(
-        "auto", "attention kernel", "the model's own default"
-    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting("auto", "attention kernel", "the model")
     trust_remote_code: bool = setting(False, "run Python that comes with the weights", "off: safe by default")
 
 
@@ -143,9 +134,7 @@ class Data(Section):
 
     demonstrations: str | None = setting(None, "prompts with responses to imitate, for sft", "the task's own")
     preferences: str = setting(
-        "sampled",
-        "prompt/chosen/rejected for train-rm; `sampled`: made from the policy's own responses",
-        "paper: sampled and graded",
+        "sampled", "prompt/chosen/rejected for train-rm; `sampled`: from the policy's own responses", "paper: sampled"
     )
     prompts: str | None = setting(None, "prompts for rl", "the task's training items")
     task: str | None = setting(None, "file with the task's items instead of its hub set", "the task's own")
@@ -207,18 +196,13 @@ class Eval(Section):
         if self.scoring == "likelihood" and self.samples > 1:
             yield "samples: likelihood makes no responses"
         if self.judge_url is not None and self.judge_url != "alpaca-eval":
-            yield from _no_plain_url(self.judge_url)
+            url = urlsplit(self.judge_url)
+            if url.scheme not in ("http", "https") or not url.hostname:
+                yield f"judge_url {self.judge_url!r} is neither http://… nor https://… nor alpaca-eval"
+            elif url.username or url.password or url.query or url.fragment:  # results and messages show it
+                yield "judge_url holds more than host and path: a key belongs into an environment variable"
             if self.judge_model is None:
                 yield "judge_url needs judge_model, the name of the model that judges there"
-
-
-def _no_plain_url(url: str) -> Iterator[str]:
-    """It goes into results and messages, so it must hold no secret."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        yield f"judge_url {url!r} is neither http://… nor https://… nor alpaca-eval"
-    elif parts.username or parts.password or parts.query or parts.fragment:
-        yield "judge_url holds more than host and path: a key belongs into an environment variable"
 
 
 class Training(Section):
@@ -233,10 +217,7 @@ class Training(Section):
         1.0, "clip the gradient's 2-norm to this; null: never. Logged before clipping", "TRL", gt=0
     )
     micro_batch_tokens: int = setting(
-        8192,
-        "padded tokens in one forward pass; smaller needs less memory and gives the same gradient",
-        "fits 12 GB with a 3B policy",
-        ge=16,
+        8192, "padded tokens a forward pass; fewer need less memory for the same gradient", "fits 3B in 12 GB", ge=16
     )
     max_length: int = setting(2048, "prompt and response, tokens; longer ones are skipped and counted", "paper", ge=8)
     save_every: int = setting(50, "updates between checkpoints (in rl: steps)", "minutes of work at risk", ge=1)
