@@ -163,7 +163,7 @@ def score_dense(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> Micr
     base = None  # a soft cap asks where the shift begins
     if head.softcap is not None:
         base = torch.zeros_like(shift) if before is None else before
-    target = DenseTarget(micro.old, shift, rl.beta, shift_head=head, shift_base=base, **anchored(models, micro, rl))
+    target = DenseTarget(micro.old, rl.beta, shift, shift_head=head, shift_base=base, **anchored(models, micro, rl))
     micro = replace(micro, advantages=adv.sampled_advantages(shift, head, micro.batch.actions, base))
     return replace(micro, target=own_target(models, micro, target, rl))
 
@@ -175,7 +175,7 @@ def sparse_targets(models: Models, phase: Phase, scored: list[MicroBatch], rl: R
         given: dict[str, Any] = {"old_head": micro.old_head, "anchor": rl.anchor}
         if rl.anchor:
             given |= {"reference": micro.per_token["reference"], "reference_head": reference_head(models, micro)}
-        target = SparseTarget(micro.old, micro.batch.actions, micro.advantages, rl.beta, **given)
+        target = SparseTarget(micro.old, rl.beta, micro.batch.actions, micro.advantages, **given)
         targeted.append(replace(micro, target=own_target(models, micro, target, rl)))
     return targeted
 
