@@ -81,8 +81,7 @@ def overlong_penalty(lengths: Tensor, limit: int, buffer: float) -> Tensor:
 
 def dpo_shift(h_dpo: Tensor, h_ref: Tensor) -> Tensor:
     """[T, d_r], [T, d_r] -> [T, d_r]: the difference, formed in at least fp32 and rounded once to the inputs' type."""
-    precise = torch.promote_types(h_dpo.dtype, torch.float32)
-    return (h_dpo.to(precise) - h_ref.to(precise)).to(h_dpo.dtype)
+    return (h_dpo.to(wide(h_dpo)) - h_ref.to(wide(h_dpo))).to(h_dpo.dtype)
 
 
 def sampled_advantages(shift: Tensor, head: Head, actions: Tensor, base: Tensor | None = None) -> Tensor:
@@ -90,14 +89,10 @@ def sampled_advantages(shift: Tensor, head: Head, actions: Tensor, base: Tensor 
 
     Through a soft-capped head it is a difference of logits, which ``base`` [T, d_r], h_ref, is needed for."""
     if head.softcap is not None and base is not None:
-        return _capped(shift, head, actions.to(shift.device), base.to(wide(shift, head.weight)))
+        actions, base, sampled = actions.to(shift.device), base.to(wide(shift, head.weight)), []
+        for part in spans(len(shift), None, head.rows, shift.device):
+            a = head.logits(base[part] + shift[part]) - head.logits(base[part])
+            sampled.append(a.gather(-1, actions[part].unsqueeze(-1)).squeeze(-1) - a.mean(-1))
+        return torch.cat(sampled)
     rows = head.vocabulary[actions.to(head.weight.device)].to(shift.dtype)
     return head.scale * ((rows - head.mean_row.to(shift.dtype)) * shift).sum(-1)
-
-
-def _capped(shift: Tensor, head: Head, actions: Tensor, base: Tensor) -> Tensor:
-    found = []
-    for part in spans(len(shift), None, head.rows, shift.device):
-        a = head.logits(base[part] + shift[part]) - head.logits(base[part])
-        found.append(a.gather(-1, actions[part].unsqueeze(-1)).squeeze(-1) - a.mean(-1))
-    return torch.cat(found)
