@@ -89,7 +89,7 @@ def naive(objective: str) -> Loss:
 
 def lco(objective: str) -> Loss:
     def loss(problem: Problem, hidden: Tensor) -> Tensor:
-        target = DenseTarget(problem.old, problem.dpo.float() - problem.ref.float(), BETA)
+        target = DenseTarget(problem.old, BETA, problem.dpo.float() - problem.ref.float())
         return lco_loss(objective, hidden, problem.head, target)[0]
 
     return loss

@@ -63,7 +63,7 @@ def test_the_loss_of_the_page_is_the_reverse_divergence_from_the_target(folder):
     weight, old, shift = torch.randn(11, 4).double(), torch.randn(3, 4).double(), torch.randn(3, 4).double()
     hidden = torch.randn(3, 4).double().requires_grad_()
     batch = PolicyBatch(None, None, torch.zeros(3), torch.zeros(3, dtype=torch.long), 3, 1)
-    loss, _ = load_function("reverse.py:reverse")(hidden, Head(weight), DenseTarget(old, shift, 2.0), batch)
+    loss, _ = load_function("reverse.py:reverse")(hidden, Head(weight), DenseTarget(old, 2.0, shift), batch)
     log_p = (hidden @ weight.T).log_softmax(-1)
     log_target = optimal_logits(old @ weight.T, shift @ weight.T, 2.0).log_softmax(-1)
     torch.testing.assert_close(loss, (log_p.exp() * (log_p - log_target)).sum(-1).mean())
@@ -73,7 +73,7 @@ def test_the_target_of_the_page_halves_the_advice_in_right_responses_and_trains_
     (command,) = [c for c in COMMANDS if "rl.target=heed.py:heed" in c]
     call(*command)
     assert len(read_log(Run.newest(Path("runs")).stage("rl-lch").metrics)) == 2
-    target, places = DenseTarget(torch.randn(2, 4), torch.ones(2, 4), 1.0), torch.zeros(2, dtype=torch.long)
+    target, places = DenseTarget(torch.randn(2, 4), 1.0, torch.ones(2, 4)), torch.zeros(2, dtype=torch.long)
     right_and_wrong, settings = torch.tensor([1.0, -1.0]), {"right": 0.5}
     batch = PolicyBatch(None, None, torch.zeros(2), places, 2, 1, rewards=right_and_wrong, settings=settings)
     changed = load_function("heed.py:heed")(target, Head(torch.randn(5, 4)), batch)

@@ -132,11 +132,11 @@ def top_k_kld(hidden: Tensor, head: Head, target: TopKTarget, actions: Tensor | 
             taken = None if actions is None else actions[part]
             log_p = logits.log_softmax(-1)
             p, t = log_p.exp(), log_t.exp()
-            loss = (t * (log_t - log_p.gather(-1, indices))).sum(-1)
             seen = {} if taken is None else entropy_and_logprob(log_p, p, taken)
+            seen["loss"] = (t * (log_t - log_p.gather(-1, indices))).sum(-1)
             grad = p.scatter_add_(-1, indices, -t.to(p.dtype))
-            chunks.append({"loss": loss, **seen, **gradient_values(grad, taken)})
-            grads.add(head, part, hidden[part], grad.to(head.operand_dtype), logits)
+            chunks.append(seen | gradient_values(grad, taken))
+            grads.add(part, grad.to(head.operand_dtype), logits)
     values = joined(chunks)
     return grads.attach(values["loss"].mean()), values
 

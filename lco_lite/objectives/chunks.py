@@ -58,8 +58,8 @@ class Gradients:
     def __init__(
         self, hidden: Tensor, head: Head, scale: float = 1.0, asks: tuple[bool, bool, bool] | None = None
     ) -> None:
+        self.head, self.scale = head, scale
         self.inputs = (hidden, head.weight, head.bias)
-        self.scale = scale
         asks = asks or (asks_gradient(hidden), asks_gradient(head.weight), asks_gradient(head.bias))
         # fp16 cannot hold 1/V times 1/T, and sums over chunks need fp32
         kept = torch.bfloat16 if hidden.dtype == torch.bfloat16 else wide(hidden)
@@ -70,14 +70,15 @@ class Gradients:
         self.all = (self.hidden, self.weight, self.bias)
         self.wanted = any(asks)
 
-    def add(
-        self, head: Head, part: slice, hidden: Tensor, grad: Tensor, logits: Tensor | None, factor: float = 1.0
-    ) -> None:
-        """Take in ``factor`` · ``grad``, ∂L/∂logits [C, V] of the tokens ``part`` with states ``hidden`` [C, d]."""
+    def add(self, part: slice, grad: Tensor, logits: Tensor | None, factor: float = 1.0) -> None:
+        """Take in ``factor`` · ``grad``, ∂L/∂logits [C, V] of the tokens ``part``. A soft-cap needs the ``logits``."""
         if not self.wanted:
             return
+        head, hidden = self.head, self.inputs[0][part]
         factor *= self.scale * head.scale
-        grad = head.uncapped(grad, logits)
+        if head.softcap is not None:
+            assert logits is not None
+            grad = grad * (1 - (logits / head.softcap).square())
         if self.hidden is not None:
             self.put(part, columns_product(grad, head.vocabulary), factor)
         if self.weight is not None:
@@ -100,17 +101,13 @@ class _Given(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Tensor:
         ctx.save_for_backward(*grads)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        scaled = []
-        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            per_row = None if grad is None else upstream.reshape(*upstream.shape, *[1] * (grad.dim() - upstream.dim()))
-            scaled.append(None if grad is None else (grad * per_row).to(dtype))
-        return None, None, *scaled
+        per_row = upstream.unsqueeze(-1)
+        return None, None, *(None if grad is None else grad * per_row for grad in ctx.saved_tensors)
 
 
 @functools.cache

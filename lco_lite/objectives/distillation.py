@@ -27,7 +27,7 @@ from lco_lite.objectives.policy_gradient import Clip, PolicyBatch, surrogate
 
 @dataclass(frozen=True)
 class Teacher:
-    """``hidden`` [T, d_r]: the teacher's final hidden states. ``head``: its frozen head."""
+    """``hidden`` [T, d_r]: final hidden states. ``head`` is frozen."""
 
     hidden: Tensor
     head: Head
@@ -49,13 +49,10 @@ def jsd_loss(
     """The divergence, [], a mean over T tokens, in nats, and its diagnostics.
 
     ``hidden`` [T, d]: the policy's final hidden states. ``beta`` 0..1 as above. ``weights`` [T] multiply the tokens'
-    losses. ``chunk``: tokens at a time, None for what memory allows. Gradients reach ``hidden`` and the weight and bias
-    of a trained head. Heads of one tokenizer may differ in padding rows: the divergence is over the rows they share.
-
-    The diagnostics are detached, [T] each: ``loss``, ``logit_grad_norm`` (over V, of the gradient of a token's loss
-    with respect to its logits), and with ``actions`` [T], the sampled token ids, ``logit_grad_sampled`` (its size
-    there), ``entropy`` and ``logprob`` of the policy. ``slope`` [T] = ∂/∂log π(action) of another term of the tokens'
-    losses adds that term's gradient to what is measured, not to the loss. Raises ValueError where sizes do not fit.
+    losses. Heads of one tokenizer may differ in padding rows: the divergence is over the rows they share. ``chunk``,
+    ``actions``, gradients and diagnostics are as in ``lco_loss``. ``slope`` [T] = ∂/∂log π(action) of another term of
+    the tokens' losses adds that term's gradient to what is measured, not to the loss. Raises ValueError where sizes do
+    not fit.
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in 0..1, got {beta}")
@@ -72,7 +69,7 @@ def jsd_loss(
             taken, steep = (None if x is None else x[part] for x in (actions, slope))
             values, grad = fused(jsd, logits, taught, beta, weights[part], taken, steep, head.operand_dtype)
             del taught
-            grads.add(head, part, hidden[part], grad, logits)
+            grads.add(part, grad, logits)
             del grad, logits  # before the next chunk needs the room
             chunks.append(values)
         diagnostics = joined(chunks)

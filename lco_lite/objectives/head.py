@@ -81,13 +81,6 @@ class Head:
         z = rows_product(difference, self.vocabulary)
         return z if self.scale == 1 else z.mul_(self.scale)  # not the half-precision input, which would be rounded
 
-    def uncapped(self, grad: Tensor, logits: Tensor | None) -> Tensor:
-        """∂L/∂logits -> ∂L/∂(logits before the soft-cap)."""
-        if self.softcap is None:
-            return grad
-        assert logits is not None, "the gradient through a soft-cap needs the logits"
-        return grad * (1 - (logits / self.softcap).square())
-
     @property
     def operand_dtype(self) -> torch.dtype:
         """The type in which a gradient [T, V] is best handed to the product with the weight."""
@@ -131,37 +124,32 @@ def rows_product(x: Tensor, weight: Tensor) -> Tensor:
     Half-precision weights: on CUDA the operands are rounded to the weight's type and accumulated in fp32; elsewhere
     the weight is upcast block by block and ``x`` is not rounded.
     """
-    out_type = wide(x, weight)
-    if weight.dtype == out_type:
-        return x.to(out_type) @ weight.T
-    if _widens(x, weight):
-        return _widening_product(x, weight.T)
-    out = x.new_empty(x.shape[0], weight.shape[0], dtype=out_type)
-    for part, block in row_blocks(weight, out_type):
-        out[:, part] = x.to(out_type) @ block.T
+    if (product := _unblocked_product(x, weight.T)) is not None:
+        return product
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=wide(x, weight))
+    for part, block in row_blocks(weight, out.dtype):
+        out[:, part] = x.to(out.dtype) @ block.T
     return out
 
 
 def columns_product(grad: Tensor, weight: Tensor) -> Tensor:
     """grad @ weight, [T, V] -> [T, d]; types as in ``rows_product``."""
-    out_type = wide(grad, weight)
-    if weight.dtype == out_type:
-        return grad.to(out_type) @ weight
-    if _widens(grad, weight):
-        return _widening_product(grad, weight)
-    out = grad.new_zeros(grad.shape[0], weight.shape[1], dtype=out_type)
-    for part, block in row_blocks(weight, out_type):
-        out += grad[:, part].to(out_type) @ block
+    if (product := _unblocked_product(grad, weight)) is not None:
+        return product
+    out = grad.new_zeros(grad.shape[0], weight.shape[1], dtype=wide(grad, weight))
+    for part, block in row_blocks(weight, out.dtype):
+        out += grad[:, part].to(out.dtype) @ block
     return out
 
 
-def _widens(x: Tensor, weight: Tensor) -> bool:
-    """True where the GPU multiplies half-precision operands into fp32; autograd does not go through that."""
-    differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return MM_WIDENS and weight.is_cuda and wide(x, weight) == torch.float32 and not differentiated
-
-
-def _widening_product(x: Tensor, matrix: Tensor) -> Tensor:
+def _unblocked_product(x: Tensor, matrix: Tensor) -> Tensor | None:
+    """x @ matrix where ``matrix`` need not be upcast: the GPU multiplies half-precision operands into fp32."""
+    out_type = wide(x, matrix)
+    if matrix.dtype == out_type:
+        return x.to(out_type) @ matrix
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or matrix.requires_grad)
+    if differentiated or not (MM_WIDENS and matrix.is_cuda and out_type == torch.float32):
+        return None  # autograd does not go through out_dtype
     if matrix.dtype == torch.bfloat16 or x.dtype == torch.float16:
         return torch.mm(x.to(matrix.dtype), matrix, out_dtype=torch.float32)
     gain = FP16_TOP / x.abs().amax(-1, keepdim=True).clamp_min(1e-30)

@@ -81,7 +81,7 @@ def lco_loss(
                         values, grad = fused(weighted, curve, r, mean, factor, taken, dtype)
                 if logits is not None and objective != "kld":
                     values |= fused(policy_values, logits, taken)
-                grads.add(head, part, h, grad, logits, factor)
+                grads.add(part, grad, logits, factor)
                 del r, logits
             del grad  # before the next chunk needs the room
             chunks.append(values)

@@ -40,7 +40,7 @@ def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | Non
         for part in spans(len(hidden), chunk, head.rows, hidden.device):
             logits = head.logits(hidden[part])
             values, grad = fused(logprob, logits, actions[part], head.operand_dtype)
-            grads.add(head, part, hidden[part], grad, logits)
+            grads.add(part, grad, logits)
             del logits, grad  # before the next chunk needs the room
             chunks.append(values)
     values = joined(chunks)
@@ -89,9 +89,8 @@ class _Recomputed(torch.autograd.Function):
             for part in spans(len(hidden), ctx.chunk, head.rows, hidden.device):
                 logits = head.logits(hidden[part])
                 _, grad = fused(logprob, logits, actions[part], logits.dtype)
-                grads.add(head, part, hidden[part], grad * upstream[part].unsqueeze(-1), logits)
-        given = zip(grads.all, grads.inputs, strict=True)
-        return None, None, None, None, *(None if g is None or x is None else g.to(x.dtype) for g, x in given)
+                grads.add(part, grad * upstream[part].unsqueeze(-1), logits)
+        return None, None, None, None, *grads.all
 
 
 ChosenRejected = tuple[Tensor, Tensor]  # log-probabilities of whole responses, each [N]

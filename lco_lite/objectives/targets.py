@@ -11,7 +11,7 @@ or wider, so that no two large logits are ever subtracted. While h_θ = h_old an
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from lco_lite.objectives.head import Head, row_covariance, wide
 
 
+@dataclass(eq=False)
 class Target:
     """What both kinds of target share: ``target[index]`` is that of some tokens (indices, a mask or a slice over T).
 
@@ -29,10 +30,11 @@ class Target:
 
     old: Tensor
     beta: float
-    anchor: float
-    reference: Tensor | None
-    old_head: Head | None
-    reference_head: Head | None
+    _: KW_ONLY
+    anchor: float = 0.0
+    reference: Tensor | None = None
+    old_head: Head | None = None
+    reference_head: Head | None = None
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -46,7 +48,7 @@ class Target:
                 raise ValueError(f"{name} has {len(tensor)} tokens, old has {len(self)}")
 
     def __len__(self) -> int:
-        return self.old.shape[0]
+        return len(self.old)
 
     def __getitem__(self, index: Tensor | slice) -> Self:
         return self._map(Tensor, lambda tensor: tensor[index])
@@ -69,7 +71,7 @@ class Target:
 
     def is_hidden(self, head: Head) -> bool:
         """True where the whole residual is a linear function of hidden states."""
-        return self._drifts_linearly(head)
+        return head.is_linear and self.old_head is None and self.reference_head is None
 
     def drift(self, hidden: Tensor, head: Head) -> Tensor:
         """u = (h_old − h_θ) + λ (h_ref − h_old), [T, d]."""
@@ -86,7 +88,7 @@ class Target:
 
     def gap(self, hidden: Tensor, head: Head, logits: Tensor | None) -> Tensor:
         """z_base − z_θ, [T, V]: the residual without the advantage. ``logits``: z_θ where it is formed already."""
-        if self._drifts_linearly(head):
+        if Target.is_hidden(self, head):  # the advantage plays no part here
             u = self.drift(hidden, head)
             # zero at the first update of a phase: one product fewer
             return head.project(u) if u.any() else u.new_zeros(len(u), head.rows)
@@ -95,15 +97,12 @@ class Target:
             z = z + self.anchor * ((self.reference_head or head).logits(self.reference) - z)
         return z - (head.logits(hidden) if logits is None else logits)
 
-    def _drifts_linearly(self, head: Head) -> bool:
-        return head.is_linear and self.old_head is None and self.reference_head is None
-
     def _all(self, kind: type) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, kind)}
 
     def _map(self, kind: type, change: Callable[[Any], Any]) -> Self:
-        return replace(self, **{name: change(x) for name, x in self._all(kind).items()})  # type: ignore[type-var]
+        return replace(self, **{name: change(x) for name, x in self._all(kind).items()})
 
 
 @dataclass(eq=False)
@@ -117,14 +116,8 @@ class DenseTarget(Target):
     The log-partition functions of φ_DPO and φ_ref are constants over V: they cancel, so A/β is W_r·shift/β centred.
     """
 
-    old: Tensor
     shift: Tensor
-    beta: float
     shift_head: Head | None = None
-    anchor: float = 0.0
-    reference: Tensor | None = None
-    old_head: Head | None = None
-    reference_head: Head | None = None
     shift_base: Tensor | None = None
 
     def fit(self, head: Head) -> tuple[Head, Self]:
@@ -141,7 +134,7 @@ class DenseTarget(Target):
         return head if self.shift_head is None or self.shift_head.same_as(head) else self.shift_head
 
     def is_hidden(self, head: Head) -> bool:
-        return self._drifts_linearly(head) and self.through(head).softcap is None
+        return super().is_hidden(head) and self.through(head).softcap is None
 
     def step(self, head: Head, standardise: bool) -> Tensor:
         """v = shift/β, [T, d_r], so that A/β is W_r·v centred; divided by the deviation of A over V where asked."""
@@ -181,14 +174,8 @@ class SparseTarget(Target):
     elsewhere. LCO-KLD does not see the difference; LCO-MSE and LCO-LCH do.
     """
 
-    old: Tensor
     actions: Tensor
     advantages: Tensor
-    beta: float
-    anchor: float = 0.0
-    reference: Tensor | None = None
-    old_head: Head | None = None
-    reference_head: Head | None = None
 
     def tilt(self, like: Tensor) -> Tensor:
         """A/β, [T, 1], in the type of ``like``."""

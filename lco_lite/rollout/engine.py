@@ -1,11 +1,10 @@
-"""Where responses come from: the protocol that every engine keeps, and ``open_engine``, the one place that knows them.
+"""Where responses come from: what every engine does, and ``open_engine``, the one place that knows them.
 
 Legend: B prompts of a batch, L their padded length, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,14 +41,19 @@ Made = tuple[list[int], list[Response]]
 """Places among the prompts, and the response to each."""
 
 
-class Engine(Protocol):
+class Engine:
+    """What all engines share: one of them makes its own batches, and ``sync`` where it keeps a copy of the weights."""
+
     def sync(self) -> None:
         """The weights have changed: what is sampled from now on comes from them as they are now."""
-        ...
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Iterator[Made]:
         """One response a prompt, batch by batch as they are made. Whoever stops asking stops the sampling."""
-        ...
+        for places in batches(prompts, sampling.batch):
+            yield places, self._generate_batch([prompts[i] for i in places], sampling)
+
+    def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
+        raise NotImplementedError
 
 
 def open_engine(roles: Sequence[Role], end: int, combine: Combine | None = None, rows: int | None = None) -> Engine:

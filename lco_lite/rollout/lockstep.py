@@ -4,7 +4,7 @@ Each role keeps its own key-value cache; at every position all of them read the 
 distribution of their logits. Legend: B sequences, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from lco_lite.models.language_model import Role
-from lco_lite.rollout.engine import Combine, Made, Response, Sampling, batches, finished, left_padded
+from lco_lite.rollout.engine import Combine, Engine, Response, Sampling, finished, left_padded
 
 
 def optimal_policy(beta: float) -> Combine:
@@ -35,20 +35,13 @@ def mixture(share: float) -> Combine:
     return combine
 
 
-class LockstepEngine:
+class LockstepEngine(Engine):
     """Over several roles whose models share a tokenizer; see ``engine.open_engine``."""
 
     def __init__(self, roles: Sequence[Role], combine: Combine, end: int, rows: int) -> None:
         self.roles, self.combine, self.rows = roles, combine, rows
         self.pad_id = roles[0].model.pad_id
         self.stop_ids = {end, *roles[0].model.eos_ids}
-
-    def sync(self) -> None:
-        """Nothing to do: it samples from the very weights that are trained."""
-
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Iterator[Made]:
-        for places in batches(prompts, sampling.batch):
-            yield places, self._generate_batch([prompts[i] for i in places], sampling)
 
     @torch.no_grad()
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:

@@ -145,7 +145,7 @@ def score_dense(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> Micr
     if head.softcap is not None:
         base = torch.zeros_like(shift) if before is None else before
     start = z_base(models, micro, rl, models.start.hidden(micro.batch) if rl.anchor else None)
-    target = DenseTarget(micro.old, shift, rl.beta, shift_head=head, shift_base=base, **start)
+    target = DenseTarget(micro.old, rl.beta, shift, shift_head=head, shift_base=base, **start)
     micro = replace(micro, advantages=adv.sampled_advantages(shift, head, micro.batch.actions, base))
     return replace(micro, target=own_target(models, micro, target, rl))
 
@@ -155,7 +155,7 @@ def sparse_targets(models: Models, phase: Phase, scored: list[MicroBatch], rl: R
     targeted = []
     for micro in group_advantages(models, phase, scored, rl):
         start = z_base(models, micro, rl, micro.per_token.get("reference"))
-        target = SparseTarget(micro.old, micro.batch.actions, micro.advantages, rl.beta, **start)
+        target = SparseTarget(micro.old, rl.beta, micro.batch.actions, micro.advantages, **start)
         targeted.append(replace(micro, target=own_target(models, micro, target, rl)))
     return targeted
 

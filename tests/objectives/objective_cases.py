@@ -4,6 +4,7 @@ Legend: T tokens, V vocabulary, d and d_r hidden widths.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -80,18 +81,19 @@ def make_case(
     base = normal(tokens, through.weight.shape[1])
     shift = normal(tokens, through.weight.shape[1], size=spread)
     actions = torch.randint(rows, (tokens,), generator=generator)
-    copies = {"old_head": frozen, "reference_head": frozen} if trained else {}
+    base_of: dict[str, Any] = {"anchor": anchor, "reference": before}
+    base_of |= {"old_head": frozen, "reference_head": frozen} if trained else {}
     target: DenseTarget | SparseTarget
     if sparse:
         sampled = normal(tokens, size=spread)
         advantages = reference.sparse_advantages(actions, sampled.double(), rows)
-        target = SparseTarget(old, actions, sampled, beta, anchor, before, **copies)
+        target = SparseTarget(old, beta, actions, sampled, **base_of)
     else:
         reward, ref = (wide_logits(through, h)[:, :rows] for h in (base.double() + shift.double(), base))
         advantages = torch.log_softmax(reward, -1) - torch.log_softmax(ref, -1)
         if standardise:
             advantages = advantages / advantages.std(-1, correction=0, keepdim=True)
-        target = DenseTarget(old, shift, beta, own, anchor, before, **copies, shift_base=base)
+        target = DenseTarget(old, beta, shift, own, base, **base_of)
     old_logits, start_logits = (wide_logits(frozen, h)[:, :rows] for h in (old, before))
     mixed = (1 - anchor) * old_logits + anchor * start_logits
     target_logits = reference.optimal_logits(mixed, advantages, beta)

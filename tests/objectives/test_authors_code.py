@@ -35,7 +35,7 @@ def dense(softcap=None):
     case = make_case(5, tokens=7, vocabulary=12, softcap=softcap)
     shift = torch.randn(7, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     own = Head(torch.randn(12, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
-    target = DenseTarget(case.target.old, shift, BETA, own)
+    target = DenseTarget(case.target.old, BETA, shift, own)
     return case, target, case.head.logits(case.target.old), shift @ own.weight.T
 
 
@@ -96,7 +96,7 @@ def test_dense_values_gradients_and_diagnostics_equal_the_formulas_on_whole_logi
 def test_the_sampled_token_alone_is_pulled_to_its_advantage(objective, negative_beta):
     case, _, z_old, _ = dense()
     advantages = torch.linspace(-1, 1, 7, dtype=torch.float64)
-    target = SparseTarget(case.target.old, case.actions, advantages, 2.0)
+    target = SparseTarget(case.target.old, 2.0, case.actions, advantages)
     loss, seen = plugged(recipe(objective, top_k=1, negative_beta=negative_beta), case, target)
     index = case.actions.unsqueeze(-1)
     scaled = torch.where(advantages > 0, advantages, advantages / (negative_beta or 1))
@@ -145,7 +145,7 @@ def test_negative_advantages_alone_are_divided(objective):
     case = make_case(3, sparse=True, tokens=7)
     a = case.target.advantages
     assert 0 < (a > 0).sum() < 7
-    divided = SparseTarget(case.target.old, case.actions, torch.where(a > 0, a, a / 100), case.target.beta)
+    divided = SparseTarget(case.target.old, case.target.beta, case.actions, torch.where(a > 0, a, a / 100))
     loss, _ = plugged(recipe(objective, negative_beta=100.0), case, case.target)
     torch.testing.assert_close(loss, lco_loss(objective, case.hidden, case.head, divided)[0], rtol=0, atol=0)
 

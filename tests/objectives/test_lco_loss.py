@@ -103,7 +103,7 @@ def test_a_constant_added_to_the_advantage_changes_nothing(
     own = case.target.shift_head  # type: ignore[union-attr]
     ones = torch.ones(len(own.weight), 1, dtype=torch.float64)
     shift = torch.nn.functional.pad(case.target.shift, (0, 1), value=constant)  # type: ignore[union-attr]
-    raised = DenseTarget(case.target.old, shift, 1.0, Head(torch.cat([own.weight, ones], -1), rows=own.rows))
+    raised = DenseTarget(case.target.old, 1.0, shift, Head(torch.cat([own.weight, ones], -1), rows=own.rows))
     for target in (case.target, raised):
         target.anchor = 0.0
     loss, _ = lco_loss(objective, case.hidden, case.head, case.target, weighting)
@@ -174,7 +174,7 @@ def test_the_residual_form_is_far_more_accurate_than_half_precision_logits() -> 
 @given(st.integers(0, 2**31), st.sampled_from([-8.0, -1.0, 0.3, 2.0, 30.0]))
 def test_sparse_kld_starts_as_a_policy_gradient_with_a_bounded_weight(seed: int, advantage: float) -> None:
     case = make_case(seed, sparse=True)
-    target = SparseTarget(case.target.old, case.actions, torch.full((5,), advantage).double(), beta=0.5)
+    target = SparseTarget(case.target.old, 0.5, case.actions, torch.full((5,), advantage).double())
     hidden = target.old.clone().requires_grad_()
     loss, seen = lco_loss("kld", hidden, case.head, target)
     (got,) = torch.autograd.grad(loss, hidden)
@@ -233,9 +233,9 @@ def test_autocast_around_the_loss_does_not_lower_its_precision(objective: str) -
 def test_a_shared_head_given_again_is_recognised() -> None:
     case = make_case(scale=0.5)
     again = Head(case.head.weight, scale=0.5, rows=case.head.rows)
-    assert DenseTarget(case.target.old, case.target.old, 1.0, again).through(case.head) is case.head
+    assert DenseTarget(case.target.old, 1.0, case.target.old, again).through(case.head) is case.head
     scaled = Head(case.head.weight, scale=0.6, rows=case.head.rows)
-    assert DenseTarget(case.target.old, case.target.old, 1.0, scaled).through(case.head) is scaled
+    assert DenseTarget(case.target.old, 1.0, case.target.old, scaled).through(case.head) is scaled
 
 
 @pytest.mark.parametrize(
@@ -279,10 +279,10 @@ def test_a_soft_capped_reward_model_needs_its_reference_states() -> None:
 def test_targets_refuse_what_cannot_be_meant() -> None:
     h = torch.zeros(3, 2)
     with pytest.raises(ValueError, match="beta"):
-        DenseTarget(h, h, 0.0)
+        DenseTarget(h, 0.0, h)
     with pytest.raises(ValueError, match="reference"):
-        DenseTarget(h, h, 1.0, anchor=0.5)
+        DenseTarget(h, 1.0, h, anchor=0.5)
     with pytest.raises(ValueError, match="anchor must be in 0..1"):
-        DenseTarget(h, h, 1.0, anchor=1.5, reference=h)
+        DenseTarget(h, 1.0, h, anchor=1.5, reference=h)
     with pytest.raises(ValueError, match="actions has 2 tokens, old has 3"):
-        SparseTarget(h, torch.zeros(2, dtype=torch.long), torch.zeros(3), 1.0)
+        SparseTarget(h, 1.0, torch.zeros(2, dtype=torch.long), torch.zeros(3))
