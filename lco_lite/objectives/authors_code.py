@@ -4,8 +4,6 @@
     target hook   f(target, head, batch) -> target         once a micro-batch, when a phase is scored
     loss hook     f(hidden, head, target, batch) -> loss   and diagnostics; for every micro-batch
 
-Legend: T tokens, k tokens of the vocabulary for each, V vocabulary, d and d_r hidden widths of policy and reward model.
-
 agreement      β is 100 times as large where π_old and φ both find the sampled token likely
 negative_beta  β is so many times as large where A ≤ 0
 target         current: z* starts from the current z_θ, held fixed, instead of z_old

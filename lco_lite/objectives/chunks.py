@@ -1,6 +1,6 @@
 """How the losses walk over the tokens, and how gradients found in the forward pass reach autograd.
 
-Legend: T tokens, V vocabulary, d hidden width. A chunk of tokens times V is the only large buffer there is.
+A chunk of tokens times V is the only large buffer there is.
 """
 
 import functools

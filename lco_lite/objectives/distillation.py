@@ -1,7 +1,6 @@
 """Distillation from a teacher's whole distribution: generalised Jensen-Shannon divergence, and MiniLLM's loss.
 
-Legend: T tokens, C tokens of a chunk, V vocabulary, d hidden width of the policy, d_r of the teacher; p = π_θ, φ the
-teacher, m = βφ + (1−β)p.
+With p = π_θ, φ the teacher and m = βφ + (1−β)p:
 
 gkd      β KL(φ ‖ m) + (1−β) KL(p ‖ m); KL(φ ‖ p) at β = 0, KL(p ‖ φ) at β = 1     Agarwal et al. 2024; TRL 1.16
 minillm  w [KL(p ‖ φ) − min(ρR, clip(ρ)R)]                                         Gu et al. 2024, section 2.2

@@ -1,7 +1,4 @@
-"""The LM head as the losses see it: hidden states in, logits out, and gradients back.
-
-Legend: V vocabulary, d hidden width, T tokens.
-"""
+"""The LM head as the losses see it: hidden states in, logits out, and gradients back."""
 
 import functools
 from collections.abc import Iterator

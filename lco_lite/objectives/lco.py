@@ -1,7 +1,5 @@
 """LCO from hidden states: ``lco_loss``, and below it the formulas on a chunk of tokens.
 
-Legend: T tokens, C of them in a chunk, V vocabulary, d hidden width; r = z* − z_θ is the residual.
-
 The formulas are the work between two products with the head, one kernel on a GPU. Large tensors are [C, V], values and
 ``actions`` [C]. Each overwrites its residual and returns values per token and ∂loss/∂logits in ``dtype``. log cosh and
 the divergences are written so that neither large nor small residuals lose digits.

@@ -1,7 +1,5 @@
 """log π_θ(a) of sampled tokens from hidden states: what SFT, DPO and every policy gradient need of the policy.
 
-Legend: T tokens, C tokens of a chunk, V vocabulary, d hidden width.
-
 ∂ log π(a)/∂h = W_a − Σ p W is found in the forward pass and kept, [T, d]; backward scales it by the upstream gradient.
 A trained head needs Σ_t g_t (1_a − p_t) h_tᵀ as well, which waits for g: its logits are formed again in backward.
 """
@@ -71,8 +69,6 @@ def _kl(logits: Tensor, old_logits: Tensor) -> Tensor:
 
 
 class _Recomputed(torch.autograd.Function):
-    """Log-probabilities whose logits are formed again in backward, a chunk at a time."""
-
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, head: Head, actions: Tensor, chunk: int | None, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(actions, *inputs)

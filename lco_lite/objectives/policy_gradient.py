@@ -15,7 +15,7 @@ rloo        the same with one ρ a sequence, Π ρ_t               over sequence
 Ratios differ from 1 only from the second update of a rollout on: with one update a phase the clip never acts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -113,8 +113,7 @@ def surrogate(ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Te
     return torch.minimum(free, held), (held < free).float().detach()
 
 
-Loss = Callable[[PolicyBatch, Clip], tuple[Tensor, Values]]
-POLICY_GRADIENTS: dict[str, Loss] = {f.__name__: f for f in (reinforce, ppo, rloo, grpo, dapo, gspo)}
+POLICY_GRADIENTS = {f.__name__: f for f in (reinforce, ppo, rloo, grpo, dapo, gspo)}
 
 
 class ValueHead(nn.Module):

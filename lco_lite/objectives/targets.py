@@ -1,10 +1,8 @@
 """What the policy is pulled towards, z* = z_base + A/β (eq 7), kept as hidden states: no logits are stored.
 
-Legend: T tokens, V vocabulary, d hidden width of the policy, d_r of the reward model, h final hidden states,
-W policy head, W_r the head that the advantage goes through, β temperature, λ anchor.
-
-z_base is z_old, or with an anchor (1−λ) z_old + λ z_ref where z_ref is the policy before RL: our own addition, with
-which refreshes of π_old converge to z_ref + A/(λβ) instead of multiplying the advantage in once more each time.
+W_r is the head that the advantage goes through. z_base is z_old, or with an anchor λ it is (1−λ) z_old + λ z_ref where
+z_ref is the policy before RL: our own addition, with which refreshes of π_old converge to z_ref + A/(λβ) instead of
+multiplying the advantage in once more each time.
 
 The residual of linear heads is r = z* − z_θ = W·u + A/β with u = (h_old − h_θ) + λ (h_ref − h_old) formed in fp32
 or wider, so that no two large logits are ever subtracted. While h_θ = h_old and λ = 0, u is exactly 0.

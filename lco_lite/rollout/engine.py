@@ -49,7 +49,9 @@ class Engine:
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Iterator[Made]:
         """One response a prompt, batch by batch as they are made. Whoever stops asking stops the sampling."""
-        for places in batches(prompts, sampling.batch):
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))  # like lengths together
+        for start in range(0, len(order), sampling.batch):
+            places = order[start : start + sampling.batch]
             yield places, self._generate_batch([prompts[i] for i in places], sampling)
 
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
@@ -76,13 +78,6 @@ def in_order(made: Iterable[Made]) -> list[Response]:
     """All that an engine generates, in the order of the prompts."""
     responses = {place: response for places, batch in made for place, response in zip(places, batch, strict=True)}
     return [responses[place] for place in sorted(responses)]
-
-
-def batches(prompts: Sequence[list[int]], size: int) -> Iterator[list[int]]:
-    """The places of ``size`` prompts at a time, like lengths together."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
 
 
 def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -31,14 +31,14 @@ class HFEngine(Engine):
         return [finished(prompt, row, self.stop_ids) for prompt, row in zip(prompts, made, strict=True)]
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
-        common = {
-            "max_new_tokens": sampling.max_new_tokens,
-            "eos_token_id": sorted(self.stop_ids),
-            "pad_token_id": self.model.pad_id,
-            "suppress_tokens": self.padding or None,
-        }
-        if sampling.temperature == 0:
-            return GenerationConfig(do_sample=False, **common)
+        drawn = (
+            {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
+        )
         return GenerationConfig(
-            do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, **common
+            do_sample=sampling.temperature > 0,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(self.stop_ids),
+            pad_token_id=self.model.pad_id,
+            suppress_tokens=self.padding or None,
+            **drawn,
         )

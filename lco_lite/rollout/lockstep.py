@@ -50,10 +50,8 @@ class LockstepEngine(Engine):
         tokens, running = ids, torch.ones(len(prompts), dtype=torch.bool)
         made: list[Tensor] = []
         for _ in range(sampling.max_new_tokens):
-            logits = self.combine(
-                [self._next_logits(r, c, tokens, mask) for r, c in zip(self.roles, caches, strict=True)]
-            )
-            chosen = draw(logits, sampling).cpu().where(running, self.pad_id)
+            logits = [self._next_logits(r, c, tokens, mask) for r, c in zip(self.roles, caches, strict=True)]
+            chosen = draw(self.combine(logits), sampling).cpu().where(running, self.pad_id)
             made.append(chosen)
             running = running & ~torch.isin(chosen, torch.tensor(sorted(self.stop_ids)))
             if not running.any():
