@@ -72,11 +72,9 @@ def command(
         elif recipe is not None:
             resolved = load_recipe(find_recipe(recipe), sets, flags)
             name = name or resolved.name
-        elif name is None or (runs / name / "recipe.yaml").exists():
-            run = Run.newest(runs) if name is None else Run.open(runs, name)
-            resolved, name = _overridden(run.recipe(), sets, flags), run.name
         else:
-            raise UsageError(f"no run {name!r} under {runs}/: start it with `lco-lite run RECIPE --name {name}`")
+            run = Run.newest(runs) if name is None else Run(runs / name)
+            resolved, name = _overridden(run.recipe(), sets, flags), run.name
         if dry_run:
             from lco_lite.dry_run import preview
 
@@ -104,7 +102,7 @@ def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -
         listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(_remedies(ctx.clock.phase, recipe), 1))
         head = f"out of memory in phase {ctx.clock.phase}, peak {peak_mib():.0f} MiB. Change, in this order:"
         raise MemoryExhausted(f"{head}\n{listed}\n({str(e).splitlines()[0]})") from e
-    except (LcoError, KeyboardInterrupt, BrokenPipeError, typer.Exit):
+    except (LcoError, BrokenPipeError, typer.Exit):
         raise
     except Exception as e:
         log = run.path / "error.log"

@@ -36,8 +36,7 @@ def _git() -> dict[str, Any] | None:
     """None: no git, or the working directory is in no repository."""
 
     def output(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
+        return subprocess.check_output(["git", *arguments], stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
 
     try:
         return {"commit": output("rev-parse", "HEAD"), "changed": bool(output("status", "--porcelain"))}

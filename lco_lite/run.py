@@ -143,7 +143,8 @@ class Run:
     def recipe(self) -> Recipe:
         """The resolved recipe that the run goes by. UsageError where it is missing or damaged."""
         if not self.has_recipe():
-            raise UsageError(f"{self.path} has no recipe.yaml: give one, `lco-lite run RECIPE --name {self.name}`")
+            start = f"start it with `lco-lite run RECIPE --name {self.name}`"
+            raise UsageError(f"no run {self.name!r} under {self.path.parent}/: it has no recipe.yaml; {start}")
         try:
             return load_recipe(self.path / "recipe.yaml")
         except RecipeError as e:
