@@ -9,7 +9,6 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,22 +66,19 @@ def save_checkpoint(
 
 
 def load_latest(
-    folder: Path,
-    optimizer: Optimizer | None = None,
-    device: torch.device | str = "cpu",
-    warn: Callable[[str], None] = warnings.warn,
+    folder: Path, optimizer: Optimizer | None = None, device: torch.device | str = "cpu"
 ) -> Checkpoint | None:
     """The newest checkpoint, tensors on ``device``; puts ``optimizer`` and all random states back. None: none was made.
 
     Call it last before the loop: whatever draws random numbers in between would move the states on. A damaged
-    checkpoint is named to ``warn`` and the one before is taken; UsageError when all are damaged.
+    checkpoint is named in a warning and the one before is taken; UsageError when all are damaged.
     """
     paths = checkpoints(folder)
     for path in reversed(paths):
         try:
             content, tensors, extra = _read(path, device)
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as e:
-            warn(f"checkpoint {path} is damaged ({e}): going back to the one before")
+            warnings.warn(f"checkpoint {path} is damaged ({e}): going back to the one before", stacklevel=2)
             continue
         if optimizer is not None:
             if content["optimizer"] is None:
@@ -102,9 +98,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def capture_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The random states of Python, numpy, torch on the CPU and on every CUDA device, as tensors and JSON."""
-    tensors = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    tensors = {"rng.torch": torch.get_rng_state(), **{f"rng.cuda.{i}": state for i, state in enumerate(on_gpus)}}
     kind, keys, *rest = np.random.get_state(legacy=True)
     return tensors, {"python": pack(random.getstate(), {}, "python"), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
 
@@ -149,8 +144,7 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
         return {k: unpack(v, tensors) for k, v in inner}
     if kind == "float":
         return float.fromhex(inner)
-    values = [unpack(v, tensors) for v in inner]
-    return tuple(values) if kind == "tuple" else values
+    return {"list": list, "tuple": tuple}[kind](unpack(v, tensors) for v in inner)
 
 
 def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:

@@ -62,17 +62,19 @@ def command(
     with boundary():
         adapter = None
         if model is not None:
+            if not tasks:
+                raise UsageError("eval --model: name at least one task, e.g. `lco-lite eval math500 --model PATH`")
             base, adapter = _base_and_adapter(model)
-            resolved = _bare_recipe(base, tasks, sets, flags)
+            # nothing is trained: no demonstrations are needed and no pairs are sampled
+            bare = {"model": {"path": base}, "task": tasks[0], "sft": {"enabled": False}, "data": {"preferences": "-"}}
+            resolved = validate(override(bare, sets, flags), "eval --model")
             name = name or "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
         elif recipe is not None:
             resolved = load_recipe(find_recipe(recipe), sets, flags)
             name = name or resolved.name
-        elif name is None or (runs / name / "recipe.yaml").exists():
-            run = Run.newest(runs) if name is None else Run.open(runs, name)
-            resolved, name = _overridden(run.recipe(), sets, flags), run.name
         else:
-            raise UsageError(f"no run {name!r} under {runs}/: start it with `lco-lite run RECIPE --name {name}`")
+            run = Run.newest(runs) if name is None else Run(runs / name)
+            resolved, name = _overridden(run.recipe(), sets, flags), run.name
         if dry_run:
             from lco_lite.dry_run import preview
 
@@ -81,15 +83,6 @@ def command(
         run = Run.open(runs, name)
         with run.lock(), _context(run, resolved, Console(quiet, json), adapter) as ctx:
             yield ctx
-
-
-def _bare_recipe(base: str, tasks: list[str] | None, sets: list[str] | None, flags: dict[str, Any]) -> Recipe:
-    """To score a model that no recipe has trained."""
-    if not tasks:
-        raise UsageError("eval --model: name at least one task, e.g. `lco-lite eval math500 --model PATH`")
-    bare: dict[str, Any] = {"model": {"path": base}, "task": tasks[0], "sft": {"enabled": False}}
-    bare["data"] = {"preferences": "unused"}  # nothing is trained: no pairs are sampled
-    return validate(override(bare, sets, flags), "eval --model")
 
 
 @contextlib.contextmanager
@@ -106,18 +99,20 @@ def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -
     try:
         yield ctx
     except torch.OutOfMemoryError as e:
-        raise MemoryExhausted(_out_of_memory(ctx.clock.phase, peak_mib(), recipe, str(e))) from e
-    except (LcoError, KeyboardInterrupt, BrokenPipeError, typer.Exit):
+        listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(_remedies(ctx.clock.phase, recipe), 1))
+        head = f"out of memory in phase {ctx.clock.phase}, peak {peak_mib():.0f} MiB. Change, in this order:"
+        raise MemoryExhausted(f"{head}\n{listed}\n({str(e).splitlines()[0]})") from e
+    except (LcoError, BrokenPipeError, typer.Exit):
         raise
     except Exception as e:
         log = run.path / "error.log"
         write_text(log, traceback.format_exc())
-        message = f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\nThe traceback is in {log}"
-        raise LcoError(message) from e
+        failed = f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}"
+        raise LcoError(f"{failed}\nThe traceback is in {log}") from e
 
 
-def _out_of_memory(phase: str, peak_mib: float, recipe: Recipe, detail: str) -> str:
-    """What ran out, where, and what to change, the cheapest first."""
+def _remedies(phase: str, recipe: Recipe) -> list[str]:
+    """What to change where memory runs out, the cheapest first."""
     section = recipe.sft if phase == "update" else recipe.rl
     batches = f"rl.rollout_batch (now {recipe.rl.rollout_batch}) or eval.batch_tokens (now {recipe.eval.batch_tokens})"
     remedies = {
@@ -128,10 +123,7 @@ def _out_of_memory(phase: str, peak_mib: float, recipe: Recipe, detail: str) -> 
         "model.quantization: nf4": recipe.model.quantization == "none" and recipe.model.lora is not None,
         "a smaller model": True,
     }
-    fitting = (text for text, fits in remedies.items() if fits)
-    listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(fitting, 1))
-    head = f"out of memory in phase {phase}, peak {peak_mib:.0f} MiB. Change, in this order:"
-    return f"{head}\n{listed}\n({detail.splitlines()[0]})"
+    return [text for text, fits in remedies.items() if fits]
 
 
 def _base_and_adapter(model: str) -> tuple[str, Path | None]:
@@ -149,8 +141,7 @@ def _base_and_adapter(model: str) -> tuple[str, Path | None]:
 
 
 def _overridden(recipe: Recipe, sets: list[str] | None, flags: dict[str, Any]) -> Recipe:
-    """The run's recipe under the user's flags. A new objective brings its own defaults: those of the old one, which the
-    run's recipe has written out, make room for them."""
+    """A new objective brings its own defaults: those of the old one, written out in the run's recipe, make room."""
     data = recipe.model_dump(mode="json")
     usual = Rl.model_validate({"objective": recipe.rl.objective}).model_dump(mode="json")
     changed = override(data, sets, flags)

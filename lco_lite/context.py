@@ -50,9 +50,6 @@ class Context:
     clock: Clock = field(default_factory=Clock)
 
 
-_MESSAGE = b"\nfinishing the current batch, then a checkpoint; press Ctrl-C again to stop at once\n"
-
-
 class InterruptGuard:
     """``with InterruptGuard() as guard``: the loop looks at ``guard.requested`` between batches.
 
@@ -81,4 +78,4 @@ class InterruptGuard:
         # print is not safe here: the signal may have come in the middle of another print. And a stderr that was closed
         # must not keep the checkpoint from being written
         with contextlib.suppress(OSError):
-            os.write(2, _MESSAGE)
+            os.write(2, b"\nfinishing the current batch, then a checkpoint; press Ctrl-C again to stop at once\n")

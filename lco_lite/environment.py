@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,15 +13,12 @@ PACKAGES += ["safetensors", "gguf", "math-verify", "numpy", "pydantic", "rich", 
 
 def environment() -> dict[str, Any]:
     """Versions by package (None: not installed), devices (memory in MiB), the commit of the working directory."""
+    packages: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
     system = {"python": platform.python_version(), "platform": platform.platform()}
-    return {**system, "packages": {name: _version(name) for name in PACKAGES}, "device": _device(), "git": _git()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return {**system, "packages": packages, "device": _device(), "git": _git()}
 
 
 def _device() -> dict[str, Any]:
@@ -30,9 +28,7 @@ def _device() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {"kind": "cpu", **cpu}
     cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    gpus = [
-        {"name": d.name, "memory_mib": d.total_memory // 2**20, "capability": f"{d.major}.{d.minor}"} for d in cards
-    ]
+    gpus = [{"name": d.name, "memory_mib": d.total_memory >> 20, "capability": f"{d.major}.{d.minor}"} for d in cards]
     return {"kind": "cuda", "cuda": torch.version.cuda, "gpus": gpus, **cpu}
 
 
@@ -40,8 +36,7 @@ def _git() -> dict[str, Any] | None:
     """None: no git, or the working directory is in no repository."""
 
     def output(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
+        return subprocess.check_output(["git", *arguments], stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
 
     try:
         return {"commit": output("rev-parse", "HEAD"), "changed": bool(output("status", "--porcelain"))}

@@ -28,8 +28,6 @@ from lco_lite.files import recover, remove, write_errors, write_json, write_text
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump, load_recipe
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-
 
 class StageFolder:
     """One stage of a run: ``path`` and what lies in it."""
@@ -53,24 +51,20 @@ class StageFolder:
         if not file.exists():
             write_json(file, {"settings": settings, "upstream": upstream, "started": _now()})
         before = _read_json(file)
-        lines = differences(before["settings"], json.loads(json.dumps(settings)))
-        lines += [
-            f"{name} was trained again since" for name in upstream if before["upstream"].get(name) != upstream[name]
-        ]
-        lines += [f"{name} is no longer used" for name in before["upstream"] if name not in upstream]
+        lines, ids = differences(before["settings"], json.loads(json.dumps(settings))), before["upstream"]
+        lines += [f"{name} was trained again since" for name in upstream if ids.get(name) != upstream[name]]
+        lines += [f"{name} is no longer used" for name in ids if name not in upstream]
         if lines:
+            listed = "".join(f"  {line}\n" for line in lines)
             raise UsageError(
-                f"{self.path} was started with something else (then → now):\n"
-                + "".join(f"  {line}\n" for line in lines)
-                + "Go back to that, start this stage again with --fresh (deletes it and what was built on it), "
-                "or start a new run beside it with --name NAME."
+                f"{self.path} was started with something else (then → now):\n{listed}Go back to that, start this stage "
+                "again with --fresh (deletes it and what was built on it), or start a new run with --name NAME."
             )
-        self._begun = time.monotonic()
 
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the stage done. ``result`` is JSON; a fresh id is what later stages refer to.
 
-        ``seconds`` in the file counts from ``begin`` in this process: time before an interruption is not in it.
+        ``seconds`` in the file is this process's time with the stage: that before an interruption is not in it.
         """
         made = {"id": uuid.uuid4().hex[:12], "finished": _now(), "seconds": round(time.monotonic() - self._begun, 3)}
         write_json(self.path / "done.json", {**made, "result": result})
@@ -91,10 +85,8 @@ class Run:
     @classmethod
     def open(cls, root: Path, name: str) -> Run:
         """``root/name``, made if it is not there. UsageError for a name that is no plain folder name."""
-        if not _NAME.match(name):
-            raise UsageError(
-                f"{name!r} is not a name for a run: letters, digits, '.', '_' and '-', the first a letter or digit"
-            )
+        if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise UsageError(f"{name!r} is no name for a run: letters and digits, after the first also '.', '_', '-'")
         path = root / name
         with write_errors(path):
             if path.exists() and not path.is_dir():
@@ -108,9 +100,8 @@ class Run:
         runs = {recipe.parent: recipe.stat().st_mtime for recipe in root.glob("*/recipe.yaml")}
         runs |= {lock.parent: lock.stat().st_mtime for lock in root.glob("*/.lock") if lock.parent in runs}
         if not runs:
-            raise UsageError(
-                f"no run under {root}/ yet: start with `lco-lite run recipes/quickstart.yaml` or `lco-lite sft RECIPE`"
-            )
+            start = "`lco-lite run recipes/quickstart.yaml` or `lco-lite sft RECIPE`"
+            raise UsageError(f"no run under {root}/ yet: start with {start}")
         return cls(max(runs, key=runs.__getitem__))
 
     @property
@@ -152,15 +143,12 @@ class Run:
     def recipe(self) -> Recipe:
         """The resolved recipe that the run goes by. UsageError where it is missing or damaged."""
         if not self.has_recipe():
-            raise UsageError(
-                f"{self.path} has no recipe.yaml: give the recipe, for example `lco-lite run RECIPE --name {self.name}`"
-            )
+            start = f"start it with `lco-lite run RECIPE --name {self.name}`"
+            raise UsageError(f"no run {self.name!r} under {self.path.parent}/: it has no recipe.yaml; {start}")
         try:
             return load_recipe(self.path / "recipe.yaml")
         except RecipeError as e:
-            raise UsageError(
-                f"the run's own recipe is damaged or of another version; give a recipe to go on with it.\n{e}"
-            ) from e
+            raise UsageError(f"the run's recipe is damaged or of another version; give one to go on.\n{e}") from e
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Beside it the environment it is to be run in."""
@@ -220,8 +208,8 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-_SFT = ("seed", "task", "model", "chat", "data.demonstrations", "data.columns.demonstrations", "data.task", "sft")
-_RM = (*_SFT, "reward_model", "data.preferences", "data.columns.preferences", "train_rm")
+_SFT = ["seed", "task", "model", "chat", "data.demonstrations", "data.columns.demonstrations", "data.task", "sft"]
+_RM = [*_SFT, "reward_model", "data.preferences", "data.columns.preferences", "train_rm"]
 
 # last part of the key, wherever it stands
 _NO_MATTER = {"gradient_checkpointing", "attention", "trust_remote_code", "micro_batch_tokens", "rollout_batch"}
@@ -235,23 +223,18 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
     RL on a rule's rewards builds on no reward model, so the settings of one do not count there.
     """
-    if stage == "sft":
-        roots: tuple[str, ...] = _SFT
-    elif stage == "rm":
-        roots = _RM
-    elif stage.startswith("rl-"):
-        upstream = _RM if recipe.rl.needs_reward_model else _SFT
-        judge = ("reward_model",) if recipe.rl.feedback == "logprob" else ()  # its base is φ
-        roots = (*upstream, *judge, "data.prompts", "data.columns.prompts", "rl")
-    else:
+    if stage not in ("sft", "rm") and not stage.startswith("rl-"):
         raise UsageError(f"no stage {stage!r}: sft, rm or rl-OBJECTIVE")
+    roots = _RM if stage == "rm" or (stage != "sft" and recipe.rl.needs_reward_model) else _SFT
+    if stage.startswith("rl-"):
+        judge = ["reward_model"] if recipe.rl.feedback == "logprob" else []  # its base is φ
+        roots = [*roots, *judge, "data.prompts", "data.columns.prompts", "rl"]
 
     def decides(key: str, value: Any) -> bool:
         if key in _NEWER and value == _NEWER[key]:
             return False
-        if key.startswith("rl.settings."):
-            return "rl" in roots  # whatever they are called
-        return key.rpartition(".")[2] not in _NO_MATTER and any(f"{key}.".startswith(f"{root}.") for root in roots)
+        counts = key.startswith("rl.settings.") or key.rpartition(".")[2] not in _NO_MATTER
+        return counts and any(f"{key}.".startswith(f"{root}.") for root in roots)
 
     return {key: value for key, value in flat(recipe.model_dump(mode="json")).items() if decides(key, value)}
 

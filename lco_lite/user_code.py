@@ -24,8 +24,8 @@ from lco_lite.errors import UsageError
 
 def names_function(text: str) -> bool:
     """Whether ``text`` has the form FILE.py:NAME."""
-    file, colon, name = text.rpartition(":")
-    return bool(colon) and file.endswith(".py") and name.isidentifier()
+    file, _, name = text.rpartition(":")
+    return file.endswith(".py") and name.isidentifier()
 
 
 @cache
@@ -46,9 +46,6 @@ def load_function(spec: str) -> Callable[..., Any]:
     if not callable(function):
         raise UsageError(f"{file}: has no function {name!r}")
     return function
-
-
-_START_SECONDS = 120.0
 
 
 class LineWorker:
@@ -73,7 +70,7 @@ class LineWorker:
                 self._command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment, encoding="utf-8"
             )
             self._owner = os.getpid()
-            return self._exchange("", _START_SECONDS) is not None
+            return self._exchange("", seconds=120) is not None
 
     def ask(self, line: str, seconds: float) -> str | None:
         """The answer to ``line``, started if need be; None if there is none within ``seconds``, or the process died."""
@@ -121,10 +118,7 @@ def serve(prepare: Callable[[], Callable[[str], str]]) -> None:
         replies.write(answer(line.strip()) + "\n")
 
 
-Function = Callable[[list[str], list[str], list[dict[str, Any]]], Any]
-
-
-def answer(function: Function, line: str) -> str:
+def answer(function: Callable[[list[str], list[str], list[dict[str, Any]]], Any], line: str) -> str:
     """[prompts, responses, data rows] -> ``{"rewards": [...]}`` or ``{"error": text, "response": index or null}``."""
     if not line:
         return "ready"
@@ -136,8 +130,13 @@ def answer(function: Function, line: str) -> str:
     try:
         given = function(prompts, responses, rows)
     except Exception as e:
-        culprit = next((i for i in range(len(rows)) if _fails(function, prompts[i], responses[i], rows[i])), None)
-        return wrong(f"{type(e).__name__}: {e}", culprit)
+        text = f"{type(e).__name__}: {e}"
+        for i, (prompt, response, row) in enumerate(zip(prompts, responses, rows, strict=True)):
+            try:
+                function([prompt], [response], [row])
+            except Exception:
+                return wrong(text, i)
+        return wrong(text)
     try:
         rewards = list(given)
     except TypeError:
@@ -152,14 +151,6 @@ def answer(function: Function, line: str) -> str:
         if not math.isfinite(rewards[i]):
             return wrong(f"the reward is {reward!r}; it must be finite", i)
     return json.dumps({"rewards": rewards})
-
-
-def _fails(function: Function, prompt: str, response: str, row: dict[str, Any]) -> bool:
-    try:
-        function([prompt], [response], [row])
-    except Exception:
-        return True
-    return False
 
 
 if __name__ == "__main__":
