@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
@@ -53,8 +54,9 @@ class Console:
         self.clock = clock
         self._quiet, self._json = quiet, json
         self._stdout = stdout or sys.stdout
-        self._err = _plain_console(stderr or sys.stderr)
-        self._screen = self._err if json else _plain_console(self._stdout)
+        plain = partial(RichConsole, markup=False, emoji=False, highlight=False)
+        self._err = plain(file=stderr or sys.stderr)
+        self._screen = self._err if json else plain(file=self._stdout)
         self._depth = 0  # how many progresses are open, one inside another
         self._bars: Bars | None = None
 
@@ -75,13 +77,13 @@ class Console:
         """Numbers are set right; floats are shown as given in text or with three decimals."""
         if self._quiet:
             return
-        body = [[_cell(value) for value in row] for row in rows]
+        body = [[self._cell(value) for value in row] for row in rows]
         table = Table(title=self._clean(title), title_justify="left")
         for i, column in enumerate(columns):
             numeric = bool(body) and all(_NUMBER.fullmatch(row[i]) for row in body)
             table.add_column(self._clean(column), justify="right" if numeric else "left", overflow="fold")
         for row in body:
-            table.add_row(*map(self._clean, row))
+            table.add_row(*row)
         self._screen.print(table)
 
     @contextmanager
@@ -113,6 +115,9 @@ class Console:
         if not (self._json and self._quiet):
             self._print(self._screen, f"{path}" + (f"  next: {next_command}" if next_command else ""))
 
+    def _cell(self, value: Any) -> str:
+        return f"{value:.3f}" if isinstance(value, float) else self._clean("" if value is None else str(value))
+
     def _print(self, console: RichConsole, text: str, style: str = "") -> None:
         console.print(Text(self._clean(text, console), style), soft_wrap=True)
 
@@ -136,13 +141,12 @@ class Progress:
         """``done`` of the total; ``metrics`` by their names in METRICS stay until they are given again. May be called
         as often as one likes."""
         self._metrics |= metrics
-        now = self._console.clock()
+        shown, now = {**self._metrics, "peak_mib": peak_mib()}, self._console.clock()
         here = done - self._done_at_start  # what was done before this process took none of its time
         seconds_left = (now - self._start) / here * (self._total - done) if here > 0 else None
-        shown = {**self._metrics, "peak_mib": peak_mib()}
         if self._bars is not None:
-            left, numbers = _left(seconds_left), "  ".join(_numbers(shown))
-            self._bars.update(self.bar, completed=done, left=left, numbers=numbers, refresh=True)
+            numbers = "  ".join(_numbers(shown))
+            self._bars.update(self.bar, completed=done, left=_left(seconds_left), numbers=numbers, refresh=True)
         elif (self._outermost and done != self._said) or now - self._said_at >= _LIFE_SIGN_EVERY:
             self._said, self._said_at = done, now
             self._console.note(progress_line(self._label, done, self._total, shown, seconds_left))
@@ -173,10 +177,6 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
-def _plain_console(file: TextIO) -> RichConsole:
-    return RichConsole(file=file, markup=False, emoji=False, highlight=False)
-
-
 def _bars(screen: RichConsole, clock: Callable[[], float]) -> Bars:
     """Bars without rich's own time left: it looks back 30 s only, and one step may take minutes."""
 
@@ -186,7 +186,3 @@ def _bars(screen: RichConsole, clock: Callable[[], float]) -> Bars:
     numbers = text("fields[numbers]", Column(ratio=1, no_wrap=True, overflow="ellipsis"))  # whatever width is left
     columns = (text("description"), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn(), text("fields[left]"))
     return Bars(*columns, numbers, console=screen, get_time=clock, refresh_per_second=4, expand=True)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)

@@ -51,10 +51,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     with write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_through(temporary, "wb", data)
             os.replace(temporary, path)
             _sync_folder(path.parent)
         finally:
@@ -106,19 +103,24 @@ def recover(root: Path) -> None:
     """
     for folder, names, files in os.walk(root, topdown=False):
         for name in sorted(names + files):
-            match = _TEMPORARY.match(name)
-            if match is None:
-                continue
-            left_over, original = Path(folder, name), Path(folder, match["name"])
-            with write_errors(original):
-                if match["kind"] == "old" and not original.exists():
-                    os.replace(left_over, original)
-                else:
-                    _delete(left_over)
+            if match := _TEMPORARY.match(name):
+                left_over, original = Path(folder, name), Path(folder, match["name"])
+                with write_errors(original):
+                    if match["kind"] == "old" and not original.exists():
+                        os.replace(left_over, original)
+                    else:
+                        _delete(left_over)
 
 
 def _temporary(path: Path, kind: str) -> Path:
     return path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.{kind}"
+
+
+def _write_through(path: Path, mode: str, data: bytes) -> None:
+    with path.open(mode) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _delete(path: Path) -> None:
@@ -208,10 +210,7 @@ class JsonLines:
     def append(self, row: dict[str, Any]) -> None:
         with write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(json_line(row))
-                file.flush()
-                os.fsync(file.fileno())
+            _write_through(self.path, "ab", json_line(row))
         self.rows.append(row)
 
 

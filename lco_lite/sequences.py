@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,13 @@ class Batch:
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """One right-padded batch. Every example has at least one prompt token."""
-    length = max(len(e) for e in examples)
-    ids = torch.full((len(examples), length), pad_id)
-    mask = torch.zeros_like(ids)
-    index, rows = [], []
-    for b, e in enumerate(examples):
-        ids[b, : len(e)] = torch.tensor(e.prompt + e.response)
-        mask[b, : len(e)] = 1
-        first = b * length + len(e.prompt) - 1
-        index.append(torch.arange(first, first + len(e.response)))
-        rows.append(torch.full((len(e.response),), b))
+    ids = pad_sequence([torch.tensor(e.prompt + e.response) for e in examples], True, pad_id)
+    mask = pad_sequence([torch.ones(len(e), dtype=torch.long) for e in examples], True)
+    first = [b * ids.shape[1] + len(e.prompt) - 1 for b, e in enumerate(examples)]
+    index = torch.cat([torch.arange(i, i + len(e.response)) for i, e in zip(first, examples, strict=True)])
     actions = torch.tensor([token for e in examples for token in e.response], dtype=torch.long)
-    return Batch(ids, mask, torch.cat(index), actions, torch.cat(rows))
+    rows = torch.arange(len(examples)).repeat_interleave(torch.tensor([len(e.response) for e in examples]))
+    return Batch(ids, mask, index, actions, rows)
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, group: int = 1) -> list[list[int]]:

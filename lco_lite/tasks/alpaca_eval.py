@@ -42,7 +42,15 @@ class AlpacaEval(Task):
         are confirmed, and what ``ChatClient.ask`` raises.
         """
         stage = folder.parent.name.removesuffix(".files").rpartition("--")[2]  # alpaca_eval--rl-kld.files/seed-0
-        outputs = [_output(row, stage or "lco-lite") for row in rows]
+        outputs = [
+            {
+                "instruction": row["row"]["instruction"],
+                "output": row["response"].rpartition("</think>")[2].strip(),  # thoughts are no part of the answer
+                "generator": stage or "lco-lite",
+                "dataset": row["row"].get("dataset", ""),
+            }
+            for row in rows
+        ]
         write_json(folder / "outputs.json", outputs)
         length = {"mean_length": sum(len(o["output"]) for o in outputs) / len(outputs)}
         if settings.judge_url is None:
@@ -58,13 +66,6 @@ def alpaca_eval(data: Path | None = None) -> Task:
     return AlpacaEval(
         "alpaca_eval", {"test": _rows}, _read, data, grader=None, template="{problem}", max_new_tokens=2_048
     )
-
-
-def _output(row: Mapping[str, Any], generator: str) -> dict[str, str]:
-    """A response in AlpacaEval's format. What a model thought before ``</think>`` is no part of its answer."""
-    answer, asked = row["response"].rpartition("</think>")[2].strip(), row["row"]
-    dataset = asked.get("dataset", "")
-    return {"instruction": asked["instruction"], "output": answer, "generator": generator, "dataset": dataset}
 
 
 def _rows(folder: Path | None) -> Rows:

@@ -6,8 +6,9 @@ token follows from a few others. No test problem occurs in ``train``, not even w
 
 import random
 from collections.abc import Mapping
-from functools import cache, partial
-from itertools import product
+from functools import partial
+from itertools import islice, product
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,7 @@ class Arithmetic(Task):
     def first_error(self, response: str, item: Item) -> int | None:
         """Where the response departs from the working (its length if it stops too early); None if it is right."""
         right, response = working(item.row["a"], item.row["b"]), response.rstrip()
-        if response == right:
-            return None
-        pairs = enumerate(zip(response, right, strict=False))
-        return next((i for i, (got, wanted) in pairs if got != wanted), min(len(response), len(right)))
+        return None if response == right else len(commonprefix([response, right]))
 
 
 def arithmetic(data: Path | None = None) -> Task:
@@ -64,23 +62,15 @@ def _read(row: Mapping[str, Any]) -> Problem:
 
 
 def _rows(split: str, folder: Path | None) -> Rows:
-    return [(f"{a}+{b}", {"a": a, "b": b}) for a, b in _summands()[split]]
-
-
-@cache
-def _summands() -> dict[str, list[tuple[int, int]]]:
     # random() is the one method whose sequence Python promises to keep for ever, hence sorting by it, not shuffle().
     rng = random.Random(_SEED)
     pairs = sorted(product(range(10, 100), range(10, 100)), key=lambda _: rng.random())
-    test: list[tuple[int, int]] = []
-    held_out: set[tuple[int, int]] = set()
-    for a, b in pairs:
-        if len(test) == TEST:
-            break
-        if (a, b) not in held_out:
-            test.append((a, b))
-            held_out |= {(a, b), (b, a)}
-    return {"train": [pair for pair in pairs if pair not in held_out][:TRAIN], "test": test}
+    by_summands: dict[frozenset[int], tuple[int, int]] = {}
+    for pair in pairs:
+        by_summands.setdefault(frozenset(pair), pair)
+    test = dict(islice(by_summands.items(), TEST))
+    chosen = test.values() if split == "test" else [pair for pair in pairs if frozenset(pair) not in test][:TRAIN]
+    return [(f"{a}+{b}", {"a": a, "b": b}) for a, b in chosen]
 
 
 TASKS = {"arithmetic": arithmetic}

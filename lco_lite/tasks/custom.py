@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lco_lite.errors import DataError, UsageError
-from lco_lite.grading import Grade, Grader, Item
+from lco_lite.grading import Grade, Item
 from lco_lite.grading.choice import grade_choice
 from lco_lite.grading.math import grade_math, grade_rounded
 from lco_lite.tasks.base import Problem, Rows, Task, answer_text, read_rows, text
@@ -22,8 +22,11 @@ from lco_lite.user_code import load_function, names_function
 
 def custom(data: Path | None = None, grader: str = "math") -> Task:
     """The task. Raises UsageError for an unknown grader; its items raise DataError where ``data`` names no file."""
+    if grader not in GRADERS and not names_function(grader):
+        raise UsageError(f"unknown grader {grader!r}: one of {', '.join(GRADERS)}, or FILE.py:NAME")
+    chosen = GRADERS[grader] if grader in GRADERS else UsersGrader(grader, load_function(grader))
     sources = {split: partial(_rows, data, split) for split in ("train", "test")}
-    return Task("custom", sources, _read, grader=_grader(grader), template="{problem}", max_new_tokens=1_024)
+    return Task("custom", sources, _read, grader=chosen, template="{problem}", max_new_tokens=1_024)
 
 
 def _rows(file: Path | None, split: str, folder: Path | None) -> Rows:
@@ -49,14 +52,6 @@ def grade_exact(response: str, item: Item) -> Grade:
 
 
 GRADERS = {"math": grade_math, "rounded": grade_rounded, "choice": grade_choice, "exact": grade_exact}
-
-
-def _grader(name: str) -> Grader:
-    if name in GRADERS:
-        return GRADERS[name]
-    if not names_function(name):
-        raise UsageError(f"unknown grader {name!r}: one of {', '.join(GRADERS)}, or FILE.py:NAME")
-    return UsersGrader(name, load_function(name))
 
 
 @dataclass(frozen=True)

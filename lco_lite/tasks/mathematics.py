@@ -11,8 +11,6 @@ from lco_lite.tasks.base import Problem, Source, Task, answer_text, text
 
 # GSM8K (Cobbe et al. 2021): 8,792 grade-school word problems with whole numbers as answers.
 
-_CALCULATOR = re.compile(r"<<[^<>]*>>")
-
 
 def gsm8k(data: Path | None = None) -> Task:
     """Demonstrations lose their calculator marks and box their answer, as the prompt asks for."""
@@ -26,7 +24,7 @@ def _read_gsm8k(row: Mapping[str, Any]) -> Problem:
     if not mark or not gold.strip():
         raise ValueError("field answer has no '#### ' with the result after it")
     gold = gold.strip().replace(",", "")
-    worked = _CALCULATOR.sub("", solution).strip()
+    worked = re.sub(r"<<[^<>]*>>", "", solution).strip()
     return Problem(text(row, "question"), gold, f"{worked}\nThe answer is $\\boxed{{{gold}}}$.")
 
 

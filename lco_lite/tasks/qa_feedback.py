@@ -91,8 +91,7 @@ def qa_prompt(question: str, passages: Sequence[Any]) -> str:
 
     A passage is ``{"wikipage", "content"}`` or a list of its title and sentences. Raises ValueError for another.
     """
-    context = _context(passages)
-    return f"question: {question.strip()}" + (f" context: {context}" if context else "")
+    return f"question: {question.strip()}" + (f" context: {_context(passages)}" if passages else "")
 
 
 def _context(passages: Sequence[Any]) -> str:

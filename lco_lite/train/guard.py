@@ -49,8 +49,7 @@ class Guard:
 
 
 def _signs(history: Mapping[str, list[float]], vocab_size: int | None) -> dict[str, str]:
-    """What is wrong now, by the name of the sign."""
-    signs = {}
+    signs = {}  # what is wrong now, by the name of the sign
     if values := history["entropy"]:
         start, now = values[0], values[-1]
         if now < ENTROPY_LEAST or now < ENTROPY_SHARE * start:
