@@ -21,6 +21,7 @@ from lco_lite.tasks.base import Task
 
 TOLD = 5  # overlapping rows that are told one by one, the likest first
 EXAMPLE = 1_200  # characters of the first row that are shown
+Report: TypeAlias = dict[str, Any]  # what ``--json`` prints of one source, or of one source and one task
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,6 @@ class TrainingData:
     samples: Sequence[Sample]
     window: int
     room: int = 0
-
-
-Report: TypeAlias = dict[str, Any]
-"""What ``--json`` prints of one source, or of one source and one task."""
 
 
 def check_data(recipe: Recipe, console: Console, json: bool) -> None:
@@ -81,10 +78,10 @@ def recipe_sources(recipe: Recipe, task: Task | None) -> list[TrainingData]:
     sources = []
     if recipe.sft.enabled:
         if data.demonstrations is None:
-            place, shown = "item", demonstrations(recipe, task)
+            shown = demonstrations(recipe, task)
         else:
-            place = "row"
             shown = read_demonstrations(data.demonstrations, system, data.columns.demonstrations)
+        place = "row" if data.demonstrations else "item"
         samples = [Sample(f"{place} {i}", d.messages, (d.response,)) for i, d in enumerate(shown, 1)]
         sources.append(TrainingData("demonstrations", data.demonstrations or of_task, samples, recipe.sft.max_length))
     if recipe.rl.needs_reward_model and data.preferences != "sampled":
@@ -109,16 +106,12 @@ def report(source: TrainingData, chat: ChatFormat | None) -> Report:
     """
     samples = source.samples
     if chat is None:
-        texts = ["\n\n".join([*(m["content"] for m in s.messages), ""]) for s in samples]
+        texts = ["".join(f"{m['content']}\n\n" for m in s.messages) for s in samples]
+        prompts, responses = [len(text) for text in texts], [[len(text) for text in s.responses] for s in samples]
     else:
         texts = [chat.prompt_text(s.messages) for s in samples]
-
-    def size(text: str) -> int:
-        return len(text if chat is None else chat.ids(text))
-
-    closing = 0 if chat is None else 1  # the token that ends a response
-    prompts = [size(text) for text in texts]
-    responses = [[size(text) + closing for text in s.responses] for s in samples]
+        prompts = [len(chat.ids(text)) for text in texts]
+        responses = [[len(chat.response(text)) for text in s.responses] for s in samples]
     whole = [p + max(r, default=source.room) for p, r in zip(prompts, responses, strict=True)]
     example = texts[0]
     if samples[0].responses:
@@ -144,8 +137,7 @@ def report(source: TrainingData, chat: ChatFormat | None) -> Report:
 
 def lengths(sizes: Sequence[int]) -> dict[str, int]:
     ordered, last = sorted(sizes), len(sizes) - 1
-    places = {"least": 0, "median": last // 2, "p95": round(last * 0.95), "most": last}
-    return {name: ordered[place] for name, place in places.items()}
+    return {"least": ordered[0], "median": ordered[last // 2], "p95": ordered[round(last * 0.95)], "most": ordered[-1]}
 
 
 def overlap_report(source: TrainingData, items: EvaluationItems, allow: Sequence[str]) -> Report:
@@ -174,10 +166,8 @@ def show(console: Console, reports: Sequence[Report], overlaps: Sequence[Report]
         console.stage(r["use"], f"{r['source']}: {r['rows']:,} rows")
         for part in ("prompt", "response"):
             if n := r[part]:
-                spread = "{least:,} to {most:,} {unit}, median {median:,}, 95 % within {p95:,}".format(
-                    **n, unit=r["unit"]
-                )
-                console.note(f"  {part:<12} {spread}")
+                spread = f"{n['least']:,} to {n['most']:,} {r['unit']}, median {n['median']:,}"
+                console.note(f"  {part:<12} {spread}, 95 % within {n['p95']:,}")
         if r["over_window"] is not None:
             whole = "" if r["response"] else " with room for the response"
             console.note(f"  left out     {r['over_window']:,} longer than {r['window']:,} tokens{whole}")
@@ -192,18 +182,18 @@ def show(console: Console, reports: Sequence[Report], overlaps: Sequence[Report]
         console.note("\n".join(f"  │ {line}" for line in example.splitlines()))
     if overlaps:
         columns = ("rows of", "task", "same", "twins", "of items", "")
-        console.table("overlap with evaluation items", columns, [_cells(o) for o in overlaps])
+        cells = []
+        for o in overlaps:
+            verdict = "" if not o["items"] else "allowed" if o["allowed"] else "refused"
+            touched = f"{o['items']:,} of {o['checked']:,}"
+            cells.append((o["use"], o["task"], o["same"], o["twins"], touched, verdict))
+        console.table("overlap with evaluation items", columns, cells)
     for o in overlaps:
         for at, twin in o["examples"]:
             like = "the same as" if twin["same"] else f"{twin['share']:.0%} of the words of"
             console.note(f"  {o['use']}, {at}: {like} {twin['item']}: {' '.join(twin['text'].split())[:100]}")
     for note in notes:
         console.note(f"note: {note}")
-
-
-def _cells(o: Report) -> tuple[object, ...]:
-    verdict = "" if not o["same"] + o["twins"] else "allowed" if o["allowed"] else "refused"
-    return o["use"], o["task"], o["same"], o["twins"], f"{o['items']:,} of {o['checked']:,}", verdict
 
 
 def _refusal(o: Report) -> str:

@@ -9,14 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lco_lite.data.overlap import refuse_same
-from lco_lite.data.rows import (
-    Demonstration,
-    Made,
-    Prompt,
-    read_demonstrations,
-    read_preferences,
-    read_prompts,
-)
+from lco_lite.data.rows import Demonstration, Made, Prompt, read_demonstrations, read_preferences, read_prompts
 from lco_lite.errors import DataError
 from lco_lite.models.chat import ChatFormat, conversation
 from lco_lite.recipe import Recipe
@@ -50,9 +43,6 @@ def system_text(recipe: Recipe, task: Task | None) -> str | None:
     return task.system if recipe.chat.system is None and task else recipe.chat.system
 
 
-# for sft
-
-
 def sft_examples(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Example]:
     """What sft trains on, as token ids. Raises DataError where there are no demonstrations."""
     return [chat.example(d.messages, d.response) for d in demonstrations(recipe, task)]
@@ -74,9 +64,6 @@ def demonstrations(recipe: Recipe, task: Task | None) -> list[Demonstration]:
     return [Demonstration(_item_prompt(item, recipe, task).messages, text) for item, text in shown]
 
 
-# for train-rm
-
-
 def file_pairs(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Pair]:
     """The pairs of ``data.preferences``, a file or hub set. Raises DataError where they are held-out items."""
     data, pairs = recipe.data, []
@@ -90,9 +77,6 @@ def task_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
     """The task's training items that sft left, which the task can grade: what pairs are sampled from."""
     first, rest = _split(recipe, task)
     return [_item_prompt(item, recipe, task) for item in rest or first]
-
-
-# for rl
 
 
 def rl_prompts(recipe: Recipe, task: Task | None) -> list[Prompt]:

@@ -157,20 +157,11 @@ def _demonstration(row: Row, at: str) -> Demonstration:
         return Demonstration(preference.messages, preference.chosen)
     turns = _conversation(row, at)
     if turns is None:
-        raise DataError(
-            f"{at}: no response: one of {', '.join(RESPONSES)}, chosen or messages is needed, found {_keys(row)}"
-        )
+        raise DataError(f"{at}: no response: one of {', '.join(RESPONSES)}, chosen, messages is needed, {_found(row)}")
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
         roles = ", ".join(turn["role"] for turn in turns)
         raise DataError(f"{at}: a demonstration ends with an assistant turn after a user's, found roles {roles}")
     return Demonstration(turns[:-1], turns[-1]["content"])
-
-
-def _preferences(row: Row, at: str) -> list[Preference]:
-    """The pairs of one row: one, or one a comparison where a row compares several answers."""
-    if "preference" in row and "prediction 1" in row:
-        return _compared(row, at)
-    return [_preference(row, at)]
 
 
 def _prompt(row: Row, at: str) -> Prompt:
@@ -188,7 +179,7 @@ def _prompt(row: Row, at: str) -> Prompt:
         if isinstance(value, str) and value.strip():
             more = row.get("input") if key == "instruction" else None
             return Prompt(conversation(f"{value}\n\n{more}" if more else value), row=row)
-    raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)} or messages is needed, found {_keys(row)}")
+    raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)} or messages is needed, {_found(row)}")
 
 
 def _with_system(messages: Sequence[Message], row: Row, system: str | None, at: str) -> Sequence[Message]:
@@ -203,9 +194,11 @@ def _with_system(messages: Sequence[Message], row: Row, system: str | None, at: 
 def _preference(row: Row, at: str) -> Preference:
     for key in ("chosen", "rejected"):
         if key not in row:
-            raise DataError(f"{at}: field {key} is missing, found {_keys(row)}")
-    if _is_transcript(row["chosen"]):
-        return _of_transcripts(row, at)
+            raise DataError(f"{at}: field {key} is missing, {_found(row)}")
+    if spoken := _spoken(row["chosen"]):
+        if worse := _spoken(row["rejected"]):
+            return _of_transcripts(spoken, worse, at)
+        raise DataError(f"{at}, field rejected: a transcript is needed, as chosen is, found {row['rejected']!r:.80}")
     chosen = _response(row["chosen"], f"{at}, field chosen")
     rejected = _response(row["rejected"], f"{at}, field rejected")
     if any(row.get(key) for key in (*PROMPTS, *CONVERSATIONS)):
@@ -215,8 +208,11 @@ def _preference(row: Row, at: str) -> Preference:
     raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)}, conversations, or whole conversations in chosen")
 
 
-def _compared(row: Row, at: str) -> list[Preference]:
-    """FG-RLHF: ``preference`` has, for each two of the predictions, 1 or 2 for the better one and 0 for neither."""
+def _preferences(row: Row, at: str) -> list[Preference]:
+    """The pairs of one row. FG-RLHF has several: ``preference`` has, for each two of the predictions, 1 or 2 for the
+    better one and 0 for neither."""
+    if "preference" not in row or "prediction 1" not in row:
+        return [_preference(row, at)]
     names = sorted((key for key in row if key.startswith("prediction ")), key=lambda key: (len(key), key))
     answers = [_response(row[name], f"{at}, field {name}") for name in names]
     labels, pairs = row["preference"], list(combinations(answers, 2))
@@ -246,10 +242,7 @@ def _response(value: Any, at: str) -> str:
 
 
 def _conversation(row: Row, at: str) -> list[Message] | None:
-    for key in CONVERSATIONS:
-        if row.get(key):
-            return _turns(row[key], f"{at}, field {key}")
-    return None
+    return next((_turns(row[key], f"{at}, field {key}") for key in CONVERSATIONS if row.get(key)), None)
 
 
 def _turns(value: Any, at: str) -> list[Message]:
@@ -265,8 +258,8 @@ def _turns(value: Any, at: str) -> list[Message]:
     return turns
 
 
-def _keys(row: Row) -> str:
-    return ", ".join(row) or "no fields"
+def _found(row: Row) -> str:
+    return f"found {', '.join(row) or 'no fields'}"
 
 
 # HH-RLHF: the whole conversation in one text, "\n\nHuman: … \n\nAssistant: …"
@@ -274,15 +267,8 @@ def _keys(row: Row) -> str:
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):[ \t]?")
 
 
-def _is_transcript(value: Any) -> bool:
-    return isinstance(value, str) and _SPEAKER.match(value) is not None
-
-
-def _of_transcripts(row: Row, at: str) -> Preference:
+def _of_transcripts(chosen: list[Message], rejected: list[Message], at: str) -> Preference:
     """The prompt is what both share; the responses are the turns in which they first differ, or the last."""
-    if not _is_transcript(row["rejected"]):
-        raise DataError(f"{at}, field rejected: a transcript is needed, as chosen is, found {row['rejected']!r:.80}")
-    chosen, rejected = _spoken(row["chosen"]), _spoken(row["rejected"])
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -291,9 +277,9 @@ def _of_transcripts(row: Row, at: str) -> Preference:
     return Preference(chosen[:shared], chosen[shared]["content"], rejected[shared]["content"])
 
 
-def _spoken(transcript: str) -> list[Message]:
-    """Its turns, which may be empty; turns in a row by one speaker are joined."""
-    parts = _SPEAKER.split(transcript)[1:]
+def _spoken(value: Any) -> list[Message]:
+    """A transcript's turns, which may be empty, those in a row by one speaker joined; of anything else none."""
+    parts = _SPEAKER.split(value)[1:] if isinstance(value, str) and _SPEAKER.match(value) else []
     turns: list[dict[str, str]] = []
     for speaker, said in zip(parts[::2], parts[1::2], strict=True):
         role, said = "user" if speaker == "Human" else "assistant", said.strip()
