@@ -282,7 +282,7 @@ def token_rewards(phase: Phase, scored: Iterable[MicroBatch], rl: Rl) -> Tensor:
     """[T of the phase]: φ's reward of each token, less the KL to the policy before RL, and at a response's last token
     what the feedback gives the whole of it."""
     rewards = torch.cat([m.per_token["token_rewards"] - rl.kl_coef * m.per_token["kl"] for m in scored])
-    whole = torch.zeros(len(phase.responses)) if phase.rewards is None else phase.rewards
+    whole = torch.tensor(phase.rewards or [0.0] * len(phase.responses))
     if rl.overlong_buffer:
         lengths = torch.tensor([float(len(e.response)) for e in phase.examples])
         whole = whole + adv.overlong_penalty(lengths, phase.limit, rl.overlong_buffer * phase.limit)

@@ -61,20 +61,28 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
                 metrics |= training.update()
             training.keep(step, metrics)
     weights.save(reward_model, stage)
-    result = {"updates": updates, "pairs": len(pairs)} | pair_accuracy(ctx, reward_model, reference, held)
-    result |= score_as_policy(ctx, start, reward_model, chat)
-    stage.finish(result)
+    result: dict[str, float] = {"updates": updates, "pairs": len(pairs)}
+    if held:
+        accuracy = accumulate(reward_model, reference, held, rm, train=False)["accuracy"]
+        ctx.console.note(f"implicit reward: {accuracy:.3f} of {len(held)} held-out pairs are in the right order")
+        result |= {"pair_accuracy": accuracy, "held_out_pairs": len(held)}
+    stage.finish(result | score_as_policy(ctx, start, reward_model, chat))
 
 
-def accumulate(reward_model: Role, reference: Role, pairs: Sequence[Pair], rm: TrainRm) -> dict[str, float]:
-    """Adds the gradient of mean DPO loss + sft_weight · mean over the chosen responses' tokens of -log φ."""
+def accumulate(
+    reward_model: Role, reference: Role, pairs: Sequence[Pair], rm: TrainRm, train: bool = True
+) -> dict[str, float]:
+    """Adds the gradient of mean DPO loss + sft_weight · mean over the chosen responses' tokens of -log φ; with
+    ``train`` off only measures. ``margin``: of the implicit reward β log φ_DPO/φ_ref; ``accuracy``: where it is > 0."""
     chosen_tokens = sum(len(p.chosen.response) for p in pairs)
     totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
     for places in micro_batches([len(p) for p in pairs], rm.micro_batch_tokens):
-        logps, ref_logps = pair_logprobs(reward_model, reference, [pairs[i] for i in places])
-        losses, margins = dpo_loss(logps, ref_logps, rm.beta)
-        part = losses.sum() / len(pairs) - rm.sft_weight * logps[0].sum() / chosen_tokens
-        part.backward()
+        with torch.set_grad_enabled(train):
+            logps, ref_logps = pair_logprobs(reward_model, reference, [pairs[i] for i in places])
+            losses, margins = dpo_loss(logps, ref_logps, rm.beta)
+            part = losses.sum() / len(pairs) - rm.sft_weight * logps[0].sum() / chosen_tokens
+        if train:
+            part.backward()
         totals["loss"] += part.item()
         totals["accuracy"] += (margins > 0).sum().item() / len(pairs)
         totals["margin"] += margins.sum().item() / len(pairs)
@@ -94,19 +102,6 @@ def pair_logprobs(reward_model: Role, reference: Role, pairs: Sequence[Pair]) ->
     with torch.no_grad():
         ref = summed(reference)
     return summed(reward_model), ref
-
-
-@torch.no_grad()
-def pair_accuracy(ctx: Context, reward_model: Role, reference: Role, held: Sequence[Pair]) -> dict[str, float]:
-    """Share of held-out pairs whose chosen response has the larger implicit reward β log φ_DPO/φ_ref."""
-    if not held:
-        return {}
-    rm, right = ctx.recipe.train_rm, 0
-    for places in micro_batches([len(p) for p in held], rm.micro_batch_tokens):
-        logps, ref_logps = pair_logprobs(reward_model, reference, [held[i] for i in places])
-        right += int((dpo_loss(logps, ref_logps, rm.beta)[1] > 0).sum())
-    ctx.console.note(f"implicit reward: {right / len(held):.3f} of {len(held)} held-out pairs are in the right order")
-    return {"pair_accuracy": right / len(held), "held_out_pairs": len(held)}
 
 
 def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFormat) -> dict[str, float]:

@@ -176,7 +176,7 @@ class Report:
                 if self.group > 1:
                     metrics["dead_groups"] = 1 - live_groups(phase.scores, self.group).float().mean().item()
             if phase.grades is not None:
-                metrics["accuracy"] = (phase.grades[own] > 0).float().mean().item()
+                metrics["accuracy"] = (torch.tensor(phase.grades)[own] > 0).float().mean().item()
         if self.eval is not None:
             metrics["eval"] = self.eval
         spent = sum(seconds.get(phase_name, 0.0) for phase_name in ("rollout", "score", "update"))
@@ -205,7 +205,8 @@ def longest(rollouts: Rollouts, rl: Rl) -> list[Example]:
 
 def try_out(models: Models, examples: list[Example], rl: Rl) -> None:
     """Scores these, and adds the gradient of an update on them."""
-    phase = Phase([], 1, [Response(e, True) for e in examples], rewards=torch.zeros(len(examples)))
+    n = len(examples)
+    phase = Phase([], 1, [Response(e, True) for e in examples], None, [0.0] * n, [False] * n, n)
     plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False, "overlong_buffer": 0.0})
     (minibatch,) = score(models, phase, [[list(range(len(examples)))]], plain)
     with models.policy.model.training_mode():

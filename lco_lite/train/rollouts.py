@@ -10,7 +10,7 @@ Legend: N responses, G of them to a prompt, in a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,59 +33,47 @@ from lco_lite.train.training import fitting
 DYNAMIC_ROUNDS = 3  # how often a step samples again for groups without signal; the rest of the phase is smaller
 
 
-@dataclass
-class Phase:
-    """Responses in the order of their prompts.
+PER_RESPONSE = ("responses", "grades", "rewards", "shown")
 
-    ``chosen`` are the prompts' places among all, ``limit`` is the longest response there could be, in tokens.
-    ``grades`` [N] of ±1 where a task can tell; ``rewards`` [N] where the feedback is one number a response. ``shown``
-    [N]: the response is a demonstration, not the policy's own. ``drawn`` counts the responses that were sampled for the
-    phase, those of dropped groups too.
-    """
+
+@dataclass(frozen=True)
+class Phase:
+    """Responses in the order of their prompts, which stand at ``chosen`` among all; ``limit``, in tokens, is the longest
+    there could be. Of each response: its grade of ±1 where a task can tell, its reward where the feedback is one number
+    a response, and whether it is a demonstration that is ``shown`` to the policy, not its own. ``drawn`` counts the
+    responses that were sampled for the phase, those of dropped groups too."""
 
     chosen: list[int]
     limit: int
     responses: list[Response]
-    grades: Tensor | None = None
-    rewards: Tensor | None = None
-    shown: list[bool] = field(default_factory=list)
-    drawn: int = 0
-
-    @property
-    def scores(self) -> Tensor | None:
-        """[N]: the rewards, else the grades."""
-        return self.grades if self.rewards is None else self.rewards
+    grades: list[float] | None
+    rewards: list[float] | None
+    shown: list[bool]
+    drawn: int
 
     @property
     def examples(self) -> list[Example]:
         return [response.example for response in self.responses]
 
+    @property
+    def scores(self) -> Tensor | None:
+        """[N]: the rewards, else the grades."""
+        scores = self.grades if self.rewards is None else self.rewards
+        return None if scores is None else torch.tensor(scores)
+
     def only(self, places: Sequence[int], group: int) -> Phase:
         """The groups at these places."""
         members = [i * group + k for i in places for k in range(group)]
-        return Phase(
-            [self.chosen[i] for i in places],
-            self.limit,
-            [self.responses[i] for i in members],
-            None if self.grades is None else self.grades[members],
-            None if self.rewards is None else self.rewards[members],
-            [self.shown[i] for i in members],
-            self.drawn,
-        )
+        lists = {name: getattr(self, name) for name in PER_RESPONSE}
+        kept: dict[str, Any] = {
+            name: None if values is None else [values[i] for i in members] for name, values in lists.items()
+        }
+        return replace(self, chosen=[self.chosen[i] for i in places], **kept)
 
     def and_also(self, other: Phase) -> Phase:
-        def both(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            return None if mine is None or theirs is None else torch.cat([mine, theirs])
-
-        return Phase(
-            self.chosen + other.chosen,
-            self.limit,
-            self.responses + other.responses,
-            both(self.grades, other.grades),
-            both(self.rewards, other.rewards),
-            self.shown + other.shown,
-            self.drawn + other.drawn,
-        )
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in PER_RESPONSE}
+        both: dict[str, Any] = {name: None if None in pair else pair[0] + pair[1] for name, pair in pairs.items()}
+        return replace(self, chosen=self.chosen + other.chosen, drawn=self.drawn + other.drawn, **both)
 
 
 class Rollouts:
@@ -116,8 +104,8 @@ class Rollouts:
         group = rl.responses_per_prompt
         phase = self._round(step, 0, kept, stop_if_asked)
         for again in range(1, DYNAMIC_ROUNDS + 1) if rl.dynamic_sampling else ():
-            assert phase.rewards is not None, "the recipe makes sure"
-            live = live_groups(phase.rewards, group).nonzero().flatten().tolist()
+            assert phase.scores is not None, "the recipe makes sure of rewards"
+            live = live_groups(phase.scores, group).nonzero().flatten().tolist()
             phase = phase.only(live or range(len(phase.chosen)), group)  # all of them where none has a signal
             if len(phase.chosen) >= rl.prompts_per_step:
                 break
@@ -133,9 +121,8 @@ class Rollouts:
     def _round(self, step: int, again: int, kept: JsonLines, stop_if_asked: Callable[[], None]) -> Phase:
         """Responses to the step's prompts; ``again`` counts how often the step has sampled before."""
         recipe, n, group = self.ctx.recipe, self.ctx.recipe.rl.prompts_per_step, self.ctx.recipe.rl.responses_per_prompt
-        chosen = endless(
-            len(self.prompts), derive(recipe.seed, "prompts", again) if again else recipe.seed, step * n, n
-        )
+        seed = derive(recipe.seed, "prompts", again) if again else recipe.seed
+        chosen = endless(len(self.prompts), seed, step * n, n)
         places = [i for i in chosen for _ in range(group)]
         shown = self._shown(step, len(places))
         asked = [self.ids[i] for i, is_shown in zip(places, shown, strict=True) if not is_shown]
@@ -144,33 +131,25 @@ class Rollouts:
         responses = [
             self._demonstration(i) if is_shown else next(sampled) for i, is_shown in zip(places, shown, strict=True)
         ]
-        grades, rewards = self._judge(places, responses, kept, again)
-        return Phase(chosen, self.sampling.max_new_tokens, responses, grades, rewards, shown, shown.count(False))
+        judged = next((line for line in kept.rows if line.get("judged") == again), None)
+        if judged is None:
+            judged = {"judged": again} | self._judge([self.prompts[i] for i in places], responses)
+            kept.append(judged)  # a reward function is asked once
+        grades, rewards, longest = judged["grades"], judged["rewards"], self.sampling.max_new_tokens
+        return Phase(chosen, longest, responses, grades, rewards, shown, shown.count(False))
 
-    def _judge(
-        self, places: Sequence[int], responses: Sequence[Response], kept: JsonLines, again: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(grades, rewards), [N] each or None. Kept with the responses: a reward function is asked once."""
-        if not any(line.get("judged") == again for line in kept.rows):
-            prompts = [self.prompts[i] for i in places]
-            texts = [self.chat.text(response.example.response) for response in responses]
-            with self.ctx.clock("score"):
-                grades, rewards = self._grades(prompts, texts), None
-                if self.rewards is not None:
-                    rewards = self.rewards([p.messages for p in prompts], [p.row for p in prompts], texts, grades)
-            lists = {"grades": grades, "rewards": rewards}
-            kept.append({"judged": again} | {name: None if v is None else v.tolist() for name, v in lists.items()})
-        line = next(line for line in kept.rows if line.get("judged") == again)
-        grades, rewards = (None if line[name] is None else torch.tensor(line[name]) for name in ("grades", "rewards"))
-        return grades, rewards
-
-    def _grades(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor | None:
-        """[N] of +1 right and -1 wrong; None where no task grades them."""
+    def _judge(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> dict[str, list[float] | None]:
+        """``grades`` by the task, ``rewards`` by the feedback, [N] each; None where there is none."""
+        texts = [self.chat.text(response.example.response) for response in responses]
         items = [p.item for p in prompts if p.item is not None]
-        if self.task is None or not self.task.graded or len(items) < len(prompts):
-            return None
-        right = [self.task.grade(text, item).right for text, item in zip(texts, items, strict=True)]
-        return torch.tensor([1.0 if r else -1.0 for r in right])
+        grades = rewards = None
+        with self.ctx.clock("score"):
+            if self.task is not None and self.task.graded and len(items) == len(prompts):
+                right = [self.task.grade(text, item).right for text, item in zip(texts, items, strict=True)]
+                grades = torch.tensor([1.0 if r else -1.0 for r in right])
+            if self.rewards is not None:
+                rewards = self.rewards([p.messages for p in prompts], [p.row for p in prompts], texts, grades).tolist()
+        return {"grades": None if grades is None else grades.tolist(), "rewards": rewards}
 
     def _shown(self, step: int, n: int) -> list[bool]:
         """Which responses are demonstrations: GKD's off-policy share."""
