@@ -53,35 +53,38 @@ def open_sft(ctx: Context) -> Role:
 
 def open_start(ctx: Context) -> Role:
     """The policy before RL: what sft left, or the base where the recipe has no sft."""
-    if not ctx.recipe.sft.enabled:
-        return Role(open_base(ctx))
-    return _made_by(ctx, "sft", START, None)
+    return _made_by(ctx, "sft", START) if ctx.recipe.sft.enabled else Role(open_base(ctx))
 
 
-def open_policy(ctx: Context, start: Role) -> Role:
-    """The policy that RL trains. With adapters it shares ``start``'s base."""
-    return _trainable_copy(ctx, start, POLICY)
+def open_policy(ctx: Context, start: Role, name: str = POLICY) -> Role:
+    """A copy of ``start`` to train; with adapters it shares ``start``'s base, as the adapter ``name``."""
+    lora = ctx.recipe.model.lora
+    if lora is None:
+        return open_start(ctx)
+    if start.adapter is None:
+        start.model.add_adapter(name, lora, derive(ctx.recipe.seed, name))
+    else:
+        start.model.copy_adapter(start.adapter, name)
+    return Role(start.model, name)
 
 
 def open_untrained_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
     """(reward model to train, its reference): two adapters on the policy's base, or on the reward model's own."""
-    settings = ctx.recipe.reward_model
-    if isinstance(settings, RewardModel):
-        model = _own_reward_base(ctx, settings, start.model)
-        assert settings.lora is not None, "the recipe makes sure"
-        model.add_adapter(REWARD, settings.lora, derive(ctx.recipe.seed, REWARD))
-        return Role(model, REWARD), Role(model)
-    return _trainable_copy(ctx, start, REWARD), start
+    settings, own = ctx.recipe.reward_model, _own_reward_base(ctx, start)
+    if own is None:
+        return open_policy(ctx, start, REWARD), start
+    assert isinstance(settings, RewardModel) and settings.lora is not None, "the recipe makes sure"
+    own.model.add_adapter(REWARD, settings.lora, derive(ctx.recipe.seed, REWARD))
+    return Role(own.model, REWARD), own
 
 
 def open_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
     """(φ_DPO, φ_ref) as the rm stage left them."""
-    settings = ctx.recipe.reward_model
-    if isinstance(settings, RewardModel):
-        model = _own_reward_base(ctx, settings, start.model)
-        model.load_adapter(REWARD, ctx.run.stage("rm").adapter)
-        return Role(model, REWARD), Role(model)
-    return _made_by(ctx, "rm", REWARD, start.model), start
+    own = _own_reward_base(ctx, start)
+    if own is None:
+        return _made_by(ctx, "rm", REWARD, start.model), start
+    own.model.load_adapter(REWARD, ctx.run.stage("rm").adapter)
+    return Role(own.model, REWARD), own
 
 
 def open_feedback_models(ctx: Context, start: Role) -> tuple[Role | None, Role | None]:
@@ -90,10 +93,7 @@ def open_feedback_models(ctx: Context, start: Role) -> tuple[Role | None, Role |
         return open_reward_model(ctx, start)
     if ctx.recipe.rl.feedback != "logprob":
         return None, None
-    settings = ctx.recipe.reward_model
-    if isinstance(settings, RewardModel):
-        return Role(_own_reward_base(ctx, settings, start.model)), None
-    return start, None
+    return _own_reward_base(ctx, start) or start, None
 
 
 def open_stage(ctx: Context, stage: str) -> Role:
@@ -129,7 +129,7 @@ def save(role: Role, stage: StageFolder) -> Path:
     return stage.adapter
 
 
-def _made_by(ctx: Context, stage: str, name: str, base: LanguageModel | None) -> Role:
+def _made_by(ctx: Context, stage: str, name: str, base: LanguageModel | None = None) -> Role:
     """What a stage left: a model of its own, or an adapter on the policy's base, which is opened unless given."""
     folder = ctx.run.stage(stage)
     if trains_whole_model(ctx, stage):
@@ -139,21 +139,14 @@ def _made_by(ctx: Context, stage: str, name: str, base: LanguageModel | None) ->
     return Role(base, name)
 
 
-def _trainable_copy(ctx: Context, start: Role, name: str) -> Role:
-    lora = ctx.recipe.model.lora
-    if lora is None:
-        return open_start(ctx)
-    if start.adapter is None:
-        start.model.add_adapter(name, lora, derive(ctx.recipe.seed, name))
-    else:
-        start.model.copy_adapter(start.adapter, name)
-    return Role(start.model, name)
-
-
-def _own_reward_base(ctx: Context, settings: RewardModel, policy: LanguageModel) -> LanguageModel:
+def _own_reward_base(ctx: Context, start: Role) -> Role | None:
+    """None where the reward model starts from the policy's weights."""
+    settings = ctx.recipe.reward_model
+    if not isinstance(settings, RewardModel):
+        return None
     model = _load(ctx, settings, converted_gguf(settings, ctx.run.path / "base-rm"))
-    check_same_tokenizer(policy.tokenizer, model.tokenizer)
-    return model
+    check_same_tokenizer(start.model.tokenizer, model.tokenizer)
+    return Role(model)
 
 
 def _load(ctx: Context, weights: Weights, folder: Path | None) -> LanguageModel:

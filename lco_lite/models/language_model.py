@@ -75,14 +75,8 @@ class LanguageModel:
     def add_adapter(self, name: str, lora: Lora, seed: int) -> None:
         """A new adapter, equal to the base until it is trained; its weights depend on ``seed`` alone."""
         targets, exclude = self._targets(lora)
-        config = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float is as good
-            lora_dropout=lora.dropout,
-            target_modules=targets,
-            exclude_modules=exclude,
-            task_type="CAUSAL_LM",
-        )
+        options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+        config = LoraConfig(target_modules=targets, exclude_modules=exclude, task_type="CAUSAL_LM", **options)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._attach(name, config)
@@ -253,13 +247,9 @@ def inspect_head(base: PreTrainedModel, vocabulary: int | None = None) -> Head:
     scale = getattr(config, "logit_scale", None)  # Cohere
     if scale is None:
         scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    head = Head(
-        module.weight,
-        getattr(module, "bias", None),
-        scale=float(scale),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        rows=min(vocabulary or module.weight.shape[0], module.weight.shape[0]),
-    )
+    bias, softcap = getattr(module, "bias", None), getattr(config, "final_logit_softcapping", None)
+    rows = min(vocabulary or len(module.weight), len(module.weight))
+    head = Head(module.weight, bias, scale=float(scale), softcap=softcap, rows=rows)
     ids = torch.tensor([[1, 2, 3]], device=head.weight.device)
     try:
         logits = base(input_ids=ids, use_cache=False).logits[0].float()  # [3, >= V]

@@ -13,22 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as tf
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils import logging as transformers_logging
 
 from lco_lite.errors import ModelError, UsageError
 from lco_lite.files import write_folder, write_json
@@ -42,9 +29,9 @@ def resolve_device(asked: str) -> torch.device:
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_base(weights: Weights, device: torch.device, folder: Path | None = None) -> PreTrainedModel:
+def load_base(weights: Weights, device: torch.device, folder: Path | None = None) -> tf.PreTrainedModel:
     """The model on ``device``, in eval mode, frozen; its own sampling defaults are dropped: the recipe's count."""
-    source, origin = str(folder or weights.path), _origin(weights, folder)
+    source, origin = str(folder or weights.path), _origin(weights)
     refuse_unusable_folder(Path(source))
     dtype = base_dtype(weights, device)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
@@ -53,7 +40,7 @@ def load_base(weights: Weights, device: torch.device, folder: Path | None = None
     if weights.quantization != "none":
         options["quantization_config"] = _quantization(weights, dtype)
     try:
-        config = AutoConfig.from_pretrained(source, **origin)
+        config = tf.AutoConfig.from_pretrained(source, **origin)
         kind = _language_model_class(config)
         model, loaded = kind.from_pretrained(source, config=config, output_loading_info=True, **origin, **options)
     except torch.OutOfMemoryError:
@@ -67,10 +54,16 @@ def load_base(weights: Weights, device: torch.device, folder: Path | None = None
             f"{missing[0]}: a causal language model with its LM head is needed"
         )
     keep = model.generation_config
-    model.generation_config = GenerationConfig(
+    model.generation_config = tf.GenerationConfig(
         eos_token_id=keep.eos_token_id, pad_token_id=keep.pad_token_id, bos_token_id=keep.bos_token_id
     )
-    return _keep_4bit_layout(model).requires_grad_(False).eval()
+    # On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit layers in their first forward without gradients, for a
+    # product that has no gradient and rounds the scales to bfloat16: training after scoring goes wrong without a word.
+    # Layers with a bias, or narrower than a block of 64, fail there. So they stay as they were loaded.
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model.requires_grad_(False).eval()
 
 
 def _language_model_class(config: Any) -> Any:
@@ -80,7 +73,7 @@ def _language_model_class(config: Any) -> Any:
     """
     own = getattr(config, "auto_map", None) or {}
     if not getattr(config, "is_encoder_decoder", False):
-        for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        for kind in (tf.AutoModelForCausalLM, tf.AutoModelForImageTextToText):
             if type(config) in kind._model_mapping or kind.__name__ in own:
                 return kind
     raise ModelError(f"{_architecture(config)} is no causal language model: it is not supported")
@@ -92,35 +85,21 @@ def base_dtype(weights: Weights, device: torch.device) -> torch.dtype:
     return getattr(torch, auto if weights.dtype == "auto" else weights.dtype)
 
 
-def _quantization(weights: Weights, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _quantization(weights: Weights, dtype: torch.dtype) -> tf.BitsAndBytesConfig:
     """NF4 with double quantisation, computing in ``dtype``; or LLM.int8. The LM head is never quantised."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"quantization: {weights.quantization} needs bitsandbytes: pip install bitsandbytes")
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     kind = {"load_in_8bit": True} if weights.quantization == "int8" else {"load_in_4bit": True, **nf4}
-    return BitsAndBytesConfig(**kind, llm_int8_skip_modules=["lm_head"])
-
-
-def _keep_4bit_layout(model: PreTrainedModel) -> PreTrainedModel:
-    """``model``, whose 4-bit layers stay as they were loaded.
-
-    On a CPU with AVX512-BF16 bitsandbytes repacks them in their first forward without gradients, for a product that has
-    no gradient and rounds the scales to bfloat16: training after scoring goes wrong without a word. Layers with a
-    bias, or narrower than a block of 64, fail there.
-    """
-    repacked: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
-    for layer in repacked:
-        layer.support_avx512bf16_for_cpu = False
-    return model
+    return tf.BitsAndBytesConfig(**kind, llm_int8_skip_modules=["lm_head"])
 
 
 def _architecture(config: Any) -> str:
     return ", ".join(config.architectures or []) or type(config).__name__
 
 
-def _origin(weights: Weights, folder: Path | None) -> dict[str, Any]:
-    revision = None if folder is not None else weights.revision
-    return {"trust_remote_code": weights.trust_remote_code, **({"revision": revision} if revision else {})}
+def _origin(weights: Weights) -> dict[str, Any]:
+    return {"trust_remote_code": weights.trust_remote_code, "revision": weights.revision or "main"}
 
 
 def refuse_unusable_folder(folder: Path) -> None:
@@ -139,20 +118,20 @@ def unloadable(what: str, source: str, error: Exception) -> ModelError:
     if isinstance(error, ModelError):
         return error
     reason = " ".join(str(error).split()) or type(error).__name__
-    if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        return ModelError(f"{source}: no such folder")
     if not Path(source).exists():
+        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+            return ModelError(f"{source}: no such folder")
         reason += " (no local folder of this name; a hub id needs the network or a cached copy)"
     if len(reason) > 400:
         reason = f"{reason[:200]} … {reason[-200:]}"
     return ModelError(f"{source}: this {what} cannot be loaded: {reason}")
 
 
-def load_tokenizer(weights: Weights, folder: Path | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(weights: Weights, folder: Path | None = None) -> tf.PreTrainedTokenizerBase:
     """From ``folder`` if given, else ``weights.path``; padding is chosen here, tokenizers are stored without."""
     source = str(folder or weights.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **_origin(weights, folder))
+        tokenizer = tf.AutoTokenizer.from_pretrained(source, **_origin(weights))
     except Exception as e:  # each tokenizer class raises its own kinds
         raise unloadable("tokenizer", source, e) from e
     tokenizer.padding_side = "right"
@@ -161,7 +140,7 @@ def load_tokenizer(weights: Weights, folder: Path | None = None) -> PreTrainedTo
     return tokenizer
 
 
-def _choose_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+def _choose_pad(tokenizer: tf.PreTrainedTokenizerBase) -> None:
     """A token that never ends a response: one made for padding, unk, a reserved one. EOS where there is nothing else:
     attention masks are explicit everywhere and responses are cut by length, so padding is never read."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -175,7 +154,7 @@ def _choose_pad(tokenizer: PreTrainedTokenizerBase) -> None:
 def open_tokenizer(model: Model, seed: int) -> Any:
     """The policy's tokenizer before there is a run: a model from scratch is built in a folder that is thrown away."""
     if model.gguf_file is not None:
-        return _from_gguf(AutoTokenizer, model)
+        return _from_gguf(tf.AutoTokenizer, model)
     if model.init is None:
         return load_tokenizer(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -194,8 +173,8 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
         if not record.exists() or json.loads(record.read_text(encoding="utf-8")) != origin:
             raise UsageError(f"{folder}: was converted from another GGUF file: delete it, or choose another --name")
         return folder
-    tokenizer = _from_gguf(AutoTokenizer, weights)
-    model = _from_gguf(AutoModelForCausalLM, weights, dtype=torch.bfloat16)
+    tokenizer = _from_gguf(tf.AutoTokenizer, weights)
+    model = _from_gguf(tf.AutoModelForCausalLM, weights, dtype=torch.bfloat16)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the marks
     model.hf_quantizer = None
@@ -210,8 +189,7 @@ def _from_gguf(kind: Any, weights: Weights, **options: Any) -> Any:
     file = Path(str(weights.path)) / str(weights.gguf_file)
     if file.parent.is_dir() and not file.is_file():
         raise ModelError(f"{file}: no such GGUF file")
-    if weights.revision:
-        options["revision"] = weights.revision
+    options["revision"] = weights.revision or "main"
     try:
         return kind.from_pretrained(weights.path, gguf_file=weights.gguf_file, **options)
     except Exception as e:  # transformers raises many kinds
@@ -232,29 +210,27 @@ CHAT_TEMPLATE = (
 def build_scratch(init: Init, folder: Path, seed: int) -> None:
     """Writes model and tokenizer to ``folder``, whole or not at all. The weights depend on ``seed`` alone."""
     tokenizer = byte_tokenizer(init.max_length)
-    config = LlamaConfig(
+    config = tf.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=init.hidden_size,
         intermediate_size=init.intermediate_size,
         num_hidden_layers=init.layers,
         num_attention_heads=init.heads,
-        num_key_value_heads=init.heads,
         max_position_embeddings=init.max_length,
         initializer_range=init.std,
-        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = tf.LlamaForCausalLM(config)
     with write_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
 
 
-def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+def byte_tokenizer(max_length: int) -> tf.PreTrainedTokenizerFast:
     """One token a byte, a chat template, and a padding token that is not EOS."""
     bytes_as_text = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIALS, *bytes_as_text])}
@@ -262,7 +238,7 @@ def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
-    return PreTrainedTokenizerFast(
+    return tf.PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
         eos_token=END,
@@ -277,8 +253,8 @@ def quiet_libraries() -> None:
     """No progress bars of transformers and datasets; no warnings that a user can do nothing about. Errors stay."""
     import datasets
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    tf.logging.disable_progress_bar()
+    tf.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
