@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as tf
+import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -29,7 +29,7 @@ def resolve_device(asked: str) -> torch.device:
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_base(weights: Weights, device: torch.device, folder: Path | None = None) -> tf.PreTrainedModel:
+def load_base(weights: Weights, device: torch.device, folder: Path | None = None) -> hf.PreTrainedModel:
     """The model on ``device``, in eval mode, frozen; its own sampling defaults are dropped: the recipe's count."""
     source, origin = str(folder or weights.path), _origin(weights)
     refuse_unusable_folder(Path(source))
@@ -40,7 +40,7 @@ def load_base(weights: Weights, device: torch.device, folder: Path | None = None
     if weights.quantization != "none":
         options["quantization_config"] = _quantization(weights, dtype)
     try:
-        config = tf.AutoConfig.from_pretrained(source, **origin)
+        config = hf.AutoConfig.from_pretrained(source, **origin)
         kind = _language_model_class(config)
         model, loaded = kind.from_pretrained(source, config=config, output_loading_info=True, **origin, **options)
     except torch.OutOfMemoryError:
@@ -54,7 +54,7 @@ def load_base(weights: Weights, device: torch.device, folder: Path | None = None
             f"{missing[0]}: a causal language model with its LM head is needed"
         )
     keep = model.generation_config
-    model.generation_config = tf.GenerationConfig(
+    model.generation_config = hf.GenerationConfig(
         eos_token_id=keep.eos_token_id, pad_token_id=keep.pad_token_id, bos_token_id=keep.bos_token_id
     )
     # On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit layers in their first forward without gradients, for a
@@ -73,7 +73,7 @@ def _language_model_class(config: Any) -> Any:
     """
     own = getattr(config, "auto_map", None) or {}
     if not getattr(config, "is_encoder_decoder", False):
-        for kind in (tf.AutoModelForCausalLM, tf.AutoModelForImageTextToText):
+        for kind in (hf.AutoModelForCausalLM, hf.AutoModelForImageTextToText):
             if type(config) in kind._model_mapping or kind.__name__ in own:
                 return kind
     raise ModelError(f"{_architecture(config)} is no causal language model: it is not supported")
@@ -85,13 +85,13 @@ def base_dtype(weights: Weights, device: torch.device) -> torch.dtype:
     return getattr(torch, auto if weights.dtype == "auto" else weights.dtype)
 
 
-def _quantization(weights: Weights, dtype: torch.dtype) -> tf.BitsAndBytesConfig:
+def _quantization(weights: Weights, dtype: torch.dtype) -> hf.BitsAndBytesConfig:
     """NF4 with double quantisation, computing in ``dtype``; or LLM.int8. The LM head is never quantised."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"quantization: {weights.quantization} needs bitsandbytes: pip install bitsandbytes")
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     kind = {"load_in_8bit": True} if weights.quantization == "int8" else {"load_in_4bit": True, **nf4}
-    return tf.BitsAndBytesConfig(**kind, llm_int8_skip_modules=["lm_head"])
+    return hf.BitsAndBytesConfig(**kind, llm_int8_skip_modules=["lm_head"])
 
 
 def _architecture(config: Any) -> str:
@@ -127,11 +127,11 @@ def unloadable(what: str, source: str, error: Exception) -> ModelError:
     return ModelError(f"{source}: this {what} cannot be loaded: {reason}")
 
 
-def load_tokenizer(weights: Weights, folder: Path | None = None) -> tf.PreTrainedTokenizerBase:
+def load_tokenizer(weights: Weights, folder: Path | None = None) -> hf.PreTrainedTokenizerBase:
     """From ``folder`` if given, else ``weights.path``; padding is chosen here, tokenizers are stored without."""
     source = str(folder or weights.path)
     try:
-        tokenizer = tf.AutoTokenizer.from_pretrained(source, **_origin(weights))
+        tokenizer = hf.AutoTokenizer.from_pretrained(source, **_origin(weights))
     except Exception as e:  # each tokenizer class raises its own kinds
         raise unloadable("tokenizer", source, e) from e
     tokenizer.padding_side = "right"
@@ -140,7 +140,7 @@ def load_tokenizer(weights: Weights, folder: Path | None = None) -> tf.PreTraine
     return tokenizer
 
 
-def _choose_pad(tokenizer: tf.PreTrainedTokenizerBase) -> None:
+def _choose_pad(tokenizer: hf.PreTrainedTokenizerBase) -> None:
     """A token that never ends a response: one made for padding, unk, a reserved one. EOS where there is nothing else:
     attention masks are explicit everywhere and responses are cut by length, so padding is never read."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -154,7 +154,7 @@ def _choose_pad(tokenizer: tf.PreTrainedTokenizerBase) -> None:
 def open_tokenizer(model: Model, seed: int) -> Any:
     """The policy's tokenizer before there is a run: a model from scratch is built in a folder that is thrown away."""
     if model.gguf_file is not None:
-        return _from_gguf(tf.AutoTokenizer, model)
+        return _from_gguf(hf.AutoTokenizer, model)
     if model.init is None:
         return load_tokenizer(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -173,8 +173,8 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
         if not record.exists() or json.loads(record.read_text(encoding="utf-8")) != origin:
             raise UsageError(f"{folder}: was converted from another GGUF file: delete it, or choose another --name")
         return folder
-    tokenizer = _from_gguf(tf.AutoTokenizer, weights)
-    model = _from_gguf(tf.AutoModelForCausalLM, weights, dtype=torch.bfloat16)
+    tokenizer = _from_gguf(hf.AutoTokenizer, weights)
+    model = _from_gguf(hf.AutoModelForCausalLM, weights, dtype=torch.bfloat16)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the marks
     model.hf_quantizer = None
@@ -210,7 +210,7 @@ CHAT_TEMPLATE = (
 def build_scratch(init: Init, folder: Path, seed: int) -> None:
     """Writes model and tokenizer to ``folder``, whole or not at all. The weights depend on ``seed`` alone."""
     tokenizer = byte_tokenizer(init.max_length)
-    config = tf.LlamaConfig(
+    config = hf.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=init.hidden_size,
         intermediate_size=init.intermediate_size,
@@ -224,13 +224,13 @@ def build_scratch(init: Init, folder: Path, seed: int) -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = tf.LlamaForCausalLM(config)
+        model = hf.LlamaForCausalLM(config)
     with write_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
 
 
-def byte_tokenizer(max_length: int) -> tf.PreTrainedTokenizerFast:
+def byte_tokenizer(max_length: int) -> hf.PreTrainedTokenizerFast:
     """One token a byte, a chat template, and a padding token that is not EOS."""
     bytes_as_text = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIALS, *bytes_as_text])}
@@ -238,7 +238,7 @@ def byte_tokenizer(max_length: int) -> tf.PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
-    return tf.PreTrainedTokenizerFast(
+    return hf.PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
         eos_token=END,
@@ -253,8 +253,8 @@ def quiet_libraries() -> None:
     """No progress bars of transformers and datasets; no warnings that a user can do nothing about. Errors stay."""
     import datasets
 
-    tf.logging.disable_progress_bar()
-    tf.logging.set_verbosity_error()
+    hf.logging.disable_progress_bar()
+    hf.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)

@@ -10,7 +10,7 @@ Legend: N responses, G of them to a prompt, in a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,12 +33,9 @@ from lco_lite.train.training import fitting
 DYNAMIC_ROUNDS = 3  # how often a step samples again for groups without signal; the rest of the phase is smaller
 
 
-PER_RESPONSE = ("responses", "grades", "rewards", "shown")
-
-
 @dataclass(frozen=True)
 class Phase:
-    """Responses in the order of their prompts, which stand at ``chosen`` among all; ``limit``, in tokens, is the longest
+    """Responses in the order of their prompts, which stand at ``chosen`` among all; ``limit`` tokens is the longest that
     there could be. Of each response: its grade of ±1 where a task can tell, its reward where the feedback is one number
     a response, and whether it is a demonstration that is ``shown`` to the policy, not its own. ``drawn`` counts the
     responses that were sampled for the phase, those of dropped groups too."""
@@ -63,17 +60,21 @@ class Phase:
 
     def only(self, places: Sequence[int], group: int) -> Phase:
         """The groups at these places."""
-        members = [i * group + k for i in places for k in range(group)]
-        lists = {name: getattr(self, name) for name in PER_RESPONSE}
-        kept: dict[str, Any] = {
-            name: None if values is None else [values[i] for i in members] for name, values in lists.items()
-        }
-        return replace(self, chosen=[self.chosen[i] for i in places], **kept)
+
+        def of(values: Any) -> Any:
+            return None if values is None else [values[i * group + k] for i in places for k in range(group)]
+
+        chosen, lists = [self.chosen[i] for i in places], (self.responses, self.grades, self.rewards, self.shown)
+        return Phase(chosen, self.limit, *map(of, lists), self.drawn)
 
     def and_also(self, other: Phase) -> Phase:
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in PER_RESPONSE}
-        both: dict[str, Any] = {name: None if None in pair else pair[0] + pair[1] for name, pair in pairs.items()}
-        return replace(self, chosen=self.chosen + other.chosen, drawn=self.drawn + other.drawn, **both)
+        def both(mine: Any, theirs: Any) -> Any:
+            return None if mine is None or theirs is None else mine + theirs
+
+        grades, rewards = both(self.grades, other.grades), both(self.rewards, other.rewards)
+        responses, shown = self.responses + other.responses, self.shown + other.shown
+        chosen, drawn = self.chosen + other.chosen, self.drawn + other.drawn
+        return Phase(chosen, self.limit, responses, grades, rewards, shown, drawn)
 
 
 class Rollouts:
