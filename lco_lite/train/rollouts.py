@@ -35,8 +35,8 @@ DYNAMIC_ROUNDS = 3  # how often a step samples again for groups without signal; 
 
 @dataclass(frozen=True)
 class Phase:
-    """Responses in the order of their prompts, which stand at ``chosen`` among all; ``limit`` tokens is the longest that
-    there could be. Of each response: its grade of ±1 where a task can tell, its reward where the feedback is one number
+    """Responses in the order of their prompts, which stand at ``chosen`` among all; ``limit`` tokens is the longest
+    that there could be. Of each response: its grade of ±1 where a task can tell, its reward where the feedback is one number
     a response, and whether it is a demonstration that is ``shown`` to the policy, not its own. ``drawn`` counts the
     responses that were sampled for the phase, those of dropped groups too."""
 
@@ -64,8 +64,8 @@ class Phase:
         def of(values: Any) -> Any:
             return None if values is None else [values[i * group + k] for i in places for k in range(group)]
 
-        chosen, lists = [self.chosen[i] for i in places], (self.responses, self.grades, self.rewards, self.shown)
-        return Phase(chosen, self.limit, *map(of, lists), self.drawn)
+        chosen, responses, shown = [self.chosen[i] for i in places], of(self.responses), of(self.shown)
+        return Phase(chosen, self.limit, responses, of(self.grades), of(self.rewards), shown, self.drawn)
 
     def and_also(self, other: Phase) -> Phase:
         def both(mine: Any, theirs: Any) -> Any:
