@@ -4,8 +4,6 @@ The pairs come from data, or are made here from the responses of the policy befo
 paired with wrong, and the wrong one is cut after its first wrong token where the task knows it, since what follows a
 mistake may be sound in itself. φ_DPO is then scored as a policy on held-out items: if it is no better than the policy
 that it will teach, its advantage points the wrong way.
-
-    lco-lite train-rm recipes/quickstart.yaml
 """
 
 import json

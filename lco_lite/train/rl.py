@@ -1,7 +1,5 @@
 """Policy optimisation, by LCO or by what it is compared with: roll out, score, update against a fixed target, repeat.
 
-    lco-lite rl --objective lch --beta 1.0
-
 A and z* stand still for all minibatches and epochs of a step: refreshing π_old multiplies the advantage into the policy
 once more, and doing so after every batch compounds noise.
 """

@@ -35,10 +35,10 @@ DYNAMIC_ROUNDS = 3  # how often a step samples again for groups without signal; 
 
 @dataclass(frozen=True)
 class Phase:
-    """Responses in the order of their prompts, which stand at ``chosen`` among all; ``limit`` tokens is the longest
-    that there could be. Of each response: its grade of ±1 where a task can tell, its reward where the feedback is one number
-    a response, and whether it is a demonstration that is ``shown`` to the policy, not its own. ``drawn`` counts the
-    responses that were sampled for the phase, those of dropped groups too."""
+    """Responses in the order of their prompts, which stand at ``chosen`` among all; none is longer than ``limit`` tokens.
+
+    Of each: its grade of ±1 where a task can tell, its reward where the feedback is one number a response, and whether
+    it is a demonstration ``shown`` to the policy, not its own. ``drawn``: how many were sampled, dropped ones too."""
 
     chosen: list[int]
     limit: int

@@ -2,8 +2,6 @@
 
 An update takes ``batch_size`` demonstrations in micro-batches of like length; the gradient is that of the mean over all
 their response tokens, however they are split.
-
-    lco-lite sft recipes/quickstart.yaml
 """
 
 import math

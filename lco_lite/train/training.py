@@ -1,12 +1,4 @@
-"""What every training loop stands in: AdamW, checkpoints, logs, the screen, Ctrl-C. The loop is each stage's own.
-
-with StageTraining(ctx, stage, parameters, settings, steps, updates) as training:
-    training.try_longest(...)
-    for step in training.steps():
-        ...                                   # gradients
-        metrics |= training.update()
-        training.keep(step, metrics)
-"""
+"""What every training loop stands in: AdamW, checkpoints, logs, the screen, Ctrl-C. The loop is each stage's own."""
 
 from __future__ import annotations
 
@@ -31,10 +23,8 @@ Sized = TypeVar("Sized", bound=Any)
 
 
 class StageTraining:
-    """Trains ``parameters``, by name, for ``steps`` steps, ``updates`` in all; goes on at the last checkpoint.
-
-    ``done``: steps that lie behind. Open it last before the loop: it puts the random states back.
-    """
+    """Trains ``parameters``, by name, for ``steps`` steps, ``updates`` in all; goes on at the last checkpoint, after
+    ``done`` of them. Open it last before the loop: it puts the random states back."""
 
     def __init__(
         self,
