@@ -156,7 +156,7 @@ def sparse_targets(models: Models, phase: Phase, scored: list[MicroBatch], rl: R
     for micro in group_advantages(models, phase, scored, rl):
         start = z_base(models, micro, rl, micro.per_token.get("reference"))
         target = SparseTarget(micro.old, rl.beta, micro.batch.actions, micro.advantages, **start)
-        targeted.append(replace(micro, target=own_target(models, micro, target, rl)))
+        targeted.append(replace(micro, target=own_target(models, micro, target, rl)).to("cpu"))
     return targeted
 
 
@@ -255,9 +255,8 @@ def gkd(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
 def taught(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
     """MiniLLM (Gu et al. 2024)."""
     head, clip = models.policy.model.head, Clip(rl.clip_low, rl.clip_high)
-    logprobs, _ = token_logprobs(hidden, head, micro.batch.actions)
-    batch, importance = micro.policy_batch(rl, logprobs), micro.per_token["importance"]
-    return minillm(hidden, head, micro.target, batch, importance, clip)
+    batch = micro.policy_batch(rl, token_logprobs(hidden, head, micro.batch.actions)[0])
+    return minillm(hidden, head, micro.target, batch, micro.per_token["importance"], clip)
 
 
 METHODS = {
@@ -305,7 +304,10 @@ def z_base(models: Models, micro: MicroBatch, rl: Rl, reference: Tensor | None) 
 def own_target(models: Models, micro: MicroBatch, target: DenseTarget | SparseTarget, rl: Rl) -> Any:
     """``target`` as the user's ``rl.target``, or the public code's variant, has it."""
     change = load_function(rl.target) if rl.target else authors_code.target_hook(rl) if rl.variant.is_on else None
-    return target if change is None else change(target, models.policy.model.head, micro.policy_batch(rl))
+    if change is None:
+        return target
+    device = models.policy.model.device
+    return change(target.to(device), models.policy.model.head, micro.to(device).policy_batch(rl))
 
 
 def own_loss(rl: Rl) -> Callable[..., tuple[Tensor, Seen]] | None:

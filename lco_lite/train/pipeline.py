@@ -17,7 +17,9 @@ def train(ctx: Context, stage: str, fresh: bool = False) -> None:
     """Trains a stage and, where they are missing, those it rests on. One that is done says so and is left alone."""
     wanted = ctx.recipe.stages
     if stage not in wanted:
-        raise UsageError(f"the recipe has no {stage} stage ({why_absent(stage)}); it has {', '.join(wanted)}")
+        reasons = {"sft": "sft.enabled: false", "rm": "rl.feedback is neither dpo nor dpo_sampled"}
+        reason = reasons.get(stage, "rl.objective is another")
+        raise UsageError(f"the recipe has no {stage} stage ({reason}); it has {', '.join(wanted)}")
     method_of(ctx.recipe.rl)  # a function of the user's that does not fit is told before anything is trained
     if fresh:
         for name in ctx.run.discard_from(stage):
@@ -48,15 +50,9 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
 def announce(ctx: Context, stage: str) -> None:
     """The last line: what the stage made, and what comes next."""
     folder = ctx.run.stage(stage)
-    following = {"sft": "lco-lite train-rm", "rm": "lco-lite rl"}.get(
-        stage, f"lco-lite eval {ctx.recipe.task or 'TASK'}"
-    )
+    scored = f"lco-lite eval {ctx.recipe.task or 'TASK'}"
+    following = {"sft": "lco-lite train-rm", "rm": "lco-lite rl"}.get(stage, scored)
     ctx.console.done(folder.adapter if folder.adapter.exists() else folder.model, following)
-
-
-def why_absent(stage: str) -> str:
-    reasons = {"sft": "sft.enabled: false", "rm": "rl.feedback is neither dpo nor dpo_sampled"}
-    return reasons.get(stage, "rl.objective is another")
 
 
 def run_all(ctx: Context, fresh: bool) -> None:

@@ -35,7 +35,7 @@ DYNAMIC_ROUNDS = 3  # how often a step samples again for groups without signal; 
 
 @dataclass(frozen=True)
 class Phase:
-    """Responses in the order of their prompts, which stand at ``chosen`` among all; none is longer than ``limit`` tokens.
+    """Responses in the order of their prompts, which stand at ``chosen`` among all; none is over ``limit`` tokens long.
 
     Of each: its grade of ±1 where a task can tell, its reward where the feedback is one number a response, and whether
     it is a demonstration ``shown`` to the policy, not its own. ``drawn``: how many were sampled, dropped ones too."""
