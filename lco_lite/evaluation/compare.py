@@ -5,10 +5,9 @@ A and B are stages of one run (``sft``, ``rl-lch``) or ``RUN/STAGE``. What is to
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,20 +26,12 @@ _SHOWN, _WIDTH = 20, 40  # answers that flipped, and characters of each
 _SAME_SCORE = ("sampling", "protocol", "items")
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """As it lies in a run: the result, and the graded responses that it is made of."""
 
     label: str
     result: Mapping[str, Any]
     responses: Sequence[Graded]
-
-    def by_seed(self) -> dict[int, dict[str, float]]:
-        """seed -> item -> share of its samples that are right."""
-        verdicts: dict[int, dict[str, list[bool]]] = {}
-        for r in self.responses:
-            verdicts.setdefault(r["seed"], {}).setdefault(r["id"], []).append(r["right"])
-        return {seed: {i: fmean(right) for i, right in items.items()} for seed, items in verdicts.items()}
 
 
 def compare_scores(
@@ -94,31 +85,25 @@ def find(runs: Path, name: str | None, task: str, which: str, scoring: str) -> S
 def compare(a: Score, b: Score) -> tuple[dict[str, Any], list[str]]:
     """(result for ``--json``, warnings). UsageError where the two have not answered the same items."""
     warnings = _check(a, b)
-    n, seeds_a, seeds_b = a.result["n"], a.by_seed(), b.by_seed()
-    paired = list(seeds_a) == list(seeds_b)
+    n, shares = a.result["n"], [_shares(one.responses) for one in (a, b)]
+    seeds_a, seeds_b = (list(dict.fromkeys(r["seed"] for r in one.responses)) for one in (a, b))
+    paired = seeds_a == seeds_b
     if not paired:
         warnings.append(f"{a.label} has other seeds than {b.label}: items are drawn again, seeds are averaged over")
-        seeds_a, seeds_b = {0: _item_means(seeds_a)}, {0: _item_means(seeds_b)}
-    ids = sorted({i for scores in (*seeds_a.values(), *seeds_b.values()) for i in scores})
-    columns = [[seeds_b[seed].get(i, 0.0) - seeds_a[seed].get(i, 0.0) for i in ids] for seed in seeds_a]
-    grid = torch.zeros(n, len(columns), dtype=torch.float64)  # [N, S]; what fits neither window is wrong for both
-    grid[: len(ids)] = torch.tensor(columns, dtype=torch.float64).T
+        shares = [{i: [fmean(by_pass)] for i, by_pass in one.items()} for one in shares]
+    columns = len(seeds_a) if paired else 1
+    # what fits neither window is wrong for both
+    ids, wrong = sorted(shares[0] | shares[1]), [0.0] * columns
+    of_a, of_b = (torch.tensor([one.get(i, wrong) for i in ids], dtype=torch.float64) for one in shares)
+    grid = torch.zeros(n, columns, dtype=torch.float64)  # [N, S]
+    grid[: len(ids)] = of_b - of_a
     by_item = grid.mean(1)  # [N]
     wins, losses = int((by_item > 1e-12).sum()), int((by_item < -1e-12).sum())
-    difference = paired_bootstrap(grid)
-    result = {"a": a.label, "b": b.label, "mean_a": a.result["mean"], "mean_b": b.result["mean"]} | {
-        "difference": difference.mean,
-        "interval": [difference.low, difference.high],
-        "p": difference.p,
-        "resamples": RESAMPLES,
-        "items": n,
-        "seeds": len(columns) if paired else None,
-        "wins": wins,
-        "losses": losses,
-        "ties": n - wins - losses,
-        "flipped": flipped(a.responses, b.responses),
-    }
-    return result, warnings
+    mean, low, high, p = paired_bootstrap(grid)
+    result = {"a": a.label, "b": b.label, "mean_a": a.result["mean"], "mean_b": b.result["mean"]}
+    result |= {"difference": mean, "interval": [low, high], "p": p, "resamples": RESAMPLES, "items": n}
+    result |= {"seeds": columns if paired else None, "wins": wins, "losses": losses, "ties": n - wins - losses}
+    return result | {"flipped": flipped(a.responses, b.responses)}, warnings
 
 
 def flipped(a: Sequence[Graded], b: Sequence[Graded]) -> list[dict[str, Any]]:
@@ -166,9 +151,12 @@ def _check(a: Score, b: Score) -> list[str]:
     return [f"{a.label} and {b.label} were scored in different ways: {'; '.join(changed)}"] if changed else []
 
 
-def _item_means(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    ids = dict.fromkeys(i for scores in by_seed.values() for i in scores)
-    return {i: fmean(scores[i] for scores in by_seed.values()) for i in ids}
+def _shares(responses: Sequence[Graded]) -> dict[str, list[float]]:
+    """Item -> pass by pass, the share of its samples that are right."""
+    verdicts: dict[str, dict[int, list[bool]]] = {}
+    for r in responses:
+        verdicts.setdefault(r["id"], {}).setdefault(r["seed"], []).append(r["right"])
+    return {i: [fmean(right) for right in by_seed.values()] for i, by_seed in verdicts.items()}
 
 
 def _by_place(responses: Sequence[Graded]) -> dict[tuple[str, int, int], Graded]:
@@ -181,8 +169,7 @@ def _short(text: str | None) -> str:
     return "(none)" if text is None else text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """The mean difference, its 95 % interval (2.5 % and 97.5 % of the resamples), and its two-sided p-value."""
 
     mean: float

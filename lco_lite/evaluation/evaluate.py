@@ -11,7 +11,7 @@ score that was stopped anywhere goes on with the next batch and ends in the same
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lco_lite import weights
 from lco_lite.console import Console
@@ -111,11 +111,8 @@ def _passes(settings: Eval) -> int:
 # one stage on one task
 
 
-class Question(NamedTuple):
-    """A held-out item and its prompt as token ids."""
-
-    item: Item
-    ids: list[int]
+Question = tuple[Item, list[int]]
+"""A held-out item and its prompt as token ids."""
 
 
 def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
@@ -166,13 +163,13 @@ def respond_to_all(
         role, chat, engine = open_policy(ctx, stage)
     with ctx.clock("eval"), InterruptGuard() as guard:
         window = role.model.max_length
-        questions = [q for p in prompts if len((q := _question(chat, p)).ids) <= window - new_tokens]
+        questions = [q for p in prompts if len((q := _question(chat, p))[1]) <= window - new_tokens]
         if not questions:
             raise DataError(f"no item of {task.name} fits the model's window of {window} tokens")
         if left_out := len(prompts) - len(questions):
             verdict = "count as wrong" if task.graded else "are left out"
             ctx.console.warn(f"{left_out} of {len(prompts)} items do not fit the window and {verdict}")
-        batches = plan_batches([q.ids for q in questions], settings, new_tokens)
+        batches = plan_batches([ids for _, ids in questions], settings, new_tokens)
         total = n * len(questions) * settings.samples
         # batches of another size hold other responses
         header = asked | {"batch": settings.batch, "batch_tokens": settings.batch_tokens}
@@ -185,7 +182,7 @@ def respond_to_all(
             for k, b in [(k, b) for k in range(n) for b in range(len(batches)) if (k, b) not in made]:
                 batch = [questions[i] for i, _ in batches[b]]
                 if settings.scoring == "likelihood":
-                    responses = likeliest_letters(role, chat, [q.item for q in batch], [q.ids for q in batch])
+                    responses = likeliest_letters(role, chat, batch)
                 else:
                     responses = respond(engine, chat, task, batch, sampling, seed + k, b)
                 made[k, b] = [{"sample": j} | r for (_, j), r in zip(batches[b], responses, strict=True)]
@@ -193,10 +190,8 @@ def respond_to_all(
                 done += len(batch)
                 line.update(done)
                 if guard.requested:
-                    raise Interrupted(
-                        f"stopped after {done} of {total} responses; they are in {file}, "
-                        "and the same command goes on from there"
-                    )
+                    made_so_far = f"stopped after {done} of {total} responses; they are in {file}"
+                    raise Interrupted(f"{made_so_far}, and the same command goes on from there")
     passes = {}
     for k in range(n):
         by_slot = {slot: r for b, slots in enumerate(batches) for slot, r in zip(slots, made[k, b], strict=True)}
@@ -249,7 +244,7 @@ def respond(
 ) -> list[Graded]:
     """One graded response a question. The random numbers are those of the seed, the task and the batch's number."""
     with seeded(seed, "eval", task.name, *batch):
-        responses = in_order(engine.generate([q.ids for q in questions], sampling))
+        responses = in_order(engine.generate([ids for _, ids in questions], sampling))
     texts = [chat.text(response.example.response) for response in responses]
     return [
         graded(item, text, task.grade(text, item), response.truncated)
@@ -259,9 +254,7 @@ def respond(
 
 def _refuse_meaningless(task: Task, stage: str, settings: Eval) -> None:
     if settings.samples > 1 and not task.graded:
-        raise UsageError(
-            f"eval.samples: task {task.name} is not right or wrong, so pass@k and maj@k do not exist for it"
-        )
+        raise UsageError(f"eval.samples: task {task.name} is not right or wrong: pass@k and maj@k do not exist for it")
     if settings.samples > 1 and settings.temperature == 0:
         raise UsageError("eval.samples: greedy decoding makes the same response every time; set a temperature")
     if settings.scoring == "likelihood":
@@ -284,7 +277,7 @@ def _started(file: Path, header: dict[str, Any], console: Console, label: str) -
 
 def _question(chat: ChatFormat, prompt: Prompt) -> Question:
     assert prompt.item is not None, "held-out prompts come from a task"
-    return Question(prompt.item, chat.prompt(prompt.messages))
+    return prompt.item, chat.prompt(prompt.messages)
 
 
 def _sampling(settings: Eval, task: Task) -> Sampling:
@@ -296,10 +289,7 @@ def _sampling(settings: Eval, task: Task) -> Sampling:
 
 
 def _tasks_own(ctx: Context, task: Task, files: Path, passes: Mapping[int, Sequence[Graded]]) -> dict[str, Any]:
-    """The part of a result that the task makes of each pass: its metrics, the first of them the main one.
-
-    What it writes besides is in a folder of ``files`` for each seed.
-    """
+    """The metrics that the task makes of each pass; what it writes besides is in a folder of ``files`` a seed."""
     items = {item.id: item for item in task.items("test")}
     by_pass = []
     for seed, responses in passes.items():

@@ -30,13 +30,12 @@ def need_choices(task: Task, items: Sequence[Item]) -> None:
             )
 
 
-def likeliest_letters(
-    role: Role, chat: ChatFormat, items: Sequence[Item], prompts: Sequence[list[int]]
-) -> list[Graded]:
-    """Each item's likeliest letter, graded; ``prompts`` are token ids."""
+def likeliest_letters(role: Role, chat: ChatFormat, questions: Sequence[tuple[Item, list[int]]]) -> list[Graded]:
+    """Each item's likeliest letter, graded; an item comes with the token ids of its prompt."""
     letters = letter_ids(chat)
-    choices = [letters[: len(item.row["choices"])] for item in items]
-    return [likeliest_letter(*pair) for pair in zip(items, choice_logprobs(role, prompts, choices), strict=True)]
+    choices = [letters[: len(item.row["choices"])] for item, _ in questions]
+    logprobs = choice_logprobs(role, [ids for _, ids in questions], choices)
+    return [likeliest_letter(item, values) for (item, _), values in zip(questions, logprobs, strict=True)]
 
 
 def letter_ids(chat: ChatFormat) -> list[list[int]]:

@@ -34,31 +34,20 @@ def eval_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
 
     Raises UsageError where the recipe wants worked examples and the task has too few of them.
     """
-    settings = recipe.eval
-    template, system = eval_template(task, settings), eval_system(recipe, task)
-    if task.template != template:
-        task = replace(task, template=template)
+    settings, protocol = recipe.eval, prompt_settings(recipe, task)
+    if task.template != protocol["template"]:
+        task = replace(task, template=protocol["template"])
     examples_of = worked_examples(task, settings.few_shot)
 
     prompts = []
     for item in task.items("test")[: settings.items]:
         turns = [*examples_of(item), item]
-        messages = conversation(turns[0].prompt, system)
+        messages = conversation(turns[0].prompt, protocol["system"])
         for example, following in pairwise(turns):
             answer = example.gold if settings.scoring == "likelihood" else example.demonstration or ""
             messages += [{"role": "assistant", "content": answer}, *conversation(following.prompt)]
         prompts.append(Prompt(messages, item))
     return prompts
-
-
-def eval_template(task: Task, settings: Eval) -> str:
-    """What stands around ``{problem}`` in the user's turn."""
-    letter = task.likelihood_template if settings.scoring == "likelihood" else None
-    return settings.template or letter or task.template
-
-
-def eval_system(recipe: Recipe, task: Task) -> str | None:
-    return system_text(recipe, task) if recipe.eval.system is None else recipe.eval.system
 
 
 def worked_examples(task: Task, n: int) -> Callable[[Item], Sequence[Item]]:
@@ -101,12 +90,14 @@ def score_settings(ctx: Context, task: Task, stage: str, prompts: Sequence[Promp
 
 def prompt_settings(recipe: Recipe, task: Task) -> dict[str, Any]:
     """Everything besides weights, sampling and items that a score depends on."""
+    settings = recipe.eval
+    letter = task.likelihood_template if settings.scoring == "likelihood" else None
     return {
-        "scoring": recipe.eval.scoring,
-        "template": eval_template(task, recipe.eval),
-        "system": eval_system(recipe, task),
+        "scoring": settings.scoring,
+        "template": settings.template or letter or task.template,
+        "system": system_text(recipe, task) if settings.system is None else settings.system,
         "template_args": json.loads(json.dumps(recipe.chat.template_args, default=str)),
-        "few_shot": recipe.eval.few_shot,
+        "few_shot": settings.few_shot,
         "grader": grader_of(task),
         "lco_lite": __version__,
     }

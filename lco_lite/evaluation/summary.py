@@ -13,16 +13,8 @@ Graded = dict[str, Any]
 
 
 def graded(item: Item, response: str, grade: Grade, truncated: bool) -> Graded:
-    return {
-        "id": item.id,
-        "prompt": item.prompt,
-        "response": response,
-        "extracted": grade.extracted,
-        "gold": item.gold,
-        "right": grade.right,
-        "why": grade.why,
-        "truncated": truncated,
-    }
+    asked = {"id": item.id, "prompt": item.prompt, "response": response, "extracted": grade.extracted}
+    return asked | {"gold": item.gold, "right": grade.right, "why": grade.why, "truncated": truncated}
 
 
 def pass_at(k: int, n: int, right: int) -> float:
@@ -65,12 +57,8 @@ def summarise(passes: Sequence[Sequence[Graded]], n: int, samples: int = 1) -> d
         by_item += [0.0] * (n - len(by_item))
         stderr = statistics.stdev(by_item) / math.sqrt(n) if n > 1 else None
         metrics[name] = spread([sum(one) / n for one in values], stderr)
-    return main_first(metrics) | {
-        "n": n,
-        "seeds": len(passes),
-        "samples": samples,
-        "truncated": statistics.fmean(float(r["truncated"]) for responses in passes for r in responses),
-    }
+    truncated = statistics.fmean(float(r["truncated"]) for responses in passes for r in responses)
+    return main_first(metrics) | {"n": n, "seeds": len(passes), "samples": samples, "truncated": truncated}
 
 
 def spread(values: Sequence[float], stderr: float | None = None) -> dict[str, float | None]:

@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,7 +39,8 @@ def check_judge(settings: Eval, n: int, passes: int, console: Console) -> None:
     """What can be said before there is a response. UsageError: the package or the key is absent."""
     by_package = settings.judge_url == PACKAGE
     if by_package:
-        _need_package()
+        if importlib.util.find_spec("alpaca_eval") is None:
+            raise UsageError(f"--judge-url {PACKAGE} needs that package: pip install 'lco-lite[alpaca]'")
     else:
         judge_key(settings)
     requests = n if by_package else 2 * n
@@ -78,14 +78,13 @@ def _by_judge(
 ) -> dict[str, float]:
     assert settings.judge_url is not None
     judge = Judge(ChatClient(settings.judge_url, judge_key(settings)), settings, folder.parent / "judge.jsonl")
-    compared = [
-        Comparison(o["instruction"], o["output"], r["row"]["output"]) for o, r in zip(outputs, rows, strict=True)
-    ]
+    pairs = zip(outputs, rows, strict=True)
+    compared = [Comparison(o["instruction"], o["output"], row["row"]["output"]) for o, row in pairs]
     cost = judge.estimate(compared)
     console.note(f"{settings.judge_model} judges {len(compared)} pairs in both orders: {cost}")
     refuse_unconfirmed(cost, settings)
     judgements = judge.scores(compared, console)
-    lines = [{"id": row["id"], **asdict(one)} for row, one in zip(rows, judgements, strict=True)]
+    lines = [{"id": row["id"], **one._asdict()} for row, one in zip(rows, judgements, strict=True)]
     write_text(folder / "judged.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     n, off_point = len(judgements), sum(one.off_point for one in judgements)
@@ -140,12 +139,9 @@ def _by_package(
     rows: Sequence[Row], outputs: Sequence[dict[str, str]], settings: Eval, folder: Path, console: Console
 ) -> dict[str, float]:
     """The package's annotations and its cache go to ``folder``. Raises LcoError where it fails."""
-    _need_package()
     references = [dict(row["row"]) for row in rows]
-    tokens_in = sum(
-        _PACKAGE_PROMPT + tokens_of(o["instruction"], o["output"], r["output"])
-        for o, r in zip(outputs, references, strict=True)
-    )
+    texts = [(o["instruction"], o["output"], r["output"]) for o, r in zip(outputs, references, strict=True)]
+    tokens_in = sum(_PACKAGE_PROMPT + tokens_of(*three) for three in texts)
     cost = Estimate(len(rows), 0, tokens_in, len(rows), settings.judge_price)
     console.note(f"{PACKAGE} judges {len(rows)} pairs: {cost}")
     refuse_unconfirmed(cost, settings)
@@ -172,8 +168,3 @@ def _by_package(
     except Exception as e:  # its annotators raise what their clients raise
         raise LcoError(f"{PACKAGE} failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
     return {"win_rate": win_rate / 100, "lc_win_rate": controlled / 100}
-
-
-def _need_package() -> None:
-    if importlib.util.find_spec("alpaca_eval") is None:
-        raise UsageError(f"--judge-url {PACKAGE} needs that package: pip install 'lco-lite[alpaca]'")

@@ -3,9 +3,8 @@
 import bisect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,15 +38,13 @@ class SequenceClassifier:
     def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> Tensor:
         """[N] scores, in fp32 on the CPU."""
         texts = [self._text(p, r) for p, r in zip(prompts, responses, strict=True)]
+        window = getattr(self.model.config, "max_position_embeddings", None) or 4096
+        bare = self.tokenizer.chat_template is None
         scores = []
         for first in range(0, len(texts), _BATCH):
+            batch = texts[first : first + _BATCH]
             ids = self.tokenizer(
-                texts[first : first + _BATCH],
-                padding=True,
-                truncation=True,
-                max_length=getattr(self.model.config, "max_position_embeddings", None) or 4096,
-                add_special_tokens=self.tokenizer.chat_template is None,
-                return_tensors="pt",
+                batch, padding=True, truncation=True, max_length=window, add_special_tokens=bare, return_tensors="pt"
             )
             logits = logits_of(self.model, ids)
             scores.append(logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0])
@@ -97,8 +94,7 @@ _NO_LIMIT = 1_000_000  # tokenizers without a limit of their own say a huge numb
 Split: TypeAlias = Callable[[str], list[str]]
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """What a classifier reads: ``question``, ``context`` (passages; may be empty) and ``answer``."""
 
     question: str
@@ -106,8 +102,7 @@ class Text:
     answer: str
 
 
-@dataclass(frozen=True)
-class Reward:
+class Reward(NamedTuple):
     """``value`` of an answer; ``segments`` it was made of and how many were ``good`` (None: no segments)."""
 
     value: float
@@ -146,7 +141,8 @@ class SegmentClassifier:
 
     def _batch(self, texts: Sequence[Text]) -> list[Reward]:
         written = [self._words(text) for text in texts]
-        ids = self._tokens([words for words, _ in written], padding=True, return_tensors="pt")
+        fitted = {"padding": True, "truncation": True, "max_length": self.window, "return_tensors": "pt"}
+        ids = self._tokens([words for words, _ in written], **fitted)
         logits = logits_of(self.model, ids)
         if not self.by_token:
             # the bad label's logit is taken off where there are two
@@ -181,13 +177,11 @@ class SegmentClassifier:
         return head + context + answer, [before + at for at in places]
 
     def _length(self, words: list[str]) -> int:
-        return len(self._tokens([words], truncation=False)["input_ids"][0])
+        return len(self._tokens([words])["input_ids"][0])
 
-    def _tokens(self, words: list[list[str]], truncation: bool = True, **more: Any) -> Any:
-        if truncation:
-            more["max_length"] = self.window
+    def _tokens(self, words: list[list[str]], **options: Any) -> Any:
         texts = words if self.by_token else [" ".join(some) for some in words]
-        return self.tokenizer(texts, is_split_into_words=self.by_token, truncation=truncation, verbose=False, **more)
+        return self.tokenizer(texts, is_split_into_words=self.by_token, verbose=False, **options)
 
 
 def _window(tokenizer: Any, config: Any) -> int:
@@ -236,16 +230,15 @@ def sentences(text: str) -> list[str]:
 
 def clauses(text: str) -> list[str]:
     """The clauses of each sentence, words parted by one space."""
-    return [clause for sentence in sentences(text) for clause in _clauses(sentence.split())]
-
-
-def _clauses(words: list[str]) -> list[str]:
-    starts = [0]
-    for i in range(1, len(words)):
-        if words[i - 1][-1] not in ",;!?" or len(words) - i <= _WORDS:
-            continue
-        if i - starts[-1] >= _WORDS:
-            starts.append(i)
-        elif len(starts) > 1:
-            starts[-1] = i
-    return [" ".join(words[a:b]) for a, b in zip(starts, [*starts[1:], len(words)], strict=True)]
+    found = []
+    for words in map(str.split, sentences(text)):
+        starts = [0]
+        for i in range(1, len(words)):
+            if words[i - 1][-1] not in ",;!?" or len(words) - i <= _WORDS:
+                continue
+            if i - starts[-1] >= _WORDS:
+                starts.append(i)
+            elif len(starts) > 1:
+                starts[-1] = i
+        found += [" ".join(words[a:b]) for a, b in zip(starts, [*starts[1:], len(words)], strict=True)]
+    return found

@@ -16,9 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -41,8 +40,7 @@ _VERDICT = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """An instruction, the answer to be scored and the one it is compared with."""
 
     instruction: str
@@ -50,8 +48,7 @@ class Comparison:
     reference: str
 
 
-@dataclass(frozen=True)
-class Judgement:
+class Judgement(NamedTuple):
     """``score``: 1 the answer is better, 0 the reference; ``in_order``: the verdict with the answer first, and with the
     reference first. ``off_point``: how many of the two were no verdict, and count as a tie."""
 
@@ -154,8 +151,7 @@ def read_verdict(text: str) -> str | None:
     return "tie" if verdict.endswith("tie") else verdict.upper()
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """``requests`` still to be sent, with their tokens; ``known`` have an answer. ``price``: dollars a million tokens,
     in and out."""
 
@@ -197,8 +193,7 @@ def refuse_unconfirmed(cost: Estimate, settings: Eval) -> None:
 # the API
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """``text``: None where the server answered without one (a refusal); tokens as the server counts them, 0 if not."""
 
     text: str | None
@@ -207,32 +202,21 @@ class Reply:
 
 
 class _Again(Exception):
-    """What may pass by itself; ``wait``: seconds the server asks for."""
-
-    def __init__(self, why: str, wait: float | None = None) -> None:
-        super().__init__(why)
-        self.wait = wait
+    """What may pass by itself: why, and the seconds that the server asks to wait, if it does."""
 
 
 class ChatClient:
     """The chat-completions API at ``url``, such as ``http://localhost:8000/v1``. Safe to use from several threads.
 
     The key goes into one header. It is in no message, no file and, since redirects are not followed, on no other host.
-    ``stopped`` ends waiting in all threads; what is under way is still answered. ``sleep`` waits so many seconds and
-    ``now`` is the time since 1970; tests give their own.
+    ``stopped`` ends waiting in all threads; what is under way is still answered. ``sleep`` and ``now`` are the clock.
     """
 
-    def __init__(
-        self,
-        url: str,
-        key: str | None = None,
-        timeout: float = TIMEOUT,
-        sleep: Callable[[float], Any] | None = None,
-        now: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, url: str, key: str | None = None, timeout: float = TIMEOUT) -> None:
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self._key, self._now, self.stopped = key, now, threading.Event()
-        self._sleep = sleep or self.stopped.wait
+        self._key, self.stopped = key, threading.Event()
+        self.sleep: Callable[[float], Any] = self.stopped.wait
+        self.now = time.time
         headers = {"Content-Type": "application/json", "User-Agent": "lco-lite"}
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(headers=headers, timeout=timeout, verify=ssl.create_default_context())
@@ -249,24 +233,24 @@ class ChatClient:
             try:
                 return self._once(request)
             except _Again as e:
-                why = str(e)
-                wait = 2.0**i if e.wait is None else e.wait
+                why, wanted = e.args
+                wait = 2.0**i if wanted is None else wanted
                 if wait > LONGEST_WAIT:
                     raise LcoError(f"{self.url} asks to wait {wait:.0f} s: {why}; start again later") from e
                 if i < TRIES - 1:
-                    self._sleep(wait)
+                    self.sleep(wait)
         raise LcoError(f"{self.url} cannot be reached ({TRIES} tries): {why}")
 
     def _once(self, request: Mapping[str, Any]) -> Reply:
         try:
             answer = self._http.post(self.url, content=json.dumps(request).encode())
         except (httpx.RequestError, httpx.InvalidURL) as e:  # refused, reset, unknown host, timed out, cut short
-            raise _Again(self._safe(str(e) or type(e).__name__)) from None
+            raise _Again(self._safe(str(e) or type(e).__name__), None) from None
         if answer.status_code != 200:
             said = self._safe(" ".join(answer.text.split())[:300])
             text = f"HTTP {answer.status_code} {answer.reason_phrase}: {said}"
             if answer.status_code in (408, 429) or answer.status_code >= 500:
-                raise _Again(text, retry_after(answer.headers.get("Retry-After"), self._now()))
+                raise _Again(text, retry_after(answer.headers.get("Retry-After"), self.now()))
             if answer.status_code in (401, 403):
                 held = "the key is not accepted" if self._key else "it wants a key: eval.judge_key_variable"
                 raise UsageError(f"{self.url}: {held}: {text}")
@@ -277,7 +261,7 @@ class ChatClient:
             usage = content.get("usage") or {}
             tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise _Again(f"no chat completion: {self._safe(repr(answer.content[:100]))}") from None
+            raise _Again(f"no chat completion: {self._safe(repr(answer.content[:100]))}", None) from None
         return Reply(text if isinstance(text, str) else None, *tokens)
 
     def _safe(self, text: str) -> str:
@@ -286,13 +270,11 @@ class ChatClient:
 
 def retry_after(value: str | None, now: float) -> float | None:
     """Seconds of a Retry-After header, which has seconds or a date; None where it has neither."""
-    if value is None:
-        return None
     try:
-        seconds = float(value)
+        seconds = float(value or "")
     except ValueError:
         try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
+            seconds = email.utils.parsedate_to_datetime(value or "").timestamp() - now
         except (ValueError, TypeError):
             return None
     return max(seconds, 0.0) if seconds == seconds else None

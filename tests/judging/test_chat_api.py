@@ -19,7 +19,8 @@ def asked(answers: list[Said], key: str | None = None, timeout: float = 20.0):
     """What the client makes of these answers, how long it waited each time, and what the server saw."""
     waits: list[float] = []
     with chat_server(lambda request, n: answers[min(n, len(answers) - 1)]) as server:
-        client = ChatClient(server.url, key, timeout, sleep=waits.append, now=lambda: NOW)
+        client = ChatClient(server.url, key, timeout)
+        client.sleep, client.now = waits.append, lambda: NOW
         try:
             return client.ask(REQUEST), waits, server
         except LcoError as e:
@@ -97,7 +98,9 @@ def test_a_server_that_is_not_there_is_named():
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(LcoError, match=f"{url}/chat/completions cannot be reached"):
-        ChatClient(url, sleep=lambda seconds: None).ask(REQUEST)
+        client = ChatClient(url)
+        client.sleep = lambda seconds: None
+        client.ask(REQUEST)
 
 
 @pytest.mark.parametrize("status", [400, 404, 422])

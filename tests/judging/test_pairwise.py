@@ -40,7 +40,8 @@ def prefers_longer(request, n) -> Said:
 
 
 def judge_of(server, folder, **more) -> Judge:
-    client = ChatClient(server.url, sleep=lambda seconds: None)
+    client = ChatClient(server.url)
+    client.sleep = lambda seconds: None
     return Judge(client, settings(server.url, **more), folder / "judge.jsonl")
 
 
