@@ -1,7 +1,6 @@
 """The LM head as the losses see it: hidden states in, logits out, and gradients back."""
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +39,11 @@ class Head:
         """The rows that are tokens, [V, d]: a view."""
         return self.weight[: self.rows]
 
+    def same_as(self, other: "Head") -> bool:
+        """True where both are the very same weights used in the same way."""
+        mine, theirs = ((h.scale, h.softcap, h.rows) for h in (self, other))
+        return self.weight is other.weight and self.bias is other.bias and mine == theirs
+
     @property
     def is_trained(self) -> bool:
         """True where a gradient must reach the head itself."""
@@ -49,11 +53,6 @@ class Head:
     def is_linear(self) -> bool:
         """True where differences of logits are a fixed linear function of those of hidden states: a bias cancels."""
         return self.softcap is None and not self.is_trained
-
-    def same_as(self, other: "Head") -> bool:
-        """True where both are the very same weights used in the same way."""
-        mine, theirs = ((h.scale, h.softcap, h.rows) for h in (self, other))
-        return self.weight is other.weight and self.bias is other.bias and mine == theirs
 
     def prefix(self, rows: int) -> "Head":
         """The same head over its first ``rows`` tokens; the same object each time, so that what it remembers stays."""
@@ -89,8 +88,8 @@ class Head:
 
         def mean() -> Tensor:
             total = self.weight.new_zeros(self.weight.shape[1], dtype=torch.float64)
-            for _, block in row_blocks(self.vocabulary, wide(self.weight)):
-                total += block.sum(0, dtype=torch.float64)
+            for block in self.vocabulary.split(ROW_BLOCK):
+                total += block.to(wide(block)).sum(0, dtype=torch.float64)
             return (total / self.rows).to(wide(self.weight))
 
         return self.remember(("mean", self.weight._version), mean)
@@ -108,13 +107,6 @@ def wide(*tensors: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
-def row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of ``weight`` in ``dtype``, a bounded number at a time."""
-    for start in range(0, weight.shape[0], ROW_BLOCK):
-        part = slice(start, min(start + ROW_BLOCK, weight.shape[0]))
-        yield part, weight[part].to(dtype)
-
-
 def rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T, [T, d] -> [T, V], accumulated and returned in fp32 at least.
 
@@ -124,8 +116,9 @@ def rows_product(x: Tensor, weight: Tensor) -> Tensor:
     if (product := _unblocked_product(x, weight.T)) is not None:
         return product
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=wide(x, weight))
-    for part, block in row_blocks(weight, out.dtype):
-        out[:, part] = x.to(out.dtype) @ block.T
+    for start in range(0, len(weight), ROW_BLOCK):
+        part = slice(start, start + ROW_BLOCK)
+        out[:, part] = x.to(out.dtype) @ weight[part].to(out.dtype).T
     return out
 
 
@@ -134,8 +127,8 @@ def columns_product(grad: Tensor, weight: Tensor) -> Tensor:
     if (product := _unblocked_product(grad, weight)) is not None:
         return product
     out = grad.new_zeros(grad.shape[0], weight.shape[1], dtype=wide(grad, weight))
-    for part, block in row_blocks(weight, out.dtype):
-        out += grad[:, part].to(out.dtype) @ block
+    for part, block in zip(grad.split(ROW_BLOCK, dim=-1), weight.split(ROW_BLOCK), strict=True):
+        out += part.to(out.dtype) @ block.to(out.dtype)
     return out
 
 
@@ -154,18 +147,15 @@ def _unblocked_product(x: Tensor, matrix: Tensor) -> Tensor | None:
 
 
 def row_covariance(head: Head, *others: Head) -> Tensor:
-    """Σ, the covariance over V of the rows of ``head``, with those of ``others`` beside them: [Σd, Σd] in fp32 or fp64.
-
-    Computed once and kept on ``head``.
-    """
+    """Σ, the covariance over V of the rows of ``head`` with those of ``others`` beside them, [Σd, Σd]. Kept."""
     heads = (head, *others)
     dtype = wide(*(h.weight for h in heads))
 
     def compute() -> tuple[Tensor, tuple[Head, ...]]:
         mean = torch.cat([h.mean_row.to(dtype) for h in heads])
         total = mean.new_zeros(len(mean), len(mean))
-        for blocks in zip(*(row_blocks(h.vocabulary, dtype) for h in heads), strict=True):
-            rows = torch.cat([block for _, block in blocks], dim=-1) - mean
+        for blocks in zip(*(h.vocabulary.split(ROW_BLOCK) for h in heads), strict=True):
+            rows = torch.cat([block.to(dtype) for block in blocks], dim=-1) - mean
             total += rows.T @ rows
         return total / head.rows, heads  # the heads are kept alive, so that their ids name them
 
