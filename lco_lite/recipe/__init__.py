@@ -1,7 +1,4 @@
-"""The typed recipe: every setting once, with unit, default and source.
-
-``sections`` and ``rl`` hold the settings, ``file`` reads and writes them; here they come together, and what makes sense
-only across sections is checked. Imports no torch.
+"""The typed recipe: every setting once, with unit, default and source. Imports no torch.
 
 "paper" is arXiv 2603.00963; "prototype" the settings that were found to learn in this project's first experiments.
 """

@@ -1,7 +1,6 @@
 """How a recipe file becomes a recipe: read, override, validate, write; and the recipes that are shipped.
 
-A recipe is a YAML file; ``--set a.b=c`` overrides it, and named flags override both. Unknown keys, wrong types and
-combinations that make no sense are refused, all at once, each with its place, key path and value.
+``--set a.b=c`` overrides the YAML file, and named flags override both. Whatever is wrong with it is told at once.
 """
 
 import difflib
@@ -81,24 +80,14 @@ def _overrides(sets: list[str] | None, flags: dict[str, Any] | None) -> list[tup
 
 def _with(data: dict[str, Any], path: KeyPath, value: Any) -> dict[str, Any]:
     head, *rest = path
-    if rest:
-        inner = data.get(head)
-        value = _with(inner if isinstance(inner, dict) else {}, tuple(rest), value)
-    return {**data, head: value}
+    inner = data.get(head)
+    return {**data, head: _with(inner if isinstance(inner, dict) else {}, tuple(rest), value) if rest else value}
 
 
 # --- problems in words
 
-_KINDS = {
-    "model": "a mapping of settings",
-    "dict": "a mapping of settings",
-    "list": "a list",
-    "tuple": "a list",
-    "string": "text",
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-}
+_KINDS = dict.fromkeys(("model", "dict"), "a mapping of settings") | dict.fromkeys(("list", "tuple"), "a list")
+_KINDS |= {"string": "text", "bool": "true or false", "int": "a whole number", "float": "a number"}
 
 
 def _problems(error: ValidationError, data: Any, places: Mapping[KeyPath, str]) -> list[str]:
@@ -115,9 +104,7 @@ def _problems(error: ValidationError, data: Any, places: Mapping[KeyPath, str]) 
             value = errors[0]["input"]
             should = f"should be {' or '.join(wanted)}, found {_shown(value)}"
             texts.append((path, "is empty: give it a value, or delete the line" if value is None else should))
-        for e in errors:
-            if not _wanted(e):
-                texts += _in_words(path, e)
+        texts += [text for e in errors if not _wanted(e) for text in _in_words(path, e)]
     return [_line(path, text, places) for path, text in texts]
 
 
@@ -125,8 +112,7 @@ def _keys(error: ErrorDetails, data: Any) -> KeyPath:
     """The keys as users write them: pydantic also names the branch of a union (`self` or a mapping) that it tried."""
     keys: list[Any] = []
     for part in error["loc"]:
-        known = data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
-        if part in known:
+        if part in (data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()):
             keys.append(part)
             data = data[part]
     return (*keys, error["loc"][-1]) if error["type"] == "missing" else tuple(keys)
@@ -151,10 +137,9 @@ def _in_words(path: KeyPath, error: ErrorDetails) -> list[tuple[KeyPath, str]]:
     if error["type"] == "missing":
         return [(path, "is needed and missing")]
     if error["type"] == "value_error":
-        problems = error["ctx"]["error"].args
         if path:
-            return [(path, "; ".join(problems))]
-        keyed = [problem.partition(": ") for problem in problems]  # checks across sections name their keys
+            return [(path, "; ".join(error["ctx"]["error"].args))]
+        keyed = [problem.partition(": ") for problem in error["ctx"]["error"].args]  # those across sections name keys
         return [(tuple(key.split(".")), text) for key, _, text in keyed]
     message = error["msg"].removeprefix("Input ")
     return [(path, f"{message[0].lower()}{message[1:]}, found {_shown(error['input'])}")]
@@ -258,14 +243,13 @@ def find_recipe(name: str) -> Path:
         return path
     if name in known:
         return known[name]
-    hint = _nearest(name, known, "shipped recipes")
-    raise RecipeError(f"{name}: no such recipe file, and no shipped recipe of that name; {hint}")
+    nearest = _nearest(name, known, "shipped recipes")
+    raise RecipeError(f"{name}: no such recipe file, and no shipped recipe of that name; {nearest}")
 
 
 def show_recipes(name: str | None) -> None:
     if name is not None:
-        typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
-        return
+        return typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
     for known, path in shipped().items():
         typer.echo(f"{known:14} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 

@@ -1,7 +1,6 @@
 """The ``rl`` section: what each objective brings along, and which settings go together.
 
-An objective's defaults are those it is known with; a recipe overrides them. Numbers are those of TRL 1.16 (PPO and
-MiniLLM: TRL 1.10, the last release that had them) unless the paper states one.
+Numbers are those of TRL 1.16 (PPO and MiniLLM: TRL 1.10, the last release that had them) unless the paper states one.
 """
 
 from collections.abc import Iterator
@@ -74,9 +73,7 @@ def known_objective(name: str) -> str:
 class Variant(Section):
     """What the authors' public code does where it departs from the paper. All off."""
 
-    top_k: int | None = setting(
-        None, "kld, lch, mse see only the k likeliest tokens of π_old, their A standardised; sparse: 1", "5 there", ge=1
-    )
+    top_k: int | None = setting(None, "only the k likeliest tokens of π_old, A standardised; sparse 1", "5 there", ge=1)
     target: Literal["old", "current"] = setting(
         "old", "lch, mse: current starts z* from the logits of each update instead of π_old's", "current there"
     )
@@ -107,9 +104,7 @@ class Rl(Training):
     reward_timeout: float = setting(60.0, "seconds that reward_function may take for 32 responses", "a minute", gt=0)
     reward_classifier: str | None = setting(None, "reward_model: hub id or folder of a sequence classifier", "yours")
     baseline: Literal["none", "batch", "group", "leave_one_out"] = setting(
-        "batch",
-        "what is subtracted from a reward: the mean of the phase, of the prompt's responses, of its other ones",
-        "prototype: none collapses",
+        "batch", "mean taken off: of the phase, of the prompt's responses, of its others", "prototype: none collapses"
     )
     scale_rewards: bool = setting(False, "divide by the deviation of the prompt's rewards", "off: paper; on: GRPO")
     kl_coef: float = setting(0.0, "policy gradients: weight of log π/π_ref, taken off the reward", "paper: none", ge=0)
@@ -119,14 +114,10 @@ class Rl(Training):
     gae_lambda: float = setting(0.95, "ppo: GAE's λ", "TRL 1.10", ge=0, le=1)
     value_coef: float = setting(0.1, "ppo: weight of the value loss", "TRL 1.10", gt=0)
     value_clip: float = setting(0.2, "ppo: values move at most this far from the old ones", "TRL 1.10", gt=0)
-    overlong_buffer: float = setting(
-        0.0, "the last share of max_new_tokens, over which the reward falls by 1", "off; DAPO 0.2", ge=0, lt=1
-    )
+    overlong_buffer: float = setting(0.0, "last share of max_new_tokens: reward loses 1", "off; DAPO 0.2", ge=0, lt=1)
     dynamic_sampling: bool = setting(False, "other prompts for groups without signal, at most 3 times", "off; DAPO on")
     jsd_beta: float = setting(0.5, "gkd: β of the divergence; 0: KL(φ ‖ π_θ), 1: KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1)
-    on_policy: float = setting(
-        1.0, "gkd: share of prompts answered by the policy; the rest take their demonstration", "GKD 0.5", ge=0, le=1
-    )
+    on_policy: float = setting(1.0, "gkd: share answered by the policy, not a demonstration", "GKD 0.5", ge=0, le=1)
     teacher_mix: float = setting(0.0, "minillm: the teacher's share in what is sampled", "MiniLLM 0.2", ge=0, lt=1)
     variant: Variant = setting(Variant(), "the public code's choices", "see Variant")
     weighting: Literal["mean", "sum", "policy"] = setting(
@@ -224,8 +215,7 @@ class Rl(Training):
         size = self.responses_per_prompt
         grouped = self.baseline in ("group", "leave_one_out") or self.scale_rewards or self.dynamic_sampling
         if not self.is_dense and grouped and size < 2:
-            compare = f"baseline {self.baseline}, scale_rewards and dynamic_sampling compare a prompt's responses"
-            yield f"{compare}: responses_per_prompt must be at least 2"
+            yield f"baseline {self.baseline}, scale_rewards, dynamic_sampling need responses_per_prompt of at least 2"
         if self.whole_groups and self.minibatch % size:
             yield f"whole_groups: minibatch {self.minibatch} is not a multiple of responses_per_prompt {size}"
         if self.dynamic_sampling and self.feedback in ("dpo", "dpo_sampled", "logprob"):

@@ -52,8 +52,6 @@ class Init(Section):
 
 
 class Weights(Section):
-    """Base weights and the adapter on them."""
-
     path: str | None = setting(None, "hub id or local folder", "yours")
     revision: str | None = setting(None, "branch, tag or commit on the hub", "the hub's main")
     gguf_file: str | None = setting(None, "name of a GGUF file under path; converted once into the run", "none")
@@ -64,19 +62,13 @@ class Weights(Section):
         "auto", "weights and compute; auto: bfloat16 on a GPU, float32 on a CPU", "bfloat16 where it is fast"
     )
     lora: Lora | None = setting(Lora(), "the adapter; null trains all weights but the LM head", "keeps the head frozen")
-    gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass: a third more time, far less memory", "off on small models"
-    )
+    gradient_checkpointing: bool = setting(False, "recompute activations: slower, less memory", "off on small models")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting("auto", "attention kernel", "the model")
     trust_remote_code: bool = setting(False, "run Python that comes with the weights", "off: safe by default")
 
 
 class Model(Weights):
-    """The policy: weights that exist, or a small model from scratch."""
-
-    train_head: bool = setting(
-        False, "full fine-tuning trains the LM head too: a slower loss path", "off: a frozen head makes LCO cheap"
-    )
+    train_head: bool = setting(False, "full fine-tuning: the head too, slower", "off: a frozen head makes LCO cheap")
     init: Init | None = setting(None, "build a small model, load none; sft then trains all its weights", "none")
 
     def _wrong(self) -> Iterator[str]:
@@ -104,8 +96,6 @@ class Chat(Section):
 
 
 class Columns(Section):
-    """What a file's columns are called where they have other names."""
-
     prompt: str | None = setting(None, "column of the prompt: text or turns", "the usual names")
     system: str | None = setting(None, "column of the system message", "system")
 
@@ -133,16 +123,12 @@ class Data(Section):
     """Each is a file (.jsonl, .json, .parquet, .csv) or ``hub-id[:split]``; null takes the task's training items."""
 
     demonstrations: str | None = setting(None, "prompts with responses to imitate, for sft", "the task's own")
-    preferences: str = setting(
-        "sampled", "prompt/chosen/rejected for train-rm; `sampled`: from the policy's own responses", "paper: sampled"
-    )
+    preferences: str = setting("sampled", "pairs for train-rm; `sampled`: the policy's responses", "paper: sampled")
     prompts: str | None = setting(None, "prompts for rl", "the task's training items")
     task: str | None = setting(None, "file with the task's items instead of its hub set", "the task's own")
     columns: AllColumns = setting(AllColumns(), "columns of the files above that have other names", "the usual names")
     allow_overlap: list[str] = setting(
-        [],
-        "TASK: its items may have near twins among the training prompts; TASK:same: they may be trained on themselves",
-        "none: such a score says little",
+        [], "TASK: near twins may be trained on; TASK:same: its items themselves too", "none: such a score says little"
     )
 
 
@@ -169,12 +155,8 @@ class Eval(Section):
     system: str | None = setting(None, "system message; null: chat.system, else the task's", "the task")
     few_shot: int = setting(0, "worked examples as earlier turns, of the dev split, else of train", "paper: none", ge=0)
     batch: int = setting(128, "responses generated at once, at most", "fits 12 GB with a 3B policy", ge=1)
-    batch_tokens: int = setting(
-        65_536, "padded tokens at once, responses of full length: fewer where they are long", "7 GB of Llama 3B", ge=16
-    )
-    judge_url: str | None = setting(
-        None, "alpaca_eval: base of a chat-completions API, e.g. http://localhost:8000/v1; or alpaca-eval", "none"
-    )
+    batch_tokens: int = setting(65_536, "padded tokens at once, responses at full length", "7 GB of Llama 3B", ge=16)
+    judge_url: str | None = setting(None, "base of a chat-completions API (http://HOST/v1), or alpaca-eval", "none")
     judge_model: str | None = setting(None, "the judge's name there; of alpaca-eval its annotator", "yours")
     judge_key_variable: str | None = setting(
         None, "environment variable with the API's key; null: OPENAI_API_KEY for https and this machine", "OpenAI's"
@@ -182,9 +164,7 @@ class Eval(Section):
     judge_options: dict[str, Any] = setting(
         {"temperature": 0, "max_tokens": 1024}, "more fields of the judge's requests", "the judge answers in one word"
     )
-    judge_price: tuple[float, float] | None = setting(
-        None, "dollars per million tokens, in and out: shown before judging starts", "unknown"
-    )
+    judge_price: tuple[float, float] | None = setting(None, "dollars per million tokens, in and out", "unknown")
     judge_limit: int = setting(100, "requests per pass that are sent without --yes", "cents", ge=0)
     judge_confirmed: bool = setting(False, "--yes: any number of requests may be sent", "off")
     judge_parallel: int = setting(8, "requests at once", "common rate limits", ge=1, le=64)
@@ -206,19 +186,13 @@ class Eval(Section):
 
 
 class Training(Section):
-    """What every training stage shares."""
-
     lr: float = setting(2e-5, "peak learning rate of AdamW", "TRL 1.16 SFT", gt=0)
     schedule: Literal["constant", "cosine"] = setting("cosine", "learning rate after warm-up", "common practice")
     warmup_steps: int = setting(0, "updates of linear warm-up", "TRL", ge=0)
     adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas", "TRL")
     weight_decay: float = setting(0.0, "AdamW's decoupled decay", "TRL", ge=0)
-    max_grad_norm: float | None = setting(
-        1.0, "clip the gradient's 2-norm to this; null: never. Logged before clipping", "TRL", gt=0
-    )
-    micro_batch_tokens: int = setting(
-        8192, "padded tokens a forward pass; fewer need less memory for the same gradient", "fits 3B in 12 GB", ge=16
-    )
+    max_grad_norm: float | None = setting(1.0, "clip the gradient's 2-norm; null: never. Logged unclipped", "TRL", gt=0)
+    micro_batch_tokens: int = setting(8192, "padded tokens a pass; fewer need less memory", "fits 3B in 12 GB", ge=16)
     max_length: int = setting(2048, "prompt and response, tokens; longer ones are skipped and counted", "paper", ge=8)
     save_every: int = setting(50, "updates between checkpoints (in rl: steps)", "minutes of work at risk", ge=1)
 
@@ -243,13 +217,9 @@ class TrainRm(Training):
     pairs_per_prompt: int = setting(1, "sampled pairs: at most this many per prompt", "every prompt counts alike", ge=1)
     temperature: float = setting(1.0, "sampled pairs: temperature", "1: varied mistakes", gt=0)
     top_p: float = setting(1.0, "sampled pairs: nucleus", "1: varied mistakes", gt=0, le=1)
-    demonstrations_as_chosen: bool = setting(
-        False, "sampled pairs: the item's demonstration is chosen where no sample is right", "off: on-policy pairs"
-    )
+    demonstrations_as_chosen: bool = setting(False, "the item's demonstration if none is right", "off: on-policy pairs")
     cut_rejected: bool = setting(
-        True,
-        "cut a rejected response after its first wrong token, where the task knows it",
-        "prototype: this decides what φ_DPO teaches",
+        True, "cut a rejected response after its first wrong token", "prototype: this decides what φ_DPO teaches"
     )
     held_out: float = setting(0.05, "share of pairs kept for measuring accuracy", "common practice", ge=0, lt=1)
     check_items: int = setting(200, "held-out items to score φ_DPO on as a policy; 0: none", "std error 0.035", ge=0)

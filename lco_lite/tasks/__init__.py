@@ -25,8 +25,8 @@ def task_names() -> list[str]:
 def load_task(name: str, data: str | Path | None = None) -> Task:
     """The task of that name; ``data`` is a JSONL with its held-out items, or a folder with the files of its splits.
 
-    ``custom:GRADER`` is the custom task with another grader (see ``custom``). Raises UsageError for an unknown name and
-    DataError for a path that is not there; the items are not opened before they are asked for.
+    ``custom:GRADER`` is the custom task with another grader. Raises UsageError for an unknown name and DataError for a
+    path that is not there; the items are not opened before they are asked for.
     """
     path = None if data is None else Path(data)
     if path is not None and not path.exists():

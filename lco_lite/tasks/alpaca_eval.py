@@ -1,8 +1,4 @@
-"""AlpacaEval (Li et al. 2023; length-controlled: Dubois et al. 2024): 805 instructions, compared with a reference.
-
-The outputs of each pass are written in AlpacaEval's format. A judge at ``eval.judge_url``, or the ``alpaca-eval``
-package, compares them with the reference's; without either the only metric is their mean length in characters.
-"""
+"""AlpacaEval (Li et al. 2023; length-controlled: Dubois et al. 2024): 805 instructions, compared with a reference."""
 
 import json
 from collections.abc import Mapping
@@ -17,10 +13,7 @@ from lco_lite.tasks.base import Problem, Rows, Task, first_file, hub_error, read
 # GPT-4 Turbo's outputs are the reference of AlpacaEval 2; text_davinci_003's were that of the first.
 FILES = ("alpaca_eval_gpt4_1106_preview.jsonl", "alpaca_eval_text_davinci_003.jsonl")
 HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"
-_NO_JUDGE = (
-    "no judge, so no win rate. Add --judge-url URL --judge-model NAME (a chat-completions API) or --judge-url "
-    "alpaca-eval (that package); the responses are kept"
-)
+_ADD_JUDGE = "Add --judge-url URL --judge-model NAME (a chat-completions API) or --judge-url alpaca-eval (that package)"
 
 
 class AlpacaEval(Task):
@@ -54,7 +47,7 @@ class AlpacaEval(Task):
         write_json(folder / "outputs.json", outputs)
         length = {"mean_length": sum(len(o["output"]) for o in outputs) / len(outputs)}
         if settings.judge_url is None:
-            console.warn(f"{self.name}: {_NO_JUDGE}")
+            console.warn(f"{self.name}: no judge, so no win rate. {_ADD_JUDGE}; the responses are kept")
             return length
         from lco_lite.judging.alpaca import win_rates
 

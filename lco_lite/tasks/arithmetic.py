@@ -1,7 +1,7 @@
 """Two-digit addition with the working written out from the right: ``47+38`` -> ``7+8+0=15 4+3+1=8 #85``.
 
-Generated, so it needs no data and no network. A direct answer is too hard for a very small model; with the working each
-token follows from a few others. No test problem occurs in ``train``, not even with its summands swapped.
+A direct answer is too hard for a very small model; with the working each token follows from a few others. No test
+problem occurs in ``train``, not even with its summands swapped.
 """
 
 import random

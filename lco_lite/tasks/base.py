@@ -1,8 +1,4 @@
-"""What a task is: problems, a prompt around each of them, a grader; and where the rows of its splits come from.
-
-A row is looked up in a file that is named, in a folder of such files, or on the hub. The folder is ``data`` where that
-is one, else what the environment variable ``LCO_LITE_DATA`` names.
-"""
+"""What a task is: problems, a prompt around each of them, a grader; and where the rows of its splits come from."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -39,8 +35,9 @@ class Task:
 
     ``sources`` load the rows of each split, given the folder to look in (see ``Source``). ``read`` makes a problem of a
     row: None leaves the row out, KeyError and ValueError say that it is malformed. ``data`` is a file with the ``test``
-    rows, or the folder. ``template`` stands around the problem; ``likelihood_template`` takes its place where choices
-    are scored by log-likelihood. Without a ``grader`` a response is neither right nor wrong, and ``aggregate`` scores.
+    rows, or the folder; without one ``LCO_LITE_DATA`` names the folder. ``template`` stands around the problem, and
+    ``likelihood_template`` where choices are scored by log-likelihood. Without a ``grader`` a response is neither right
+    nor wrong, and ``aggregate`` scores.
     ``dataclasses.replace(task, system=...)`` gives the same task with another text, limit or grader.
     """
 
@@ -79,8 +76,7 @@ class Task:
         return None
 
     def check(self, settings: Eval, n: int, passes: int, console: Console) -> None:
-        """Before the first response is made: raises UsageError where scoring ``n`` of them, ``passes`` times, lacks
-        something."""
+        """Before any response: raises UsageError where scoring ``n`` of them, ``passes`` times, lacks something."""
 
     def scored_by(self, settings: Eval) -> dict[str, Any]:
         """The settings that ``aggregate`` rests on, beside the responses; JSON."""
@@ -92,12 +88,11 @@ class Task:
         raise NotImplementedError(f"task {self.name} is graded: it has no other metrics")
 
     def _rows(self, split: str) -> Rows:
-        folder = Path(os.environ[FOLDER]) if os.environ.get(FOLDER) else None
         if self.data is not None and self.data.is_dir():
-            folder = self.data
-        elif self.data is not None and split == "test":
+            return self.sources[split](self.data)
+        if self.data is not None and split == "test":
             return read_rows(self.data)
-        return self.sources[split](folder)
+        return self.sources[split](Path(os.environ[FOLDER]) if os.environ.get(FOLDER) else None)
 
     def _item(self, split: str, i: int, place: str, row: dict[str, Any]) -> Item | None:
         try:
@@ -167,9 +162,8 @@ class Source:
 def hub_error(what: str, files: str, cause: Exception) -> DataError:
     """The hub did not give ``what``; ``files`` of a folder would do."""
     first = next(iter(str(cause).splitlines()), "") or type(cause).__name__
-    return DataError(
-        f"{what} cannot be loaded: {first[:200]}. To use local data, set {FOLDER}=DIR to a folder with {files}"
-    )
+    local = f"To use local data, set {FOLDER}=DIR to a folder with {files}"
+    return DataError(f"{what} cannot be loaded: {first[:200]}. {local}")
 
 
 def read_rows(*files: Path) -> Rows:

@@ -1,9 +1,7 @@
 """Your own problems: a JSONL with ``prompt`` and ``answer``, graded by name or by a function of yours.
 
-A row may also have ``response``, a demonstration to imitate, ``choices`` for the grader ``choice``, and ``split``: the
-rows with ``"split": "train"`` are trained on, all others are held out. The name of the task chooses the grader:
-``custom`` is ``custom:math``; ``custom:FILE.py:NAME`` calls ``NAME(response, item)``, which returns a bool or a
-``Grade``.
+A row may also have ``response``, a demonstration, ``choices`` for the grader ``choice``, and ``"split": "train"``: all
+other rows are held out. ``custom:FILE.py:NAME`` grades by ``NAME(response, item)``, a bool or a ``Grade``.
 """
 
 from collections.abc import Callable, Mapping

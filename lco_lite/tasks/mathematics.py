@@ -28,8 +28,7 @@ def _read_gsm8k(row: Mapping[str, Any]) -> Problem:
     return Problem(text(row, "question"), gold, f"{worked}\nThe answer is $\\boxed{{{gold}}}$.")
 
 
-# MATH500: 500 competition problems held out from MATH (Hendrycks et al. 2021; Lightman et al. 2023). As in the paper,
-# ``train`` is the rest of MATH: 12,000 problems with solutions.
+# MATH500: 500 problems of MATH (Hendrycks et al. 2021; Lightman et al. 2023). ``train`` is the other 12,000, as in LCO.
 
 
 def math500(data: Path | None = None) -> Task:
@@ -56,7 +55,6 @@ _CONTESTS = {
 
 
 def contest(name: str, data: Path | None = None) -> Task:
-    """One of ``_CONTESTS``."""
     return Task(name, {"test": _CONTESTS[name]}, _read_contest, data)
 
 
@@ -64,8 +62,7 @@ def _read_contest(row: Mapping[str, Any]) -> Problem:
     return Problem(text(row, "problem", "question"), answer_text(row))
 
 
-# MinervaMath (Lewkowycz et al. 2022): 272 problems of MIT's open courses in the natural sciences and economics. The
-# gold numbers are rounded, often to two digits, and stand without their units.
+# MinervaMath (Lewkowycz et al. 2022): 272 problems of MIT's courses; the gold numbers are rounded and without units.
 
 
 def minervamath(data: Path | None = None) -> Task:

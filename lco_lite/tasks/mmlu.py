@@ -1,7 +1,6 @@
 """MMLU (Hendrycks et al. 2021) and MMLU-Redux (Gema et al. 2024): four choices, one right, 57 subjects.
 
-Answered by generation, or by log-likelihood of the letters: ``item.row`` has ``choices`` (four texts) and ``answer``
-(index of the right one). ``dev`` has five answered questions a subject, to be shown as examples.
+``item.row`` has ``choices`` (four texts) and ``answer`` (index of the right one). ``dev`` has five examples a subject.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,18 +45,10 @@ _KINDS: dict[str, tuple[Callable[[Path | None], Rows], Source, Callable[[Mapping
 
 
 def choices(name: str, data: Path | None = None) -> Task:
-    """One of ``_KINDS``."""
     dev, test, read = _KINDS[name]
-    return Task(
-        name,
-        {"dev": dev, "test": test},
-        read,
-        data,
-        grade_choice,
-        template="{problem}\n\nReason briefly, and put the letter of the right choice within \\boxed{}.",
-        likelihood_template="{problem}\n\nAnswer with the letter of the right choice.",
-        max_new_tokens=512,
-    )
+    reason = "{problem}\n\nReason briefly, and put the letter of the right choice within \\boxed{}."
+    answer = "{problem}\n\nAnswer with the letter of the right choice."
+    return Task(name, {"dev": dev, "test": test}, read, data, grade_choice, reason, answer, max_new_tokens=512)
 
 
 TASKS = {name: partial(choices, name) for name in _KINDS}

@@ -1,7 +1,6 @@
 """QA-Feedback (Wu et al. 2023, FG-RLHF): a question and passages of Wikipedia, to be answered in a few sentences.
 
-Three reward models score relevance (each clause), factuality (each sentence) and completeness (the whole answer). Rows
-have ``question``, ``passages`` and ``answer``, or ``gold``.
+Reward models score relevance of clauses, factuality of sentences and completeness of the whole answer.
 """
 
 from __future__ import annotations
@@ -54,7 +53,11 @@ class QaFeedback(Task):
         lines = [{"id": row["id"], **{name: rewards[name][i].value for name in ASPECTS}} for i, row in enumerate(rows)]
         write_text(folder / "rewards.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         means = {name: sum(one.value for one in rewards[name]) / len(rows) for name in ASPECTS}
-        shares = {f"{name}_share": share for name in ASPECTS if (share := _share(rewards[name])) is not None}
+        tokens = {name: scored for name, scored in rewards.items() if all(one.good is not None for one in scored)}
+        shares = {
+            f"{name}_share": sum(one.good or 0 for one in scored) / max(sum(one.segments for one in scored), 1)
+            for name, scored in tokens.items()
+        }
         return {"reward": sum(means.values()) / len(ASPECTS), **means, **shares}
 
 
@@ -74,12 +77,6 @@ def _rewards(name: str, rows: Sequence[Mapping[str, Any]], settings: Eval, conso
     return model([Text(*parts) for parts in zip(questions, contexts, answers, strict=True)])
 
 
-def _share(rewards: Sequence[Reward]) -> float | None:
-    if any(one.good is None for one in rewards):
-        return None
-    return sum(one.good or 0 for one in rewards) / max(sum(one.segments for one in rewards), 1)
-
-
 def qa_feedback(data: Path | None = None) -> Task:
     """Question and passages as FG-RLHF writes them, the first answer as gold and demonstration."""
     sources = {split: partial(_rows, split) for split in FILES}
@@ -87,10 +84,8 @@ def qa_feedback(data: Path | None = None) -> Task:
 
 
 def qa_prompt(question: str, passages: Sequence[Any]) -> str:
-    """``question: … context: wikipage: TITLE text: … | wikipage: …``, the input of FG-RLHF's policies.
-
-    A passage is ``{"wikipage", "content"}`` or a list of its title and sentences. Raises ValueError for another.
-    """
+    """``question: … context: wikipage: TITLE text: … | …``. A passage is ``{"wikipage", "content"}`` or a list of its
+    title and sentences. Raises ValueError for another."""
     return f"question: {question.strip()}" + (f" context: {_context(passages)}" if passages else "")
 
 
@@ -109,12 +104,9 @@ def _passage(passage: Any) -> tuple[str, str]:
 def _rows(split: str, folder: Path | None) -> Rows:
     if file := first_file(folder, FILES[split]):
         return read_rows(file)
-    wanted = " or ".join(FILES[split])
-    where = f"the folder {folder} has no {wanted}" if folder else f"{FOLDER} names no folder with {wanted}"
-    raise DataError(
-        f"{where}. Take {split}.json from tasks/qa_feedback/data of FG-RLHF's repository (allenai/FineGrainedRLHF "
-        "on GitHub), and write each object of its list on a line"
-    )
+    where = f"the folder {folder} has no" if folder else f"{FOLDER} names no folder with"
+    source = f"{split}.json from tasks/qa_feedback/data of FG-RLHF's repository (allenai/FineGrainedRLHF on GitHub)"
+    raise DataError(f"{where} {' or '.join(FILES[split])}. Take {source}, and write each object of its list on a line")
 
 
 def _read(row: Mapping[str, Any]) -> Problem:
