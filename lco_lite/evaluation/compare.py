@@ -67,9 +67,7 @@ def find(runs: Path, name: str | None, task: str, which: str, scoring: str) -> S
     run_name = run_name or name or Run.newest(runs).name
     run = Run(runs / run_name)
     if not stage or not run.path.is_dir():
-        raise UsageError(
-            f"--compare {which}: a stage of the run, or RUN/STAGE; there is no run {run_name!r} in {runs}/"
-        )
+        raise UsageError(f"--compare {which}: a stage of the run, or RUN/STAGE; no run {run_name!r} is in {runs}/")
     file = run.eval_path(score_name(load_task(task).name, scoring), stage)
     responses = file.with_suffix(".rows.jsonl")
     if not file.exists() or not responses.exists():

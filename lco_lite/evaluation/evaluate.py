@@ -18,10 +18,11 @@ from lco_lite.console import Console
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.data.prompts import Prompt
 from lco_lite.errors import DataError, Interrupted, UsageError
-from lco_lite.evaluation.likelihood import likeliest_letters, need_choices
+from lco_lite.evaluation.likelihood import likeliest_letters
 from lco_lite.evaluation.prompts import eval_prompts, score_name, score_settings
 from lco_lite.evaluation.summary import Graded, graded, main_first, spread, summarise
 from lco_lite.files import JsonLines, read_jsonl, remove, write_json, write_text
+from lco_lite.grading.choice import answer_index
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role
 from lco_lite.recipe import Eval, Recipe
@@ -234,13 +235,7 @@ def held_out_accuracy(
 
 
 def respond(
-    engine: Engine,
-    chat: ChatFormat,
-    task: Task,
-    questions: Sequence[Question],
-    sampling: Sampling,
-    seed: int,
-    *batch: int,
+    engine: Engine, chat: ChatFormat, task: Task, questions: list[Question], sampling: Sampling, seed: int, *batch: int
 ) -> list[Graded]:
     """One graded response a question. The random numbers are those of the seed, the task and the batch's number."""
     with seeded(seed, "eval", task.name, *batch):
@@ -258,7 +253,12 @@ def _refuse_meaningless(task: Task, stage: str, settings: Eval) -> None:
     if settings.samples > 1 and settings.temperature == 0:
         raise UsageError("eval.samples: greedy decoding makes the same response every time; set a temperature")
     if settings.scoring == "likelihood":
-        need_choices(task, task.items("test")[: settings.items])
+        for item in task.items("test")[: settings.items]:
+            if answer_index(item) is None:
+                raise UsageError(
+                    f"--scoring likelihood: item {item.id} of {task.name} has no `choices` with an `answer` among "
+                    "them; score this task with --scoring generation"
+                )
         if stage == "optimal":
             raise UsageError("--scoring likelihood: π* is only decoded from; score a stage or base")
 

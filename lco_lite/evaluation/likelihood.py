@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 
-from lco_lite.errors import UsageError
 from lco_lite.evaluation.summary import Graded, graded
 from lco_lite.grading import Grade, Item
 from lco_lite.grading.choice import LETTERS, answer_index
@@ -17,17 +16,6 @@ from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role
 from lco_lite.objectives.logprobs import token_logprobs
 from lco_lite.sequences import Example, collate
-from lco_lite.tasks.base import Task
-
-
-def need_choices(task: Task, items: Sequence[Item]) -> None:
-    """UsageError unless every item has choices and tells which one is right."""
-    for item in items:
-        if answer_index(item) is None:
-            raise UsageError(
-                f"--scoring likelihood: item {item.id} of {task.name} has no `choices` with an `answer` among them; "
-                "score this task with --scoring generation"
-            )
 
 
 def likeliest_letters(role: Role, chat: ChatFormat, questions: Sequence[tuple[Item, list[int]]]) -> list[Graded]:
