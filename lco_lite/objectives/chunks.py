@@ -1,7 +1,4 @@
-"""How the losses walk over the tokens, and how gradients found in the forward pass reach autograd.
-
-A chunk of tokens times V is the only large buffer there is.
-"""
+"""How the losses walk over the tokens, and how gradients found in the forward pass reach autograd."""
 
 import functools
 import logging
@@ -52,15 +49,12 @@ def asks_gradient(x: Tensor | None) -> bool:
 
 
 class Gradients:
-    """∂L/∂hidden, ∂L/∂weight and ∂L/∂bias times ``scale``, filled chunk by chunk: those in ``asks``, or (None) those
-    that autograd needs."""
+    """∂L/∂hidden, ∂L/∂weight, ∂L/∂bias times ``scale``, filled by chunks: those in ``asks`` or that autograd needs."""
 
-    def __init__(
-        self, hidden: Tensor, head: Head, scale: float = 1.0, asks: tuple[bool, bool, bool] | None = None
-    ) -> None:
+    def __init__(self, hidden: Tensor, head: Head, scale: float = 1.0, asks: tuple[bool, ...] | None = None) -> None:
         self.head, self.scale = head, scale
         self.inputs = (hidden, head.weight, head.bias)
-        asks = asks or (asks_gradient(hidden), asks_gradient(head.weight), asks_gradient(head.bias))
+        asks = asks or tuple(asks_gradient(x) for x in self.inputs)
         # fp16 cannot hold 1/V times 1/T, and sums over chunks need fp32
         kept = torch.bfloat16 if hidden.dtype == torch.bfloat16 else wide(hidden)
         summed = wide(hidden, head.weight)

@@ -14,11 +14,11 @@ MM_WIDENS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)  #
 
 @dataclass(eq=False, frozen=True)
 class Head:
-    """logits = softcap(scale * (hidden @ weight.T + bias)), only over the first ``rows`` rows of ``weight``.
+    """logits = softcap(scale * (hidden @ weight.T + bias)), only over the first ``rows`` rows: the others are padding.
 
     ``weight`` [>= rows, d]; ``bias`` [>= rows] or None; ``scale`` as in Cohere (``logit_scale``) and Granite
-    (1 / ``logits_scaling``); ``softcap`` c gives c * tanh(logits / c), as in Gemma 2. Rows past ``rows`` pad the
-    matrix and are no tokens. Make one Head for a model and keep it: it remembers the moments of its weight.
+    (1 / ``logits_scaling``); ``softcap`` c gives c * tanh(logits / c), as in Gemma 2. Make one Head for a model and
+    keep it: it remembers the moments of its weight.
     """
 
     weight: Tensor
