@@ -41,7 +41,6 @@ class TopKTarget:
 
 
 def target_hook(rl: Any) -> Callable[[AnyTarget, Head, PolicyBatch], AnyTarget | TopKTarget]:
-    """``rl``: the recipe's section."""
     variant = rl.variant
 
     @torch.no_grad()
@@ -79,18 +78,18 @@ def likeliest(objective: str, target: DenseTarget, head: Head, k: int) -> TopKTa
 
 
 def loss_hook(rl: Any) -> Callable[[Tensor, Head, AnyTarget | TopKTarget, PolicyBatch], tuple[Tensor, Values]]:
-    """``rl``: the recipe's section. The loss is a mean over T tokens, its diagnostics are those of ``lco_loss``."""
+    """The loss is a mean over T tokens, its diagnostics are those of ``lco_loss``."""
     current = rl.variant.target == "current"
 
     def loss(hidden: Tensor, head: Head, target: AnyTarget | TopKTarget, batch: PolicyBatch) -> tuple[Tensor, Values]:
-        name, actions = rl.objective, batch.actions
+        actions = batch.actions
         if isinstance(target, TopKTarget):
-            if name == "kld":
+            if rl.objective == "kld":
                 return top_k_kld(hidden, head, target, actions)
-            return top_k_regression(name, hidden, head, target, current, actions)
+            return top_k_regression(rl.objective, hidden, head, target, current, actions)
         if current:
             target = replace(target, old=hidden.detach())
-        return lco_loss(name, hidden, head, target, rl.weighting, standardise=rl.standardise, actions=actions)
+        return lco_loss(rl.objective, hidden, head, target, rl.weighting, standardise=rl.standardise, actions=actions)
 
     return loss
 

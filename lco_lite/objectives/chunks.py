@@ -31,8 +31,7 @@ def chunk_size(columns: int, device: torch.device) -> int:
 
 def spans(tokens: int, chunk: int | None, columns: int, device: torch.device) -> Iterator[slice]:
     """Slices that cover the tokens, ``chunk`` (None: ``chunk_size``) at a time."""
-    if chunk is None:
-        chunk = chunk_size(columns, device)
+    chunk = chunk_size(columns, device) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     for start in range(0, tokens, chunk):

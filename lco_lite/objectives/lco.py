@@ -179,8 +179,7 @@ def mse_by_moments(
 ) -> tuple[Values, Tensor]:
     """factor · mean over V of r², and its gradient with respect to ``hidden`` [C, d], short of the factor.
 
-    With w̄ and Σ the mean and covariance of the head's rows, the mean of (W·u)² is (w̄·u)² + u·Σ·u. A dense advantage is
-    v through its own head, centred; a sparse one, x = A/β, adds a rank-one term with the row of its action.
+    The mean of (W·u)² is (w̄·u)² + u·Σ·u (docs/hidden-space.md); a sparse x = A/β adds a rank-one term.
     """
     u = head.scale * target.drift(hidden, head)
     mean_row, n = head.mean_row.to(u.dtype), head.rows

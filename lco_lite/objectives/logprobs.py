@@ -1,7 +1,6 @@
 """log π_θ(a) of sampled tokens from hidden states: what SFT, DPO and every policy gradient need of the policy.
 
-∂ log π(a)/∂h = W_a − Σ p W is found in the forward pass and kept, [T, d]; backward scales it by the upstream gradient.
-A trained head needs Σ_t g_t (1_a − p_t) h_tᵀ as well, which waits for g: its logits are formed again in backward.
+A trained head needs Σ_t g_t (1_a − p_t) h_tᵀ, which waits for the upstream g: its logits are formed again in backward.
 """
 
 from dataclasses import replace
@@ -46,10 +45,8 @@ def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | Non
 
 @torch.no_grad()
 def kl_divergence(hidden: Tensor, old: Tensor, head: Head, old_head: Head | None = None) -> Tensor:
-    """KL(π_θ ‖ π_old) of every token, [T], in nats, exact over the vocabulary and without a gradient.
-
-    ``hidden``, ``old`` [T, d]: final hidden states of the two; ``old_head`` where π_old had another than ``head``.
-    """
+    """KL(π_θ ‖ π_old) of every token, [T], in nats, exact over the vocabulary and without a gradient, from final hidden
+    states [T, d] of the two. ``old_head``: where π_old had another than ``head``."""
     old_head = old_head or head
     with torch.autocast(hidden.device.type, enabled=False):
         parts = spans(len(hidden), None, head.rows, hidden.device)

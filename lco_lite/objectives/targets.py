@@ -49,7 +49,7 @@ class Target:
         return self._map(Tensor, lambda tensor: tensor[index])
 
     def to(self, device: torch.device | str) -> Self:
-        """The same target with its tensors on ``device``; heads stay where their models are."""
+        """Heads stay where their models are."""
         return self._map(Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
     def fit(self, head: Head) -> tuple[Head, Self]:
@@ -78,7 +78,6 @@ class Target:
         return u
 
     def old_logits(self, head: Head) -> Tensor:
-        """z_old, [T, V]."""
         return (self.old_head or head).logits(self.old)
 
     def gap(self, hidden: Tensor, head: Head, logits: Tensor | None) -> Tensor:
@@ -167,11 +166,9 @@ class SparseTarget(Target):
     advantages: Tensor
 
     def tilt(self, like: Tensor) -> Tensor:
-        """A/β, [T, 1], in the type of ``like``."""
         return (self.advantages.to(like.dtype) / self.beta).unsqueeze(-1)
 
     def residual(self, hidden: Tensor, head: Head, logits: Tensor | None, standardise: bool) -> tuple[Tensor, Tensor]:
-        """As for the dense target; there is nothing to standardise."""
         r = self.gap(hidden, head, logits)
         tilt = self.tilt(r)
         return r.scatter_add_(-1, self.actions.unsqueeze(-1), tilt), tilt / head.rows
