@@ -4,20 +4,13 @@
     target hook   f(target, head, batch) -> target         once a micro-batch, when a phase is scored
     loss hook     f(hidden, head, target, batch) -> loss   and diagnostics; for every micro-batch
 
-agreement      β is 100 times as large where π_old and φ both find the sampled token likely
-negative_beta  β is so many times as large where A ≤ 0
-target         current: z* starts from the current z_θ, held fixed, instead of z_old
-top_k          only k tokens take part: the likeliest of π_old, or with a sparse advantage the sampled one
-    kld        π* ∝ exp(z_old + A/β) over the k tokens alone, nothing elsewhere; the loss is Σ π* (log π* − log π_θ)
-    mse, lch   Σ over the k tokens of r² or log cosh r, r = z* − z_θ
-    A dense A is divided by its deviation over the k tokens (kld) or brought to mean 0 and deviation 1 (mse, lch).
+docs/methods.md has the options. With ``top_k`` only π_old's likeliest tokens take part, or with a sparse advantage the
+sampled one. A dense A is divided by its deviation over them (kld), or brought to mean 0 as well (mse, lch).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -43,12 +36,11 @@ class TopKTarget:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def to(self, device: torch.device | str) -> TopKTarget:
-        return TopKTarget(self.indices.to(device), self.logits.to(device), self.step.to(device))
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 def target_hook(rl: Any) -> Callable[[AnyTarget, Head, PolicyBatch], AnyTarget | TopKTarget]:
-    """``rl``: the recipe's section."""
     variant = rl.variant
 
     @torch.no_grad()
@@ -86,18 +78,18 @@ def likeliest(objective: str, target: DenseTarget, head: Head, k: int) -> TopKTa
 
 
 def loss_hook(rl: Any) -> Callable[[Tensor, Head, AnyTarget | TopKTarget, PolicyBatch], tuple[Tensor, Values]]:
-    """``rl``: the recipe's section. The loss is a mean over T tokens, its diagnostics are those of ``lco_loss``."""
+    """The loss is a mean over T tokens, its diagnostics are those of ``lco_loss``."""
     current = rl.variant.target == "current"
 
     def loss(hidden: Tensor, head: Head, target: AnyTarget | TopKTarget, batch: PolicyBatch) -> tuple[Tensor, Values]:
-        name, actions = rl.objective, batch.actions
+        actions = batch.actions
         if isinstance(target, TopKTarget):
-            if name == "kld":
+            if rl.objective == "kld":
                 return top_k_kld(hidden, head, target, actions)
-            return top_k_regression(name, hidden, head, target, current, actions)
+            return top_k_regression(rl.objective, hidden, head, target, current, actions)
         if current:
             target = replace(target, old=hidden.detach())
-        return lco_loss(name, hidden, head, target, rl.weighting, standardise=rl.standardise, actions=actions)
+        return lco_loss(rl.objective, hidden, head, target, rl.weighting, standardise=rl.standardise, actions=actions)
 
     return loss
 
@@ -105,7 +97,7 @@ def loss_hook(rl: Any) -> Callable[[Tensor, Head, AnyTarget | TopKTarget, Policy
 def top_k_regression(
     objective: str, hidden: Tensor, head: Head, target: TopKTarget, current: bool, actions: Tensor | None
 ) -> tuple[Tensor, Values]:
-    """mse and lch."""
+    """Σ over the k tokens of r² or log cosh r, r = z* − z_θ; with ``current`` z* starts from z_θ, held fixed."""
     z = logits_at(target.indices, hidden, head)
     r = (z.detach() if current else target.logits) + target.step - z
     each = (r.square() if objective == "mse" else torch.logaddexp(r, -r) - torch.log(r.new_tensor(2.0))).sum(-1)
@@ -120,7 +112,7 @@ def top_k_regression(
 
 
 def top_k_kld(hidden: Tensor, head: Head, target: TopKTarget, actions: Tensor | None) -> tuple[Tensor, Values]:
-    """Gradient p − π* over the whole vocabulary, a chunk at a time."""
+    """Σ π* (log π* − log π_θ), π* ∝ exp(z_old + A/β) over the k tokens alone; its gradient p − π* is over all of V."""
     log_target = (target.logits + target.step).log_softmax(-1)
     grads = Gradients(hidden, head, scale=1 / len(hidden))
     chunks = []

@@ -1,7 +1,4 @@
-"""How the losses walk over the tokens, and how gradients found in the forward pass reach autograd.
-
-A chunk of tokens times V is the only large buffer there is.
-"""
+"""How the losses walk over the tokens, and how gradients found in the forward pass reach autograd."""
 
 import functools
 import logging
@@ -34,8 +31,7 @@ def chunk_size(columns: int, device: torch.device) -> int:
 
 def spans(tokens: int, chunk: int | None, columns: int, device: torch.device) -> Iterator[slice]:
     """Slices that cover the tokens, ``chunk`` (None: ``chunk_size``) at a time."""
-    if chunk is None:
-        chunk = chunk_size(columns, device)
+    chunk = chunk_size(columns, device) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     for start in range(0, tokens, chunk):
@@ -52,15 +48,12 @@ def asks_gradient(x: Tensor | None) -> bool:
 
 
 class Gradients:
-    """∂L/∂hidden, ∂L/∂weight and ∂L/∂bias times ``scale``, filled chunk by chunk: those in ``asks``, or (None) those
-    that autograd needs."""
+    """∂L/∂hidden, ∂L/∂weight, ∂L/∂bias times ``scale``, filled by chunks: those in ``asks`` or that autograd needs."""
 
-    def __init__(
-        self, hidden: Tensor, head: Head, scale: float = 1.0, asks: tuple[bool, bool, bool] | None = None
-    ) -> None:
+    def __init__(self, hidden: Tensor, head: Head, scale: float = 1.0, asks: tuple[bool, ...] | None = None) -> None:
         self.head, self.scale = head, scale
         self.inputs = (hidden, head.weight, head.bias)
-        asks = asks or (asks_gradient(hidden), asks_gradient(head.weight), asks_gradient(head.bias))
+        asks = asks or tuple(asks_gradient(x) for x in self.inputs)
         # fp16 cannot hold 1/V times 1/T, and sums over chunks need fp32
         kept = torch.bfloat16 if hidden.dtype == torch.bfloat16 else wide(hidden)
         summed = wide(hidden, head.weight)

@@ -1,18 +1,8 @@
-"""Distillation from a teacher's whole distribution: generalised Jensen-Shannon divergence, and MiniLLM's loss.
-
-With p = π_θ, φ the teacher and m = βφ + (1−β)p:
-
-gkd      β KL(φ ‖ m) + (1−β) KL(p ‖ m); KL(φ ‖ p) at β = 0, KL(p ‖ φ) at β = 1     Agarwal et al. 2024; TRL 1.16
-minillm  w [KL(p ‖ φ) − min(ρR, clip(ρ)R)]                                         Gu et al. 2024, section 2.2
-
-MiniLLM's gradient of the reverse KL of whole responses has two parts: that of the next token, which is exact, and that
-of what follows, a policy gradient whose advantage R is the mean of log φ − log π_old over the tokens that follow.
-"""
-
-from __future__ import annotations
+"""Distillation from a teacher's whole distribution: generalised Jensen-Shannon divergence, and MiniLLM's loss."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -31,8 +21,8 @@ class Teacher:
     hidden: Tensor
     head: Head
 
-    def to(self, device: torch.device | str) -> Teacher:
-        return Teacher(self.hidden.to(device, non_blocking=True), self.head)
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, hidden=self.hidden.to(device, non_blocking=True))
 
 
 def jsd_loss(
@@ -45,13 +35,12 @@ def jsd_loss(
     actions: Tensor | None = None,
     slope: Tensor | None = None,
 ) -> tuple[Tensor, Values]:
-    """The divergence, [], a mean over T tokens, in nats, and its diagnostics.
+    """β KL(φ ‖ m) + (1−β) KL(π_θ ‖ m), m = βφ + (1−β)π_θ; KL(φ ‖ π_θ) at β = 0, KL(π_θ ‖ φ) at β = 1. Agarwal et al.
+    2024; TRL 1.16. The divergence, [], is a mean over T tokens, in nats; with its diagnostics.
 
-    ``hidden`` [T, d]: the policy's final hidden states. ``beta`` 0..1 as above. ``weights`` [T] multiply the tokens'
-    losses. Heads of one tokenizer may differ in padding rows: the divergence is over the rows they share. ``chunk``,
-    ``actions``, gradients and diagnostics are as in ``lco_loss``. ``slope`` [T] = ∂/∂log π(action) of another term of
-    the tokens' losses adds that term's gradient to what is measured, not to the loss. Raises ValueError where sizes do
-    not fit.
+    ``hidden`` [T, d]: the policy's final hidden states. ``beta`` 0..1. ``weights`` [T] multiply the tokens'
+    losses. The divergence is over the rows that both heads have. The rest is as in ``lco_loss``. ``slope`` [T] =
+    ∂/∂log π(action) of another term of the tokens' losses adds its gradient to what is measured, not to the loss.
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in 0..1, got {beta}")
@@ -78,8 +67,12 @@ def jsd_loss(
 def minillm(
     hidden: Tensor, head: Head, teacher: Teacher, batch: PolicyBatch, weights: Tensor, clip: Clip
 ) -> tuple[Tensor, Values]:
-    """This micro-batch's part of MiniLLM's loss. ``weights`` [T]: w = π_old/π̃ at the sampled tokens, for responses
-    drawn from the mixture π̃ of policy and teacher; ``batch.advantages`` are R. The diagnostics are of both parts."""
+    """This micro-batch's part of w [KL(π_θ ‖ φ) − min(ρR, clip(ρ)R)]. Gu et al. 2024, section 2.2.
+
+    The gradient of the next token is exact, that of the rest a policy gradient: ``batch.advantages`` are R, the mean
+    of log φ − log π_old over the tokens that follow. ``weights`` [T]: w = π_old/π̃ at the sampled tokens, for responses
+    drawn from the mixture π̃ of policy and teacher. The diagnostics are of both parts.
+    """
     ratio = batch.log_ratio.exp()
     gain, clipped = surrogate(ratio, batch.advantages, clip)
     following = -(weights * gain).sum() / batch.tokens
@@ -103,8 +96,8 @@ def jsd(
     slope: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Values, Tensor]:
-    """w (β KL(φ ‖ m) + (1−β) KL(p ‖ m)), m = βφ + (1−β)p, and its gradient w (1−β) p (g − Σ p g), g = log p − log m;
-    at the ends KL(φ ‖ p) with p − φ, and KL(p ‖ φ) with p (g − Σ p g), g = log p − log φ. Overwrites ``teacher``."""
+    """w times the divergence, and its gradient w (1−β) p (g − Σ p g), g = log p − log m; at the ends p − φ, and
+    p (g − Σ p g), g = log p − log φ. Overwrites ``teacher``."""
     log_p, log_t = torch.log_softmax(logits, dim=-1), torch.log_softmax(teacher, dim=-1)
     p = log_p.exp()
     values = {} if actions is None else entropy_and_logprob(log_p, p, actions)

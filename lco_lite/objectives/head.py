@@ -14,11 +14,11 @@ MM_WIDENS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)  #
 
 @dataclass(eq=False, frozen=True)
 class Head:
-    """logits = softcap(scale * (hidden @ weight.T + bias)), only over the first ``rows`` rows of ``weight``.
+    """logits = softcap(scale * (hidden @ weight.T + bias)), only over the first ``rows`` rows: the others are padding.
 
     ``weight`` [>= rows, d]; ``bias`` [>= rows] or None; ``scale`` as in Cohere (``logit_scale``) and Granite
-    (1 / ``logits_scaling``); ``softcap`` c gives c * tanh(logits / c), as in Gemma 2. Rows past ``rows`` pad the
-    matrix and are no tokens. Make one Head for a model and keep it: it remembers the moments of its weight.
+    (1 / ``logits_scaling``); ``softcap`` c gives c * tanh(logits / c), as in Gemma 2. Make one Head for a model and
+    keep it: it remembers the moments of its weight.
     """
 
     weight: Tensor
@@ -56,9 +56,7 @@ class Head:
 
     def prefix(self, rows: int) -> "Head":
         """The same head over its first ``rows`` tokens; the same object each time, so that what it remembers stays."""
-        if rows == self.rows:
-            return self
-        return self.remember(("prefix", rows), lambda: replace(self, rows=rows))
+        return self if rows == self.rows else self.remember(("prefix", rows), lambda: replace(self, rows=rows))
 
     def frozen(self) -> "Head":
         """A detached copy: what a trained head was when π_old acted."""
@@ -95,7 +93,6 @@ class Head:
         return self.remember(("mean", self.weight._version), mean)
 
     def remember(self, key: Any, compute: Any) -> Any:
-        """The value kept under ``key``, computed the first time."""
         if key not in self._cache:
             with torch.no_grad():
                 self._cache[key] = compute()
@@ -108,11 +105,7 @@ def wide(*tensors: Tensor) -> torch.dtype:
 
 
 def rows_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, [T, d] -> [T, V], accumulated and returned in fp32 at least.
-
-    Half-precision weights: on CUDA the operands are rounded to the weight's type and accumulated in fp32; elsewhere
-    the weight is upcast block by block and ``x`` is not rounded.
-    """
+    """x @ weight.T, [T, d] -> [T, V], in fp32 at least: where the GPU cannot, the weight is upcast block by block."""
     if (product := _unblocked_product(x, weight.T)) is not None:
         return product
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=wide(x, weight))
@@ -133,7 +126,7 @@ def columns_product(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _unblocked_product(x: Tensor, matrix: Tensor) -> Tensor | None:
-    """x @ matrix where ``matrix`` need not be upcast: the GPU multiplies half-precision operands into fp32."""
+    """x @ matrix where ``matrix`` need not be upcast: the GPU multiplies operands of the matrix's type into fp32."""
     out_type = wide(x, matrix)
     if matrix.dtype == out_type:
         return x.to(out_type) @ matrix

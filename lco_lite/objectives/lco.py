@@ -1,8 +1,7 @@
 """LCO from hidden states: ``lco_loss``, and below it the formulas on a chunk of tokens.
 
-The formulas are the work between two products with the head, one kernel on a GPU. Large tensors are [C, V], values and
-``actions`` [C]. Each overwrites its residual and returns values per token and ∂loss/∂logits in ``dtype``. log cosh and
-the divergences are written so that neither large nor small residuals lose digits.
+Large tensors are [C, V], values and ``actions`` [C]. A formula is one kernel on a GPU: it overwrites its residual and
+returns values per token and ∂loss/∂logits in ``dtype``; neither large nor small residuals lose digits.
 """
 
 from collections.abc import Callable
@@ -35,18 +34,26 @@ def lco_loss(
     ``hidden`` [T, d]: final hidden states of the policy at the tokens that are trained on, and at no others. ``head``:
     the policy's. ``weighting`` over V: "mean" (the paper's), "sum" or "policy"; kld has none and ignores it.
     ``chunk``: tokens at a time, None for what memory allows. ``standardise``: divide a dense advantage by its
-    deviation over V at each token. ``actions`` [T]: the sampled token ids, for all diagnostics.
+    deviation over V at each token. ``actions`` [T]: the sampled token ids. Gradients reach ``hidden``, and the weight
+    and bias of a trained head.
 
-    Gradients reach ``hidden``, and the weight and bias of a trained head. The diagnostics are detached, [T] each:
-    ``loss``; ``logit_grad_norm``, the norm over V of the gradient of a token's loss with respect to its logits, and
-    ``logit_grad_sampled``, its size at the action; ``entropy`` of π_θ and ``logprob`` = log π_θ(action). With
-    ``actions`` all are there, at one more product with the head where the loss forms no logits (lch and mse with a
-    linear head). Without, those that are free: a sparse target knows its own actions, and gives ``kl_to_old`` =
-    KL(π_θ ‖ π_old) as well for kld without an anchor.
+    The diagnostics are detached, [T] each: ``loss``; ``logit_grad_norm``, the norm over V of the gradient of a token's
+    loss with respect to its logits, and ``logit_grad_sampled``, its size at the action; ``entropy`` of π_θ and
+    ``logprob`` = log π_θ(action). Without ``actions`` only those that are free; kld with a sparse target and no anchor
+    gives ``kl_to_old`` = KL(π_θ ‖ π_old) as well.
 
     Raises ValueError for unknown names, for sizes that do not fit, and for a target that lacks what the head needs.
     """
-    _check(objective, weighting, hidden, target, standardise)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
+    if hidden.dim() != 2 or not len(hidden):
+        raise ValueError(f"hidden must be [T, d] with at least one token, got {list(hidden.shape)}")
+    if len(target) != len(hidden):
+        raise ValueError(f"hidden has {len(hidden)} tokens, the target {len(target)}")
+    if standardise and isinstance(target, SparseTarget):
+        raise ValueError("standardise needs a dense target: at one action it would only erase the size of A")
     head, target = target.fit(head)
     rows = head.rows
     asked, dtype = actions, head.operand_dtype
@@ -56,13 +63,14 @@ def lco_loss(
     by_moments = objective == "mse" and weighting != "policy" and linear
     curve = lch if objective == "lch" else mse
     factor = 1 / rows if objective != "kld" and weighting == "mean" else 1.0  # kept out of half precision
+    size = float(rows) if weighting == "sum" else 1.0
     grads = Gradients(hidden, head, scale=1 / len(hidden))
     chunks = []
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for part in spans(len(hidden), chunk, head.weight.shape[1] if by_moments else rows, hidden.device):
             h, goal, taken = hidden[part], target[part], None if actions is None else actions[part]
             if by_moments:
-                values, grad, size = mse_by_moments(h, head, goal, standardise, weighting, taken)
+                values, grad = mse_by_moments(h, head, goal, standardise, size, taken)
                 grads.put(part, grad, size * grads.scale)
             else:
                 logits = head.logits(h) if objective == "kld" or not linear else None
@@ -167,29 +175,24 @@ def policy_weighted(
 
 
 def mse_by_moments(
-    hidden: Tensor, head: Head, target: AnyTarget, standardise: bool, weighting: str, actions: Tensor | None
-) -> tuple[Values, Tensor, float]:
-    """Mean or sum over V of r² in closed form, and its gradient with respect to ``hidden`` [C, d], short of a factor.
+    hidden: Tensor, head: Head, target: AnyTarget, standardise: bool, factor: float, actions: Tensor | None
+) -> tuple[Values, Tensor]:
+    """factor · mean over V of r², and its gradient with respect to ``hidden`` [C, d], short of the factor.
 
-    With w̄ and Σ the mean and covariance of the head's rows, the mean of (W·u)² is (w̄·u)² + u·Σ·u. A dense advantage is
-    v through its own head, centred; a sparse one, x = A/β, adds a rank-one term with the row of its action.
+    The mean of (W·u)² is (w̄·u)² + u·Σ·u (docs/hidden-space.md); a sparse x = A/β adds a rank-one term.
     """
     u = head.scale * target.drift(hidden, head)
     mean_row, n = head.mean_row.to(u.dtype), head.rows
     mean = u @ mean_row
     grad = torch.outer(mean, mean_row)
-    sampled = None  # r at the action, from one row of each head
     if isinstance(target, DenseTarget):
         through = target.through(head)
         v = through.scale * target.step(head, standardise).to(u.dtype)
-        if through is head:
-            w, covariance = u + v, row_covariance(head)
-        else:
-            w, covariance = torch.cat([u, v], dim=-1), row_covariance(head, through)
-        slope = w @ covariance.to(u.dtype)
+        w, others = (u + v, ()) if through is head else (torch.cat([u, v], dim=-1), (through,))
+        slope = w @ row_covariance(head, *others).to(u.dtype)
         loss = mean.square() + (w * slope).sum(-1)
         grad.add_(slope[:, : u.shape[1]])
-        if actions is not None:
+        if actions is not None:  # r at the action, from one row of each head
             sampled = _row_dot(head, actions, u) + _row_dot(through, actions, v) - v @ through.mean_row.to(v.dtype)
     else:
         x = target.tilt(u)
@@ -200,25 +203,11 @@ def mse_by_moments(
         if actions is not None:
             sampled = _row_dot(head, actions, u) + x.squeeze(-1) * ((target.actions == actions).to(x.dtype) - 1 / n)
     values = {"loss": loss, "logit_grad_norm": 2 * (loss.clamp_min(0) / n).sqrt()}
-    if sampled is not None:
+    if actions is not None:
         values["logit_grad_sampled"] = 2 / n * sampled.abs()
-    factor = float(n) if weighting == "sum" else 1.0
-    return {name: factor * value for name, value in values.items()}, grad.mul_(-2 * head.scale), factor
+    return {name: factor * value for name, value in values.items()}, grad.mul_(-2 * head.scale)
 
 
 def _row_dot(head: Head, actions: Tensor, x: Tensor) -> Tensor:
     """w_a·x of each token's action, [C], for ``x`` [C, d]."""
     return (head.vocabulary[actions].to(x.dtype) * x).sum(-1)
-
-
-def _check(objective: str, weighting: str, hidden: Tensor, target: AnyTarget, standardise: bool) -> None:
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
-    if hidden.dim() != 2 or not len(hidden):
-        raise ValueError(f"hidden must be [T, d] with at least one token, got {list(hidden.shape)}")
-    if len(target) != len(hidden):
-        raise ValueError(f"hidden has {len(hidden)} tokens, the target {len(target)}")
-    if standardise and isinstance(target, SparseTarget):
-        raise ValueError("standardise needs a dense target: at one action it would only erase the size of A")

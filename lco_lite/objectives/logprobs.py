@@ -1,7 +1,6 @@
 """log π_θ(a) of sampled tokens from hidden states: what SFT, DPO and every policy gradient need of the policy.
 
-∂ log π(a)/∂h = W_a − Σ p W is found in the forward pass and kept, [T, d]; backward scales it by the upstream gradient.
-A trained head needs Σ_t g_t (1_a − p_t) h_tᵀ as well, which waits for g: its logits are formed again in backward.
+A trained head needs Σ_t g_t (1_a − p_t) h_tᵀ, which waits for the upstream g: its logits are formed again in backward.
 """
 
 from dataclasses import replace
@@ -20,13 +19,9 @@ def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | Non
     """log π_θ(action), [T], in nats at temperature 1, in fp32 or wider; and diagnostics, [T] each, detached.
 
     ``hidden`` [T, d]: final hidden states at the positions that predict ``actions`` [T], token ids below
-    ``head.rows``. ``chunk``: tokens at a time, None for what memory allows. Log-probabilities are differentiable with
-    respect to ``hidden`` and to the weight and bias of a trained head. The diagnostics are the ``entropy`` of π_θ, and
-    of the gradient of log π_θ(action) with respect to the logits its norm ``logit_grad_norm`` and its size at the
-    action ``logit_grad_sampled`` = 1 − π_θ(action). Without a gradient to compute (``torch.no_grad``) it costs one
-    product with the head, otherwise two.
-
-    Raises ValueError where sizes do not fit.
+    ``head.rows``. Gradients reach ``hidden``, and the weight and bias of a trained head. ``chunk`` and the diagnostics
+    ``entropy``, ``logit_grad_norm`` and ``logit_grad_sampled`` (1 − π_θ(action)) are as in ``lco_loss``, of log
+    π_θ(action). Raises ValueError where sizes do not fit.
     """
     if hidden.dim() != 2 or actions.shape != hidden.shape[:1]:
         raise ValueError(f"hidden must be [T, d] and actions [T], got {list(hidden.shape)} and {list(actions.shape)}")
@@ -50,15 +45,12 @@ def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | Non
 
 @torch.no_grad()
 def kl_divergence(hidden: Tensor, old: Tensor, head: Head, old_head: Head | None = None) -> Tensor:
-    """KL(π_θ ‖ π_old) of every token, [T], in nats, exact over the vocabulary and without a gradient.
-
-    ``hidden``, ``old`` [T, d]: final hidden states of the two; ``old_head`` where π_old had another than ``head``.
-    """
-    divergences = []
+    """KL(π_θ ‖ π_old) of every token, [T], in nats, exact over the vocabulary and without a gradient, from final hidden
+    states [T, d] of the two. ``old_head``: where π_old had another than ``head``."""
+    old_head = old_head or head
     with torch.autocast(hidden.device.type, enabled=False):
-        for part in spans(len(hidden), None, head.rows, hidden.device):
-            divergences.append(fused(_kl, head.logits(hidden[part]), (old_head or head).logits(old[part])))
-    return torch.cat(divergences)
+        parts = spans(len(hidden), None, head.rows, hidden.device)
+        return torch.cat([fused(_kl, head.logits(hidden[part]), old_head.logits(old[part])) for part in parts])
 
 
 def _kl(logits: Tensor, old_logits: Tensor) -> Tensor:
@@ -104,9 +96,8 @@ def logprob(logits: Tensor, actions: Tensor, dtype: torch.dtype) -> tuple[Values
     log_p = torch.log_softmax(logits, dim=-1)
     p = log_p.exp()
     values = entropy_and_logprob(log_p, p, actions)
-    grad = p.neg_()
-    ones = torch.ones_like(actions, dtype=grad.dtype).unsqueeze(-1)
-    grad.scatter_add_(-1, actions.unsqueeze(-1), ones)
+    ones = torch.ones_like(actions, dtype=p.dtype).unsqueeze(-1)
+    grad = p.neg_().scatter_add_(-1, actions.unsqueeze(-1), ones)
     return values | gradient_values(grad, actions), grad.to(dtype)
 
 
@@ -118,15 +109,12 @@ def policy_values(logits: Tensor, actions: Tensor | None) -> Values:
 def entropy_and_logprob(log_p: Tensor, p: Tensor, actions: Tensor | None, scratch: Tensor | None = None) -> Values:
     """Entropy of π_θ in nats, and log π_θ(action). Overwrites ``scratch``."""
     values = {"entropy": -torch.mul(p, log_p, out=scratch).sum(-1)}
-    return values if actions is None else values | {"logprob": at(log_p, actions)}
+    return values if actions is None else values | {"logprob": log_p.gather(-1, actions.unsqueeze(-1)).squeeze(-1)}
 
 
 def gradient_values(grad: Tensor, actions: Tensor | None) -> Values:
     """The norm of ∂loss/∂logits [C, V], and its size at the action."""
     values = {"logit_grad_norm": torch.linalg.vector_norm(grad, dim=-1)}
-    return values if actions is None else values | {"logit_grad_sampled": at(grad, actions).abs()}
-
-
-def at(x: Tensor, actions: Tensor) -> Tensor:
-    """[C, V] -> [C]: the entry of each token's action."""
-    return x.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    if actions is not None:
+        values["logit_grad_sampled"] = grad.gather(-1, actions.unsqueeze(-1)).squeeze(-1).abs()
+    return values

@@ -1,18 +1,7 @@
 """The policy gradients that LCO is compared with, side by side. Each is a function of one micro-batch.
 
-Legend: T response tokens of the micro-batch, in sequences of it; the minibatch it is a part of has ``tokens`` tokens in
-``sequences`` sequences, and the losses of its micro-batches add up to its own. ρ = π_θ/π_old, A the advantage.
-
-==========  ==================================================  ==================  =================================
-reinforce   log π_θ · A                                         mean over tokens    Williams 1992
-ppo         min(ρA, clip(ρ)A)                                   mean over tokens    Schulman et al. 2017, eq 7
-grpo        the same                                            per sequence first  Shao et al. 2024, eq 3
-dapo        the same, the clip wider above than below           mean over tokens    Yu et al. 2025, eq 8
-gspo        the same with one ρ a sequence, (Π ρ_t)^(1/length)  over sequences      Zheng et al. 2025, eqs 5 and 7
-rloo        the same with one ρ a sequence, Π ρ_t               over sequences      Ahmadian et al. 2024; TRL 1.16
-==========  ==================================================  ==================  =================================
-
-Ratios differ from 1 only from the second update of a rollout on: with one update a phase the clip never acts.
+ρ = π_θ/π_old, A the advantage. The losses of the micro-batches of a minibatch add up to its own. Ratios differ from 1
+only from the second update of a rollout on: with one update a phase the clip never acts.
 """
 
 from collections.abc import Mapping
@@ -29,14 +18,11 @@ from lco_lite.objectives.chunks import Values
 class PolicyBatch:
     """What an objective, ours or a user's, is given of a micro-batch of T response tokens. Tensors are [T].
 
-    ``logprobs``: log π_θ of the sampled tokens, which carry the gradient; None for an objective over the vocabulary,
-    which is given hidden states. ``old_logprobs``: log π_old. ``rows``: which sequence of the micro-batch. ``tokens``
-    and ``sequences``: how many the minibatch has, which a loss divides by.
-
-    ``actions``: the sampled token ids. ``reference_logprobs``: log π_ref, the policy before RL, and
-    ``reward_model_logprobs``: log φ, None where no such model is open. ``responses``: which response of the phase,
-    ``groups``: which prompt. ``rewards``: the raw reward of the token's response, None where a response has none.
-    ``settings``: the recipe's ``rl.settings``.
+    ``logprobs``: log π_θ of the sampled tokens ``actions``, with the gradient; None for an objective over the
+    vocabulary. ``rows``: which sequence of the micro-batch. ``tokens`` and ``sequences``: how many the minibatch has,
+    which a loss divides by. ``reference_logprobs`` (the policy before RL) and ``reward_model_logprobs`` (φ) are None
+    where no such model is open. ``responses``: which response of the phase, ``groups``: which prompt. ``rewards``: the
+    raw reward of the token's response, None where it has none. ``settings``: the recipe's ``rl.settings``.
     """
 
     logprobs: Tensor | None
@@ -62,8 +48,7 @@ class PolicyBatch:
 
     def per_sequence(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """([B] sums over each sequence's tokens, [B] their number)."""
-        size = int(self.rows.max()) + 1
-        zeros = values.new_zeros(size)
+        zeros = values.new_zeros(int(self.rows.max()) + 1)
         return zeros.index_add(0, self.rows, values), zeros.index_add(0, self.rows, torch.ones_like(values))
 
 
@@ -76,32 +61,38 @@ class Clip:
 
 
 def reinforce(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
+    """log π_θ · A, mean over tokens. Williams 1992."""
     assert b.logprobs is not None
     return -(b.logprobs * b.advantages).sum() / b.tokens, {}
 
 
 def ppo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
+    """min(ρA, clip(ρ)A), mean over tokens. Schulman et al. 2017, eq 7."""
     gain, clipped = surrogate(b.log_ratio.exp(), b.advantages, clip)
     return -gain.sum() / b.tokens, {"clipped": clipped}
 
 
 def grpo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
+    """As ppo, mean per sequence first. Shao et al. 2024, eq 3."""
     gain, clipped = surrogate(b.log_ratio.exp(), b.advantages, clip)
     total, length = b.per_sequence(gain)
     return -(total / length).sum() / b.sequences, {"clipped": clipped}
 
 
 def dapo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
-    return ppo(b, clip)  # what differs is the clip, the advantage, and which groups are sampled
+    """As ppo: the clip, the advantage and the choice of groups differ. Yu et al. 2025, eq 8."""
+    return ppo(b, clip)
 
 
 def gspo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
+    """As ppo with one ρ a sequence, (Π ρ_t)^(1/length), mean over sequences. Zheng et al. 2025, eqs 5 and 7."""
     total, length = b.per_sequence(b.log_ratio)
     gain, clipped = surrogate((total / length).exp(), b.per_sequence(b.advantages)[0] / length, clip)
     return -gain.sum() / b.sequences, {"clipped": clipped}
 
 
 def rloo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
+    """As gspo with ρ = Π ρ_t. Ahmadian et al. 2024; TRL 1.16."""
     total, length = b.per_sequence(b.log_ratio)
     gain, clipped = surrogate(total.exp(), b.per_sequence(b.advantages)[0] / length, clip)
     return -gain.sum() / b.sequences, {"clipped": clipped}

@@ -1,11 +1,8 @@
 """What the policy is pulled towards, z* = z_base + A/β (eq 7), kept as hidden states: no logits are stored.
 
-W_r is the head that the advantage goes through. z_base is z_old, or with an anchor λ it is (1−λ) z_old + λ z_ref where
-z_ref is the policy before RL: our own addition, with which refreshes of π_old converge to z_ref + A/(λβ) instead of
-multiplying the advantage in once more each time.
-
-The residual of linear heads is r = z* − z_θ = W·u + A/β with u = (h_old − h_θ) + λ (h_ref − h_old) formed in fp32
-or wider, so that no two large logits are ever subtracted. While h_θ = h_old and λ = 0, u is exactly 0.
+W_r is the head that the advantage goes through. z_base is z_old, or with an anchor λ (1−λ) z_old + λ z_ref, the policy
+before RL. The residual of linear heads is r = z* − z_θ = W·u + A/β with u = (h_old − h_θ) + λ (h_ref − h_old): see
+docs/hidden-space.md.
 """
 
 from collections.abc import Callable
@@ -52,7 +49,7 @@ class Target:
         return self._map(Tensor, lambda tensor: tensor[index])
 
     def to(self, device: torch.device | str) -> Self:
-        """The same target with its tensors on ``device``; heads stay where their models are."""
+        """Heads stay where their models are."""
         return self._map(Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
     def fit(self, head: Head) -> tuple[Head, Self]:
@@ -81,7 +78,6 @@ class Target:
         return u
 
     def old_logits(self, head: Head) -> Tensor:
-        """z_old, [T, V]."""
         return (self.old_head or head).logits(self.old)
 
     def gap(self, hidden: Tensor, head: Head, logits: Tensor | None) -> Tensor:
@@ -109,9 +105,7 @@ class DenseTarget(Target):
 
     ``shift`` [T, d_r]: h_dpo − h_ref, subtracted in fp32 (bf16 is enough to keep it). ``shift_head``: the reward
     model's head where it is not the policy's; it is needed with a trained one. ``shift_base`` [T, d_r]: h_ref of a
-    reward model whose head is soft-capped.
-
-    The log-partition functions of φ_DPO and φ_ref are constants over V: they cancel, so A/β is W_r·shift/β centred.
+    reward model whose head is soft-capped. The log-partition functions cancel: A/β is W_r·shift/β centred.
     """
 
     shift: Tensor
@@ -166,21 +160,15 @@ class DenseTarget(Target):
 
 @dataclass(eq=False)
 class SparseTarget(Target):
-    """A at the sampled action, 0 elsewhere (eq 11). ``actions`` [T]: token ids; ``advantages`` [T].
-
-    As in section 4.4 the vector is centred per token like a dense one: A(a) − A(a)/V at the action and −A(a)/V
-    elsewhere. LCO-KLD does not see the difference; LCO-MSE and LCO-LCH do.
-    """
+    """A at the sampled action, 0 elsewhere (eq 11), centred like a dense one; ``actions`` are token ids. Both [T]."""
 
     actions: Tensor
     advantages: Tensor
 
     def tilt(self, like: Tensor) -> Tensor:
-        """A/β, [T, 1], in the type of ``like``."""
         return (self.advantages.to(like.dtype) / self.beta).unsqueeze(-1)
 
     def residual(self, hidden: Tensor, head: Head, logits: Tensor | None, standardise: bool) -> tuple[Tensor, Tensor]:
-        """As for the dense target; there is nothing to standardise."""
         r = self.gap(hidden, head, logits)
         tilt = self.tilt(r)
         return r.scatter_add_(-1, self.actions.unsqueeze(-1), tilt), tilt / head.rows
