@@ -4,8 +4,6 @@ and, of an rl stage, one an update in ``updates.jsonl``.
 ``docs/metrics.md`` is the same list for readers.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys
