@@ -15,7 +15,7 @@ CUDA_BYTES = 240 * 2**20  # all buffers of a chunk together
 CUDA_BYTES_PER_LOGIT = 12  # z, r in fp32, and half-precision or fused temporaries
 CPU_LOGITS = 6 * 2**20  # 24 MiB in fp32: enough for the products, small enough for malloc to use again
 logger = logging.getLogger(__name__)
-
+_compiled = functools.cache(torch.compile)
 Values = dict[str, Tensor]  # per token, [C] or [T], detached
 
 
@@ -112,9 +112,6 @@ def _compiler_works() -> bool:
         logger.warning("torch.compile does not work here, so the losses run eagerly: %s", error)
         return False
     return True
-
-
-_compiled = functools.cache(torch.compile)
 
 
 def fused(function: Callable[..., Any], *args: Any) -> Any:

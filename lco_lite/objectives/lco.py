@@ -17,6 +17,7 @@ from lco_lite.objectives.targets import DenseTarget, SparseTarget
 OBJECTIVES = ("kld", "lch", "mse")
 WEIGHTINGS = ("mean", "sum", "policy")
 AnyTarget = DenseTarget | SparseTarget
+Curve = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def lco_loss(
@@ -136,9 +137,6 @@ def divergence(
     # the sum of the gradient is 0: adding it takes the rounding of both normalisers out of the loss, to first order
     loss = t.mul_(log_t.sub_(log_p)).sum(-1) + grad.sum(-1)
     return {"loss": loss} | values | gradient_values(grad, actions), grad.to(dtype)
-
-
-Curve = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def mse(x: Tensor) -> tuple[Tensor, Tensor]:

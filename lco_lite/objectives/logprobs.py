@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from lco_lite.objectives.chunks import Gradients, Values, asks_gradient, fused, joined, spans
 from lco_lite.objectives.head import Head
 
+ChosenRejected = tuple[Tensor, Tensor]  # log-probabilities of whole responses, each [N]
+
 
 def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | None = None) -> tuple[Tensor, Values]:
     """log π_θ(action), [T], in nats at temperature 1, in fp32 or wider; and diagnostics, [T] each, detached.
@@ -79,9 +81,6 @@ class _Recomputed(torch.autograd.Function):
                 _, grad = fused(logprob, logits, actions[part], logits.dtype)
                 grads.add(part, grad * upstream[part].unsqueeze(-1), logits)
         return None, None, None, None, *grads.all
-
-
-ChosenRejected = tuple[Tensor, Tensor]  # log-probabilities of whole responses, each [N]
 
 
 def dpo_loss(logprobs: ChosenRejected, reference: ChosenRejected, beta: float) -> tuple[Tensor, Tensor]:

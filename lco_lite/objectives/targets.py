@@ -84,8 +84,7 @@ class Target:
         """z_base − z_θ, [T, V]: the residual without the advantage. ``logits``: z_θ where it is formed already."""
         if Target.is_hidden(self, head):  # the advantage plays no part here
             u = self.drift(hidden, head)
-            # zero at the first update of a phase: one product fewer
-            return head.project(u) if u.any() else u.new_zeros(len(u), head.rows)
+            return head.project(u) if u.any() else u.new_zeros(len(u), head.rows)  # zero at a phase's first update
         z = self.old_logits(head)
         if self.reference is not None and self.anchor:
             z = z + self.anchor * ((self.reference_head or head).logits(self.reference) - z)
