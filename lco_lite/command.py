@@ -107,8 +107,7 @@ def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -
     except Exception as e:
         log = run.path / "error.log"
         write_text(log, traceback.format_exc())
-        failed = f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}"
-        raise LcoError(f"{failed}\nThe traceback is in {log}") from e
+        raise LcoError(f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\nThe traceback is in {log}") from e
 
 
 def _remedies(phase: str, recipe: Recipe) -> list[str]:
@@ -143,9 +142,9 @@ def _base_and_adapter(model: str) -> tuple[str, Path | None]:
 def _overridden(recipe: Recipe, sets: list[str] | None, flags: dict[str, Any]) -> Recipe:
     """A new objective brings its own defaults: those of the old one, written out in the run's recipe, make room."""
     data = recipe.model_dump(mode="json")
-    usual = Rl.model_validate({"objective": recipe.rl.objective}).model_dump(mode="json")
     changed = override(data, sets, flags)
     if changed["rl"]["objective"] != recipe.rl.objective:
+        usual = Rl.model_validate({"objective": recipe.rl.objective}).model_dump(mode="json")
         own = {key: value for key, value in data["rl"].items() if value != usual[key]}
         changed = override({**data, "rl": own}, sets, flags)
     return validate(changed, "the run's recipe with your flags")

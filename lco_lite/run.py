@@ -2,8 +2,8 @@
 
     runs/NAME/recipe.yaml  environment.json  sft/  rm/  rl-kld/  eval/TASK--STAGE.json
 
-A stage remembers the settings and the stages before it that it was started with (``stage.json``); what it made is
-complete once ``done.json`` is there. Everything is written whole, so a run can be killed at any instant and goes on.
+A stage remembers what it was started with (``stage.json``); what it made is complete once ``done.json`` is there.
+Everything is written whole, so a run can be killed at any instant and goes on.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ class StageFolder:
 
     def begin(self, settings: dict[str, Any], upstream: dict[str, str]) -> None:
         """Starts the stage or lets it go on; ``upstream`` maps the stages it builds on to the ids of their results.
-
-        UsageError with every difference where it was started with other settings or other upstream results.
-        """
+        UsageError with every difference where it was started with other settings or upstream results."""
         file = self.path / "stage.json"
         if not file.exists():
             write_json(file, {"settings": settings, "upstream": upstream, "started": _now()})
@@ -55,17 +53,12 @@ class StageFolder:
         lines += [f"{name} was trained again since" for name in upstream if ids.get(name) != upstream[name]]
         lines += [f"{name} is no longer used" for name in ids if name not in upstream]
         if lines:
-            listed = "".join(f"  {line}\n" for line in lines)
-            raise UsageError(
-                f"{self.path} was started with something else (then → now):\n{listed}Go back to that, start this stage "
-                "again with --fresh (deletes it and what was built on it), or start a new run with --name NAME."
-            )
+            lines = [f"{self.path} was started with something else (then → now):", *lines]
+            remedy = "Go back to that, start this stage again with --fresh (deletes it and what was built on it)"
+            raise UsageError("\n  ".join(lines) + f"\n{remedy}, or start a new run with --name NAME.")
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Marks the stage done. ``result`` is JSON; a fresh id is what later stages refer to.
-
-        ``seconds`` in the file is this process's time with the stage: that before an interruption is not in it.
-        """
+        """Marks the stage done. ``result`` is JSON; later stages refer to a fresh id; seconds are this process's."""
         made = {"id": uuid.uuid4().hex[:12], "finished": _now(), "seconds": round(time.monotonic() - self._begun, 3)}
         write_json(self.path / "done.json", {**made, "result": result})
 
@@ -78,8 +71,6 @@ class StageFolder:
 
 @dataclass(frozen=True)
 class Run:
-    """The folder ``path`` of one run."""
-
     path: Path
 
     @classmethod
@@ -110,10 +101,8 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes out and cleans up after killed ones. UsageError names the process that has the run.
-
-        ``.lock`` names that process, and its time is that of the run's last use; a lock of its own lies beside it.
-        """
+        """Keeps other processes out and cleans up after killed ones. UsageError names the process that has the run, as
+        ``.lock`` does, whose time is that of the run's last use; a lock of its own lies beside it."""
         holder = self.path / ".lock"
         lock = FileLock(self.path / ".lock.held", timeout=0)
         no_locks = f"{self.path}: this file system has no locks (%s): choose a local --runs DIR"
@@ -121,10 +110,8 @@ class Run:
             with write_errors(holder):
                 held = lock.acquire()
         except Timeout as e:
-            process = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"
-            raise UsageError(
-                f"{self.path} is in use by process {process}: wait for it, stop it, or start another run with --name"
-            ) from e
+            used = f"in use by process {holder.read_text(encoding='utf-8') if holder.exists() else 'unknown'}"
+            raise UsageError(f"{self.path} is {used}: wait for it, stop it, or start another run with --name") from e
         except (OSError, NotImplementedError) as e:
             raise UsageError(no_locks % e) from e
         with held:
@@ -174,11 +161,8 @@ class Run:
         return self.path / "eval" / f"{task}--{stage}.json"
 
     def discard_from(self, stage: str) -> list[str]:
-        """Deletes ``stage``, the stages built on it and their scores; returns the names of the stages deleted.
-
-        sft takes everything with it, rm every rl-*, an rl-* only itself. Bases that were made or converted into the run
-        (``base``, ``base-rm``) go with the first stage that reads them.
-        """
+        """Deletes ``stage``, the stages built on it, their scores and the bases made for them in the run; returns the
+        names of the stages deleted: sft takes everything with it, rm every rl-*, an rl-* only itself."""
         present = {begun.name for begun in self.stages()} | {stage}
         doomed = [name for name in sorted(present, key=_order) if name == stage or _order(stage)[0] < _order(name)[0]]
         for name in reversed(doomed):  # killed half-way, what is left still stands on what it was built on
@@ -219,10 +203,7 @@ _NEWER: dict[str, Any] = {"rl.settings": {}, "rl.target": None, "rl.whole_groups
 
 
 def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The settings, by dotted key, that decide the outcome of ``stage`` (``sft``, ``rm`` or ``rl-OBJECTIVE``).
-
-    RL on a rule's rewards builds on no reward model, so the settings of one do not count there.
-    """
+    """The settings, by dotted key, that decide the outcome of ``stage`` (``sft``, ``rm`` or ``rl-OBJECTIVE``)."""
     if stage not in ("sft", "rm") and not stage.startswith("rl-"):
         raise UsageError(f"no stage {stage!r}: sft, rm or rl-OBJECTIVE")
     roots = _RM if stage == "rm" or (stage != "sft" and recipe.rl.needs_reward_model) else _SFT
