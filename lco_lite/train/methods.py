@@ -94,8 +94,8 @@ class Method:
 
 def method_of(rl: Rl) -> Method:
     """The row of the table. Raises UsageError for a function of the user's that does not fit the feedback."""
-    own = names_function(rl.objective)
-    if rl.is_lco or (own and over_vocabulary(load_function(rl.objective))):
+    own = load_function(rl.objective) if names_function(rl.objective) else None
+    if rl.is_lco or (own and next(iter(inspect.signature(own).parameters), "") == "hidden"):
         return METHODS["dense lco" if rl.is_dense else "sparse lco"]
     if own and rl.is_dense:
         raise UsageError(
@@ -166,9 +166,8 @@ def lco(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
     if own is not None:
         loss, seen = own(hidden, head, micro.target, micro.policy_batch(rl))
     else:
-        loss, seen = lco_loss(
-            rl.objective, hidden, head, micro.target, rl.weighting, standardise=rl.standardise, actions=actions
-        )
+        how: dict[str, Any] = {"standardise": rl.standardise, "actions": actions}
+        loss, seen = lco_loss(rl.objective, hidden, head, micro.target, rl.weighting, **how)
     return loss * (len(hidden) / micro.tokens), seen
 
 
@@ -317,18 +316,11 @@ def own_loss(rl: Rl) -> Callable[..., tuple[Tensor, Seen]] | None:
     return authors_code.loss_hook(rl) if rl.variant.is_on else None
 
 
-def over_vocabulary(function: Callable[..., Any]) -> bool:
-    """Whether a user's objective is a loss on hidden states: its first parameter is called ``hidden``."""
-    return next(iter(inspect.signature(function).parameters), None) == "hidden"
-
-
 def sampled_logprobs(models: Models, micro: MicroBatch) -> dict[str, Tensor]:
     """log π(a) [T] of the sampled tokens by π_old, by π_ref (the policy before RL) and, where there is one, by φ."""
     batch, reward_model = micro.batch, models.reward_model
-    says = {
-        "old_logprobs": logprobs(models.policy, batch, micro.old),
-        "reference_logprobs": logprobs(models.start, batch),
-    }
+    old, start = logprobs(models.policy, batch, micro.old), logprobs(models.start, batch)
+    says = {"old_logprobs": old, "reference_logprobs": start}
     return says if reward_model is None else says | {"reward_model_logprobs": logprobs(reward_model, batch)}
 
 

@@ -42,16 +42,16 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
         engine = rollout_engine(models, rl, chat.end)
         rollouts = Rollouts(ctx, policy.model, engine, chat, stage)
     updates = rl.steps * rl.inner_epochs * -(-rl.prompts_per_step * rl.responses_per_prompt // rl.minibatch)
-    strength = f", β {rl.beta:g}" if rl.is_lco else ""
-    what = f"{rl.steps} steps of {rl.prompts_per_step} prompts, feedback {rl.feedback}{strength}"
-    ctx.console.stage(stage.name, what)
+    what = f"{rl.steps} steps of {rl.prompts_per_step} prompts, feedback {rl.feedback}"
+    ctx.console.stage(stage.name, what + (f", β {rl.beta:g}" if rl.is_lco else ""))
     with StageTraining(ctx, stage, parameters, rl, rl.steps, updates) as training:
         samples, update_log = training.log(stage.samples, JsonLog), training.log(stage.path / "updates.jsonl")
         history = read_log(stage.metrics)
         guard = Guard(policy.model.head.rows)
         for before in history:
             guard.check(before)
-        training.try_longest(longest(rollouts, rl), rl.micro_batch_tokens, lambda e: try_out(models, e, rl))
+        longest = [Example(max(rollouts.ids, key=len), [chat.end] * rollouts.sampling.max_new_tokens)] * rl.minibatch
+        training.try_longest(longest, rl.micro_batch_tokens, lambda examples: try_out(models, examples, rl))
         for step in training.steps():
             engine.sync()  # π_old is the policy as it is now
             phase = rollouts.phase(step, training.stop_if_asked)  # on disk, batch by batch
@@ -193,12 +193,6 @@ def readable(phase: Phase, rollouts: Rollouts, rl: Rl) -> list[dict[str, Any]]:
         }
         for i, response in enumerate(phase.responses[:SAMPLES_A_STEP])
     ]
-
-
-def longest(rollouts: Rollouts, rl: Rl) -> list[Example]:
-    """A minibatch of the longest sequences there can be."""
-    response = [rollouts.chat.end] * rollouts.sampling.max_new_tokens
-    return [Example(max(rollouts.ids, key=len), response)] * rl.minibatch
 
 
 def try_out(models: Models, examples: list[Example], rl: Rl) -> None:

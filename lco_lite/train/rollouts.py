@@ -1,8 +1,7 @@
 """A rollout phase: prompts to responses of π_old, their grades and rewards, all on disk before the first update.
 
-``STAGE/rollouts/step-000001.jsonl`` holds a line a batch of responses, as soon as they are made, and a line with their
-grades and rewards. Whatever stops a step costs updates, never samples: they are read again, and only what is missing is
-made, with the random numbers it would have had.
+``STAGE/rollouts/step-000001.jsonl`` holds a line a batch of responses, and one with their grades and rewards. Whatever
+stops a step costs updates, never samples: only what is missing is made, with the random numbers it would have had.
 
 Legend: N responses, G of them to a prompt, in a row.
 """
