@@ -17,7 +17,7 @@ from lco_lite import __version__
 from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, system_text
 from lco_lite.errors import UsageError
-from lco_lite.grading.math import grade_math, grade_rounded
+from lco_lite.grading.math import MathGrader
 from lco_lite.models.chat import conversation
 from lco_lite.recipe import Eval, Recipe
 from lco_lite.tasks.base import Item, Task
@@ -111,7 +111,7 @@ def grader_of(task: Task) -> dict[str, str]:
         file = Path(grader.spec.rpartition(":")[0])
         return {"name": grader.spec, "file": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
     name = {"name": f"{grader.__module__}.{grader.__qualname__}"}
-    if grader in (grade_math, grade_rounded):
+    if grader in (MathGrader):
         return name | {"math_verify": importlib.metadata.version("math-verify")}
     return name
 

@@ -2,14 +2,16 @@
 
 import math
 import statistics
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import eq
 from typing import Any
 
 from lco_lite.grading import Grade, Item
 
 Graded = dict[str, Any]
 """A response and its grade as it stands in a ``.rows.jsonl``; see ``graded``."""
+Same = Callable[[str, str], bool]
+"""Are two answers, as they were extracted, one?"""
 
 
 def graded(item: Item, response: str, grade: Grade, truncated: bool) -> Graded:
@@ -23,16 +25,22 @@ def pass_at(k: int, n: int, right: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def majority_right(responses: Sequence[Graded]) -> bool:
-    """Whether the answer most responses give is right; of several, that seen first; no answer is no vote."""
-    votes = Counter(r["extracted"] for r in responses if r["extracted"] is not None)
-    if not votes:
-        return False
-    winner = votes.most_common(1)[0][0]  # counts that are equal stay in the order they were met
-    return any(r["right"] for r in responses if r["extracted"] == winner)
+def majority_right(responses: Sequence[Graded], same: Same = eq) -> bool:
+    """Whether the answer most responses give is right; of several, that seen first; no answer is no vote. Answers are
+    one where they are the ``same``."""
+    votes: list[list[Graded]] = []
+    for r in responses:
+        if r["extracted"] is not None:
+            agreed = next((v for v in votes if v[0]["extracted"] == r["extracted"]), None)
+            agreed = agreed or next((v for v in votes if same(r["extracted"], v[0]["extracted"])), None)
+            if agreed is None:
+                votes.append([r])
+            else:
+                agreed.append(r)
+    return any(r["right"] for r in max(votes, key=len, default=[]))  # max takes the first of equals
 
 
-def item_scores(responses: Sequence[Graded], samples: int) -> dict[str, list[float]]:
+def item_scores(responses: Sequence[Graded], samples: int, same: Same = eq) -> dict[str, list[float]]:
     """Metric -> one value an item, in the order of the items; ``responses`` of one pass, an item's samples together."""
     groups = [responses[i : i + samples] for i in range(0, len(responses), samples)]
     right = [sum(bool(r["right"]) for r in group) for group in groups]
@@ -42,14 +50,14 @@ def item_scores(responses: Sequence[Graded], samples: int) -> dict[str, list[flo
         for k in [*(k for k in powers if k < samples), samples]:
             scores[f"pass@{k}"] = [pass_at(k, samples, c) for c in right]
         if all(r["extracted"] is not None for r in responses if r["right"]):  # else its grader takes no answer out
-            scores[f"maj@{samples}"] = [float(majority_right(group)) for group in groups]
+            scores[f"maj@{samples}"] = [float(majority_right(group, same)) for group in groups]
     return scores
 
 
-def summarise(passes: Sequence[Sequence[Graded]], n: int, samples: int = 1) -> dict[str, Any]:
+def summarise(passes: Sequence[Sequence[Graded]], n: int, samples: int = 1, same: Same = eq) -> dict[str, Any]:
     """Over ``n`` items, of which those without a response count as wrong. For every metric, mean over seeds; std: the
     sample deviation over seeds (None for one); stderr: over items, of their mean over seeds (None for one item)."""
-    scores = [item_scores(responses, samples) for responses in passes]
+    scores = [item_scores(responses, samples, same) for responses in passes]
     metrics = {}
     for name in [name for name in scores[0] if all(name in one for one in scores)]:
         values = [one[name] for one in scores]

@@ -6,6 +6,7 @@ comparisons of a benchmark end here.
 
 import re
 from fractions import Fraction
+from math import gcd
 from typing import NamedTuple
 
 _NAME = r"[A-Za-z]{1,3}(?:_(?:\w|\{\w+\}))?(?:\([a-z]\))?"
@@ -15,6 +16,7 @@ _WORD = re.compile(r"\(?[A-Za-z](?:[A-Za-z' -]*[A-Za-z])?\)?")
 _OPTION = re.compile(r"\(?([A-Z])(?:\)|[.:](?=.)|(?= ))|\(?([A-Z])\)?$")
 _RELATION = re.compile(r"[=<>]|\\[lg]e|\\ne|\\in(?![a-z])")
 _UNORDERED = ("", r"\{")
+_IN_BASE = re.compile(r"\(?(\d[\dA-F]*|[A-F][\dA-F]+)\)?_\{?(\d{1,2})\}?")
 
 
 class Collection(NamedTuple):
@@ -31,8 +33,10 @@ def equal(answer: str, gold: str) -> bool | None:
     if not a or not g:
         return False
     a = _with_argument_of(a, g)
-    if a == g:
+    if a.replace(";", ",") == g.replace(";", ","):
         return True
+    if (based := _equal_in_base(a, g)) is not None:
+        return based
     if (value := _assigned(a, g)) is not None:
         return equal(value, g)
     if (value := _assigned(g, a)) is not None:
@@ -40,6 +44,9 @@ def equal(answer: str, gold: str) -> bool | None:
     if _equation_for_zero(a, g):
         return False
     x, y = number(a), number(g)
+    x, y = x or (y and _quantity(a)), y or (x and _quantity(g))
+    if y is not None and _DECIMAL_COMMA.fullmatch(a) and equal_numbers(_scaled("", a.replace(",", "."), "0"), y):
+        return True
     if x is not None and y is not None:
         return equal_numbers(x, y)
     if _WORD.fullmatch(gold):
@@ -54,8 +61,9 @@ def equal(answer: str, gold: str) -> bool | None:
 
 
 def _tight(text: str) -> str:
-    """Without spaces, but for those between digits, and without braces around the whole."""
-    text = re.sub(r"(?<!\d) | (?!\d)", "", text)
+    """Without spaces, but for those between digits, and without braces around the whole. A comma before a space parts a
+    list, so that ``32, 349`` are two numbers."""
+    text = re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"(?<=\d), (?=\d)", ";", text))
     return text[1:-1] if re.fullmatch(r"\{[^{},;]*\}", text) else text
 
 
@@ -79,6 +87,41 @@ def _equation_for_zero(a: str, g: str) -> bool:
     """``x^2-4=0`` states an equation; it does not answer 0, although its right side is 0."""
     left, _, right = a.rpartition("=")
     return number(g) == number("0") == number(right) and re.search(r"[A-Za-z]", left) is not None
+
+
+def _equal_in_base(a: str, g: str) -> bool | None:
+    """``52_7`` is not ``52_8``; ``52`` alone is in the base that was asked for. None where neither names a base."""
+    x, y = _IN_BASE.fullmatch(a), _IN_BASE.fullmatch(g)
+    if x and y:
+        return (x[1].lstrip("0"), int(x[2])) == (y[1].lstrip("0"), int(y[2]))
+    based, other = (x, g) if x else (y, a)
+    return based[1] == other if based and number(other) else None
+
+
+def worked_out(answer: str, gold: str) -> bool:
+    """Whether ``answer``, equal to ``gold``, is written as a number where gold is one: digits, a fraction in lowest
+    terms, a power of ten with its factor; or just as gold is."""
+    a, g = _tight(answer), _tight(gold)
+    if a == g or _IN_BASE.fullmatch(a) or not (number(g) or _IN_BASE.fullmatch(g)):
+        return True
+    a = _assigned(a, g) or a
+    if (c := _collection(a)) is not None:
+        return all(worked_out(item, gold) for item in c.items)
+    if m := _POWER.fullmatch(a):
+        return bool(m[2])
+    if m := _FRACTION.fullmatch(a) or _RATIO.fullmatch(a):
+        *_, top, bottom, _ = m.groups()
+        return top.lstrip("+-").isdigit() and bottom.isdigit() and int(bottom) > 1 == gcd(int(top), int(bottom))
+    return (number(a) or _quantity(a)) is not None
+
+
+def _quantity(text: str) -> "Number | None":
+    """The number that a text gives where the other answer is a number: without the letter of a unit, and without the
+    computation before it (``16-7=9;9*2=18``)."""
+    left, _, value = text.rpartition("=")
+    if re.search(r"[A-Za-z]", re.sub(r"\\(?:times|cdot|div|d?frac)|(?<=\d)x(?=\d)", "", left)):
+        return None
+    return number(re.sub(r"(?<=\d) ?[mgshLl]$", "", value))
 
 
 def _equal_words(answer: str, gold: str) -> bool | None:
@@ -163,7 +206,7 @@ _POWER = re.compile(rf"([-+]?)(?:({_DIGITS})(?:\\times|\\cdot|\*|x))?10\^(?:\{{(
 _FRACTION = re.compile(r"([-+]?)(\d*)\\frac\{([-+]?[\d.]{1,300})\}\{([-+]?[\d.]{1,300})\}(%?)")
 _RATIO = re.compile(r"([-+]?)\(?([-+]?[\d.]{1,300}|\d{1,3}(?:,\d{3})+)\)?/\(?([-+]?[\d.]{1,300})\)?(%?)")
 _REPEATING = re.compile(r"([-+]?)(\d{0,99})\.(\d{0,99})\\(?:overline|bar)\{(\d{1,99})\}")
-_DECIMAL_COMMA = re.compile(r"[-+]?(?:0|\d{4,}),\d{1,300}")
+_DECIMAL_COMMA = re.compile(r"\d{1,300},\d{1,300}")
 
 
 def number(text: str) -> Number | None:
@@ -171,7 +214,7 @@ def number(text: str) -> Number | None:
     text = re.sub(r"(?<!\d) | (?!\d)", "", text)
     while text.startswith("(") and text.endswith(")") and "(" not in text[1:]:
         text = text[1:-1]
-    if _DECIMAL_COMMA.fullmatch(text):
+    if re.fullmatch(r"[-+]?(?:0|\d{4,}),\d{1,300}", text):
         text = text.replace(",", ".")
     if m := _SIMPLE.fullmatch(text):
         return _scaled(m[1], m[2], m[3] or "0", bool(m[4]))
@@ -220,7 +263,7 @@ def equal_numbers(a: Number, b: Number) -> bool:
     return a.value == b.value
 
 
-_SYMBOLS = r"×\times ·\cdot π\pi ∞\infty ≤\le ≥\ge ≠\ne ±\pm ∪\cup ∈\in °^\circ"
+_SYMBOLS = r"×\times ·\cdot π\pi ∞\infty ≤\le ≥\ge ≠\ne ±\pm ∪\cup ∈\in ∅\emptyset °^\circ"
 _UNICODE = str.maketrans("−–\u00a0\u202f", "--  ") | {ord(s[0]): f"{s[1:]} " for s in _SYMBOLS.split()}
 _REWRITES = [
     (r"\{\s*,\s*\}\s*(?=\d{3})|(?<=\d),\s*\\!\s*(?=\d{3})", ""),  # thousands as LaTeX writes them
@@ -229,8 +272,11 @@ _REWRITES = [
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])", ""),
     (r"(?<!\\)\\[!,;:>\s]|~|\$|\\[()\[\]]|\*\*", " "),
     (r"^\s*(?:\\approx|≈|=)", ""),
-    (r"(?<=\d)\s*\^?\s*\{?\s*(?:th|st|nd|rd)\s*\}?\s*$", ""),  # ordinals
-    (r"√\s*\(([^()]*)\)|√\s*(\d+|[a-z])", r"\\sqrt{\1\2}"),
+    (r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{)?\s*(?:th|st|nd|rd)[\s}]*$", ""),  # ordinals
+    (r"(?:√|(?<![A-Za-z\\])sqrt)\s*(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),
+    (r"(?<![A-Za-z\\])(pi|infinity)(?![A-Za-z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
+    (r"(?<![\d.^_])(\d+) (\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
+    (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
     (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?![\d.])", r" \\times 10^{\1}"),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
@@ -254,7 +300,7 @@ _PLAIN_UNIT = re.compile(
 
 def spell(answer: str) -> str:
     """One spelling: layout, units, degree and currency signs go; fractions and relations are written alike."""
-    text = answer.translate(_UNICODE).replace(r"\$", "")
+    text = re.sub(r"\\\$|[€£¥₹]", "", answer.translate(_UNICODE))
     if r"\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     for pattern, replacement in _REWRITES:

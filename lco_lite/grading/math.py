@@ -5,6 +5,7 @@ what is left needs algebra and goes to math-verify in a process of its own (``sy
 """
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 
 from lco_lite.grading import Grade, Item, equality, symbolic
@@ -13,34 +14,51 @@ _DEEPEST = 12
 _LONGEST = 500  # characters; the longest gold answer of MATH has 159
 
 
-def grade_math(response: str, item: Item) -> Grade:
-    """``grade_answer`` with the item's gold answer."""
-    return grade_answer(response, item.gold)
+@dataclass(frozen=True)
+class MathGrader:
+    """``grade_answer`` with an item's gold answer, as the grader of a task. Fields as there."""
+
+    tolerance: float = 0.0
+    evaluated: bool = False
+
+    def __call__(self, response: str, item: Item) -> Grade:
+        return grade_answer(response, item.gold, self.tolerance, self.evaluated)
+
+    def same(self, answer: str, other: str) -> bool:
+        """Whether two answers, as they were extracted, are one: votes for it add up."""
+        return compare(answer, other)[0]
 
 
-def grade_rounded(response: str, item: Item) -> Grade:
-    """The same, but a number within 1 % of gold, which may be rounded, is right."""
-    return grade_answer(response, item.gold, tolerance=0.01)
-
-
-def grade_answer(response: str, gold: str, tolerance: float = 0.0) -> Grade:
+def grade_answer(response: str, gold: str, tolerance: float = 0.0, evaluated: bool = False) -> Grade:
     r"""Is the final answer of ``response`` equal to ``gold`` (LaTeX or plain text, or a text that boxes the answer)?
 
-    Numbers may differ by ``tolerance``, a part of gold's. Takes at most ``symbolic.SECONDS`` and never raises, whatever
-    the model wrote.
+    Numbers may differ by ``tolerance``, a part of gold's. With ``evaluated``, where gold is a number, an expression that
+    is still to be worked out is wrong: ``513^2-487^2`` can be copied from the question. Takes at most
+    ``symbolic.SECONDS`` a comparison and never raises, whatever the model wrote.
     """
     answer = final_answer(response)
     if answer is None:
         return Grade(False, None, "no answer found")
-    right, why = compare(answer, boxed(gold) or gold, tolerance)
+    wanted = boxed(gold) or gold
+    right, why = compare(answer, wanted, tolerance, evaluated)
+    if not right and "," in wanted and (several := final_answer(response, several=True)) not in (None, answer):
+        if compare(several, wanted, tolerance, evaluated)[0]:
+            return Grade(True, several, "equal")
     return Grade(right, answer, why)
 
 
-def compare(answer: str, gold: str, tolerance: float = 0.0) -> tuple[bool, str]:
-    """Are two answers equal, or numbers within ``tolerance``, and how that was told."""
+def compare(answer: str, gold: str, tolerance: float = 0.0, evaluated: bool = False) -> tuple[bool, str]:
+    """Are two answers equal, or numbers within ``tolerance``, and how that was told. ``evaluated``: see above."""
     if len(answer) > _LONGEST:
         return False, f"longer than {_LONGEST} characters"
     spelled, wanted = equality.spell(answer), equality.spell(gold)
+    right, why = _equal(spelled, wanted, tolerance)
+    if right and evaluated and not equality.worked_out(spelled, wanted):
+        return False, "equal, but not worked out"
+    return right, why
+
+
+def _equal(spelled: str, wanted: str, tolerance: float) -> tuple[bool, str]:
     verdict = equality.equal(spelled, wanted)
     if not verdict and tolerance and (near := _near(spelled, wanted, tolerance)) is not None:
         return near, f"within {tolerance:.0%}" if near else "not equal"
@@ -74,8 +92,11 @@ _TAIL = 20_000  # characters of a response that are looked at, counted from its 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
 _JOINT = re.compile(r"(?:[\s$,;&]|\\[()\[\]]|\\q?quad|\\text\s*\{[^{}]*\}|and|or)*")
+_WORDS_BETWEEN = re.compile(r"(?i)(?:(?!\b(?:not?|wrong|wait|instead|but|check|actually|incorrect)\b)[^\d\\]|\\[()\[\]])*")
+_FINAL = re.compile(r"(?i)\bfinal answer\b")
+_ANSWERLIKE = re.compile(r"[\d$\\]")
 _STATEMENT = re.compile(
-    r"(?i)\banswers?(?:[ \t]+[a-z]+){0,6}?[*\s]*(?::|\bis\b|\bare\b|=)[*:\s]*|^[ \t]*####[ \t]*(?=[^\n]*$)",
+    r"(?i)\banswers?(?:[ \t]+[a-z]+){0,6}?[*\s]*(?::|\bis\b|\bare\b|=)[*:\s]*|^[ \t]*####[ \t]*:?(?=[^\n]*$)",
     re.MULTILINE,
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z<\[]|\s*$)|\n")
@@ -87,6 +108,10 @@ _NUMBER = re.compile(
     r"(?<![A-Za-z\d_.])(?<!\d,)[-+]?\\?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:[.,]\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?"
     r"(?:\s*(?:\\?%|percent\b|pct\b))?"
 )
+_LABEL = re.compile(  # of a last line: marks of lists, quotes and headings, arrows, `A:`
+    r"[\s:]*(?:[>#*•∴→⇒~|_`\"“]+\s*|[-=]+>\s*|[-–—=]\s+|\d{1,2}[.)]\s+(?=\S)|[A-Za-z]:\s+)*"
+)
+_ALIGNED = re.compile(r"\\(?:begin|end)\s*\{(?:align|aligned|gather|gathered|split)\*?\}\s*")
 _MATH_WORDS = "and|or|sqrt|frac|sin|cos|tan|cot|sec|csc|log|exp|inf|infty|infinity|arcsin|arccos|arctan"
 _SHORT_WORDS = "[Aa][nst]|[Bb][ey]|[DdGg]o|[Hh]e|[Ii][fnst]|[MmWw][ey]|[Nn]o|[Oo][fn]|[Ss]o|[Tt]o|[Uu][ps]"
 _NO_PROSE = re.compile(r"\\(?:text|mbox|math|operatorname)[a-z]*\s*\{[^{}]*\}|\\(?:begin|end)\s*(?:\{[^{}]*\})+")
@@ -95,24 +120,33 @@ _PROSE = re.compile(
 )
 
 
-def final_answer(response: str) -> str | None:
-    """The final answer as the response writes it, delimiters of mathematics removed; None where there is none."""
+def final_answer(response: str, several: bool = False) -> str | None:
+    """The final answer as the response writes it, delimiters of mathematics removed; None where there is none. With
+    ``several``, boxes that words connect are one list."""
     tail = response[-_TAIL:]
     tail = tail.rpartition("</think>")[2] or tail
     tail = _EMPTY_BOX.sub("", tail)
-    return boxed(tail) or _stated(tail) or _last_line(tail)
+    box, end = _last_boxes(tail, several)
+    if box and (final := _FINAL.search(tail, end)) and (later := _stated(tail[final.start() :])):
+        return later if _ANSWERLIKE.search(later) else box
+    return box or _stated(tail) or _last_line(tail)
 
 
 def boxed(text: str) -> str | None:
     r"""The content of the last ``\boxed{}`` that is not empty, with those that it continues; None without a box."""
+    return _last_boxes(text)[0]
+
+
+def _last_boxes(text: str, several: bool = False) -> tuple[str | None, int]:
+    """(their content, where they end)."""
     boxes = [box for box in (_box(text, match) for match in list(_BOX.finditer(text))[-16:]) if box[2]]
     if not boxes:
-        return None
+        return None, 0
     run = [boxes.pop()]
-    while boxes and boxes[-1][1] <= run[0][0] and _joins(text[boxes[-1][1] : run[0][0]]):
+    while boxes and boxes[-1][1] <= run[0][0] and _joins(text[boxes[-1][1] : run[0][0]], several):
         run.insert(0, boxes.pop())
     contents = list(dict.fromkeys(content for _, _, content in run))
-    return ", ".join(contents)
+    return ", ".join(contents), run[-1][1]
 
 
 def _box(text: str, match: re.Match[str]) -> tuple[int, int, str]:
@@ -137,8 +171,9 @@ def _box(text: str, match: re.Match[str]) -> tuple[int, int, str]:
     return match.start(), at + 1 + len(line), line.strip()
 
 
-def _joins(gap: str) -> bool:
-    return len(gap) <= 80 and "\n" not in gap and _JOINT.fullmatch(gap) is not None
+def _joins(gap: str, by_words: bool = False) -> bool:
+    joint = _WORDS_BETWEEN if by_words else _JOINT
+    return len(gap) <= 80 and "\n" not in gap and joint.fullmatch(gap) is not None
 
 
 def _stated(text: str) -> str | None:
@@ -146,7 +181,7 @@ def _stated(text: str) -> str | None:
     for match in reversed(list(_STATEMENT.finditer(text))):
         rest = text[match.end() : match.end() + 1_000].lstrip()
         end = next((m.start() for m in _SENTENCE_END.finditer(rest) if not _inside_span(rest, m.start())), len(rest))
-        sentence = rest[:end].strip(" .*\n\t")
+        sentence = rest[:end].replace('\\"', "").strip(" .*\n\t")
         if match[0].lstrip().startswith("####") and _words(rest.partition("\n")[0]):
             continue
         first = _SPAN.match(sentence)
@@ -171,9 +206,10 @@ def _joined_spans(sentence: str, first: re.Match[str]) -> str:
 
 
 def _last_line(text: str) -> str | None:
-    text = text.rstrip()
+    text = _last_row(text.rstrip())
     start = text.rfind("\n") + 1
-    return _bare(text[start:].strip().strip("*")) or _last(text, start)
+    label = _LABEL.match(text, start)
+    return _bare(text[label.end() if label else start :].rstrip(' *_`"”.,;∎')) or _last(text, start)
 
 
 def _bare(line: str) -> str | None:
@@ -203,7 +239,14 @@ def _last(text: str, start: int) -> str | None:
 
 
 def _content(span: re.Match[str]) -> str:
-    return next(group for group in span.groups() if group is not None).strip()
+    return _last_row(next(group for group in span.groups() if group is not None).strip())
+
+
+def _last_row(text: str) -> str:
+    """Of formulas below each other, which end ``text``, the last; else ``text``."""
+    if not re.search(r"\\end\s*\{(?:align|gather|split)[a-z]*\*?\}$", text):
+        return text
+    return re.split(r"\\\\", _ALIGNED.sub("", text).rstrip("\\ \n"))[-1].replace("&", "").strip()
 
 
 def _percent(text: str, at: int) -> str:

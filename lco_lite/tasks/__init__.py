@@ -4,6 +4,7 @@ Importing them loads nothing heavy.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -11,10 +12,11 @@ from pkgutil import iter_modules
 
 from lco_lite.errors import DataError, UsageError
 from lco_lite.grading import Grade, Item
+from lco_lite.grading.math import MathGrader
 from lco_lite.tasks.base import Task
-from lco_lite.tasks.custom import custom
+from lco_lite.tasks.custom import custom, grader_named
 
-__all__ = ["Grade", "Item", "Task", "load_task", "task_names"]
+__all__ = ["Grade", "Item", "Task", "graded_as", "load_task", "task_names"]
 
 
 def task_names() -> list[str]:
@@ -39,6 +41,19 @@ def load_task(name: str, data: str | Path | None = None) -> Task:
         hint = f"; did you mean {close[0]}?" if close else "."
         raise UsageError(f"unknown task {name!r}{hint} Known: {', '.join(task_names())}")
     return openers[name](path)
+
+
+def graded_as(task: Task, grader: str | None = None, tolerance: float | None = None, evaluated: bool = False) -> Task:
+    """The task with another grader (a name, or FILE.py:NAME), or with other settings of ``MathGrader`` where that is
+    its grader. Raises UsageError for an unknown grader, and for a tolerance where there is nothing to set."""
+    if grader is not None:
+        task = replace(task, grader=grader_named(grader))
+    if isinstance(task.grader, MathGrader):
+        own = task.grader.tolerance if tolerance is None else tolerance
+        return replace(task, grader=MathGrader(own, evaluated))
+    if tolerance is not None:
+        raise UsageError(f"eval.tolerance: task {task.name} is not graded as mathematics")
+    return task
 
 
 def _openers() -> dict[str, Callable[[Path | None], Task]]:

@@ -10,7 +10,7 @@ from lco_lite.console import Console
 from lco_lite.errors import DataError, UsageError
 from lco_lite.files import read_jsonl
 from lco_lite.grading import Grade, Grader, Item
-from lco_lite.grading.math import grade_math
+from lco_lite.grading.math import MathGrader
 from lco_lite.recipe import Eval
 
 FOLDER = "LCO_LITE_DATA"
@@ -45,7 +45,7 @@ class Task:
     sources: Mapping[str, Callable[[Path | None], Rows]]
     read: Callable[[Mapping[str, Any]], Problem | None]
     data: Path | None = None
-    grader: Grader | None = grade_math
+    grader: Grader | None = MathGrader()
     template: str = BOXED
     likelihood_template: str | None = None
     system: str | None = None

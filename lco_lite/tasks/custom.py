@@ -11,20 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from lco_lite.errors import DataError, UsageError
-from lco_lite.grading import Grade, Item
+from lco_lite.grading import Grade, Grader, Item
 from lco_lite.grading.choice import grade_choice
-from lco_lite.grading.math import grade_math, grade_rounded
+from lco_lite.grading.math import MathGrader
+from lco_lite.grading.string import grade_string
 from lco_lite.tasks.base import Problem, Rows, Task, answer_text, read_rows, text
 from lco_lite.user_code import load_function, names_function
 
 
 def custom(data: Path | None = None, grader: str = "math") -> Task:
     """The task. Raises UsageError for an unknown grader; its items raise DataError where ``data`` names no file."""
-    if grader not in GRADERS and not names_function(grader):
-        raise UsageError(f"unknown grader {grader!r}: one of {', '.join(GRADERS)}, or FILE.py:NAME")
-    chosen = GRADERS[grader] if grader in GRADERS else UsersGrader(grader, load_function(grader))
     sources = {split: partial(_rows, data, split) for split in ("train", "test")}
-    return Task("custom", sources, _read, grader=chosen, template="{problem}", max_new_tokens=1_024)
+    return Task("custom", sources, _read, grader=grader_named(grader), template="{problem}", max_new_tokens=1_024)
+
+
+def grader_named(name: str) -> Grader:
+    """Raises UsageError for an unknown one."""
+    if name in GRADERS:
+        return GRADERS[name]
+    if not names_function(name):
+        raise UsageError(f"unknown grader {name!r}: one of {', '.join(GRADERS)}, or FILE.py:NAME")
+    return UsersGrader(name, load_function(name))
 
 
 def _rows(file: Path | None, split: str, folder: Path | None) -> Rows:
@@ -49,7 +56,13 @@ def grade_exact(response: str, item: Item) -> Grade:
     return Grade(right, answer or None, "equal" if right else "not equal")
 
 
-GRADERS = {"math": grade_math, "rounded": grade_rounded, "choice": grade_choice, "exact": grade_exact}
+GRADERS: dict[str, Grader] = {
+    "math": MathGrader(),
+    "rounded": MathGrader(tolerance=0.01),
+    "string": grade_string,
+    "choice": grade_choice,
+    "exact": grade_exact,
+}
 
 
 @dataclass(frozen=True)

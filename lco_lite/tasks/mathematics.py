@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lco_lite.grading.math import boxed, grade_rounded
+from lco_lite.grading.math import MathGrader, boxed
 from lco_lite.tasks.base import Problem, Source, Task, answer_text, text
 
 # GSM8K (Cobbe et al. 2021): 8,792 grade-school word problems with whole numbers as answers.
@@ -68,7 +68,7 @@ def _read_contest(row: Mapping[str, Any]) -> Problem:
 def minervamath(data: Path | None = None) -> Task:
     """A number is right within 1 % of the gold one."""
     test = Source(("minerva_math_test.jsonl",), "math-ai/minervamath", "test")
-    return Task("minervamath", {"test": test}, _read_minerva, data, grade_rounded)
+    return Task("minervamath", {"test": test}, _read_minerva, data, MathGrader(tolerance=0.01))
 
 
 def _read_minerva(row: Mapping[str, Any]) -> Problem:
