@@ -52,6 +52,25 @@ def test_every_shipped_recipe_is_valid_and_bears_its_file_name(path):
     assert load_recipe(path).name == path.stem
 
 
+@pytest.mark.parametrize("name", ["math", "ultrafeedback"])
+def test_the_papers_recipes_cut_nothing_that_the_paper_lets_run(name):
+    """Its sequences have 2,048 tokens, prompt and response together."""
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    assert recipe.rl.max_new_tokens == recipe.eval.max_new_tokens == 2048
+    assert recipe.rl.max_length >= 2048 + 1024, "with room for the prompt"
+    if recipe.data.preferences == "sampled":
+        assert recipe.train_rm.max_length == recipe.rl.max_length, "pairs are sampled at the same length"
+
+
+@pytest.mark.parametrize("name", ["math", "ultrafeedback", "qa_feedback"])
+def test_the_papers_recipes_offer_its_base_models_in_a_line_that_works(name):
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if "--set model.path=Qwen/Qwen2.5-3B " in line)
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", line.replace("--set", "").split()[1:])
+    assert (recipe.model.path, recipe.reward_model.path) == ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B")
+    assert "Instruct" in load_recipe(ROOT / "recipes" / f"{name}.yaml").model.path
+
+
 def test_reading_recipes_does_not_import_torch():
     code = "import sys, lco_lite.recipe, lco_lite.recipe.file; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
