@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,25 @@ def test_every_setting_says_what_it_is_and_where_its_default_comes_from(section)
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_recipe_is_valid_and_bears_its_file_name(path):
     assert load_recipe(path).name == path.stem
+
+
+@pytest.mark.parametrize("name", ["math", "ultrafeedback"])
+def test_the_papers_recipes_cut_nothing_that_the_paper_lets_run(name):
+    """Its sequences have 2,048 tokens, prompt and response together."""
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    assert recipe.rl.max_new_tokens == recipe.eval.max_new_tokens == 2048
+    assert recipe.rl.max_length >= 2048 + 1024, "with room for the prompt"
+    if recipe.data.preferences == "sampled":
+        assert recipe.train_rm.max_length == recipe.rl.max_length, "pairs are sampled at the same length"
+
+
+@pytest.mark.parametrize("name", ["math", "ultrafeedback", "qa_feedback"])
+def test_the_papers_recipes_offer_its_base_models_in_a_line_that_works(name):
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if "--set model.path=Qwen/Qwen2.5-3B " in line)
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", line.replace("--set", "").split()[1:])
+    assert (recipe.model.path, recipe.reward_model.path) == ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B")
+    assert "Instruct" in load_recipe(ROOT / "recipes" / f"{name}.yaml").model.path
 
 
 def test_reading_recipes_does_not_import_torch():
@@ -288,6 +308,43 @@ def test_a_name_that_looks_like_something_else_survives_the_round_trip(tmp_path,
     recipe = load(tmp_path, flags={"name": name})
     (tmp_path / "resolved.yaml").write_text(dump(recipe))
     assert load_recipe(tmp_path / "resolved.yaml").name == name
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        (r"{problem} in \boxed{}", r"'\x08' before 'oxed': in double quotes YAML reads \b as an escape"),
+        (r"{problem}: \frac{1}{2}", r"'\x0c' before 'rac': in double quotes YAML reads \f"),
+        (r"{problem} as \text{x}", r"'\t' before 'ext': in double quotes YAML reads \t"),
+        (r"{problem} \times 2", r"'\t' before 'imes'"),
+        (r"{problem} \right)", r"'\r' before 'ight'"),
+        (r"{problem} \alpha", r"'\x07' before 'lpha'"),
+        (r"{problem} \vec x", r"'\x0b' before 'ec'"),
+        (r"{problem} \neq 3", r"'\n' before 'eq'"),
+        (r"{problem} \Nabla", r"'\x85' before 'abla'"),
+    ],
+)
+def test_latex_that_yaml_read_as_an_escape_is_refused_with_the_way_to_write_it(tmp_path, written, told):
+    command = re.search(r"\\[a-zA-Z]+", written)[0]
+    (problem,) = problems(tmp_path, f'eval:\n  template: "{written}"\n')
+    assert problem.startswith("eval (line 3): template has the character") and told in problem
+    assert problem.endswith(f"Write the text in single quotes, or \\{command}")
+    for section, key in (("eval", "system"), ("chat", "system")):
+        (problem,) = problems(tmp_path, sets=[f'{section}.{key}="{written}"'])
+        assert told in problem and f"{key} has the character" in problem
+    for quoted in (f"'{written}'", f'"{written}"'.replace("\\", "\\\\")):
+        assert load(tmp_path, f"eval:\n  template: {quoted}\n").eval.template == written
+
+
+def test_newlines_and_tabs_that_are_meant_are_kept(tmp_path):
+    assert load(tmp_path, 'eval: {template: "\\tQ: {problem}\\n\\nequal?\\r\\nA:"}\n').eval.template == (
+        "\tQ: {problem}\n\nequal?\r\nA:"
+    )
+
+
+def test_a_stop_string_has_letters(tmp_path):
+    assert load(tmp_path, sets=['eval.stop=["\\n\\n", "Q:"]']).eval.stop == ["\n\n", "Q:"]
+    assert "eval.stop.0" in problems(tmp_path, sets=['eval.stop=[""]'])[0]
 
 
 # --- overriding

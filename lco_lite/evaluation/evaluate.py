@@ -10,6 +10,7 @@ score that was stopped anywhere goes on with the next batch and ends in the same
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,18 @@ from lco_lite.context import Context, InterruptGuard
 from lco_lite.data.prompts import Prompt
 from lco_lite.errors import DataError, Interrupted, UsageError
 from lco_lite.evaluation.likelihood import likeliest_letters
-from lco_lite.evaluation.prompts import eval_prompts, score_name, score_settings
+from lco_lite.evaluation.prompts import Question, eval_prompts, question, score_name, score_settings
 from lco_lite.evaluation.summary import Graded, graded, main_first, spread, summarise
 from lco_lite.files import JsonLines, read_jsonl, remove, write_json, write_text
 from lco_lite.grading.choice import answer_index
-from lco_lite.models.chat import ChatFormat
+from lco_lite.models.chat import ChatFormat, PlainText
 from lco_lite.models.language_model import Role
 from lco_lite.recipe import Eval, Recipe
-from lco_lite.rollout.engine import Engine, Sampling, in_order, open_engine
+from lco_lite.rollout.engine import Engine, Sampling, before_stop, in_order, open_engine
 from lco_lite.rollout.lockstep import optimal_policy
 from lco_lite.sequences import seeded
 from lco_lite.tasks import load_task
-from lco_lite.tasks.base import Item, Task
+from lco_lite.tasks.base import Task
 
 # which policy on which tasks, and how the scores are shown
 
@@ -69,7 +70,7 @@ def score_all(ctx: Context) -> None:
 def check_all(ctx: Context) -> None:
     """What ``score_all`` will lack is said before hours of training. Raises what the tasks raise."""
     for task in _eval_tasks(ctx.recipe):
-        n = len(task.items("test")[: ctx.recipe.eval.items])
+        n = len(eval_prompts(ctx.recipe, task))
         task.check(ctx.recipe.eval, n, _passes(ctx.recipe.eval), ctx.console)
 
 
@@ -110,10 +111,6 @@ def _passes(settings: Eval) -> int:
 
 
 # one stage on one task
-
-
-Question = tuple[Item, list[int]]
-"""A held-out item and its prompt as token ids."""
 
 
 def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
@@ -159,18 +156,21 @@ def respond_to_all(
     that are made already. Raises Interrupted after the batch in which Ctrl-C was pressed."""
     settings, seed, label = ctx.recipe.eval, ctx.recipe.seed, f"{task.name} {stage}"
     sampling, n = _sampling(settings, task), _passes(settings)
-    new_tokens = 1 if settings.scoring == "likelihood" else sampling.max_new_tokens
+    sampling = replace(sampling, stop=tuple(settings.stop))
+    by_likelihood = settings.scoring == "likelihood"
+    new_tokens = 1 if by_likelihood else sampling.max_new_tokens
     with ctx.clock("loading"):
         role, chat, engine = open_policy(ctx, stage)
     with ctx.clock("eval"), InterruptGuard() as guard:
         window = role.model.max_length
-        questions = [q for p in prompts if len((q := _question(chat, p))[1]) <= window - new_tokens]
+        questions = [question(chat, p, by_likelihood) for p in prompts]
+        questions = [q for q in questions if len(q.prompt) + max(map(len, q.letters), default=new_tokens) <= window]
         if not questions:
             raise DataError(f"no item of {task.name} fits the model's window of {window} tokens")
         if left_out := len(prompts) - len(questions):
             verdict = "count as wrong" if task.graded else "are left out"
             ctx.console.warn(f"{left_out} of {len(prompts)} items do not fit the window and {verdict}")
-        batches = plan_batches([ids for _, ids in questions], settings, new_tokens)
+        batches = plan_batches([q.prompt for q in questions], settings, new_tokens)
         total = n * len(questions) * settings.samples
         # batches of another size hold other responses
         header = asked | {"batch": settings.batch, "batch_tokens": settings.batch_tokens}
@@ -182,8 +182,8 @@ def respond_to_all(
         with ctx.console.progress(total, label, done) as line:
             for k, b in [(k, b) for k in range(n) for b in range(len(batches)) if (k, b) not in made]:
                 batch = [questions[i] for i, _ in batches[b]]
-                if settings.scoring == "likelihood":
-                    responses = likeliest_letters(role, chat, batch)
+                if by_likelihood:
+                    responses = likeliest_letters(role, batch)
                 else:
                     responses = respond(engine, chat, task, batch, sampling, seed + k, b)
                 made[k, b] = [{"sample": j} | r for (_, j), r in zip(batches[b], responses, strict=True)]
@@ -203,7 +203,8 @@ def respond_to_all(
 def open_policy(ctx: Context, stage: str) -> tuple[Role, ChatFormat, Engine]:
     """What a stage decodes from. ``optimal`` is π* of eq 6: start, φ_DPO and φ_ref in step, with the recipe's β."""
     role = weights.open_start(ctx) if stage == "optimal" else weights.open_stage(ctx, stage)
-    chat = ChatFormat(role.model.tokenizer, ctx.recipe.chat.template_args)
+    form = PlainText if ctx.recipe.eval.format == "text" else ChatFormat
+    chat = form(role.model.tokenizer, ctx.recipe.chat.template_args)
     if stage != "optimal":
         return role, chat, open_engine([role], chat.end)
     roles = [role, *weights.open_reward_model(ctx, role)]
@@ -228,8 +229,8 @@ def plan_batches(ids: Sequence[list[int]], settings: Eval, new_tokens: int) -> l
 def held_out_accuracy(
     engine: Engine, chat: ChatFormat, task: Task, prompts: Sequence[Prompt], settings: Eval, seed: int
 ) -> float:
-    """pass@1 of one pass over the prompts, for a look while something is trained; nothing is kept."""
-    questions = [_question(chat, p) for p in prompts]
+    """pass@1 of one pass over the prompts as they are trained on, for a look at the model; nothing is kept."""
+    questions = [question(chat, p) for p in prompts]
     responses = respond(engine, chat, task, questions, _sampling(settings, task), seed)
     return sum(r["right"] for r in responses) / len(responses)
 
@@ -239,11 +240,11 @@ def respond(
 ) -> list[Graded]:
     """One graded response a question. The random numbers are those of the seed, the task and the batch's number."""
     with seeded(seed, "eval", task.name, *batch):
-        responses = in_order(engine.generate([ids for _, ids in questions], sampling))
-    texts = [chat.text(response.example.response) for response in responses]
+        responses = in_order(engine.generate([q.prompt for q in questions], sampling))
+    texts = [before_stop(chat.text(response.example.response), sampling.stop) for response in responses]
     return [
-        graded(item, text, task.grade(text, item), response.truncated)
-        for (item, _), text, response in zip(questions, texts, responses, strict=True)
+        graded(q.item, text, task.grade(text, q.item), response.truncated)
+        for q, text, response in zip(questions, texts, responses, strict=True)
     ]
 
 
@@ -273,11 +274,6 @@ def _started(file: Path, header: dict[str, Any], console: Console, label: str) -
     if not lines.rows:
         lines.append(header)
     return lines
-
-
-def _question(chat: ChatFormat, prompt: Prompt) -> Question:
-    assert prompt.item is not None, "held-out prompts come from a task"
-    return prompt.item, chat.prompt(prompt.messages)
 
 
 def _sampling(settings: Eval, task: Task) -> Sampling:

@@ -9,26 +9,19 @@ from collections.abc import Sequence
 
 import torch
 
+from lco_lite.evaluation.prompts import Question
 from lco_lite.evaluation.summary import Graded, graded
 from lco_lite.grading import Grade, Item
 from lco_lite.grading.choice import LETTERS, answer_index
-from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role
 from lco_lite.objectives.logprobs import token_logprobs
 from lco_lite.sequences import Example, collate
 
 
-def likeliest_letters(role: Role, chat: ChatFormat, questions: Sequence[tuple[Item, list[int]]]) -> list[Graded]:
-    """Each item's likeliest letter, graded; an item comes with the token ids of its prompt."""
-    letters = letter_ids(chat)
-    choices = [letters[: len(item.row["choices"])] for item, _ in questions]
-    logprobs = choice_logprobs(role, [ids for _, ids in questions], choices)
-    return [likeliest_letter(item, values) for (item, _), values in zip(questions, logprobs, strict=True)]
-
-
-def letter_ids(chat: ChatFormat) -> list[list[int]]:
-    """The tokens of each letter as the beginning of a response."""
-    return [chat.response(letter, closed=False) for letter in LETTERS]
+def likeliest_letters(role: Role, questions: Sequence[Question]) -> list[Graded]:
+    """Each item's likeliest letter, graded."""
+    logprobs = choice_logprobs(role, [q.prompt for q in questions], [q.letters for q in questions])
+    return [likeliest_letter(q.item, values) for q, values in zip(questions, logprobs, strict=True)]
 
 
 @torch.no_grad()

@@ -7,21 +7,37 @@ only while nothing of that has changed.
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lco_lite import __version__
 from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, system_text
-from lco_lite.errors import UsageError
+from lco_lite.errors import DataError, UsageError
+from lco_lite.grading.choice import LETTERS, answer_index
 from lco_lite.grading.math import MathGrader
-from lco_lite.models.chat import conversation
+from lco_lite.models.chat import ChatFormat, conversation
 from lco_lite.recipe import Eval, Recipe
-from lco_lite.tasks.base import Item, Task
+from lco_lite.tasks.base import Item, Problem, Task, answer_text, fill, read_rows, text
 from lco_lite.tasks.custom import UsersGrader
+
+
+class Question(NamedTuple):
+    """A held-out item as token ids: its prompt and, where choices are scored by log-likelihood, each one's letter."""
+
+    item: Item
+    prompt: list[int]
+    letters: list[list[int]]
+
+
+def question(chat: ChatFormat, prompt: Prompt, likelihood: bool = False) -> Question:
+    assert prompt.item is not None, "held-out prompts come from a task"
+    if not likelihood:
+        return Question(prompt.item, chat.prompt(prompt.messages), [])
+    return Question(prompt.item, *chat.choices(prompt.messages, LETTERS[: len(prompt.item.row["choices"])]))
 
 
 def score_name(task: str, scoring: str) -> str:
@@ -32,17 +48,18 @@ def score_name(task: str, scoring: str) -> str:
 def eval_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
     """The first ``eval.items`` held-out items as conversations that end with the user's turn.
 
-    Raises UsageError where the recipe wants worked examples and the task has too few of them.
+    Raises UsageError where the recipe wants worked examples and the task has too few of them, and DataError where an
+    item or example does not have what template or system text name.
     """
     settings, protocol = recipe.eval, prompt_settings(recipe, task)
     if task.template != protocol["template"]:
         task = replace(task, template=protocol["template"])
-    examples_of = worked_examples(task, settings.few_shot)
+    examples_of = worked_examples(task, settings)
 
     prompts = []
     for item in task.items("test")[: settings.items]:
         turns = [*examples_of(item), item]
-        messages = conversation(turns[0].prompt, protocol["system"])
+        messages = conversation(turns[0].prompt, _system(settings, item) or protocol["system"])
         for example, following in pairwise(turns):
             answer = example.gold if settings.scoring == "likelihood" else example.demonstration or ""
             messages += [{"role": "assistant", "content": answer}, *conversation(following.prompt)]
@@ -50,8 +67,24 @@ def eval_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
     return prompts
 
 
-def worked_examples(task: Task, n: int) -> Callable[[Item], Sequence[Item]]:
-    """item -> its ``n`` examples: of ``dev`` those of the item's own subject, where it has one; else the first n."""
+def _system(settings: Eval, item: Item) -> str | None:
+    try:
+        return settings.system and fill(settings.system, item.row)
+    except (KeyError, ValueError) as e:
+        why = f"has no field {e.args[0]!r}" if isinstance(e, KeyError) else e
+        raise DataError(f"eval.system {settings.system!r:.60}: item {item.id} {why}") from e
+
+
+def worked_examples(task: Task, settings: Eval) -> Callable[[Item], Sequence[Item]]:
+    """item -> its ``few_shot`` examples: the first of ``eval.examples``; else of ``dev`` those of the item's own
+    subject, where it has one; else the first of ``train``."""
+    n = settings.few_shot
+    if settings.examples is not None:
+        file = Path(settings.examples)
+        shown = replace(task, sources={"dev": lambda _: read_rows(file)}, read=_example).items("dev")
+        if len(shown) < n:
+            raise UsageError(f"eval.few_shot: {n}, and {file} has {len(shown)} worked examples")
+        return lambda item: shown[: n or None]
     if n == 0:
         return lambda item: ()
     split = next((name for name in ("dev", "train") if name in task.sources), None)
@@ -71,10 +104,20 @@ def worked_examples(task: Task, n: int) -> Callable[[Item], Sequence[Item]]:
     return examples_of
 
 
+def _example(row: Mapping[str, Any]) -> Problem:
+    """A row of ``eval.examples``: ``prompt``, ``answer`` (of ``choices`` the letter or index), and ``response`` where
+    the answer is worked out."""
+    index = answer_index(Item("", "", "", None, row))
+    gold = answer_text(row) if index is None else LETTERS[index]
+    return Problem(
+        text(row, "prompt", "question", "problem"), gold, text(row, "response") if "response" in row else gold
+    )
+
+
 def score_settings(ctx: Context, task: Task, stage: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """All that a score rests on, as JSON; ``scored_by`` decides how responses are scored, and not what they are."""
     settings = ctx.recipe.eval
-    apart = {"tasks", "batch", "batch_tokens", "template", "system", "few_shot", "scoring"}
+    apart = {"tasks", "batch", "batch_tokens", "format", "template", "system", "few_shot", "examples", "scoring"}
     apart |= {name for name in Eval.model_fields if name.startswith(("judge_", "reward_"))}
     scored_by = task.scored_by(settings)
     # of what is asked and what is right: another for other items, texts, examples or gold answers
@@ -94,26 +137,27 @@ def prompt_settings(recipe: Recipe, task: Task) -> dict[str, Any]:
     letter = task.likelihood_template if settings.scoring == "likelihood" else None
     return {
         "scoring": settings.scoring,
+        "format": settings.format,
         "template": settings.template or letter or task.template,
         "system": system_text(recipe, task) if settings.system is None else settings.system,
         "template_args": json.loads(json.dumps(recipe.chat.template_args, default=str)),
         "few_shot": settings.few_shot,
+        "examples": settings.examples,
         "grader": grader_of(task),
         "lco_lite": __version__,
     }
 
 
-def grader_of(task: Task) -> dict[str, str]:
-    """The name of what grades; for mathematics math-verify's version; for a function of the user's a digest of its
-    file, since an edited grader makes another score."""
+def grader_of(task: Task) -> dict[str, Any]:
+    """The name of what grades; for mathematics its settings and math-verify's version; for a function of the user's a
+    digest of its file, since an edited grader makes another score."""
     grader: Any = task.grader or task.aggregate
     if isinstance(grader, UsersGrader):
         file = Path(grader.spec.rpartition(":")[0])
         return {"name": grader.spec, "file": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
-    name = {"name": f"{grader.__module__}.{grader.__qualname__}"}
-    if grader in (MathGrader):
-        return name | {"math_verify": importlib.metadata.version("math-verify")}
-    return name
+    if isinstance(grader, MathGrader):
+        return {"name": "math", **asdict(grader), "math_verify": importlib.metadata.version("math-verify")}
+    return {"name": f"{grader.__module__}.{grader.__qualname__}"}
 
 
 def _made_by(ctx: Context, stage: str) -> str:

@@ -41,6 +41,10 @@ class ChatFormat:
         """Token ids of a response; ``closed`` appends the end of turn, a response cut short has none."""
         return self.ids(text) + ([self.end] if closed else [])
 
+    def choices(self, messages: Sequence[Message], texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """Token ids of the prompt, and of each text as the beginning of the response."""
+        return self.prompt(messages), [self.response(text, closed=False) for text in texts]
+
     def example(self, messages: Sequence[Message], response: str, closed: bool = True) -> Example:
         return Example(self.prompt(messages), self.response(response, closed))
 
@@ -69,6 +73,38 @@ class ChatFormat:
                 "the tokenizer has no EOS token and its template closes no turn: a response could never end"
             )
         return self.tokenizer.eos_token_id
+
+
+class PlainText(ChatFormat):
+    """One text without roles, as base models are asked: system text, worked examples and the problem, an empty line
+    between them and a space before an answer. Special tokens are those that the tokenizer itself puts around a text.
+
+    Text and tokens are those of lm-eval 0.4, which tokenises an answer together with its prompt.
+    """
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        return self.tokenizer(self.prompt_text(messages))["input_ids"]
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        parts: list[str] = []
+        for message in messages:
+            if message["role"] == "assistant":
+                parts[-1] += ("" if parts[-1][-1:].isspace() else " ") + message["content"]
+            else:
+                parts.append(message["content"])
+        return "\n\n".join(parts)
+
+    def choices(self, messages: Sequence[Message], texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """The spaces that end a prompt belong to the answer. Raises ModelError where an answer has no token left."""
+        text = self.prompt_text(messages)
+        asked = text.rstrip()
+        prompt, gap = self.tokenizer(asked)["input_ids"], text[len(asked) :] or " "
+        answers = [self.tokenizer(asked + gap + answer)["input_ids"][len(prompt) :] for answer in texts]
+        if not all(answers):
+            raise ModelError(
+                f"the tokenizer joins an answer to the end of its prompt ({asked[-20:]!r}): no token is left"
+            )
+        return prompt, answers
 
 
 def conversation(prompt: str, system: str | None = None) -> list[dict[str, str]]:

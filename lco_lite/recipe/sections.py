@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -90,9 +91,28 @@ class RewardModel(Weights):
             yield "a reward model of its own is an adapter on its base: lora cannot be null"
 
 
+_ESCAPES = dict(zip("\a\b\t\n\v\f\r\x1b\x85\u2028\u2029", "abtnvfreNLP", strict=True))
+# what YAML makes of \boxed and \frac; of \text and \neq, a tab or a newline that no text has before such letters
+_READ_AS_ESCAPE = re.compile(
+    "([\x00-\x08\v\f\x0e-\x1f\x7f-\x9f\u2028\u2029]|\r(?!\n)|\t(?=ext|imes|heta|frac)|\n(?=eq\\b|abla\\b))([a-zA-Z]*)"
+)
+
+
+def read_as_escape(name: str, text: str | None) -> Iterator[str]:
+    """The complaint about a text in which YAML read LaTeX as the escapes of its double quotes."""
+    if text is not None and (found := _READ_AS_ESCAPE.search(text)):
+        was = "\\" + _ESCAPES[found[1]] if found[1] in _ESCAPES else repr(found[1])[1:-1]
+        cause = f"in double quotes YAML reads {was} as an escape"
+        remedy = f"Write the text in single quotes, or \\{was}{found[2]}"
+        yield f"{name} has the character {found[1]!r} before {found[2]!r}: {cause}. {remedy}"
+
+
 class Chat(Section):
     system: str | None = setting(None, "system message; null: the task's own", "the task")
     template_args: dict[str, Any] = setting({}, "the chat template's arguments, e.g. {enable_thinking: false}", "none")
+
+    def _wrong(self) -> Iterator[str]:
+        yield from read_as_escape("system", self.system)
 
 
 class Columns(Section):
@@ -151,9 +171,16 @@ class Eval(Section):
     scoring: Literal["generation", "likelihood"] = setting(
         "generation", "likelihood: of each choice's letter, for items with choices", "small chat models need generation"
     )
-    template: str | None = setting(None, "the user's turn around {problem}; null: the task's", "the task")
-    system: str | None = setting(None, "system message; null: chat.system, else the task's", "the task")
-    few_shot: int = setting(0, "worked examples as earlier turns, of the dev split, else of train", "paper: none", ge=0)
+    stop: list[Annotated[str, Field(min_length=1)]] = setting([], "texts that end a response, left out of it", "none")
+    format: Literal["chat", "text"] = setting(
+        "chat", "text: system, worked examples and problem as one plain text, for base models", "the model's template"
+    )
+    template: str | None = setting(
+        None, "the problem's turn: {problem}, or {question}, {choices}, {subject}; null: the task's", "the task"
+    )
+    system: str | None = setting(None, "system message, may hold {subject}; null: chat.system, else the task's", "none")
+    few_shot: int = setting(0, "worked examples before the problem, of the dev split, else of train", "none", ge=0)
+    examples: str | None = setting(None, "JSONL with the worked examples instead; few_shot 0: all of it", "the task's")
     batch: int = setting(128, "responses generated at once, at most", "fits 12 GB with a 3B policy", ge=1)
     batch_tokens: int = setting(65_536, "padded tokens at once, responses at full length", "7 GB of Llama 3B", ge=16)
     judge_url: str | None = setting(None, "base of a chat-completions API (http://HOST/v1), or alpaca-eval", "none")
@@ -171,8 +198,10 @@ class Eval(Section):
     reward_models: RewardModels = setting(RewardModels(), "qa_feedback: what scores the answers", "yours")
 
     def _wrong(self) -> Iterator[str]:
-        if self.template is not None and "{problem}" not in self.template:
-            yield "template has no {problem}, so that every prompt would be the same"
+        yield from read_as_escape("template", self.template)
+        yield from read_as_escape("system", self.system)
+        if self.template is not None and not any(name in self.template for name in ("{problem}", "{question}")):
+            yield "template has no {problem} or {question}, so that every prompt would be the same"
         if self.scoring == "likelihood" and self.samples > 1:
             yield "samples: likelihood makes no responses"
         if self.judge_url is not None and self.judge_url != "alpaca-eval":

@@ -3,8 +3,10 @@
 Legend: B prompts of a batch, L their padded length, V vocabulary.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +20,19 @@ Combine = Callable[[list[Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """``temperature`` 0 is greedy. ``max_new_tokens`` counts the end of turn; ``batch`` responses are made at once."""
+    """``temperature`` 0 is greedy. ``max_new_tokens`` counts the end of turn; ``batch`` responses are made at once. The
+    first of the strings ``stop`` ends a response too."""
 
     temperature: float
     top_p: float
     max_new_tokens: int
     batch: int
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Response:
-    """``example``: prompt and response ids, the end of turn included where the model closed it.
+    """``example``: prompt and response ids, with the end of turn or the stop string that closed it.
 
     ``truncated``: the length limit came first.
     """
@@ -91,7 +95,31 @@ def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tens
     return ids, mask
 
 
-def finished(prompt: list[int], ids: list[int], stop_ids: set[int]) -> Response:
-    """A response ends with its first stop token; without one the length limit cut it."""
-    stop = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-    return Response(Example(prompt, ids if stop is None else ids[: stop + 1]), truncated=stop is None)
+@dataclass(frozen=True)
+class StopStrings:
+    """Where a text ends besides its stop tokens, however its tokens spell the strings."""
+
+    tokenizer: Any
+    strings: tuple[str, ...]
+
+    def reached(self, ids: Tensor) -> Tensor:
+        """[B, n], what is made of each response -> [B]: does its newest token complete one of the strings?"""
+        most = max((len(string.encode()) for string in self.strings), default=0)  # tokens that one can take
+        return torch.tensor([self.inside(row) for row in ids[:, -most - 1 :].tolist()], device=ids.device)
+
+    def inside(self, ids: list[int]) -> bool:
+        text = self.tokenizer.decode(ids) if self.strings else ""
+        return any(string in text for string in self.strings)
+
+
+def before_stop(text: str, strings: Iterable[str]) -> str:
+    """``text`` up to the first of the strings in it."""
+    return text[: min([text.find(string) for string in strings if string in text], default=None)]
+
+
+def finished(prompt: list[int], ids: list[int], stop_ids: set[int], strings: StopStrings | None = None) -> Response:
+    """A response ends with its first stop token or string; without one the length limit cut it."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), None)
+    if strings is not None and strings.inside(ids[:end]):
+        end = bisect_left(range(len(ids)), True, key=lambda n: strings.inside(ids[:n]))
+    return Response(Example(prompt, ids[:end]), truncated=end is None)

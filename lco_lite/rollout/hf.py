@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from lco_lite.models.language_model import Role
-from lco_lite.rollout.engine import Engine, Response, Sampling, finished, left_padded
+from lco_lite.rollout.engine import Engine, Response, Sampling, StopStrings, finished, left_padded
 
 
 class HFEngine(Engine):
@@ -20,15 +20,18 @@ class HFEngine(Engine):
     @torch.no_grad()
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
         ids, mask = left_padded(prompts, self.model.pad_id)
+        width, strings = ids.shape[1], StopStrings(self.model.tokenizer, sampling.stop)
+        stops = [lambda ids, scores, **kw: strings.reached(ids[:, width:])] if sampling.stop else []
         with self.model.use(self.role.adapter):
             model: Any = self.model.base
             out = model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 generation_config=self._config(sampling),
+                stopping_criteria=StoppingCriteriaList(stops),
             )
-        made = out[:, ids.shape[1] :].tolist()
-        return [finished(prompt, row, self.stop_ids) for prompt, row in zip(prompts, made, strict=True)]
+        made = out[:, width:].tolist()
+        return [finished(prompt, row, self.stop_ids, strings) for prompt, row in zip(prompts, made, strict=True)]
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
         drawn = (

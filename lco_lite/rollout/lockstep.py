@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from lco_lite.models.language_model import Role
-from lco_lite.rollout.engine import Combine, Engine, Response, Sampling, finished, left_padded
+from lco_lite.rollout.engine import Combine, Engine, Response, Sampling, StopStrings, finished, left_padded
 
 
 def optimal_policy(beta: float) -> Combine:
@@ -40,12 +40,13 @@ class LockstepEngine(Engine):
 
     def __init__(self, roles: Sequence[Role], combine: Combine, end: int, rows: int) -> None:
         self.roles, self.combine, self.rows = roles, combine, rows
-        self.pad_id = roles[0].model.pad_id
+        self.pad_id, self.tokenizer = roles[0].model.pad_id, roles[0].model.tokenizer
         self.stop_ids = {end, *roles[0].model.eos_ids}
 
     @torch.no_grad()
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
         ids, mask = left_padded(prompts, self.pad_id)
+        strings = StopStrings(self.tokenizer, sampling.stop)
         caches: list[Any] = [DynamicCache() for _ in self.roles]
         tokens, running = ids, torch.ones(len(prompts), dtype=torch.bool)
         made: list[Tensor] = []
@@ -54,11 +55,13 @@ class LockstepEngine(Engine):
             chosen = draw(self.combine(logits), sampling).cpu().where(running, self.pad_id)
             made.append(chosen)
             running = running & ~torch.isin(chosen, torch.tensor(sorted(self.stop_ids)))
+            if sampling.stop:
+                running = running & ~strings.reached(torch.stack(made, 1))
             if not running.any():
                 break
             tokens, mask = chosen.unsqueeze(1), torch.cat([mask, torch.ones(len(prompts), 1, dtype=torch.long)], 1)
         columns = torch.stack(made, 1).tolist()
-        return [finished(prompt, row, self.stop_ids) for prompt, row in zip(prompts, columns, strict=True)]
+        return [finished(prompt, row, self.stop_ids, strings) for prompt, row in zip(prompts, columns, strict=True)]
 
     def _next_logits(self, role: Role, cache: Any, tokens: Tensor, mask: Tensor) -> Tensor:
         """[B, V] for the position after ``tokens``, over the tokens that all roles have."""

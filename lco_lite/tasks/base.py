@@ -1,6 +1,7 @@
 """What a task is: problems, a prompt around each of them, a grader; and where the rows of its splits come from."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from lco_lite.console import Console
 from lco_lite.errors import DataError, UsageError
 from lco_lite.files import read_jsonl
 from lco_lite.grading import Grade, Grader, Item
+from lco_lite.grading.choice import LETTERS
 from lco_lite.grading.math import MathGrader
 from lco_lite.recipe import Eval
 
@@ -21,12 +23,14 @@ Rows: TypeAlias = list[tuple[str, dict[str, Any]]]
 
 
 class Problem(NamedTuple):
-    """What a task takes from a row. Without an ``id`` of its own, an item is named by its split and place."""
+    """What a task takes from a row. Without an ``id`` of its own, an item is named by its split and place; ``row`` is
+    the row where the task corrects it."""
 
     text: str
     gold: str
     demonstration: str | None = None
     id: str | None = None
+    row: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -35,9 +39,9 @@ class Task:
 
     ``sources`` load the rows of each split, given the folder to look in (see ``Source``). ``read`` makes a problem of a
     row: None leaves the row out, KeyError and ValueError say that it is malformed. ``data`` is a file with the ``test``
-    rows, or the folder; without one ``LCO_LITE_DATA`` names the folder. ``template`` stands around the problem, and
-    ``likelihood_template`` where choices are scored by log-likelihood. Without a ``grader`` a response is neither right
-    nor wrong, and ``aggregate`` scores.
+    rows, or the folder; without one ``LCO_LITE_DATA`` names the folder. ``template`` stands around the problem (see
+    ``fill``), ``likelihood_template`` where choices are scored by log-likelihood. Without a ``grader`` a response is
+    neither right nor wrong, and ``aggregate`` scores.
     ``dataclasses.replace(task, system=...)`` gives the same task with another text, limit or grader.
     """
 
@@ -97,15 +101,37 @@ class Task:
     def _item(self, split: str, i: int, place: str, row: dict[str, Any]) -> Item | None:
         try:
             problem = self.read(row)
+            if problem is None:
+                return None
+            prompt = fill(self.template, row, problem.text)
         except KeyError as e:
             raise DataError(f"{place}: has no field {e.args[0]!r}; found {', '.join(row) or 'none'}") from e
         except ValueError as e:
             raise DataError(f"{place}: {e}") from e
-        if problem is None:
-            return None
-        prompt = self.template.replace("{problem}", problem.text)
         shown = None if split == "test" else problem.demonstration  # what is held out is never imitated
-        return Item(problem.id or f"{self.name}/{split}/{i}", prompt, problem.gold, shown, row)
+        return Item(problem.id or f"{self.name}/{split}/{i}", prompt, problem.gold, shown, problem.row or row)
+
+
+def fill(template: str, row: Mapping[str, Any], problem: str | None = None) -> str:
+    """``template`` with ``{problem}``, and of the row ``{question}``, ``{choices}`` (lines ``A. …``) and ``{subject}``
+    (in words). Other braces are LaTeX. Raises KeyError or ValueError where the row does not have what is named."""
+
+    def value(field: re.Match[str]) -> str:
+        if field[1] == "problem":
+            return field[0] if problem is None else problem
+        if field[1] == "choices":
+            return lettered(row["choices"])
+        found = text(row, field[1])
+        return found.replace("_", " ") if field[1] == "subject" else found
+
+    return re.sub(r"\{(problem|question|choices|subject)\}", value, template)
+
+
+def lettered(choices: Any) -> str:
+    """Raises ValueError unless these are some texts, and not more than there are letters."""
+    if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(f"field choices is {choices!r:.60}, not a list of 2 to {len(LETTERS)} texts")
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
 
 
 def text(row: Mapping[str, Any], *names: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lco_lite.grading.choice import LETTERS, grade_choice
-from lco_lite.tasks.base import EVERY_CONFIG, Problem, Rows, Source, Task, text
+from lco_lite.tasks.base import EVERY_CONFIG, Problem, Rows, Source, Task, lettered, text
 
 _DEV = Source(("mmlu_dev.jsonl",), "cais/mmlu", "dev", "all")
 _TEST = Source(("mmlu_test.jsonl",), "cais/mmlu", "test", "all")
@@ -18,18 +18,31 @@ _REDUX = Source(("mmlu_redux.jsonl",), "edinburgh-dawg/mmlu-redux-2.0", "test", 
 
 def _read(row: Mapping[str, Any]) -> Problem:
     choices, answer = row["choices"], row["answer"]
-    if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
-        raise ValueError(f"field choices is {choices!r:.60}, not a list of 2 to {len(LETTERS)} texts")
+    listed = lettered(choices)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise ValueError(f"field answer is {answer!r:.60}, not the index of one of {len(choices)} choices")
-    lettered = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
     letter = LETTERS[answer]
-    return Problem("\n".join([text(row, "question"), "", *lettered]), letter, f"\\boxed{{{letter}}}")
+    return Problem(f"{text(row, 'question')}\n\n{listed}", letter, f"\\boxed{{{letter}}}")
 
 
 def _read_faultless(row: Mapping[str, Any]) -> Problem | None:
     """The annotators spell their verdict in several ways: ok, OK, Ok."""
-    return _read(row) if text(row, "error_type").casefold() == "ok" else None
+    return _read(row) if _verdict(row) == "ok" else None
+
+
+def _read_corrected(row: Mapping[str, Any]) -> Problem | None:
+    """The faultless, and of those with a wrong answer the ones for which the annotators name another choice, by its
+    letter or its index."""
+    if _verdict(row) != "wrong groundtruth":
+        return _read_faultless(row)
+    given, named = _read(row), str(row["correct_answer"]).strip()
+    right = next((i for i in range(len(row["choices"])) if named in (str(i), LETTERS[i])), row["answer"])
+    corrected = {**row, "answer": right}
+    return None if _read(corrected).gold == given.gold else _read(corrected)._replace(row=corrected)
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    return text(row, "error_type").replace("_", " ").casefold()
 
 
 def _dev_marked_ok(folder: Path | None) -> Rows:
@@ -40,6 +53,7 @@ def _dev_marked_ok(folder: Path | None) -> Rows:
 _KINDS: dict[str, tuple[Callable[[Path | None], Rows], Source, Callable[[Mapping[str, Any]], Problem | None]]] = {
     "mmlu": (_DEV, _TEST, _read),  # 14,042 questions, and 285 answered ones
     "mmlu_redux": (_dev_marked_ok, _REDUX, _read_faultless),  # the 5,330 that its annotators found to be without fault
+    "mmlu_redux_corrected": (_dev_marked_ok, _REDUX, _read_corrected),  # and 101 with their corrected answers
     "mmlu_redux_all": (_DEV, _REDUX, _read),  # all 5,700 against MMLU's own answers, right or wrong
 }
 

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lco_lite.console import Console
-from lco_lite.errors import UsageError
+from lco_lite.errors import DataError, UsageError
 from lco_lite.evaluation import evaluate
 from lco_lite.evaluation.evaluate import plan_batches
 from lco_lite.evaluation.prompts import eval_prompts, grader_of, prompt_settings
 from lco_lite.evaluation.summary import majority_right, pass_at, summarise
-from lco_lite.models.chat import ChatFormat
-from lco_lite.models.loading import build_scratch
+from lco_lite.models.chat import ChatFormat, PlainText
+from lco_lite.models.loading import build_scratch, byte_tokenizer
 from lco_lite.recipe import Eval, Recipe
 from lco_lite.recipe.sections import Init
 from lco_lite.rollout.hf import HFEngine
@@ -301,6 +301,71 @@ def test_a_template_takes_the_place_of_the_tasks_own_in_examples_too(tmp_path):
     assert [m["content"] for m in prompt.messages] == ["Q: 1+1?", "so\nThe answer is $\\boxed{2}$.", "Q: 1+1?"]
     (plain,) = eval_prompts(scored(template="Q: {problem}", system=""), stub(test=ITEMS[:1]))
     assert [m["content"] for m in plain.messages] == ["Q: q0"], "also of a task that writes nothing around its problems"
+
+
+def plain_examples(folder: Path, rows: list[dict[str, Any]]) -> str:
+    file = folder / "examples.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+MINERVA = [  # two of lm-eval's four, shortened
+    {
+        "prompt": "Find the domain of $x$.",
+        "response": "So it is $\\boxed{[2,5)}$.\nFinal Answer: [2,5).",
+        "answer": "[2,5)",
+    },
+    {"prompt": "If $\\det A = 2$?", "answer": 24},
+]
+
+
+def test_examples_of_the_users_own_are_the_same_for_every_item(tmp_path):
+    (tmp_path / "math500_test.jsonl").write_text('{"problem": "1+1?", "answer": "2", "solution": "2"}\n')
+    file = plain_examples(tmp_path, MINERVA)
+    ask = {"format": "text", "template": "Problem:\n{problem}\n\nSolution:", "examples": file}
+    task = load_task("math500", tmp_path)
+    (prompt,) = eval_prompts(scored(**ask), task)
+    shown = [f"Problem:\n{row['prompt']}\n\nSolution: {row.get('response', row['answer'])}\n\n" for row in MINERVA]
+    plain = PlainText(byte_tokenizer(64))
+    assert plain.prompt_text(prompt.messages) == "".join(shown) + "Problem:\n1+1?\n\nSolution:"
+    (first,) = eval_prompts(scored(**ask, few_shot=1), task)
+    assert plain.prompt_text(first.messages) == shown[0] + "Problem:\n1+1?\n\nSolution:"
+    assert [m["role"] for m in first.messages] == ["user", "assistant", "user"], "in chat format they are turns"
+    with pytest.raises(UsageError, match="few_shot: 3, and .*examples.jsonl has 2"):
+        eval_prompts(scored(**ask, few_shot=3), task)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"), [({"answer": "1"}, "prompt or question or problem"), ({"prompt": "p"}, "'answer'")]
+)
+def test_examples_that_lack_something_are_told_with_their_line(tmp_path, row, told):
+    (tmp_path / "math500_test.jsonl").write_text('{"problem": "1+1?", "answer": "2", "solution": "2"}\n')
+    ask = {"examples": plain_examples(tmp_path, [*MINERVA, row])}
+    with pytest.raises(DataError, match=rf"examples.jsonl, line 3: has no field .*{told}"):
+        eval_prompts(scored(**ask), load_task("math500", tmp_path))
+
+
+def test_a_system_text_may_name_the_subject_and_one_that_names_what_is_not_there_is_refused():
+    prompts = eval_prompts(scored(system="About {subject}, in \\boxed{}."), stub(test=ITEMS))
+    assert [p.messages[0]["content"] for p in prompts] == [f"About {s}, in \\boxed{{}}." for s in "aba"]
+    with pytest.raises(DataError, match=r"eval.system 'Of \{question\}': item t/test/0 has no field 'question'"):
+        eval_prompts(scored(system="Of {question}"), stub(test=ITEMS))
+
+
+def test_a_stop_string_ends_responses_and_is_no_part_of_them(model, tmp_path):
+    task, data = chance_task(tmp_path)
+    free = ("--seeds", 1, "-s", "eval.format=text", "-s", "eval.max_new_tokens=40")
+    assert score(model, tmp_path / "free", task, data, *free).exit_code == 0
+    stops = [c for c in sorted({c for r in rows_of(tmp_path / "free") for c in r["response"]}) if c.isascii()][:12]
+    result = score(model, tmp_path / "cut", task, data, *free, "-s", f"eval.stop={json.dumps(stops)}")
+    assert result.exit_code == 0, result.output
+    # one batch, so the same random numbers: what is said is what was said, up to the first of the strings
+    whole, cut = rows_of(tmp_path / "free")[0], rows_of(tmp_path / "cut")[0]
+    ends = [whole["response"].find(c) for c in stops if c in whole["response"]]
+    assert cut["response"] == whole["response"][: min(ends, default=None)]
+    ended = [r for r in rows_of(tmp_path / "cut") if not r["truncated"]]
+    assert len(ended) > 6 and not any(c in r["response"] for r in rows_of(tmp_path / "cut") for c in stops)
+    assert result_of(tmp_path / "cut")["settings"]["sampling"]["stop"] == stops
 
 
 def test_a_template_without_a_place_for_the_problem_is_refused():

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import jinja2
 import pytest
 import torch
 
-from lco_lite.evaluation.likelihood import choice_logprobs, letter_ids, likeliest_letter
+from lco_lite.evaluation.likelihood import choice_logprobs, likeliest_letter
 from lco_lite.evaluation.prompts import eval_prompts
 from lco_lite.grading.choice import answer_index
-from lco_lite.models.chat import ChatFormat
+from lco_lite.models.chat import ChatFormat, PlainText
 from lco_lite.models.language_model import Role
-from lco_lite.models.loading import build_scratch
+from lco_lite.models.loading import build_scratch, byte_tokenizer
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Init
 from lco_lite.tasks import Item, load_task
@@ -78,7 +80,8 @@ def test_the_score_of_a_task_is_that_of_the_computation_by_hand(model, mmlu):
     prompts = eval_prompts(scored(scoring="likelihood", few_shot=2), load_task("mmlu", mmlu))
     rights = []
     for prompt, row in zip(prompts, rows, strict=True):
-        values = [by_hand(role, chat.prompt(prompt.messages), ids) for ids in letter_ids(chat)[:4]]
+        letters = [chat.response(letter, closed=False) for letter in "ABCD"]
+        values = [by_hand(role, chat.prompt(prompt.messages), ids) for ids in letters]
         assert list(row["logprobs"].values()) == pytest.approx(values, abs=2e-4)
         assert row["extracted"] == "ABCD"[values.index(max(values))]
         rights.append(row["extracted"] == row["gold"])
@@ -94,6 +97,118 @@ def test_the_prompt_asks_for_a_letter_and_examples_answer_with_one(mmlu):
     assert first[1] == {"role": "assistant", "content": "A"}
     generated = eval_prompts(scored(few_shot=1), task)[0].messages
     assert "boxed" in generated[-1]["content"] and generated[1]["content"] == r"\boxed{A}"
+
+
+# lm-eval 0.4.12: lm_eval/tasks/mmlu/default/_default_template_yaml, and the description in each subject's file
+DESCRIPTION = "The following are multiple choice questions (with answers) about %s.\n\n"
+DOC_TO_TEXT = (
+    "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
+)
+TARGET_DELIMITER, FEWSHOT_DELIMITER = " ", "\n\n"
+AS_LM_EVAL = {
+    "scoring": "likelihood",
+    "format": "text",
+    "system": "The following are multiple choice questions (with answers) about {subject}.",
+    "template": "{question}\n{choices}\nAnswer:",
+    "few_shot": 5,
+}
+
+
+def as_lm_eval(row: dict[str, Any], dev: list[dict[str, Any]]) -> str:
+    """What lm-eval gives to the model, by its own templates."""
+    doc_to_text = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(DOC_TO_TEXT).render
+    shown = [doc for doc in dev if doc["subject"] == row["subject"]][:5]  # fewshot_config: first_n
+    examples = [f"{doc_to_text(d)}{TARGET_DELIMITER}{'ABCD'[d['answer']]}{FEWSHOT_DELIMITER}" for d in shown]
+    return DESCRIPTION % " ".join(row["subject"].split("_")) + "".join(examples) + doc_to_text(row)
+
+
+def stock_mmlu(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(test, dev) rows of two subjects: questions with spaces around them, with LaTeX braces, with empty lines."""
+    questions = [
+        "  What is {choices}?\n",
+        "In \\boxed{question}, or $\\frac{1}{2}$?",
+        "Statement 1.\n\nStatement 2.",
+        "x",
+        "y",
+    ]
+    test, dev = (
+        [
+            {
+                "question": q,
+                "subject": subject,
+                "choices": [f"{split} ", "{problem}", "", str(i)],
+                "answer": (i + k) % 4,
+            }
+            for k, subject in enumerate(["abstract_algebra", "high_school_us_history"])
+            for i, q in enumerate(questions)
+        ]
+        for split in ("test", "dev")
+    )
+    for name, rows in (("mmlu_test", test), ("mmlu_dev", dev)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return test, dev
+
+
+def test_the_stock_format_of_lm_eval_is_written_to_the_letter(tmp_path):
+    test, dev = stock_mmlu(tmp_path)
+    plain = PlainText(byte_tokenizer(512))
+    prompts = eval_prompts(scored(**AS_LM_EVAL), load_task("mmlu", tmp_path))
+    assert [plain.prompt_text(p.messages) for p in prompts] == [as_lm_eval(row, dev) for row in test]
+
+
+def test_every_question_of_mmlu_reads_as_in_lm_eval():
+    folder = Path(os.environ.get("LCO_LITE_DATA", "."))
+    if not (folder / "mmlu_test.jsonl").exists():
+        pytest.skip("LCO_LITE_DATA names no folder with MMLU")
+    test, dev = ([json.loads(line) for line in (folder / f"mmlu_{s}.jsonl").open()] for s in ("test", "dev"))
+    plain = PlainText(byte_tokenizer(512))
+    prompts = eval_prompts(scored(**AS_LM_EVAL), load_task("mmlu", folder))
+    assert len(prompts) == len(test) == 14_042
+    wrong = [
+        row
+        for p, row in list(zip(prompts, test, strict=True))[::29]
+        if plain.prompt_text(p.messages) != as_lm_eval(row, dev)
+    ]
+    assert wrong == []
+
+
+def test_a_score_in_lm_evals_format_is_that_of_its_text_and_tokens(model, tmp_path):
+    test, dev = stock_mmlu(tmp_path)
+    long = tmp_path / "long"
+    build_scratch(Init(hidden_size=32, layers=1, heads=2, intermediate_size=64, max_length=2048), long, seed=0)
+    sets = [f"eval.{key}={json.dumps(value)}" for key, value in AS_LM_EVAL.items()]
+    result = score(long, tmp_path, "mmlu", tmp_path, *itertools.chain(*(("-s", s) for s in sets)))
+    assert result.exit_code == 0, result.output
+    made, role = result_of(tmp_path, "mmlu-likelihood"), Role(families.load(long))
+    protocol = made["settings"]["protocol"]
+    assert {key: protocol[key] for key in AS_LM_EVAL} == AS_LM_EVAL
+    for row, doc in zip(rows_of(tmp_path, "mmlu-likelihood"), test, strict=True):
+        context = role.model.tokenizer(as_lm_eval(doc, dev))["input_ids"]
+        whole = [role.model.tokenizer(as_lm_eval(doc, dev) + f" {letter}")["input_ids"] for letter in "ABCD"]
+        values = [by_hand(role, context, ids[len(context) :]) for ids in whole]
+        assert list(row["logprobs"].values()) == pytest.approx(values, abs=2e-4)
+        assert len(whole[0]) == len(context) + 2, "a space and a letter: two bytes"
+
+
+def test_examples_of_the_users_choices_answer_with_their_letter(mmlu, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    rows = [
+        {"question": "Which?", "choices": ["p", "q"], "answer": 1},
+        {"question": "And?", "choices": ["r", "s"], "answer": "A"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = AS_LM_EVAL | {"examples": str(file), "few_shot": 0, "system": ""}
+    (prompt, *_) = eval_prompts(scored(**settings), load_task("mmlu", mmlu))
+    text = PlainText(byte_tokenizer(512)).prompt_text(prompt.messages)
+    asked = "Which is 0?\nA. 0\nB. 1\nC. 2\nD. 3\nAnswer:"
+    assert text == f"Which?\nA. p\nB. q\nAnswer: B\n\nAnd?\nA. r\nB. s\nAnswer: A\n\n{asked}"
+
+
+def test_the_corrected_answer_is_the_right_one_by_likelihood_too(tmp_path):
+    marked = QUESTIONS[0] | {"error_type": "Wrong Groundtruth", "correct_answer": "C"}
+    (tmp_path / "mmlu_redux.jsonl").write_text(json.dumps(marked) + "\n")
+    (item,) = load_task("mmlu_redux_corrected", tmp_path).items("test")
+    assert item.gold == "C" and likeliest_letter(item, [-3.0, -3.0, -1.0, -2.0])["right"]
 
 
 def test_nothing_is_sampled(model, mmlu, monkeypatch):
@@ -140,11 +255,6 @@ def test_the_right_choice_is_known_by_index_or_letter(row, index):
 def test_the_first_of_equally_likely_letters_is_picked():
     row = likeliest_letter(Item("i", "p", "B", None, {"choices": ["x", "y"], "answer": 1}), [-1.0, -1.0])
     assert row["extracted"] == "A" and not row["right"] and row["why"] == "the answer is B"
-
-
-def test_a_letter_may_take_several_tokens():
-    chat = SimpleNamespace(response=lambda text, closed: [1, ord(text)])
-    assert letter_ids(chat)[1] == [1, 66]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +12,16 @@ from lco_lite.models.language_model import LanguageModel, Role
 from lco_lite.models.loading import build_scratch, load_base, load_tokenizer
 from lco_lite.objectives.reference import optimal_logits
 from lco_lite.recipe.sections import Init, Lora, Model
-from lco_lite.rollout.engine import Sampling, finished, in_order, left_padded, open_engine
+from lco_lite.rollout.engine import (
+    Response,
+    Sampling,
+    StopStrings,
+    before_stop,
+    finished,
+    in_order,
+    left_padded,
+    open_engine,
+)
 from lco_lite.rollout.lockstep import draw, mixture, optimal_policy
 from lco_lite.sequences import Example, seeded
 from tests.models.families import load, save
@@ -48,6 +60,66 @@ def test_a_response_ends_with_its_first_stop_token_or_is_truncated():
     assert finished([1], [5, 3, 0, 0], {3}) == finished([1], [5, 3], {3})
     assert finished([1], [5, 3, 0], {3}).example == Example([1], [5, 3])
     assert finished([1], [5, 6], {3}).truncated
+
+
+@pytest.mark.parametrize("combine", [None, lambda z: z[0]], ids=["hf", "lockstep"])
+def test_a_response_ends_where_a_stop_string_is_complete(model, combine):
+    """Told from what the same model says without them: every response is cut at the token that completes a string."""
+    engine, tokenizer = open_engine([Role(model)], 3, combine), model.tokenizer
+    free = Sampling(temperature=0, top_p=1.0, max_new_tokens=24, batch=3)
+    whole = [r.example.response for r in in_order(engine.generate(PROMPTS, free))]
+    stops = ("never said", tokenizer.decode(whole[0][5:8]), tokenizer.decode(whole[2][1:3]))
+    made = in_order(engine.generate(PROMPTS, replace(free, stop=stops)))
+    lengths = []
+    for ids, response in zip(whole, made, strict=True):
+        n = next((n for n in range(len(ids)) if any(s in tokenizer.decode(ids[:n]) for s in stops)), len(ids))
+        lengths.append(n)
+        assert response.example.response == ids[:n]
+        assert response.truncated == (n == 24)
+        assert not any(s in before_stop(tokenizer.decode(ids[:n]), stops) for s in stops)
+    assert lengths[0] <= 8 and lengths[2] <= 3 and len(set(lengths)) > 1, "they end apart, and the batch goes on"
+
+
+@pytest.mark.parametrize("combine", [None, lambda z: z[0]], ids=["hf", "lockstep"])
+def test_a_stop_string_that_begins_in_the_prompt_ends_nothing(model, combine):
+    engine = open_engine([Role(model)], 3, combine)
+    first = in_order(engine.generate(PROMPTS[:1], GREEDY))[0].example.response
+    across = model.tokenizer.decode([PROMPTS[0][-1], first[0]])
+    assert across not in model.tokenizer.decode(first)
+    assert in_order(engine.generate(PROMPTS[:1], replace(GREEDY, stop=(across,))))[0].example.response == first
+
+
+def test_a_stop_string_is_seen_whichever_tokens_spell_it():
+    """Tokens longer and shorter than the string, a letter of several bytes, and a padding that follows the end."""
+    spelt = {
+        0: b"",
+        1: b"so ",
+        2: "\u00e9".encode()[:1],
+        3: "\u00e9".encode()[1:],
+        4: b"Question: What",
+        5: b"\n",
+        6: b"\n\n",
+        7: b"</s>",
+    }
+    tokenizer = SimpleNamespace(decode=lambda ids: b"".join(spelt[i] for i in ids).decode(errors="replace"))
+    for stop, ids, end in (
+        ("Question:", [1, 4, 0, 0], 2),
+        ("\n\n", [1, 5, 5, 0], 3),
+        ("\n\n", [5, 1, 6, 1], 3),
+        ("\u00e9", [1, 2, 3, 0], 3),
+        ("o \u00e9\n", [1, 2, 3, 5, 0], 4),
+    ):
+        strings = StopStrings(tokenizer, (stop,))
+        assert [strings.reached(torch.tensor([ids[: n + 1]])).item() for n in range(end)] == [False] * (end - 1) + [
+            True
+        ]
+        assert finished([9], ids, {7}, strings) == Response(Example([9], ids[:end]), truncated=False)
+    assert finished([9], [1, 7, 4], {7}, StopStrings(tokenizer, ("Question:",))).example.response == [1, 7]
+
+
+def test_the_text_ends_before_the_first_of_the_stop_strings():
+    assert before_stop("a\n\nQ: b", ("Q:", "\n\n")) == "a"
+    assert before_stop("a", ("Q:",)) == before_stop("a", ()) == "a"
 
 
 def test_greedy_decoding_takes_the_likeliest_token_of_a_plain_forward_pass(model):

@@ -121,6 +121,28 @@ def test_mmlu_redux_keeps_the_faultless_questions_however_they_are_marked(task):
 
 
 @pytest.mark.parametrize(
+    ("verdict", "named", "gold"),
+    [
+        ("Wrong Groundtruth", "A", "A"),
+        ("wrong_groundtruth ", "0", "A"),
+        ("wrong groundtruth", "3", "D"),
+        ("Wrong groundtruth", "", None),  # which it is, they do not say
+        ("Wrong groundtruth", "C", None),  # MMLU's own answer
+        ("Wrong groundtruth", "2", None),
+        ("Wrong groundtruth", "4", None),
+        ("Wrong groundtruth", "A or B", None),
+        ("no correct answer", "A", None),
+        ("ok", "A", "C"),
+    ],
+)
+def test_mmlu_redux_corrected_takes_the_annotators_choice_for_a_wrong_answer(task, verdict, named, gold):
+    row = CHOICES | {"error_type": verdict, "correct_answer": named}
+    items = task("mmlu_redux_corrected", mmlu_redux=[row], mmlu_dev=[CHOICES]).items("test")
+    assert [item.gold for item in items] == ([] if gold is None else [gold])
+    assert all("ABCD"[item.row["answer"]] == gold for item in items), "by likelihood the row's answer counts"
+
+
+@pytest.mark.parametrize(
     ("name", "file", "row", "message"),
     [
         ("gsm8k", "gsm8k_test", {"question": "q"}, "line 2: has no field 'answer'; found question"),
@@ -133,11 +155,18 @@ def test_mmlu_redux_keeps_the_faultless_questions_however_they_are_marked(task):
         ("mmlu", "mmlu_test", CHOICES | {"answer": 4}, "line 2: field answer is 4, not the index of one of 4"),
         ("mmlu", "mmlu_test", CHOICES | {"answer": True}, "line 2: field answer is True"),
         ("mmlu", "mmlu_test", CHOICES | {"choices": "ABCD"}, "line 2: field choices is 'ABCD', not a list"),
+        (
+            "mmlu_redux_corrected",
+            "mmlu_redux",
+            CHOICES | {"error_type": "wrong groundtruth"},
+            "line 2: .*correct_answer",
+        ),
         ("mmlu_redux", "mmlu_redux", CHOICES, "line [12]: has no field 'error_type'"),
     ],
 )
 def test_a_malformed_row_is_named_with_file_and_line(task, name, file, row, message):
-    good = {"gsm8k": ADD, "math500": HALF, "mmlu": CHOICES, "mmlu_redux": CHOICES | {"error_type": "ok"}}
+    good = {"gsm8k": ADD, "math500": HALF, "mmlu": CHOICES}
+    good |= dict.fromkeys(["mmlu_redux", "mmlu_redux_corrected"], CHOICES | {"error_type": "ok"})
     first = good.get(name, {"problem": "p", "answer": 1, "solution": r"\boxed{1}"})
     with pytest.raises(DataError, match=f"{file}.jsonl, {message}"):
         task(name, **{file: [first, row]}).items("test")
@@ -152,6 +181,20 @@ def test_a_template_is_overridden_by_replacing_the_field(task):
     brief = replace(task("gsm8k", gsm8k_test=[ADD]), template="Q: {problem}\nA:", system="Be brief.")
     (item,) = brief.items("test")
     assert item.prompt == "Q: What is 1,000 + 234?\nA:" and brief.system == "Be brief."
+
+
+def test_a_template_takes_question_choices_and_subject_from_the_row_and_leaves_other_braces_alone(task):
+    row = CHOICES | {"question": " Is {choices} in \\boxed{subject}? ", "subject": "number_theory"}
+    template = "{subject}: {question}\n{choices}\n\\boxed{} {answer} {problem}"
+    (item,) = replace(task("mmlu", mmlu_test=[row]), template=template).items("test")
+    question, choices = "Is {choices} in \\boxed{subject}?", "A. 4\nB. 6\nC. 7\nD. 9"
+    whole = f"number theory: {question}\n{choices}\n\\boxed{{}} {{answer}} {question}\n\n{choices}"
+    assert item.prompt == whole, "once, and never the answer"
+
+
+def test_a_template_that_names_what_a_row_does_not_have_is_told_with_the_line(task):
+    with pytest.raises(DataError, match=r"gsm8k_test.jsonl, line 1: has no field 'subject'; found question, answer"):
+        replace(task("gsm8k", gsm8k_test=[ADD]), template="{subject}: {problem}").items("test")
 
 
 def test_rows_are_read_once(task, tmp_path):

@@ -19,6 +19,7 @@ SIZES = [
     ("mmlu", "mmlu", "dev", 285),
     ("mmlu", "mmlu", "test", 14_042),
     ("mmlu_redux", "mmlu_redux", "test", 5_330),
+    ("mmlu_redux_corrected", "mmlu_redux", "test", 5_431),  # 101 of the 107 with a wrong answer name another one
     ("mmlu_redux_all", "mmlu_redux", "test", 5_700),
 ]
 
