@@ -30,7 +30,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at a recipe's training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
-_COMPARE = "Two earlier scores, STAGE or RUN/STAGE: difference, p-value, answers that flipped."
+_COMPARE = "Two earlier scores, STAGE or RUN/STAGE (or several, joined by commas: training runs): difference, p-value."
 _JUDGE = "alpaca_eval: chat-completions API that judges, or alpaca-eval for that package."
 _OBJECTIVES = f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME."
 _SET = "Set any field of the recipe, e.g. -s rl.lr=1e-5. Repeatable."

@@ -1,14 +1,17 @@
 """``lco-lite eval TASK --compare A B``: two scores that are there already, item by item.
 
-A and B are stages of one run (``sft``, ``rl-lch``) or ``RUN/STAGE``. What is told is B less A.
+A and B are stages of one run (``sft``, ``rl-lch``) or ``RUN/STAGE``, or several of these joined by commas: training
+runs of one method. What is told is B less A.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+import mpmath
 import torch
 from torch import Tensor
 
@@ -24,6 +27,7 @@ RESAMPLES = 10_000
 _CELLS = 2**22  # numbers drawn at once
 _SHOWN, _WIDTH = 20, 40  # answers that flipped, and characters of each
 _SAME_SCORE = ("sampling", "protocol", "items")
+LEVEL = 0.95
 
 
 class Score(NamedTuple):
@@ -51,7 +55,7 @@ def compare_scores(
         tasks = [own]
     results = {}
     for task in tasks:
-        a, b = (find(runs, name, task, which, scoring) for which in pair)
+        a, b = ([find(runs, name, task, one.strip(), scoring) for one in which.split(",")] for which in pair)
         results[task], warnings = compare(a, b)
         for line in warnings:
             console.warn(f"{task}: {line}")
@@ -80,28 +84,29 @@ def find(runs: Path, name: str | None, task: str, which: str, scoring: str) -> S
     return Score(which, json.loads(file.read_text(encoding="utf-8")), read_jsonl(responses))
 
 
-def compare(a: Score, b: Score) -> tuple[dict[str, Any], list[str]]:
-    """(result for ``--json``, warnings). UsageError where the two have not answered the same items."""
+def compare(a: Sequence[Score], b: Sequence[Score]) -> tuple[dict[str, Any], list[str]]:
+    """(result for ``--json``, warnings). A side is a score, or one a training run of the same method.
+
+    UsageError where they have not answered the same items.
+    """
     warnings = _check(a, b)
-    n, shares = a.result["n"], [_shares(one.responses) for one in (a, b)]
-    seeds_a, seeds_b = (list(dict.fromkeys(r["seed"] for r in one.responses)) for one in (a, b))
-    paired = seeds_a == seeds_b
-    if not paired:
-        warnings.append(f"{a.label} has other seeds than {b.label}: items are drawn again, seeds are averaged over")
-        shares = [{i: [fmean(by_pass)] for i, by_pass in one.items()} for one in shares]
-    columns = len(seeds_a) if paired else 1
-    # what fits neither window is wrong for both
-    ids, wrong = sorted(shares[0] | shares[1]), [0.0] * columns
-    of_a, of_b = (torch.tensor([one.get(i, wrong) for i in ids], dtype=torch.float64) for one in shares)
-    grid = torch.zeros(n, columns, dtype=torch.float64)  # [N, S]
-    grid[: len(ids)] = of_b - of_a
-    by_item = grid.mean(1)  # [N]
-    wins, losses = int((by_item > 1e-12).sum()), int((by_item < -1e-12).sum())
-    mean, low, high, p = paired_bootstrap(grid)
-    result = {"a": a.label, "b": b.label, "mean_a": a.result["mean"], "mean_b": b.result["mean"]}
+    n, values = a[0].result["n"], [[by_item(one.responses) for one in side] for side in (a, b)]
+    ids = sorted({i for side in values for one in side for i in one})
+    # [R, N] of a side; what does not fit a window is wrong, as what fits none is for all
+    grids = [torch.zeros(len(side), n, dtype=torch.float64) for side in values]
+    for grid, side in zip(grids, values, strict=True):
+        grid[:, : len(ids)] = torch.tensor([[one.get(i, 0.0) for i in ids] for one in side], dtype=torch.float64)
+    difference = grids[1].mean(0) - grids[0].mean(0)  # [N]
+    wins, losses = int((difference > 1e-12).sum()), int((difference < -1e-12).sum())
+    mean, low, high, p = paired_bootstrap(difference)
+    labels, means = [",".join(one.label for one in side) for side in (a, b)], [grid.mean(1).tolist() for grid in grids]
+    result = {"a": labels[0], "b": labels[1], "mean_a": fmean(means[0]), "mean_b": fmean(means[1])}
     result |= {"difference": mean, "interval": [low, high], "p": p, "resamples": RESAMPLES, "items": n}
-    result |= {"seeds": columns if paired else None, "wins": wins, "losses": losses, "ties": n - wins - losses}
-    return result | {"flipped": flipped(a.responses, b.responses)}, warnings
+    result |= {"wins": wins, "losses": losses, "ties": n - wins - losses}
+    if min(len(a), len(b)) > 1:
+        result["runs"] = welch(*means)
+    # whose answer flipped is a question about two sets of weights
+    return result | {"flipped": flipped(a[0].responses, b[0].responses) if len(a) == len(b) == 1 else []}, warnings
 
 
 def flipped(a: Sequence[Graded], b: Sequence[Graded]) -> list[dict[str, Any]]:
@@ -120,11 +125,19 @@ def show(console: Console, task: str, result: Mapping[str, Any]) -> None:
     mean_a, mean_b = 100 * result["mean_a"], 100 * result["mean_b"]
     console.note(f"{task}: {result['a']} {mean_a:.1f} → {result['b']} {mean_b:.1f}")
     low, high = result["interval"]
-    over = f"{result['items']} items" + (f" and {result['seeds']} seeds" if result["seeds"] else "")
     console.note(
         f"difference {100 * result['difference']:+.1f}, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
-        f"p = {result['p']:.4f} (paired bootstrap over {over}, {result['resamples']:,} resamples)"
+        f"p = {result['p']:.4f} (paired bootstrap over {result['items']} items, {result['resamples']:,} resamples)"
     )
+    if runs := result.get("runs"):
+        a, b = (
+            f"{100 * runs[f'mean_{side}']:.1f} ± {100 * runs[f'std_{side}']:.1f} ({runs[f'n_{side}']})" for side in "ab"
+        )
+        found = "no spread to test with"
+        if runs["p"] is not None:
+            low, high = runs["interval"]
+            found = f"Welch 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, p = {runs['p']:.4f}"
+        console.note(f"over training runs: {b} against {a}, {found}")
     console.note(f"{result['b']}: {result['wins']} wins, {result['losses']} losses, {result['ties']} ties")
     if flips := result["flipped"]:
         cells = [[f["id"], f["seed"], *(_short(f[key]) for key in ("gold", "a", "b"))] for f in flips[:_SHOWN]]
@@ -132,29 +145,38 @@ def show(console: Console, task: str, result: Mapping[str, Any]) -> None:
         console.table(f"answers that flipped{more}", ["item", "seed", "gold", result["a"], result["b"]], cells)
 
 
-def _check(a: Score, b: Score) -> list[str]:
+def by_item(responses: Sequence[Graded]) -> dict[str, float]:
+    """Item -> the share of its responses that are right, over samples and passes."""
+    right: dict[str, list[bool]] = {}
+    for r in responses:
+        right.setdefault(r["id"], []).append(r["right"])
+    return {i: fmean(of_item) for i, of_item in right.items()}
+
+
+def _check(a: Sequence[Score], b: Sequence[Score]) -> list[str]:
     """What to warn of. UsageError where the scores cannot be set against each other."""
-    for one in (a, b):
+    first, warnings = a[0], []
+    for side in (a, b):
+        weights: dict[str, str] = {}
+        for one in side:
+            if one.label in weights.values():
+                raise UsageError(f"--compare: {one.label} is named twice on one side; a training run counts once")
+            if (same := weights.setdefault(one.result["settings"]["made_by"], one.label)) != one.label:
+                warnings.append(f"{same} and {one.label} are the same weights, not two training runs")
+    for one in (*a, *b):
         if one.result.get("own"):
             raise UsageError(f"--compare: task {one.result['task']} is not right or wrong item by item")
-    golds = [{r["id"]: r["gold"] for r in one.responses} for one in (a, b)]
-    same = a.result["settings"]["items"] == b.result["settings"]["items"]
-    if a.result["n"] != b.result["n"] or not (same or golds[0] == golds[1]):
-        raise UsageError(
-            f"--compare: {a.label} was scored on {a.result['n']} items and {b.label} on {b.result['n']}, and they are "
-            "not the same; score both with the same --limit and --data"
-        )
-    settings = [flat({key: one.result["settings"][key] for key in _SAME_SCORE}) for one in (a, b)]
-    changed = [line for line in differences(*settings) if not line.startswith("items:")]
-    return [f"{a.label} and {b.label} were scored in different ways: {'; '.join(changed)}"] if changed else []
-
-
-def _shares(responses: Sequence[Graded]) -> dict[str, list[float]]:
-    """Item -> pass by pass, the share of its samples that are right."""
-    verdicts: dict[str, dict[int, list[bool]]] = {}
-    for r in responses:
-        verdicts.setdefault(r["id"], {}).setdefault(r["seed"], []).append(r["right"])
-    return {i: [fmean(right) for right in by_seed.values()] for i, by_seed in verdicts.items()}
+        golds = [{r["id"]: r["gold"] for r in score.responses} for score in (first, one)]
+        same_items = first.result["settings"]["items"] == one.result["settings"]["items"]
+        if first.result["n"] != one.result["n"] or not (same_items or golds[0] == golds[1]):
+            raise UsageError(
+                f"--compare: {first.label} was scored on {first.result['n']} items and {one.label} on "
+                f"{one.result['n']}, and they are not the same; score both with the same --limit and --data"
+            )
+        settings = [flat({key: score.result["settings"][key] for key in _SAME_SCORE}) for score in (first, one)]
+        if changed := [line for line in differences(*settings) if not line.startswith("items:")]:
+            warnings.append(f"{first.label} and {one.label} were scored in different ways: {'; '.join(changed)}")
+    return warnings
 
 
 def _by_place(responses: Sequence[Graded]) -> dict[tuple[str, int, int], Graded]:
@@ -177,21 +199,42 @@ class Difference(NamedTuple):
 
 
 def paired_bootstrap(differences: Tensor, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
-    """``differences`` [N, S]: B's score less A's. The same seed draws the same: B against A is the mirror image.
+    """``differences`` [N]: an item's score of B, averaged over its responses, less that of A. Items are drawn again;
+    the luck of sampling is in their scores already. The same seed draws the same: B against A is the mirror image.
 
     p is the share of resamples at least as far from their own mean as that is from 0, the observed one counted in:
     1 where nothing differs, and never below 1 / (R + 1).
     """
     values, generator = differences.double(), torch.Generator().manual_seed(seed)
-    n, s = values.shape
-    at_once = max(1, _CELLS // (n * s))
+    n = len(values)
     means = []
-    for start in range(0, resamples, at_once):
-        r = min(at_once, resamples - start)
-        items = torch.randint(n, (r, n), generator=generator)
-        seeds = torch.randint(s, (r, s), generator=generator)
-        means.append(values[items].mean(1).gather(1, seeds).mean(1))
+    for start in range(0, resamples, at_once := max(1, _CELLS // n)):
+        items = torch.randint(n, (min(at_once, resamples - start), n), generator=generator)
+        means.append(values[items].mean(1))
     mean, drawn = values.mean(), torch.cat(means)  # [], [R]
     extreme = int(((drawn - mean).abs() >= mean.abs() - 1e-12).sum())  # less what rounding makes
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = drawn.quantile(torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)).tolist()
     return Difference(mean.item(), low, high, (1 + extreme) / (resamples + 1))
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """Welch's t-test of training runs, two or more a side: its interval of mean(b) - mean(a), and its two-sided p.
+    Both are None where neither side varies."""
+    result: dict[str, Any] = {}
+    for side, scores in (("a", a), ("b", b)):
+        result |= {f"mean_{side}": fmean(scores), f"std_{side}": stdev(scores), f"n_{side}": len(scores)}
+    difference = result["mean_b"] - result["mean_a"]
+    result |= {"difference": difference, "interval": None, "p": None, "degrees": None}
+    variances = [stdev(scores) ** 2 / len(scores) for scores in (a, b)]
+    if sum(variances) < 1e-24:
+        return result
+    error = math.sqrt(sum(variances))
+    degrees = sum(variances) ** 2 / sum(v * v / (len(x) - 1) for v, x in zip(variances, (a, b), strict=True))
+
+    def two_sided(t: Any) -> Any:  # the chance of a |t| at least this large
+        return mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True)
+
+    # 1.9 and 13 lie around the quantile, 1.96 at infinitely many degrees and 12.71 at 1
+    quantile = float(mpmath.findroot(lambda t: two_sided(t) - (1 - LEVEL), (1.9, 13.0), solver="anderson"))
+    interval = [difference - quantile * error, difference + quantile * error]
+    return result | {"interval": interval, "p": float(two_sided(difference / error)), "degrees": degrees}
