@@ -30,6 +30,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at a recipe's training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
+_GRADER = "math, rounded, string (the public code's), choice, exact or FILE.py:NAME; else the task's."
 _COMPARE = "Two earlier scores, STAGE or RUN/STAGE (or several, joined by commas: training runs): difference, p-value."
 _JUDGE = "alpaca_eval: chat-completions API that judges, or alpaca-eval for that package."
 _OBJECTIVES = f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME."
@@ -164,6 +165,7 @@ def evaluate(
     limit: Annotated[int | None, Option(help="Only the first N items.")] = None,
     samples: Annotated[int | None, Option(help="Responses per item and pass, for pass@k and maj@k.")] = None,
     scoring: Annotated[str | None, Option(help="generation, or likelihood of the letters of the choices.")] = None,
+    grader: Annotated[str | None, Option(help=_GRADER)] = None,
     data: Annotated[Path | None, Option(help="A local JSONL file with the task's items, or a folder of such.")] = None,
     compare: Annotated[tuple[str, str] | None, Option(metavar="A B", help=_COMPARE)] = None,
     judge_url: Annotated[str | None, Option(metavar="URL", help=_JUDGE)] = None,
@@ -184,9 +186,10 @@ def evaluate(
             if model or policy:
                 raise UsageError("eval --compare reads two earlier scores: leave out --model and --policy")
             screen = Console(quiet=on.quiet, json=json)
-            return compare_scores(on.runs, on.name, tasks, compare, scoring or "generation", screen, json)
+            return compare_scores(on.runs, on.name, tasks, compare, scoring or "generation", grader, screen, json)
     flags: dict[str, Any] = {"eval.seeds": seeds, "eval.items": limit, "rl.beta": beta}
     flags |= {"eval.temperature": 0.0 if greedy else None, "eval.samples": samples, "eval.scoring": scoring}
+    flags |= {"eval.grader": grader}
     flags |= {"eval.judge_url": judge_url, "eval.judge_model": judge_model, "eval.judge_confirmed": yes or None}
     with command(None, **on.arguments(flags), json=json, model=model, tasks=tasks) as ctx:
         from lco_lite.evaluation.evaluate import score

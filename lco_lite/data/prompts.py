@@ -15,7 +15,7 @@ from lco_lite.models.chat import ChatFormat, conversation
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Columns
 from lco_lite.sequences import Example, derive
-from lco_lite.tasks import load_task
+from lco_lite.tasks import graded_as, load_task
 from lco_lite.tasks.base import Item, Task
 
 
@@ -36,6 +36,12 @@ class Pair:
 
 def recipe_task(recipe: Recipe) -> Task | None:
     return load_task(recipe.task, recipe.data.task) if recipe.task else None
+
+
+def rewarding_task(recipe: Recipe) -> Task | None:
+    """The task as its grades are rewards and make pairs: stricter than for scores, with ``rl.evaluated``."""
+    task = recipe_task(recipe)
+    return None if task is None else graded_as(task, evaluated=recipe.rl.evaluated)
 
 
 def system_text(recipe: Recipe, task: Task | None) -> str | None:

@@ -44,6 +44,7 @@ def compare_scores(
     tasks: Sequence[str] | None,
     pair: tuple[str, str],
     scoring: str,
+    grader: str | None,
     console: Console,
     as_json: bool,
 ) -> None:
@@ -55,7 +56,7 @@ def compare_scores(
         tasks = [own]
     results = {}
     for task in tasks:
-        a, b = ([find(runs, name, task, one.strip(), scoring) for one in which.split(",")] for which in pair)
+        a, b = ([find(runs, name, task, one.strip(), scoring, grader) for one in which.split(",")] for which in pair)
         results[task], warnings = compare(a, b)
         for line in warnings:
             console.warn(f"{task}: {line}")
@@ -65,18 +66,18 @@ def compare_scores(
         show(console, task, result)
 
 
-def find(runs: Path, name: str | None, task: str, which: str, scoring: str) -> Score:
+def find(runs: Path, name: str | None, task: str, which: str, scoring: str, grader: str | None = None) -> Score:
     """The score of STAGE or RUN/STAGE. UsageError with the command that makes it where it is not there."""
     run_name, _, stage = which.rpartition("/")
     run_name = run_name or name or Run.newest(runs).name
     run = Run(runs / run_name)
     if not stage or not run.path.is_dir():
         raise UsageError(f"--compare {which}: a stage of the run, or RUN/STAGE; no run {run_name!r} is in {runs}/")
-    file = run.eval_path(score_name(load_task(task).name, scoring), stage)
+    file = run.eval_path(score_name(load_task(task).name, scoring, grader), stage)
     responses = file.with_suffix(".rows.jsonl")
     if not file.exists() or not responses.exists():
         flags = f"--policy {stage}" if run.has_recipe() else "--model MODEL"
-        flags += " --scoring likelihood" if scoring == "likelihood" else ""
+        flags += " --scoring likelihood" if scoring == "likelihood" else f" --grader {grader}" if grader else ""
         flags += f" --name {run_name}" + ("" if str(runs) == "runs" else f" --runs {runs}")
         raise UsageError(
             f"run {run_name} has no score of {stage} on {task} yet; this makes it:\n  lco-lite eval {task} {flags}"

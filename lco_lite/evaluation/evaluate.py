@@ -10,7 +10,8 @@ score that was stopped anywhere goes on with the next batch and ends in the same
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from lco_lite.evaluation.prompts import Question, eval_prompts, question, score_
 from lco_lite.evaluation.summary import Graded, graded, main_first, spread, summarise
 from lco_lite.files import JsonLines, read_jsonl, remove, write_json, write_text
 from lco_lite.grading.choice import answer_index
+from lco_lite.grading.math import MathGrader
 from lco_lite.models.chat import ChatFormat, PlainText
 from lco_lite.models.language_model import Role
 from lco_lite.recipe import Eval, Recipe
 from lco_lite.rollout.engine import Engine, Sampling, before_stop, in_order, open_engine
 from lco_lite.rollout.lockstep import optimal_policy
 from lco_lite.sequences import seeded
-from lco_lite.tasks import load_task
+from lco_lite.tasks import graded_as, load_task
 from lco_lite.tasks.base import Task
 
 # which policy on which tasks, and how the scores are shown
@@ -52,7 +54,7 @@ def score(
     if needed != "base" and not ctx.run.stage(needed).is_done():
         done = ", ".join(["base", *(s.name for s in ctx.run.stages() if s.is_done())])
         raise UsageError(f"eval --policy {stage}: that is not trained in run {ctx.run.name}; there are: {done}")
-    loaded = [load_task(name, data or _task_file(ctx.recipe, name)) for name in names]
+    loaded = [_graded(load_task(name, data or _task_file(ctx.recipe, name)), ctx.recipe.eval) for name in names]
     results = [evaluate_stage(ctx, task, stage) for task in loaded]
     if as_json:
         ctx.console.emit({result["task"]: result for result in results})
@@ -97,7 +99,11 @@ def show(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
 
 def _eval_tasks(recipe: Recipe) -> list[Task]:
     names = recipe.eval.tasks if recipe.eval.tasks is not None else [recipe.task] if recipe.task else []
-    return [load_task(name, _task_file(recipe, name)) for name in names]
+    return [_graded(load_task(name, _task_file(recipe, name)), recipe.eval) for name in names]
+
+
+def _graded(task: Task, settings: Eval) -> Task:
+    return graded_as(task, settings.grader, settings.tolerance, settings.evaluated)
 
 
 def _task_file(recipe: Recipe, name: str) -> str | None:
@@ -116,29 +122,34 @@ def _passes(settings: Eval) -> int:
 def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
     """Scores a stage on a task, once: the result is kept and used again while nothing it rests on changes.
 
-    Where only the judge or the reward models are others than before, the responses are kept and scored anew.
+    Where only the grader, the judge or the reward models are others than before, the responses are kept and scored
+    anew.
     """
     settings, console = ctx.recipe.eval, ctx.console
-    file = ctx.run.eval_path(score_name(task.name, settings.scoring), stage)
+    file, usual = (
+        ctx.run.eval_path(score_name(task.name, settings.scoring, grader), stage) for grader in (settings.grader, None)
+    )
     rows_file, started = file.with_suffix(".rows.jsonl"), file.with_suffix(".partial.jsonl")
     _refuse_meaningless(task, stage, settings)
     prompts = eval_prompts(ctx.recipe, task)
     asked = score_settings(ctx, task, stage, prompts)
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    if known is not None and known["settings"] == asked:
+    known = {one: json.loads(one.read_text(encoding="utf-8")) for one in (file, usual) if one.exists()}
+    if file in known and known[file]["settings"] == asked:
         console.note(f"{task.name}: {stage} has been scored already ({file})")
-        return known
+        return known[file]
     task.check(settings, len(prompts), _passes(settings), console)
     passes: dict[int, list[Graded]] = {}  # by seed
-    if known is not None and known["settings"] | {"scored_by": None} == asked | {"scored_by": None}:
+    if answered := next((one for one in known if _same_responses(known[one]["settings"], asked)), None):
         console.note(f"{task.name}: {stage} has answered already; only the scores are made anew")
-        for row in read_jsonl(rows_file):
+        for row in graded_again(read_jsonl(answered.with_suffix(".rows.jsonl")), task, settings):
             passes.setdefault(row["seed"], []).append(row)
     else:
         passes = respond_to_all(ctx, task, stage, prompts, asked, started)
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in passes.values() for row in rows)
-        write_text(rows_file, "".join(lines))
-    result = {"task": task.name, "stage": stage} | summarise(list(passes.values()), len(prompts), settings.samples)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in passes.values() for row in rows)
+    write_text(rows_file, "".join(lines))
+    same = task.grader.same if isinstance(task.grader, MathGrader) else eq
+    scores = summarise(list(passes.values()), len(prompts), settings.samples, same)
+    result = {"task": task.name, "stage": stage} | scores
     if settings.scoring == "likelihood":
         result |= main_first({"accuracy": result["metrics"]["pass@1"]})
     elif not task.graded:
@@ -147,6 +158,20 @@ def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
     write_json(file, result)
     remove(started)
     return result
+
+
+def _same_responses(settings: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether two scores rest on the same responses."""
+    own, other = ({**one, "scored_by": None, "protocol": {**one["protocol"], "grader": None}} for one in (settings, asked))
+    return own == other
+
+
+def graded_again(rows: Sequence[Graded], task: Task, settings: Eval) -> list[Graded]:
+    """The rows with the task's grades of their responses."""
+    if not task.graded or settings.scoring == "likelihood":
+        return list(rows)
+    items = {item.id: item for item in task.items("test")}
+    return [row | asdict(task.grade(row["response"], items[row["id"]])) for row in rows]
 
 
 def respond_to_all(
@@ -230,7 +255,7 @@ def held_out_accuracy(
     engine: Engine, chat: ChatFormat, task: Task, prompts: Sequence[Prompt], settings: Eval, seed: int
 ) -> float:
     """pass@1 of one pass over the prompts as they are trained on, for a look at the model; nothing is kept."""
-    questions = [question(chat, p) for p in prompts]
+    task, questions = _graded(task, settings), [question(chat, p) for p in prompts]
     responses = respond(engine, chat, task, questions, _sampling(settings, task), seed)
     return sum(r["right"] for r in responses) / len(responses)
 

@@ -40,9 +40,10 @@ def question(chat: ChatFormat, prompt: Prompt, likelihood: bool = False) -> Ques
     return Question(prompt.item, *chat.choices(prompt.messages, LETTERS[: len(prompt.item.row["choices"])]))
 
 
-def score_name(task: str, scoring: str) -> str:
-    """What the files of a score are called: one by likelihood does not replace one by generation."""
-    return f"{task}-likelihood" if scoring == "likelihood" else task
+def score_name(task: str, scoring: str, grader: str | None) -> str:
+    """What the files of a score are called: one by likelihood, or by another grader, does not replace the task's."""
+    own = "likelihood" if scoring == "likelihood" else (grader or "").rpartition(":")[2]
+    return f"{task}-{own}" if own else task
 
 
 def eval_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
@@ -118,6 +119,7 @@ def score_settings(ctx: Context, task: Task, stage: str, prompts: Sequence[Promp
     """All that a score rests on, as JSON; ``scored_by`` decides how responses are scored, and not what they are."""
     settings = ctx.recipe.eval
     apart = {"tasks", "batch", "batch_tokens", "format", "template", "system", "few_shot", "examples", "scoring"}
+    apart |= {"grader", "tolerance", "evaluated"}
     apart |= {name for name in Eval.model_fields if name.startswith(("judge_", "reward_"))}
     scored_by = task.scored_by(settings)
     # of what is asked and what is right: another for other items, texts, examples or gold answers

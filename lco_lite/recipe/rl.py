@@ -100,6 +100,9 @@ class Rl(Training):
         "function: yours; reward_model: a sequence classifier. For gkd and minillm φ of dpo or logprob is the teacher",
         "paper",
     )
+    evaluated: bool = setting(
+        True, "rule, sampled pairs: as eval.evaluated", "30 of MATH500's 500 answers can be copied from the question"
+    )
     reward_function: str | None = setting(None, "feedback function: FILE.py:NAME", "yours")
     reward_timeout: float = setting(60.0, "seconds that reward_function may take for 32 responses", "a minute", gt=0)
     reward_classifier: str | None = setting(None, "reward_model: hub id or folder of a sequence classifier", "yours")

@@ -15,7 +15,7 @@ import torch
 
 from lco_lite import weights
 from lco_lite.context import Context, InterruptGuard
-from lco_lite.data.prompts import Pair, Prompt, file_pairs, held_out, recipe_task, task_prompts
+from lco_lite.data.prompts import Pair, Prompt, file_pairs, held_out, recipe_task, rewarding_task, task_prompts
 from lco_lite.errors import DataError, Interrupted
 from lco_lite.evaluation.evaluate import held_out_accuracy
 from lco_lite.files import JsonLines, read_jsonl, remove, write_text
@@ -129,7 +129,7 @@ def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFor
 
 def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatFormat, rows: int) -> list[Pair]:
     """Those in ``rm/pairs.jsonl``; else made of responses, which are kept batch by batch until the pairs are there."""
-    recipe, rm, task = ctx.recipe, ctx.recipe.train_rm, recipe_task(ctx.recipe)
+    recipe, rm, task = ctx.recipe, ctx.recipe.train_rm, rewarding_task(ctx.recipe)
     assert task is not None, "the recipe makes sure"
     file = stage.path / "pairs.jsonl"
     if file.exists():
