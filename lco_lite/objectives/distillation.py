@@ -34,13 +34,15 @@ def jsd_loss(
     chunk: int | None = None,
     actions: Tensor | None = None,
     slope: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Values]:
     """β KL(φ ‖ m) + (1−β) KL(π_θ ‖ m), m = βφ + (1−β)π_θ; KL(φ ‖ π_θ) at β = 0, KL(π_θ ‖ φ) at β = 1. Agarwal et al.
     2024; TRL 1.16. The divergence, [], is a mean over T tokens, in nats; with its diagnostics.
 
     ``hidden`` [T, d]: the policy's final hidden states. ``beta`` 0..1. ``weights`` [T] multiply the tokens'
     losses. The divergence is over the rows that both heads have. The rest is as in ``lco_loss``. ``slope`` [T] =
-    ∂/∂log π(action) of another term of the tokens' losses adds its gradient to what is measured, not to the loss.
+    ∂/∂log π(action) at ``temperature`` of another term of the tokens' losses adds its gradient to what is measured, not
+    to the loss.
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in 0..1, got {beta}")
@@ -55,7 +57,8 @@ def jsd_loss(
         for part in spans(len(hidden), chunk, rows, hidden.device):
             logits, taught = head.logits(hidden[part]), teacher_head.logits(teacher.hidden[part])
             taken, steep = (None if x is None else x[part] for x in (actions, slope))
-            values, grad = fused(jsd, logits, taught, beta, weights[part], taken, steep, head.operand_dtype)
+            how = (weights[part], taken, steep, temperature, head.operand_dtype)
+            values, grad = fused(jsd, logits, taught, beta, *how)
             del taught
             grads.add(part, grad, logits)
             del grad, logits  # before the next chunk needs the room
@@ -65,25 +68,35 @@ def jsd_loss(
 
 
 def minillm(
-    hidden: Tensor, head: Head, teacher: Teacher, batch: PolicyBatch, weights: Tensor, clip: Clip
+    hidden: Tensor,
+    head: Head,
+    teacher: Teacher,
+    batch: PolicyBatch,
+    weights: Tensor,
+    clip: Clip,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Values]:
-    """This micro-batch's part of w [KL(π_θ ‖ φ) − min(ρR, clip(ρ)R)]. Gu et al. 2024, section 2.2.
+    """This micro-batch's part of w [KL(π_θ ‖ φ) − min(ρR, clip(ρ)R)]. Gu et al. 2024, section 2.2, without their
+    language-modelling loss; docs/methods.md says what else is done otherwise.
 
     The gradient of the next token is exact, that of the rest a policy gradient: ``batch.advantages`` are R, the mean
     of log φ − log π_old over the tokens that follow. ``weights`` [T]: w = π_old/π̃ at the sampled tokens, for responses
-    drawn from the mixture π̃ of policy and teacher. The diagnostics are of both parts.
+    drawn from the mixture π̃ of policy and teacher. ρ and w are of log-probabilities at ``temperature``, KL and R of
+    those at 1. The diagnostics are of both parts.
     """
     ratio = batch.log_ratio.exp()
     gain, clipped = surrogate(ratio, batch.advantages, clip)
     following = -(weights * gain).sum() / batch.tokens
     slope = (weights * ratio * batch.advantages * (clipped - 1)).detach()  # of −wρR, and 0 where the clip holds it
-    next_token, values = jsd_loss(hidden, head, teacher, 1.0, weights, actions=batch.actions, slope=slope)
+    more = {"actions": batch.actions, "slope": slope, "temperature": temperature}
+    next_token, values = jsd_loss(hidden, head, teacher, 1.0, weights, **more)
     values["loss"] = values["loss"] - weights * gain.detach()
     return next_token * (len(hidden) / batch.tokens) + following, values | {"clipped": clipped}
 
 
 def mixture_weights(old_logprobs: Tensor, teacher_logprobs: Tensor, share: float) -> Tensor:
-    """w = π_old(a) / (α φ(a) + (1−α) π_old(a)), [T], with α the teacher's ``share`` (MiniLLM, eq 7, token by token)."""
+    """w = π_old(a) / (α φ(a) + (1−α) π_old(a)), [T], with α the teacher's ``share``: MiniLLM's approximation by the
+    weight of the one token, both log-probabilities at the temperature of the rollouts."""
     return 1 / (share * (teacher_logprobs - old_logprobs).exp() + (1 - share))
 
 
@@ -94,6 +107,7 @@ def jsd(
     weights: Tensor,
     actions: Tensor | None,
     slope: Tensor | None,
+    temperature: float,
     dtype: torch.dtype,
 ) -> tuple[Values, Tensor]:
     """w times the divergence, and its gradient w (1−β) p (g − Σ p g), g = log p − log m; at the ends p − φ, and
@@ -116,6 +130,7 @@ def jsd(
     grad = grad.mul_(weights.unsqueeze(-1))
     whole = grad
     if actions is not None and slope is not None:
-        steep = slope.unsqueeze(-1).to(p.dtype)
-        whole = (grad - steep * p).scatter_add_(-1, actions.unsqueeze(-1), steep)
+        steep = slope.unsqueeze(-1).to(p.dtype) / temperature
+        tempered = p if temperature == 1 else torch.softmax(logits / temperature, dim=-1)
+        whole = (grad - steep * tempered).scatter_add_(-1, actions.unsqueeze(-1), steep)
     return {"loss": weights * loss, **values, **gradient_values(whole, actions)}, grad.to(dtype)

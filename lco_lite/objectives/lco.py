@@ -113,24 +113,32 @@ def sparse_kld(
 ) -> tuple[Values, Tensor]:
     """KL(π* ‖ π_θ) where π* is π_base ∝ π_θ e^gap with the ``sampled`` action made e^tilt times as likely, tilt = A/β.
 
-    log Z* = log Z_base + log(1 + π_base(a) (e^tilt − 1)), so one softmax gives both distributions.
+    Z*/Z_base = Σ_{b≠a} π_base(b) + π_base(a) e^tilt, so one softmax gives both distributions. The others are summed
+    themselves: 1 − π_base(a) has no digits left near π_base(a) = 1, and with tilt ≪ 0 it is all that counts.
     """
     log_p = torch.log_softmax(logits, dim=-1)
     log_base = torch.log_softmax(gap.add_(log_p), dim=-1)
-    kl_to_base = torch.sub(log_p, log_base, out=gap).mul_(log_p.exp()).sum(-1)
-    log_sampled = log_base.gather(-1, sampled.unsqueeze(-1))
-    log_others = torch.log(-torch.expm1(log_sampled))
-    log_target = log_base.sub_(torch.logaddexp(log_others, log_sampled + tilt))
-    log_target = log_target.scatter_add_(-1, sampled.unsqueeze(-1), tilt)
-    values, grad = divergence(log_p, log_target, gap, actions, dtype)
+    p, index = log_p.exp(), sampled.unsqueeze(-1)
+    kl_to_base = torch.sub(log_p, log_base, out=gap).mul_(p).sum(-1)
+    tilted = log_base.gather(-1, index) + tilt
+    top = log_base.scatter_(-1, index, -torch.inf).amax(-1, keepdim=True)
+    log_others = torch.sub(log_base, top, out=gap).exp_().sum(-1, keepdim=True).log_().add_(top)
+    log_z = torch.logaddexp(log_others, tilted)
+    log_target = log_base.sub_(log_z).scatter_(-1, index, tilted - log_z)
+    values, grad = divergence(log_p, log_target, gap, actions, dtype, p)
     return values | {"kl_to_old": kl_to_base}, grad
 
 
 def divergence(
-    log_p: Tensor, log_t: Tensor, scratch: Tensor, actions: Tensor | None, dtype: torch.dtype
+    log_p: Tensor,
+    log_t: Tensor,
+    scratch: Tensor,
+    actions: Tensor | None,
+    dtype: torch.dtype,
+    p: Tensor | None = None,
 ) -> tuple[Values, Tensor]:
-    """KL(t ‖ p) and its gradient p − t (eq 47). Overwrites ``log_t`` and ``scratch``."""
-    p = log_p.exp()
+    """KL(t ‖ p) and its gradient p − t (eq 47). Overwrites ``log_t``, ``scratch`` and ``p``, if it is given."""
+    p = log_p.exp() if p is None else p
     values = entropy_and_logprob(log_p, p, actions, scratch)
     t = torch.exp(log_t, out=scratch)
     grad = p.sub_(t)

@@ -17,13 +17,16 @@ from lco_lite.objectives.head import Head
 ChosenRejected = tuple[Tensor, Tensor]  # log-probabilities of whole responses, each [N]
 
 
-def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | None = None) -> tuple[Tensor, Values]:
-    """log π_θ(action), [T], in nats at temperature 1, in fp32 or wider; and diagnostics, [T] each, detached.
+def token_logprobs(
+    hidden: Tensor, head: Head, actions: Tensor, chunk: int | None = None, temperature: float = 1.0
+) -> tuple[Tensor, Values]:
+    """log π_θ(action), [T], of softmax(logits / ``temperature``), in nats, in fp32 or wider; and diagnostics, [T] each.
 
     ``hidden`` [T, d]: final hidden states at the positions that predict ``actions`` [T], token ids below
-    ``head.rows``. Gradients reach ``hidden``, and the weight and bias of a trained head. ``chunk`` and the diagnostics
-    ``entropy``, ``logit_grad_norm`` and ``logit_grad_sampled`` (1 − π_θ(action)) are as in ``lco_loss``, of log
-    π_θ(action). Raises ValueError where sizes do not fit.
+    ``head.rows``. Gradients reach ``hidden``, and the weight and bias of a trained head. ``chunk`` is as in
+    ``lco_loss``. The diagnostics are detached: ``logit_grad_norm`` and ``logit_grad_sampled`` of log π_θ(action) in the
+    logits, before they are divided: (1_a − π_θ) / temperature; ``entropy`` and ``logprob`` of the policy at temperature
+    1, so that they compare with those of other losses. Raises ValueError where sizes do not fit.
     """
     if hidden.dim() != 2 or actions.shape != hidden.shape[:1]:
         raise ValueError(f"hidden must be [T, d] and actions [T], got {list(hidden.shape)} and {list(actions.shape)}")
@@ -34,14 +37,14 @@ def token_logprobs(hidden: Tensor, head: Head, actions: Tensor, chunk: int | Non
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for part in spans(len(hidden), chunk, head.rows, hidden.device):
             logits = head.logits(hidden[part])
-            values, grad = fused(logprob, logits, actions[part], head.operand_dtype)
+            values, grad = fused(logprob, logits, actions[part], temperature, head.operand_dtype)
             grads.add(part, grad, logits)
             del logits, grad  # before the next chunk needs the room
             chunks.append(values)
     values = joined(chunks)
-    logprobs = values.pop("logprob")
+    logprobs = values.pop("tempered")
     if wanted and head.is_trained:
-        return _Recomputed.apply(logprobs, head, actions, chunk, *inputs), values
+        return _Recomputed.apply(logprobs, head, actions, chunk, temperature, *inputs), values
     return grads.attach(logprobs), values
 
 
@@ -64,9 +67,11 @@ def _kl(logits: Tensor, old_logits: Tensor) -> Tensor:
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, head: Head, actions: Tensor, chunk: int | None, *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, logprobs: Tensor, head: Head, actions: Tensor, chunk: int | None, temperature: float, *inputs: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(actions, *inputs)
-        ctx.head, ctx.chunk, ctx.asks = head, chunk, ctx.needs_input_grad[4:]
+        ctx.head, ctx.chunk, ctx.temperature, ctx.asks = head, chunk, temperature, ctx.needs_input_grad[5:]
         return logprobs.clone()
 
     @staticmethod
@@ -78,9 +83,9 @@ class _Recomputed(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part in spans(len(hidden), ctx.chunk, head.rows, hidden.device):
                 logits = head.logits(hidden[part])
-                _, grad = fused(logprob, logits, actions[part], logits.dtype)
+                _, grad = fused(logprob, logits, actions[part], ctx.temperature, logits.dtype)
                 grads.add(part, grad * upstream[part].unsqueeze(-1), logits)
-        return None, None, None, None, *grads.all
+        return None, None, None, None, None, *grads.all
 
 
 def dpo_loss(logprobs: ChosenRejected, reference: ChosenRejected, beta: float) -> tuple[Tensor, Tensor]:
@@ -90,13 +95,20 @@ def dpo_loss(logprobs: ChosenRejected, reference: ChosenRejected, beta: float) -
     return -F.logsigmoid(margin), margin.detach()
 
 
-def logprob(logits: Tensor, actions: Tensor, dtype: torch.dtype) -> tuple[Values, Tensor]:
-    """log π_θ(action), its gradient 1_a − p (eq 4), and the entropy."""
+def logprob(logits: Tensor, actions: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Values, Tensor]:
+    """``tempered`` = log p(action), p = softmax(logits / T), its gradient (1_a − p) / T (eq 4); entropy at T = 1."""
     log_p = torch.log_softmax(logits, dim=-1)
     p = log_p.exp()
     values = entropy_and_logprob(log_p, p, actions)
+    values["tempered"] = values["logprob"]
+    if temperature != 1:
+        log_p = torch.log_softmax(logits / temperature, dim=-1)
+        p = log_p.exp()
+        values["tempered"] = log_p.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     ones = torch.ones_like(actions, dtype=p.dtype).unsqueeze(-1)
     grad = p.neg_().scatter_add_(-1, actions.unsqueeze(-1), ones)
+    if temperature != 1:
+        grad.div_(temperature)
     return values | gradient_values(grad, actions), grad.to(dtype)
 
 

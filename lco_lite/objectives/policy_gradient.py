@@ -21,8 +21,9 @@ class PolicyBatch:
     ``logprobs``: log π_θ of the sampled tokens ``actions``, with the gradient; None for an objective over the
     vocabulary. ``rows``: which sequence of the micro-batch. ``tokens`` and ``sequences``: how many the minibatch has,
     which a loss divides by. ``reference_logprobs`` (the policy before RL) and ``reward_model_logprobs`` (φ) are None
-    where no such model is open. ``responses``: which response of the phase, ``groups``: which prompt. ``rewards``: the
-    raw reward of the token's response, None where it has none. ``settings``: the recipe's ``rl.settings``.
+    where no such model is open. All log-probabilities are at the rollouts' temperature (``rl.logprob_temperature``),
+    and at 1 for an objective over the vocabulary. ``responses``: which response of the phase, ``groups``: which prompt.
+    ``rewards``: the raw reward of the token's response, None where it has none. ``settings``: ``rl.settings``.
     """
 
     logprobs: Tensor | None

@@ -121,6 +121,9 @@ class Rl(Training):
     dynamic_sampling: bool = setting(False, "other prompts for groups without signal, at most 3 times", "off; DAPO on")
     jsd_beta: float = setting(0.5, "gkd: β of the divergence; 0: KL(φ ‖ π_θ), 1: KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1)
     on_policy: float = setting(1.0, "gkd: share answered by the policy, not a demonstration", "GKD 0.5", ge=0, le=1)
+    logprob_temperature: float | None = setting(
+        None, "policy gradients, minillm: logits are divided by this; null: temperature, 1 if greedy", "TRL 1.16", gt=0
+    )
     teacher_mix: float = setting(0.0, "minillm: the teacher's share in what is sampled", "MiniLLM 0.2", ge=0, lt=1)
     variant: Variant = setting(Variant(), "the public code's choices", "see Variant")
     weighting: Literal["mean", "sum", "policy"] = setting(
@@ -178,6 +181,11 @@ class Rl(Training):
         return self.objective not in LCO + DISTILLATION and not (self.is_own and self.is_dense)
 
     @property
+    def compared_at(self) -> float:
+        """What a policy gradient divides logits by before it takes log-probabilities."""
+        return (self.temperature or 1.0) if self.logprob_temperature is None else self.logprob_temperature
+
+    @property
     def is_dense(self) -> bool:
         """Whether the feedback is an advantage for every token of the vocabulary."""
         return self.feedback in ("dpo", "logprob")
@@ -202,6 +210,8 @@ class Rl(Training):
             yield f"weighting {self.weighting!r} has no meaning for kld: it is an expectation already (use mse or lch)"
         if self.on_policy < 1 and name != "gkd":
             yield f"on_policy belongs to gkd: {name} learns from the policy's own responses"
+        if self.logprob_temperature is not None and (self.is_lco or name == "gkd"):
+            yield f"logprob_temperature is for policy gradients and minillm: {name} compares logits, not samples"
         if self.teacher_mix and name != "minillm":
             yield f"teacher_mix belongs to minillm: {name} does not correct for another sampler"
         for field, spec in (("reward_function", self.reward_function), ("target", self.target)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, TopPLogitsWarper
 
 from lco_lite.models.language_model import Role
 from lco_lite.rollout.engine import Combine, Engine, Response, Sampling, StopStrings, finished, left_padded
@@ -26,7 +26,7 @@ def optimal_policy(beta: float) -> Combine:
 
 
 def mixture(share: float) -> Combine:
-    """(z, z_teacher) -> log of ``share`` · teacher + (1 - ``share``) · policy (MiniLLM, eq 6)."""
+    """(z, z_teacher) -> log of ``share`` · teacher + (1 - ``share``) · policy (MiniLLM's teacher-mixed sampling)."""
 
     def combine(logits: list[Tensor]) -> Tensor:
         policy, teacher = (z.softmax(-1) for z in logits)
@@ -52,6 +52,8 @@ class LockstepEngine(Engine):
         made: list[Tensor] = []
         for _ in range(sampling.max_new_tokens):
             logits = [self._next_logits(r, c, tokens, mask) for r, c in zip(self.roles, caches, strict=True)]
+            # each at the temperature, before they are combined: a mixture is of what each of them would sample
+            logits = [z / (sampling.temperature or 1.0) for z in logits]
             chosen = draw(self.combine(logits), sampling).cpu().where(running, self.pad_id)
             made.append(chosen)
             running = running & ~torch.isin(chosen, torch.tensor(sorted(self.stop_ids)))
@@ -79,11 +81,11 @@ class LockstepEngine(Engine):
 
 
 def draw(logits: Tensor, sampling: Sampling) -> Tensor:
-    """[B, V] -> [B]: the temperature, then the smallest set of tokens whose probability reaches ``top_p``."""
+    """[B, V], divided by the temperature -> [B]: the likeliest at temperature 0, else one of the smallest set of tokens
+    whose probability reaches ``top_p``."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    no_ids = torch.empty(0, dtype=torch.long)  # these two look at the scores alone
-    scores = TemperatureLogitsWarper(float(sampling.temperature))(no_ids, logits)  # type: ignore[arg-type]
     if sampling.top_p < 1:
-        scores = TopPLogitsWarper(sampling.top_p)(no_ids, scores)  # type: ignore[arg-type]
-    return torch.multinomial(scores.softmax(-1), 1).squeeze(-1)
+        no_ids = torch.empty(0, dtype=torch.long)  # it looks at the scores alone
+        logits = TopPLogitsWarper(sampling.top_p)(no_ids, logits)  # type: ignore[arg-type]
+    return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)

@@ -125,7 +125,7 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
             if phase.scores is not None:
                 micro.per_token["rewards"] = phase.scores[responses]
             if names_function(rl.objective) or rl.target:
-                micro.per_token.update(sampled_logprobs(models, micro))
+                micro.per_token.update(sampled_logprobs(models, micro, compared_at(rl)))
             scored.append(method.score(models, phase, micro, rl).to("cpu"))
     rest = iter(scored if method.compare is None else method.compare(models, phase, scored, rl))
     return [[next(rest) for _ in minibatch] for minibatch in plan]
@@ -175,15 +175,16 @@ def lco(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
 
 
 def score_sampled(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> MicroBatch:
-    """What models say of the sampled tokens: log-probabilities, φ's reward of each, KL to the policy before RL."""
-    batch, device = micro.batch, micro.old.device
-    old = logprobs(models.policy, batch, micro.old)
+    """What models say of the sampled tokens: log-probabilities and KL to the policy before RL at the temperature that
+    policies are compared at, and φ's reward of each at temperature 1: it is eq 13, however the responses were drawn."""
+    batch, device, t = micro.batch, micro.old.device, compared_at(rl)
+    old = logprobs(models.policy, batch, micro.old, t)
     per_token = {"old_logprobs": old, "token_rewards": torch.zeros_like(old), "kl": torch.zeros_like(old)}
     if rl.feedback == "dpo_sampled":
         liked, before = logprobs(need(models.reward_model), batch), logprobs(need(models.reference), batch)
         per_token["token_rewards"] = (liked - before).to(device)
     if rl.kl_coef:
-        per_token["kl"] = old - logprobs(models.start, batch).to(device)
+        per_token["kl"] = old - logprobs(models.start, batch, temperature=t).to(device)
     if models.critic is not None:
         per_token["values"] = models.critic(micro.old)
     if rl.is_lco and rl.anchor:
@@ -216,12 +217,13 @@ def critic_advantages(models: Models, phase: Phase, scored: list[MicroBatch], rl
 def policy_gradient(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
     """One of ``POLICY_GRADIENTS``, or the user's."""
     gradient = POLICY_GRADIENTS.get(rl.objective) or load_function(rl.objective)
-    logprobs, seen = token_logprobs(hidden, models.policy.model.head, micro.batch.actions)
+    head, t = models.policy.model.head, compared_at(rl)
+    logprobs, seen = token_logprobs(hidden, head, micro.batch.actions, temperature=t)
     loss, shown = gradient(micro.policy_batch(rl, logprobs), Clip(rl.clip_low, rl.clip_high))
     (slope,) = torch.autograd.grad(loss, logprobs, retain_graph=True, allow_unused=True)
     size = 0.0 if slope is None else slope.abs() * micro.tokens  # of a token's loss, as LCO's is
     norms = {name: seen[name] * size for name in ("logit_grad_norm", "logit_grad_sampled")}
-    return loss, {"logprob": logprobs.detach(), "entropy": seen["entropy"]} | norms | shown
+    return loss, seen | norms | shown
 
 
 def ppo(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
@@ -236,11 +238,15 @@ def ppo(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
 
 
 def score_taught(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> MicroBatch:
-    """The teacher's hidden states; the advantage of a sampled token is what MiniLLM's policy gradient makes of it."""
+    """The teacher's hidden states; the advantage of a sampled token is what MiniLLM's policy gradient makes of it, at
+    temperature 1 like the divergence. The weight is of what was sampled, at the rollouts' temperature."""
     reward_model, batch, device = need(models.reward_model), micro.batch, micro.old.device
     teacher = Teacher(reward_model.hidden(batch), reward_model.model.head)
     old, says = logprobs(models.policy, batch, micro.old), logprobs(reward_model, batch, teacher.hidden).to(device)
-    returns = adv.mean_reward_to_go((says - old).cpu(), batch.rows)
+    returns, t = adv.mean_reward_to_go((says - old).cpu(), batch.rows), compared_at(rl)
+    if t != 1:
+        old = logprobs(models.policy, batch, micro.old, t)
+        says = logprobs(reward_model, batch, teacher.hidden, t).to(device)
     per_token = {"old_logprobs": old, "importance": mixture_weights(old, says, rl.teacher_mix)}
     return replace(micro, advantages=returns, target=teacher, per_token=micro.per_token | per_token)
 
@@ -253,9 +259,9 @@ def gkd(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
 
 def taught(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
     """MiniLLM (Gu et al. 2024)."""
-    head, clip = models.policy.model.head, Clip(rl.clip_low, rl.clip_high)
-    batch = micro.policy_batch(rl, token_logprobs(hidden, head, micro.batch.actions)[0])
-    return minillm(hidden, head, micro.target, batch, micro.per_token["importance"], clip)
+    head, clip, t = models.policy.model.head, Clip(rl.clip_low, rl.clip_high), compared_at(rl)
+    batch = micro.policy_batch(rl, token_logprobs(hidden, head, micro.batch.actions, temperature=t)[0])
+    return minillm(hidden, head, micro.target, batch, micro.per_token["importance"], clip, t)
 
 
 METHODS = {
@@ -316,18 +322,29 @@ def own_loss(rl: Rl) -> Callable[..., tuple[Tensor, Seen]] | None:
     return authors_code.loss_hook(rl) if rl.variant.is_on else None
 
 
-def sampled_logprobs(models: Models, micro: MicroBatch) -> dict[str, Tensor]:
+def sampled_logprobs(models: Models, micro: MicroBatch, temperature: float) -> dict[str, Tensor]:
     """log π(a) [T] of the sampled tokens by π_old, by π_ref (the policy before RL) and, where there is one, by φ."""
     batch, reward_model = micro.batch, models.reward_model
-    old, start = logprobs(models.policy, batch, micro.old), logprobs(models.start, batch)
+    old, start = (
+        logprobs(models.policy, batch, micro.old, temperature),
+        logprobs(models.start, batch, None, temperature),
+    )
     says = {"old_logprobs": old, "reference_logprobs": start}
-    return says if reward_model is None else says | {"reward_model_logprobs": logprobs(reward_model, batch)}
+    if reward_model is not None:
+        says["reward_model_logprobs"] = logprobs(reward_model, batch, None, temperature)
+    return says
 
 
-def logprobs(role: Role, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+def compared_at(rl: Rl) -> float:
+    """The temperature of log-probabilities: that of the rollouts for policy gradients and MiniLLM; 1 for losses of the
+    logits themselves, LCO's and GKD's."""
+    return 1.0 if method_of(rl).loss in (lco, gkd) else rl.compared_at
+
+
+def logprobs(role: Role, batch: Batch, hidden: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """log π(a) of the sampled tokens, [T]; ``hidden`` [T, d] where it is at hand."""
     hidden = role.hidden(batch) if hidden is None else hidden
-    return token_logprobs(hidden, role.model.head, batch.actions.to(hidden.device))[0]
+    return token_logprobs(hidden, role.model.head, batch.actions.to(hidden.device), temperature=temperature)[0]
 
 
 def need(value: Any) -> Any:

@@ -169,14 +169,18 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
 def pair_up(
     chat: ChatFormat, task: Task, prompts: Sequence[Prompt], responses: Sequence[Response], rm: TrainRm
 ) -> list[Pair]:
-    """Up to ``pairs_per_prompt`` pairs for each prompt that has both a right and a wrong response."""
+    """Up to ``pairs_per_prompt`` pairs for each prompt that has both a right and a wrong response. The grade decides,
+    as in rl and in scores; a right one that was cut is in no pair: it is no worse, and as chosen has no end to learn.
+    """
     pairs, n = [], rm.samples_per_prompt
     for k, prompt in enumerate(prompts):
         item, right, wrong = prompt.item, list[Example](), list[Example]()
         assert item is not None, "prompts for sampled pairs are a task's items"
         for response in responses[k * n : (k + 1) * n]:
-            good = task.grade(chat.text(response.example.response), item).right and not response.truncated
-            (right if good else wrong).append(response.example)
+            if not task.grade(chat.text(response.example.response), item).right:
+                wrong.append(response.example)
+            elif not response.truncated:
+                right.append(response.example)
         if not right and rm.demonstrations_as_chosen and item.demonstration:
             right = [chat.example(prompt.messages, item.demonstration)]
         if rm.cut_rejected:

@@ -73,13 +73,14 @@ def test_diagnostics_equal_the_whole_logits(case: Case, beta: float, chunk: int 
         torch.testing.assert_close(seen[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_minillms_diagnostics_are_those_of_both_parts() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_minillms_diagnostics_are_those_of_both_parts(temperature: float) -> None:
     case = make_case(2, tokens=12, vocabulary=9)
     g = torch.Generator().manual_seed(4)
     teacher = Teacher(case.target.old, Head(torch.randn(9, 4, generator=g, dtype=torch.float64)))
     weights = torch.rand(12, generator=g, dtype=torch.float64)
     logits = case.head.logits(case.hidden).detach().requires_grad_()
-    logprobs = logits.log_softmax(-1).gather(-1, case.actions.unsqueeze(-1)).squeeze(-1)
+    logprobs = (logits / temperature).log_softmax(-1).gather(-1, case.actions.unsqueeze(-1)).squeeze(-1)
     old = logprobs.detach() + torch.randn(12, generator=g, dtype=torch.float64)
     returns, rows = torch.randn(12, generator=g, dtype=torch.float64), torch.zeros(12, dtype=torch.long)
     ratio = (logprobs - old).exp()
@@ -87,7 +88,7 @@ def test_minillms_diagnostics_are_those_of_both_parts() -> None:
     taught = teacher.head.logits(teacher.hidden)
     want = over_v(case, weights * (reference.jsd(logits, taught, 1.0) - gain), logits)
     batch = PolicyBatch(logprobs.detach(), old, returns, rows, 12, 1, actions=case.actions)
-    _, seen = minillm(case.hidden, case.head, teacher, batch, weights, Clip(0.2, 0.2))
+    _, seen = minillm(case.hidden, case.head, teacher, batch, weights, Clip(0.2, 0.2), temperature)
     assert 0 < seen["clipped"].sum() < 12
     for name, value in want.items():
         torch.testing.assert_close(seen[name], value, msg=lambda text, name=name: f"{name}: {text}")

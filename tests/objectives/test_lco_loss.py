@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from objective_cases import Case, cases, make_case, wide_logits
 from torch import Tensor
 
+from lco_lite.objectives import reference
 from lco_lite.objectives.head import Head
 from lco_lite.objectives.lco import OBJECTIVES, WEIGHTINGS, lco_loss
 from lco_lite.objectives.targets import DenseTarget, SparseTarget
@@ -187,6 +188,37 @@ def test_sparse_kld_starts_as_a_policy_gradient_with_a_bounded_weight(seed: int,
     assert (weight <= 1).all()
     assert (seen["logit_grad_norm"] <= math.sqrt(2) * (p_sampled if advantage < 0 else 1 - p_sampled) + 1e-12).all()
     torch.testing.assert_close(seen["kl_to_old"], torch.zeros(5, dtype=torch.float64))
+
+
+@settings(max_examples=400)
+@given(
+    st.sampled_from([1e-8, 1e-3, 0.5, 0.999, 1 - 1e-6, 1 - 1e-9, 1 - 1e-12, None]) | st.floats(1e-8, 1 - 1e-12),
+    st.floats(-40, 40),
+    st.integers(0, 2**31),
+    st.floats(0, 2),
+)
+def test_sparse_kld_keeps_its_digits_in_single_precision_however_sure_the_policy_is(
+    p: float | None, tilt: float, seed: int, drift: float
+) -> None:
+    """``p`` of the sampled token; None: 1 − 1e-45. What the others have is not 1 − p once p has been rounded."""
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(12, generator=g, dtype=torch.float64)
+    odds = 103.6 if p is None else math.log(p) - math.log1p(-p)
+    z[3] = odds + z[torch.arange(12) != 3].logsumexp(0)
+    z -= z.mean()
+    old = (z + drift * torch.randn(12, generator=g, dtype=torch.float64)).float()
+    hidden, head = z.float().unsqueeze(0).requires_grad_(), Head(torch.eye(12))  # logits are the states
+    actions = torch.tensor([3])
+    target = SparseTarget(old.unsqueeze(0), 1.0, actions, torch.tensor([tilt]))
+    loss, seen = lco_loss("kld", hidden, head, target)
+    (got,) = torch.autograd.grad(loss, hidden)
+    wide = hidden.detach().double().requires_grad_()
+    advantages = reference.sparse_advantages(actions, target.advantages.double(), 12)
+    exact = reference.kld(wide, reference.optimal_logits(old.double().unsqueeze(0), advantages, 1.0))
+    (want,) = torch.autograd.grad(exact.sum(), wide)
+    assert abs(loss.item() - exact.item()) < 1e-5 * exact.item() + 2e-6
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+    assert all(value.isfinite().all() for value in seen.values())
 
 
 @pytest.mark.parametrize("sparse", [False, True])

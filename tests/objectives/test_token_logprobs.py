@@ -10,22 +10,28 @@ from torch import Tensor
 from lco_lite.objectives import reference
 from lco_lite.objectives.logprobs import kl_divergence, token_logprobs
 
-chunks = st.sampled_from([None, 1, 3])
+chunks, temperatures = st.sampled_from([None, 1, 3]), st.sampled_from([1.0, 0.6, 2.5])
 
 
-def exact(case: Case, logits: Tensor) -> tuple[Tensor, Tensor]:
+def exact(case: Case, logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log π(action) at the temperature, and the entropy at 1."""
     log_p = torch.log_softmax(logits, -1)
-    return log_p.gather(-1, case.actions.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+    sampled = torch.log_softmax(logits / temperature, -1).gather(-1, case.actions.unsqueeze(-1)).squeeze(-1)
+    return sampled, -(log_p.exp() * log_p).sum(-1)
 
 
 @settings(max_examples=200)
-@given(cases(), chunks, st.integers(0, 2**31))
-def test_values_and_gradients_equal_the_whole_logits(case: Case, chunk: int | None, seed: int) -> None:
+@given(cases(), chunks, temperatures, st.integers(0, 2**31))
+def test_values_and_gradients_equal_the_whole_logits(
+    case: Case, chunk: int | None, temperature: float, seed: int
+) -> None:
     upstream = torch.randn(len(case.hidden), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    logprobs, seen = token_logprobs(case.hidden, case.head, case.actions, chunk)
-    expected, expected_entropy = exact(case, case.head.logits(case.hidden))
+    logprobs, seen = token_logprobs(case.hidden, case.head, case.actions, chunk, temperature)
+    logits = case.head.logits(case.hidden)
+    expected, expected_entropy = exact(case, logits, temperature)
     torch.testing.assert_close(logprobs, expected)
     torch.testing.assert_close(seen["entropy"], expected_entropy.detach())
+    torch.testing.assert_close(seen["logprob"], exact(case, logits)[0].detach())
     assert not any(value.requires_grad for value in seen.values())
     got = torch.autograd.grad(logprobs, case.inputs, upstream)
     for ours, theirs in zip(got, torch.autograd.grad(expected, case.inputs, upstream), strict=True):
@@ -58,15 +64,17 @@ def test_nothing_is_kept_for_backward_under_no_grad(case: Case, chunk: int | Non
 
 
 @settings(max_examples=100)
-@given(cases(), chunks, st.booleans())
-def test_gradient_diagnostics_are_those_of_log_pi_at_its_logits(case: Case, chunk: int | None, keep: bool) -> None:
+@given(cases(), chunks, temperatures, st.booleans())
+def test_gradient_diagnostics_are_those_of_log_pi_at_its_logits(
+    case: Case, chunk: int | None, temperature: float, keep: bool
+) -> None:
     with torch.set_grad_enabled(keep):
-        _, seen = token_logprobs(case.hidden, case.head, case.actions, chunk)
+        _, seen = token_logprobs(case.hidden, case.head, case.actions, chunk, temperature)
     logits = case.head.logits(case.hidden).detach().requires_grad_()
-    (grad,) = torch.autograd.grad(exact(case, logits)[0].sum(), logits)
-    p = torch.softmax(logits.detach(), -1).gather(-1, case.actions.unsqueeze(-1)).squeeze(-1)
+    (grad,) = torch.autograd.grad(exact(case, logits, temperature)[0].sum(), logits)
+    sampled = grad.gather(-1, case.actions.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(seen["logit_grad_norm"], grad.norm(dim=-1))
-    torch.testing.assert_close(seen["logit_grad_sampled"], 1 - p)
+    torch.testing.assert_close(seen["logit_grad_sampled"], sampled.abs())
 
 
 @settings(max_examples=100)

@@ -13,6 +13,7 @@ differs between the two, and is held fixed here:
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from lco_lite.feedback.advantages import divide_by_group_std, subtract_baseline
 from lco_lite.objectives.distillation import Teacher, jsd_loss
 from lco_lite.objectives.head import Head
+from lco_lite.objectives.logprobs import token_logprobs
 from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch
 
 trl = pytest.importorskip("trl", reason="needs TRL 1.16: pip install 'lco-lite[bench]'")
@@ -32,6 +34,7 @@ if not trl.__version__.startswith("1.16."):
 
 from trl import GRPOTrainer, RLOOTrainer  # noqa: E402
 from trl.experimental.gkd import GKDTrainer  # noqa: E402
+from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
 GROUP, LENGTHS = 4, [3, 1, 6, 2, 5, 5, 1, 4]
 LONGEST, SEQUENCES = max(LENGTHS), len(LENGTHS)
@@ -139,6 +142,57 @@ def test_micro_batches_add_up_to_trls_accumulated_loss(name: str) -> None:
     assert isinstance(got, Tensor) and isinstance(want, Tensor)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(*(torch.autograd.grad(x, new)[0] for x in (got, want)), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_log_probabilities_at_a_temperature_and_grpos_gradient_in_the_weights_are_those_of_trl(
+    temperature: float, softcap: float | None
+) -> None:
+    """A model's forward as TRL's trainer does it, with its own head, which is in float32."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 41}
+    size |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    config = tf.LlamaConfig(**size) if softcap is None else tf.Gemma2Config(**size, final_logit_softcapping=softcap)
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)  # far from uniform
+    _, _, advantages = draw(3, 0.0)
+    prompt, ids = torch.full((SEQUENCES, 1), 7), torch.randint(1, 41, (SEQUENCES, LONGEST)) * MASK
+    old = -2 - torch.rand(SEQUENCES, LONGEST)
+    everything = torch.cat([prompt, ids], 1), torch.cat([torch.ones_like(prompt), MASK.long()], 1)
+    hidden = model.base_model(input_ids=everything[0], attention_mask=everything[1]).last_hidden_state[:, :-1][MASK]
+    head = Head(model.lm_head.weight, softcap=softcap)
+    got, _ = token_logprobs(hidden, head, ids[MASK], temperature=temperature)
+    batch = PolicyBatch(got, old[MASK], advantages[ROWS].float(), ROWS, len(ROWS), SEQUENCES)
+    clip = Clip(0.2, 0.2)
+    loss, _ = POLICY_GRADIENTS["grpo"](batch, clip)
+    weights = list(model.parameters())
+    ours_grad = torch.autograd.grad(loss, weights)
+
+    add_fused_lm_head(model, temperature=temperature)
+    stub = stand_in(torch.zeros(0), clip, "grpo", "token")
+    stub.accelerator.autocast, stub.accelerator.is_main_process = contextlib.nullcontext, False
+    logps, _, _ = GRPOTrainer._get_per_token_logps_and_entropies(stub, model, *everything, LONGEST)
+    torch.testing.assert_close(got, logps[MASK], rtol=1e-5, atol=1e-5)
+    stub._get_per_token_logps_and_entropies = lambda *a, **k: (logps, torch.ones_like(logps), None)
+    inputs = {
+        "prompt_ids": prompt,
+        "prompt_mask": torch.ones_like(prompt),
+        "completion_ids": ids,
+        "completion_mask": MASK.long(),
+        "advantages": advantages.float(),
+        "old_per_token_logps": old,
+        "num_items_in_batch": MASK.sum(),
+    }
+    want = GRPOTrainer._compute_loss(stub, None, inputs)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    theirs_grad = torch.autograd.grad(want, weights)
+    for mine, other in zip(ours_grad, theirs_grad, strict=True):
+        assert (mine - other).norm() < 1e-4 * other.norm() + 1e-7
 
 
 def rollout_advantages(trainer: Any, rewards: Tensor, **settings: Any) -> Tensor:

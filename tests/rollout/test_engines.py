@@ -187,6 +187,20 @@ def test_a_mixture_is_the_weighted_mean_of_the_distributions():
     torch.testing.assert_close(mixed, 0.75 * z[0].softmax(-1) + 0.25 * z[1].softmax(-1))
 
 
+def test_a_mixture_at_a_temperature_is_of_what_each_would_sample_at_it(model):
+    """The weight of MiniLLM is π_T/(α φ_T + (1−α) π_T): that is the distribution that the engine draws from."""
+    roles, ids = [Role(model), Role(model, "reward")], PROMPTS[0]
+    policy, teacher = ((logits(role, ids) / 0.4).softmax(-1) for role in roles)
+    exact, drawn = 0.5 * teacher + 0.5 * policy, torch.zeros_like(policy)
+    sampling = Sampling(temperature=0.4, top_p=1.0, max_new_tokens=1, batch=2000)
+    with seeded(0, "draws"):
+        for response in in_order(open_engine(roles, 3, mixture(0.5)).generate([ids] * 4000, sampling)):
+            drawn[response.example.response[0]] += 1 / 4000
+    at_one = torch.stack([logits(role, ids).softmax(-1) for role in roles]).mean(0).pow(1 / 0.4)
+    assert (drawn - exact).abs().sum() < 4 * (exact * (1 - exact) / 4000).sqrt().sum()
+    assert (at_one / at_one.sum() - exact).abs().sum() > 0.02, "to sharpen the mixture is another distribution"
+
+
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     z = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
     with seeded(0, "nucleus"):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import typer
 
 from lco_lite.errors import RecipeError
+from lco_lite.feedback.advantages import mean_reward_to_go
 from lco_lite.metrics import read_log
+from lco_lite.objectives import policy_gradient as pg
 from lco_lite.recipe import Rl
 from lco_lite.recipe.file import load_recipe
 from lco_lite.recipe.rl import DISTILLATION, LCO, METHOD_DEFAULTS
+from lco_lite.train import methods
+from lco_lite.train import rl as rl_stage
 from lco_lite.train.pipeline import train
 from tests.train.test_chain import killed_after, run_stage, same, start, trained
 
@@ -78,6 +83,8 @@ def test_every_objective_takes_every_feedback_that_makes_sense(warm, objective, 
         ({"objective": "grpo", "responses_per_prompt": 1}, "at least 2"),
         ({"objective": "ppo", "anchor": 0.5}, "belong to kld"),
         ({"objective": "kld", "kl_coef": 0.1}, "near another model"),
+        ({"objective": "kld", "logprob_temperature": 1}, "compares logits"),
+        ({"objective": "grpo", "logprob_temperature": 0}, "greater than 0"),
         ({"objective": "mse", "feedback": "rule", "standardise": True}, "dense"),
     ],
 )
@@ -94,6 +101,68 @@ def test_another_objective_on_a_run_brings_its_own_defaults(warm):
         assert ctx.recipe.rl.steps == 2, "what the recipe set itself stays"
     with command(None, warm.parent / "runs", "tiny", ["rl.lr=1e-4"], {"rl.objective": "grpo"}, quiet=True) as ctx:
         assert ctx.recipe.rl.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("objective", "given", "expected"),
+    [
+        ("ppo", {"feedback": "dpo_sampled"}, 0.6),
+        ("ppo", {"feedback": "dpo_sampled", "logprob_temperature": 1.0}, 1.0),
+        ("rloo", {"feedback": "dpo_sampled", "temperature": 0.0}, 1.0),
+        ("OWN:spy", {"feedback": "dpo_sampled"}, 0.6),
+        ("minillm", {}, 0.6),
+        ("kld", {"feedback": "rule", "target": "OWN:same"}, 1.0),
+    ],
+)
+def test_policies_are_compared_at_the_temperature_of_the_rollouts_and_rewarded_at_1(
+    warm, monkeypatch, objective, given, expected
+):
+    file = warm.parent / "own.py"
+    file.write_text("def spy(batch, clip): raise NotImplementedError\ndef same(target, head, batch): return target")
+    looked, ratios = [], []
+
+    def spy(batch, clip):
+        ratios.append(batch.log_ratio.detach().abs().max().item())
+        return pg.ppo(batch, clip)
+
+    def looking(models, phase, plan, rl):
+        scored = score(models, phase, plan, rl)
+        for micro in (micro for minibatch in scored for micro in minibatch):
+            index = micro.batch.actions.unsqueeze(-1)
+
+            def says(role, t, micro=micro, index=index):
+                logits = role.model.head.logits(role.hidden(micro.batch))
+                return (logits / t).log_softmax(-1).gather(-1, index).squeeze(-1).detach()
+
+            want = {"old_logprobs": says(models.policy, expected)}
+            if rl.kl_coef:
+                want["kl"] = want["old_logprobs"] - says(models.start, expected)
+            if rl.feedback == "dpo_sampled":
+                want["token_rewards"] = says(models.reward_model, 1) - says(models.reference, 1)
+            if objective == "minillm":
+                policy, teacher = want["old_logprobs"].exp(), says(models.reward_model, expected).exp()
+                want["importance"] = policy / (0.2 * teacher + 0.8 * policy)
+                gain = says(models.reward_model, 1) - says(models.policy, 1)
+                torch.testing.assert_close(micro.advantages, mean_reward_to_go(gain, micro.batch.rows))
+            if "OWN" in objective or "target" in given:
+                want["reference_logprobs"] = says(models.start, expected)
+            for name, value in want.items():
+                torch.testing.assert_close(micro.per_token[name], value, rtol=1e-4, atol=1e-5, msg=name)
+            looked.append(len(index))
+        return scored
+
+    score = methods.score
+    monkeypatch.setattr(rl_stage, "score", looking)
+    if objective.startswith("OWN"):
+        monkeypatch.setattr(methods, "load_function", lambda spec: spy)
+    else:
+        monkeypatch.setitem(pg.POLICY_GRADIENTS, objective, spy)
+    sets = [f"rl.{key}={value}".replace("OWN", str(file)) for key, value in given.items()]
+    with start(warm, f"rl.objective={objective.replace('OWN', str(file))}", *sets, "rl.inner_epochs=1") as ctx:
+        train(ctx, ctx.recipe.rl.stage, fresh=True)
+    assert sum(looked) > 8
+    if objective not in ("minillm", "kld"):
+        assert ratios[0] < 1e-4, "the policy has not moved yet"
 
 
 def test_ppo_goes_on_to_the_same_bits_with_its_critic(tiny, monkeypatch):

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import typer
 
 from lco_lite.checkpoint import save_checkpoint
+from lco_lite.evaluation.evaluate import respond
 from lco_lite.metrics import METRICS, read_log
+from lco_lite.models.chat import ChatFormat
+from lco_lite.models.loading import open_tokenizer
 from lco_lite.recipe import Rl
+from lco_lite.rollout.engine import Response
 from lco_lite.rollout.hf import HFEngine
 from lco_lite.sequences import Example
-from lco_lite.train.rollouts import Phase, plan_minibatches
+from lco_lite.train.reward_model import pair_up
+from lco_lite.train.rollouts import Phase, Rollouts, plan_minibatches
 from lco_lite.train.training import StageTraining
-from tests.train.test_chain import Killed, run_stage, same, trained
+from tests.train.test_chain import Killed, run_stage, same, start, trained
 
 FOUR_BATCHES = "rl.rollout_batch=2"  # of the eight responses of a phase
 
@@ -113,6 +119,35 @@ def test_pairs_that_are_sampled_go_on_where_they_were(tiny, monkeypatch, capsys,
     pairs = [(run.run.stage("rm").path / "pairs.jsonl").read_text() for run in (whole, cut)]
     assert pairs[0] == pairs[1]
     assert not (cut.run.stage("rm").path / "responses.jsonl").exists()
+
+
+def test_of_a_response_that_was_cut_the_grade_decides_alike_in_rewards_scores_and_pairs(tiny):
+    """Right but cut: rewarded as right, right in a score, and in pairs neither chosen nor rejected."""
+    with start(tiny, "rl.objective=grpo", "train_rm.samples_per_prompt=4", "train_rm.pairs_per_prompt=4") as ctx:
+        chat = ChatFormat(open_tokenizer(ctx.recipe.model, 0), {})
+        rollouts = Rollouts(ctx, SimpleNamespace(max_length=999), None, chat, ctx.run.stage("rl-grpo"))  # type: ignore[arg-type]
+        prompt, task, rm = rollouts.prompts[0], rollouts.task, ctx.recipe.train_rm
+        assert task is not None and prompt.item is not None
+        right, wrong = prompt.item.demonstration, "1+1=2 #999"
+
+        def response(text, cut):
+            ids = chat.response(text)
+            return Response(Example(chat.prompt(prompt.messages), ids[:-1] if cut else ids), cut)
+
+        made = [response(text, cut) for text in (right, wrong) for cut in (False, True)]
+        judged = rollouts._judge([prompt] * 4, made)
+        assert judged["grades"] == judged["rewards"] == [1, 1, -1, -1]
+        engine = SimpleNamespace(generate=lambda prompts, sampling: iter([(list(range(4)), made)]))
+        rows = respond(engine, chat, task, [(prompt.item, [])] * 4, rollouts.sampling, 0)  # type: ignore[arg-type]
+        assert [row["right"] for row in rows] == [True, True, False, False]
+        assert [row["truncated"] for row in rows] == [False, True, False, True]
+        whole = rm.model_copy(update={"cut_rejected": False})
+        (pair,) = pair_up(chat, task, [prompt], made, whole)
+        assert (pair.chosen, pair.rejected) == (made[0].example, made[2].example)
+        only_cut = [made[1], made[1], made[2], made[3]]
+        assert not pair_up(chat, task, [prompt], only_cut, whole.model_copy(update={"demonstrations_as_chosen": False}))
+        (pair,) = pair_up(chat, task, [prompt], [made[0], made[3], made[1], made[1]], whole)
+        assert (pair.chosen, pair.rejected) == (made[0].example, made[3].example)
 
 
 def test_a_reward_function_is_asked_once_for_a_phase(tiny, monkeypatch):
