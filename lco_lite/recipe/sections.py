@@ -32,7 +32,9 @@ class Section(BaseModel):
 class Lora(Section):
     r: int = setting(32, "rank of the update", "QLoRA practice; 16 to 64 are alike", ge=1)
     alpha: float = setting(64, "scale: the update is multiplied by alpha / r", "twice the rank, QLoRA practice", gt=0)
-    dropout: float = setting(0.0, "share of adapter inputs dropped", "0: h_old and h of the same numerics", ge=0, lt=1)
+    dropout: float = setting(
+        0.0, "share of adapter inputs dropped in sft; train-rm and rl drop none", "TRL: DPO compares passes", ge=0, lt=1
+    )
     targets: Literal["all-linear"] | list[str] = setting("all-linear", "adapted modules; never the LM head", "QLoRA")
 
 
