@@ -6,6 +6,7 @@ left changes nothing.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Linear, Parameter
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lco_lite.errors import ModelError
 from lco_lite.files import write_folder
@@ -30,7 +33,7 @@ class LanguageModel:
     """One base in memory, any number of adapters on it, one or none of them active.
 
     ``head`` is the LM head as the losses see it; ``eos_ids`` end a response; ``max_length`` is the context window in
-    tokens. ``checkpointing`` recomputes activations during updates, and only there: it would switch off the KV cache.
+    tokens. ``checkpointing`` recomputes activations during updates, and only there: rollouts keep a KV cache.
     """
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpointing: bool = False) -> None:
@@ -171,26 +174,33 @@ class LanguageModel:
             self.tokenizer.save_pretrained(new)
 
     @contextlib.contextmanager
-    def training_mode(self) -> Iterator[None]:
-        """Dropout as configured and, with ``checkpointing``, activations recomputed; both end with the block."""
-        self.base.train()
-        for frozen in self._int8:
-            frozen.eval()
-        if self.checkpointing:
-            self.base.gradient_checkpointing_enable({"use_reentrant": False})
-        try:
-            yield
-        finally:
-            if self.checkpointing:
-                self.base.gradient_checkpointing_disable()
-                self.base.disable_input_require_grads()  # enabling adds a hook to the embeddings and leaves it there
-            self.base.eval()
+    def training_mode(self, dropout: bool = False) -> Iterator[None]:
+        """With ``checkpointing``, activations are recomputed. ``dropout``: as configured, the base's own too; without,
+        an update sees the very function that scores. Both end with the block."""
+        if dropout:
+            self.base.train()
+            for frozen in self._int8:
+                frozen.eval()
+        with contextlib.ExitStack() as recomputed:
+            for block in self._blocks() if self.checkpointing else []:
+                recomputed.enter_context(_recomputed(block))
+            try:
+                yield
+            finally:
+                self.base.eval()
+
+    def _blocks(self) -> list[torch.nn.Module]:
+        """The decoder's transformer blocks; of code that came with the weights its longest list of modules."""
+        blocks = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+        lists = [list(m) for m in self.decoder.modules() if isinstance(m, torch.nn.ModuleList)]
+        return blocks or max(lists, key=len, default=[])
 
     def _attach(self, name: str, config: LoraConfig) -> None:
         if self._peft is None:
             self._peft = get_peft_model(self.base, config, adapter_name=name)
         else:
             self._peft.add_adapter(name, config)
+        self.base.eval()  # a new adapter comes in train mode, with its dropout on
         self.activate(self.active)
 
     def _adapter_parameters(self) -> list[tuple[str, Parameter]]:
@@ -219,6 +229,20 @@ class Role:
         batch = batch.to(self.model.device)
         with self.model.use(self.adapter):
             return batch.select(self.model.hidden_states(batch.input_ids, batch.attention_mask))
+
+
+@contextlib.contextmanager
+def _recomputed(block: torch.nn.Module) -> Iterator[None]:
+    """The block's activations are made again in the backward pass. Transformers' own way does that in train mode only,
+    which brings dropout along."""
+    own = vars(block).pop("forward", None)  # a hook's
+    vars(block)["forward"] = functools.partial(checkpoint, own or block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        del vars(block)["forward"]
+        if own is not None:
+            vars(block)["forward"] = own
 
 
 def decoder_of(base: PreTrainedModel) -> torch.nn.Module:

@@ -33,7 +33,9 @@ class Section(BaseModel):
 class Lora(Section):
     r: int = setting(32, "rank of the update", "QLoRA practice; 16 to 64 are alike", ge=1)
     alpha: float = setting(64, "scale: the update is multiplied by alpha / r", "twice the rank, QLoRA practice", gt=0)
-    dropout: float = setting(0.0, "share of adapter inputs dropped", "0: h_old and h of the same numerics", ge=0, lt=1)
+    dropout: float = setting(
+        0.0, "share of adapter inputs dropped in sft; train-rm and rl drop none", "TRL: DPO compares passes", ge=0, lt=1
+    )
     targets: Literal["all-linear"] | list[str] = setting("all-linear", "adapted modules; never the LM head", "QLoRA")
 
 
@@ -255,5 +257,7 @@ class TrainRm(Training):
     cut_rejected: bool = setting(
         True, "cut a rejected response after its first wrong token", "prototype: this decides what φ_DPO teaches"
     )
-    held_out: float = setting(0.05, "share of pairs kept for measuring accuracy", "common practice", ge=0, lt=1)
+    held_out: float = setting(
+        0.05, "share of pairs, whole prompts, kept to measure accuracy", "common practice", ge=0, lt=1
+    )
     check_items: int = setting(200, "held-out items to score φ_DPO on as a policy; 0: none", "std error 0.035", ge=0)

@@ -8,6 +8,7 @@ that it will teach, its advantage points the wrong way.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,8 +44,9 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
     else:
         pairs = file_pairs(recipe, recipe_task(recipe), chat)
     pairs = fitting(ctx, pairs, start.model, rm.max_length, "pairs", Pair.longest)
-    kept_out = min(round(len(pairs) * rm.held_out), len(pairs) - 1)
-    held, pairs = pairs[:kept_out], pairs[kept_out:]
+    held, pairs = hold_out(pairs, rm.held_out)
+    if round(len(pairs) * rm.held_out) and not held:
+        ctx.console.warn("train_rm.held_out: every prompt has more pairs than that: none are held out, none are scored")
     updates = rm.max_steps or math.ceil(rm.epochs * len(pairs) / rm.batch_size)
     parameters = weights.trainable(ctx, reward_model, "rm")
     ctx.console.stage("train-rm", f"{len(pairs)} pairs, {updates} updates of {rm.batch_size}")
@@ -65,6 +67,19 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
         ctx.console.note(f"implicit reward: {accuracy:.3f} of {len(held)} held-out pairs are in the right order")
         result |= {"pair_accuracy": accuracy, "held_out_pairs": len(held)}
     stage.finish(result | score_as_policy(ctx, start, reward_model, chat))
+
+
+def hold_out(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
+    """(at most this share of the pairs, the others): prompts in their order with all their pairs, as far as they fit,
+    so that no prompt is on both sides. Something is left to train on."""
+    prompts = [tuple(pair.chosen.prompt) for pair in pairs]
+    room, held = min(round(len(pairs) * share), len(pairs) - 1), set()
+    for prompt, n in Counter(prompts).items():
+        if n <= room:
+            held.add(prompt)
+            room -= n
+    sides = [(pair, prompt in held) for pair, prompt in zip(pairs, prompts, strict=True)]
+    return [pair for pair, is_held in sides if is_held], [pair for pair, is_held in sides if not is_held]
 
 
 def accumulate(

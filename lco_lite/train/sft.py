@@ -29,7 +29,8 @@ def train_sft(ctx: Context, stage: StageFolder) -> None:
     updates = sft.max_steps or math.ceil(sft.epochs * len(examples) / sft.batch_size)
     parameters = weights.trainable(ctx, policy, "sft")
     ctx.console.stage("sft", f"{len(examples)} demonstrations, {updates} updates of {sft.batch_size}")
-    with StageTraining(ctx, stage, parameters, sft, updates, updates) as training, policy.model.training_mode():
+    mode = policy.model.training_mode(dropout=True)
+    with StageTraining(ctx, stage, parameters, sft, updates, updates) as training, mode:
         training.try_longest(
             examples, sft.micro_batch_tokens, lambda longest: accumulate(policy, longest, sft.micro_batch_tokens)
         )

@@ -61,12 +61,20 @@ def config(family: str) -> Any:
         "gemma3": (tf.Gemma3TextConfig, {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}),
         "granite": (tf.GraniteConfig, {"logits_scaling": 4.0, "embedding_multiplier": 2.0}),
         "cohere": (tf.CohereConfig, {"logit_scale": 0.25}),
+        "opt": (tf.OPTConfig, {"word_embed_proj_dim": 32, "ffn_dim": 48}),
+        "gpt_neox": (tf.GPTNeoXConfig, {}),
+        "phi": (tf.PhiConfig, {}),
         "ministral": (tf.MistralConfig, {"head_dim": 8, "tie_word_embeddings": False}),
     }
     kind, more = kinds[family]
     return kind(**{**COMMON, **more})
 
 
+DROPOUT = {  # families whose blocks drop activations in train mode, and where they have that written
+    "opt": {"dropout": 0.2, "attention_dropout": 0.2, "layerdrop": 0.2},
+    "gpt_neox": {"hidden_dropout": 0.2, "attention_dropout": 0.2},
+    "phi": {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attention_dropout": 0.2},
+}
 FAMILIES = ("llama", "llama3.2", "qwen2", "qwen3", "gemma2", "gemma3", "granite", "cohere", "ministral", *WRAPPED)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lco_lite.metrics import read_log
 from lco_lite.train import methods
 from lco_lite.train.pipeline import run_all, train
 from lco_lite.train.training import StageTraining
+from tests.models.families import DROPOUT, save
 
 
 def start(recipe: Path, *sets: str, name: str | None = None):
@@ -230,8 +232,24 @@ def test_a_trained_head_goes_through_the_logits_path(tiny):
     assert not torch.equal(sft["lm_head.weight"], rl["lm_head.weight"])
 
 
-def test_the_loss_at_the_first_update_is_that_of_the_advantage_alone(tiny, monkeypatch):
-    """h_θ = h_old to the last bit: r = A/β exactly, so the loss of the first micro-batch is a function of A only."""
+def test_the_first_dpo_loss_is_that_of_two_equal_models_with_dropout_in_the_recipe(tiny, tmp_path):
+    """Model and reference are two adapters with the same weights, those of sft."""
+    model = f"model={{path: {save('llama', tmp_path / 'base')}, lora: {{r: 4, dropout: 0.3}}}}"
+    ctx = run_stage(tiny, "rm", model, "sft.lr=0.01", "train_rm.max_steps=1", "train_rm.check_items=0")
+    assert all(b.any() for name, b in trained(ctx, "sft").items() if "lora_B" in name), "dropout has something to drop"
+    (row,) = read_log(ctx.run.stage("rm").metrics)
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-6) and row["margin"] == 0
+
+
+@pytest.mark.parametrize("family", [None, *DROPOUT])
+def test_the_loss_at_the_first_update_is_that_of_the_advantage_alone(tiny, tmp_path, monkeypatch, family):
+    """h_θ = h_old to the last bit: r = A/β exactly, so the loss of the first micro-batch is a function of A only.
+    Whatever drops activations in the families that do would make them differ."""
+    sets = ["rl.objective=mse", "rl.micro_batch_tokens=40"]
+    if family is not None:
+        base = save(family, tmp_path / "base", **DROPOUT[family])
+        sets += [f"model={{path: {base}, lora: {{r: 2, dropout: 0.2}}}}", "sft.enabled=false"]
+        sets += ["rl.feedback=rule", "rl.baseline=none"]
     seen = []
     real = methods.lco_loss
 
@@ -240,7 +258,7 @@ def test_the_loss_at_the_first_update_is_that_of_the_advantage_alone(tiny, monke
         return real(objective, hidden, head, target, *args, **kw)
 
     monkeypatch.setattr(methods, "lco_loss", spy)
-    run_stage(tiny, "rl-mse", "rl.objective=mse", "rl.micro_batch_tokens=40")
+    run_stage(tiny, "rl-mse", *sets)
     assert seen[0], "hidden states of the first update are those that were scored"
     assert not all(seen)
 
