@@ -146,7 +146,9 @@ def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
     else:
         passes = respond_to_all(ctx, task, stage, prompts, asked, started)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in passes.values() for row in rows)
-    write_text(rows_file, "".join(lines))
+    text = "".join(lines)
+    if not rows_file.exists() or rows_file.read_text(encoding="utf-8") != text:
+        write_text(rows_file, text)
     same = task.grader.same if isinstance(task.grader, MathGrader) else eq
     scores = summarise(list(passes.values()), len(prompts), settings.samples, same)
     result = {"task": task.name, "stage": stage} | scores

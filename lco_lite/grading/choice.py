@@ -1,7 +1,9 @@
 """Which of the lettered choices does a response pick? The grader of multiple-choice tasks.
 
-In this order: the last ``\boxed{}``, holding a letter or the words of one choice; the last statement such as ``the
-answer is (B)``; a first or last line that is a letter, with or without its choice. A response that picks none is wrong.
+A letter counts where it is declared, in this order: the last ``\\boxed{}``, holding a letter or the words of one choice;
+the last statement such as ``the answer is (B)`` or ``B is correct``; a first or last line that is a letter, with or
+without its choice. Where several choices are listed, a line that begins with a letter declares nothing. A response that
+picks none is wrong.
 """
 
 import re
@@ -12,9 +14,16 @@ from lco_lite.grading.equality import spell
 from lco_lite.grading.math import boxed
 
 LETTERS = "ABCDEFGHIJ"
-_END = r"(?=[).,:;*\]]|\s*$|\s+(?:because|since|as)\b|\n)"
-_STATED = re.compile(rf"(?i:\b(?:answer|choice|option)\b[^\n.]{{0,40}}?(?:\bis\b|:|\bas\b))[\s*(\[]*([A-J]){_END}")
-_LINE = re.compile(r"[\s*(\[]*([A-J])(?:[)\].,:*\s]*$|[).:]+\s*\S.*)")
+_OPEN = r"(?i:(?:option|choice|letter)\s+)?(?:[\s*_$\"'`(\[{]|\\(?:text|math)[a-z]*\{|\\\(){0,9}"
+_CLOSE = r"(?:[$)\]}*_\"'`]|\\\)){0,9}"
+_END = rf"{_CLOSE}(?=[.,:;]|\s*$|\s*\(|\s+(?:because|since|as)\b|\n)"
+_STATED = re.compile(
+    rf"(?i:\b(?:answer|choice|option)\b[^\n.]{{0,40}}?(?:\bis\b|:|\bas\b)\s{{0,3}}){_OPEN}(?:([A-J])|(?<=\()([a-j])(?=\))){_END}"
+    rf"|(?<![A-Za-z])([A-J]){_CLOSE}(?i:\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b)"
+)
+_BARE = re.compile(rf"{_OPEN}([A-J])[.:]?{_CLOSE}[.,:\s]*")
+_LINE = re.compile(rf"{_OPEN}([A-J])(?:{_CLOSE}[.:,]?\s*(?:\(.*)?|{_CLOSE}[).:]+{_CLOSE}\s*\S.*)")
+_LISTED = re.compile(r"(?:^|(?<=\s))[*(\[]*([A-J])[).:]", re.MULTILINE)
 
 
 def picked(response: str, choices: Sequence[str]) -> str | None:
@@ -23,11 +32,14 @@ def picked(response: str, choices: Sequence[str]) -> str | None:
     box = boxed(response[-20_000:])
     if box is not None:
         return _from_box(box, choices, letters)
-    stated = [m[1] for m in _STATED.finditer(response) if m[1] in letters]
-    if stated:
+    stated = [next(filter(None, m.groups())).upper() for m in _STATED.finditer(response)]
+    if stated := [letter for letter in stated if letter in letters]:
         return stated[-1]
-    lines = [line for line in response.splitlines() if line.strip()]
-    matches = [_LINE.fullmatch(line) for line in (lines[:1] + lines[-1:])]
+    lines = [line.strip() for line in response.splitlines() if line.strip()]
+    listed = len(set(_LISTED.findall(response)) & set(letters)) > 1
+    if len({m[1] for line in lines if (m := _BARE.fullmatch(line))}) > 1:
+        return None
+    matches = [(_BARE if listed else _LINE).fullmatch(line) for line in (lines[:1] + lines[-1:])]
     return next((m[1] for m in matches if m and m[1] in letters), None)
 
 
@@ -51,10 +63,11 @@ def answer_index(item: Item) -> int | None:
 
 
 def _from_box(box: str, choices: Sequence[str], letters: str) -> str | None:
-    match = _LINE.fullmatch(spell(box))
+    same = [letter for letter, choice in zip(letters, choices, strict=True) if _plain(choice) == _plain(box)]
+    text = spell(box)
+    match = _LINE.fullmatch(text if len(text.strip("()")) > 1 or same else text.upper())
     if match and match[1] in letters:
         return match[1]
-    same = [letter for letter, choice in zip(letters, choices, strict=True) if _plain(choice) == _plain(box)]
     return same[0] if len(same) == 1 else None
 
 

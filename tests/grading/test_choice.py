@@ -25,6 +25,24 @@ CHOICES = ["True, True", "False, False", "A vector space", r"$\frac{1}{2}$"]
         ("(C) A vector space", "C"),
         ("Let me see.\n\nD. because it is half", "D"),
         ("The answer is B because it is false.", "B"),
+        ("The answer is option B.", "B"),
+        ("The correct answer is $B$.", "B"),
+        ("$B$", "B"),
+        ("B (London)", "B"),
+        ("The answer is B (London).", "B"),
+        ("The answer is **B** (False, False)", "B"),
+        ("Answer: (b)", "B"),
+        (r"the answer is \(\text{B}\)", "B"),
+        (r"\boxed{Option B}", "B"),
+        (r"\boxed{b}", "B"),
+        (r"\boxed{(b)}", "B"),
+        (r"\boxed{B (False, False)}", "B"),
+        ("Therefore, B is correct.", "B"),
+        ("So option C is the best answer.", "C"),
+        ("(D) is right, for 1/2 is half.", "D"),
+        ("A. True, True\nB. False, False\nC. A vector space\nD. 1/2\n\nThe answer is C.", "C"),
+        ("A. True, True\nB. False, False\nC. A vector space\nD. 1/2\n\nC", "C"),
+        ("B\n\nA. is wrong since it is not true.\nC. is no vector space.", "B"),
     ],
 )
 def test_the_choice_is_found(response, letter):
@@ -43,11 +61,24 @@ def test_the_choice_is_found(response, letter):
         r"\boxed{A and B}",
         "E",
         "Both A and B are right",
+        "A. True, True\nB. False, False\nC. A vector space\nD. 1/2",
+        "A. True, True B. False, False C. A vector space D. 1/2",
+        "A) True, True\n\nB) False, False",
+        "**A.** True\n**B.** False",
+        "A\nB\nC\nD",
+        "A is not correct.",
+        "The answer is not A.",
+        "A vector space is the answer",
         "\x00" * 50,
     ],
 )
 def test_a_response_that_picks_nothing_is_not_guessed_at(response):
     assert picked(response, CHOICES) is None
+
+
+def test_a_letter_that_is_also_the_text_of_a_choice_is_that_text_in_a_box():
+    assert picked(r"\boxed{a}", ["b", "a"]) == "B"
+    assert picked(r"\boxed{A}", ["b", "a"]) == "A"
 
 
 def test_letters_beyond_the_choices_are_none_of_them():

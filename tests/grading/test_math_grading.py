@@ -117,10 +117,45 @@ EQUAL = [  # (answer, gold)
     (r"\emptyset", r"\emptyset"),
     ("(1,2),(3,4)", "(3,4),(1,2)"),
     (r"[1,2)\cup(2,3]", r"[1,2) \cup (2,3]"),
+    ("288pi", r"288\pi"),
+    ("4 sqrt(5)", r"4\sqrt{5}"),
+    (r"12^{\mathrm{th}}", "12"),
+    (r"\varnothing", r"\emptyset"),
+    ("∅", r"\emptyset"),
+    ("€18", "18"),
+    ("18 €", "18"),
+    ("18m", "18"),
+    ("18", "18m"),
+    ("18 l", "18"),
+    ("3,5", "3.5"),  # no list answers a decimal
+    ("11 2/3", r"11\frac{2}{3}"),
+    ("16-7=9; 9*2=18", "18"),
+    ("9 x 2 = 1,018", "1018"),
+    ("80,000*1.5=120,000", "120000"),
+    ("52_8", "52_{8}"),
+    ("(52)_8", "52_8"),
+    ("52", "52_8"),  # the question says in which base
+    ("52_8", "52"),
+    ("AB_{16}", r"\text{AB}_{16}"),
+    ("100, 200", "100,200"),
+    ("0, 5", "0,5"),
+    ("x = 1; y = 2", "x = 1, y = 2"),
 ]
 DIFFERENT = [
     ("0", "1"),
     ("", "0"),
+    ("52_7", "52_8"),
+    ("53", "52_8"),
+    ("101_2", "5"),
+    ("32, 349", "32349"),
+    ("3, 5", "3.5"),
+    ("9*2=19", "18"),
+    ("x-2=18", "20"),
+    ("5m", "5x"),
+    ("12pi", "12"),
+    ("1 1/2", r"\frac{11}{2}"),
+    ("18, 19", "18"),
+    ("- -4", "4x"),
     ("2", "52_8"),
     ("-5", "5"),
     (r"\pm 5", "5"),
@@ -144,7 +179,6 @@ DIFFERENT = [
     ("1,2", "12"),
     ("1.2", "1,2"),
     ("100", "1,00"),
-    ("3,5", "3.5"),
     ("x", "5"),
     (r"\frac{1}{0}", "0"),
     ("nan", "0"),
@@ -161,7 +195,6 @@ DIFFERENT = [
     ("0.5", "50"),
     ("a", "b"),
     ("5x", "5"),
-    ("5m", "5"),
     (r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     (r"x \geq 1", r"x \leq 1"),
     ("x=5", "y=5"),
@@ -185,6 +218,57 @@ def test_zero_is_right_where_zero_is_asked_for():
 
 def test_gold_may_be_a_solution_that_boxes_its_answer():
     assert grade_answer("The answer is 7.", r"We add and find $\boxed{7}$.").right
+
+
+WORKED_OUT = [
+    ("26000", "26000"),
+    ("26,000", "26000"),
+    (r"x = 26000", "26000"),
+    (r"2\cdot 13000 = 26000", "26000"),
+    (r"26000\text{ m}", "26000"),
+    (r"2.6 \times 10^4", "26000"),
+    (r"\frac{2}{3}", r"\frac{4}{6}"),
+    (r"-\frac{2}{3}", r"-2/3"),
+    (r"1\frac{1}{2}", "1.5"),
+    ("0.5", r"\frac{1}{2}"),
+    (r"50\%", "50"),
+    ("10^3", "10^3"),
+    (r"\frac{4}{6}", r"\frac{4}{6}"),
+    ("40_9", "40_9"),
+    (r"\sqrt{8}", r"2\sqrt{2}"),  # gold is no plain number
+    ("(x+1)^2", "x^2+2x+1"),
+]
+TO_WORK_OUT = [
+    ("513^2 - 487^2", "26000"),
+    ("5!", "120"),
+    ("2^{10}", "1024"),
+    ("10^3", "1000"),
+    (r"\frac{4}{6}", r"\frac{2}{3}"),
+    (r"\frac{6}{3}", "2"),
+    (r"\sqrt{16}", "4"),
+    (r"\binom{5}{2}", "10"),
+    ("2+3", "5"),
+    ("58_9 - 18_9", "40_9"),
+]
+
+
+@pytest.mark.parametrize(("answer", "gold"), WORKED_OUT)
+def test_a_number_that_is_worked_out_is_right(answer, gold):
+    assert compare(answer, gold, evaluated=True)[0]
+
+
+@pytest.mark.parametrize(("answer", "gold"), TO_WORK_OUT)
+def test_a_formula_where_a_number_is_asked_for_earns_nothing_where_answers_are_to_be_worked_out(answer, gold):
+    assert compare(answer, gold)[0], "it is equal"
+    assert compare(answer, gold, evaluated=True) == (False, "equal, but not worked out")
+
+
+def test_boxes_that_words_connect_are_one_list_where_gold_is_a_list():
+    response = r"One root is \boxed{9}, and the other root is \boxed{-1}."
+    assert grade_answer(response, "-1, 9").right
+    assert not grade_answer(response, "9").right
+    assert grade_answer(r"First \boxed{9} apples, then \boxed{11} in all.", "11").right
+    assert not grade_answer(r"\boxed{9} is wrong, so \boxed{-1}", "-1, 9").right
 
 
 def test_grade_names_what_it_found_and_why():
