@@ -109,7 +109,7 @@ _NUMBER = re.compile(
     r"(?:\s*(?:\\?%|percent\b|pct\b))?"
 )
 _LABEL = re.compile(  # of a last line: marks of lists, quotes and headings, arrows, `A:`
-    r"[\s:]*(?:[>#*•∴→⇒~|_`\"“]+\s*|[-=]+>\s*|[-–—=]\s+|\d{1,2}[.)]\s+(?=\S)|[A-Za-z]:\s+)*"
+    r"\s*(?:[>#*•∴→⇒~|_`\"“:]+\s*|[-=]+>\s*|[-–—=]\s+|\d{1,2}[.)]\s+(?=\S)|[A-Za-z]{1,12}:\s+)*"
 )
 _ALIGNED = re.compile(r"\\(?:begin|end)\s*\{(?:align|aligned|gather|gathered|split)\*?\}\s*")
 _MATH_WORDS = "and|or|sqrt|frac|sin|cos|tan|cot|sec|csc|log|exp|inf|infty|infinity|arcsin|arccos|arctan"
@@ -129,7 +129,7 @@ def final_answer(response: str, several: bool = False) -> str | None:
     box, end = _last_boxes(tail, several)
     if box and (final := _FINAL.search(tail, end)) and (later := _stated(tail[final.start() :])):
         return later if _ANSWERLIKE.search(later) else box
-    return box or _stated(tail) or _last_line(tail)
+    return box or _last_line(tail, alone=True) or _stated(tail) or _last_line(tail)
 
 
 def boxed(text: str) -> str | None:
@@ -205,11 +205,13 @@ def _joined_spans(sentence: str, first: re.Match[str]) -> str:
     return answer + _percent(sentence, end)
 
 
-def _last_line(text: str) -> str | None:
+def _last_line(text: str, alone: bool = False) -> str | None:
+    """``alone``: only a line that is nothing but a number or a formula, which then comes after any statement."""
     text = _last_row(text.rstrip())
     start = text.rfind("\n") + 1
     label = _LABEL.match(text, start)
-    return _bare(text[label.end() if label else start :].rstrip(' *_`"”.,;∎')) or _last(text, start)
+    line = _bare(text[label.end() if label else start :].rstrip(' *_`"”.,;∎'))
+    return line if line and (not alone or re.search(r"\d", line)) else None if alone else _last(text, start)
 
 
 def _bare(line: str) -> str | None:
