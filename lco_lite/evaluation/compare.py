@@ -26,7 +26,7 @@ from lco_lite.tasks import load_task
 RESAMPLES = 10_000
 _CELLS = 2**22  # numbers drawn at once
 _SHOWN, _WIDTH = 20, 40  # answers that flipped, and characters of each
-_SAME_SCORE = ("sampling", "protocol", "items")
+_SAME_SCORE = ("sampling", "protocol", "scored_by", "items")
 LEVEL = 0.95
 
 
@@ -93,6 +93,9 @@ def compare(a: Sequence[Score], b: Sequence[Score]) -> tuple[dict[str, Any], lis
     warnings = _check(a, b)
     n, values = a[0].result["n"], [[by_item(one.responses) for one in side] for side in (a, b)]
     ids = sorted({i for side in values for one in side for i in one})
+    if own := a[0].result.get("own", False):  # without right and wrong, an item that one has no score of is left out
+        ids = [i for i in ids if all(i in one for side in values for one in side)]
+        n = len(ids)
     # [R, N] of a side; what does not fit a window is wrong, as what fits none is for all
     grids = [torch.zeros(len(side), n, dtype=torch.float64) for side in values]
     for grid, side in zip(grids, values, strict=True):
@@ -104,6 +107,8 @@ def compare(a: Sequence[Score], b: Sequence[Score]) -> tuple[dict[str, Any], lis
     result = {"a": labels[0], "b": labels[1], "mean_a": fmean(means[0]), "mean_b": fmean(means[1])}
     result |= {"difference": mean, "interval": [low, high], "p": p, "resamples": RESAMPLES, "items": n}
     result |= {"wins": wins, "losses": losses, "ties": n - wins - losses}
+    if own:
+        result |= {"own": True, "metric": a[0].result["metric"]}
     if min(len(a), len(b)) > 1:
         result["runs"] = welch(*means)
     # whose answer flipped is a question about two sets of weights
@@ -122,22 +127,25 @@ def flipped(a: Sequence[Graded], b: Sequence[Graded]) -> list[dict[str, Any]]:
 
 
 def show(console: Console, task: str, result: Mapping[str, Any]) -> None:
-    """The numbers in percent, then the first answers that flipped."""
-    mean_a, mean_b = 100 * result["mean_a"], 100 * result["mean_b"]
-    console.note(f"{task}: {result['a']} {mean_a:.1f} → {result['b']} {mean_b:.1f}")
-    low, high = result["interval"]
+    """The numbers in percent, or in the unit of the task's own metric; then the first answers that flipped."""
+    scale, digits = (1, 3) if result.get("own") else (100, 1)
+
+    def told(value: float, sign: str = "") -> str:
+        return f"{scale * value:{sign}.{digits}f}"
+
+    def tested(found: Mapping[str, Any]) -> str:
+        low, high = (told(bound, "+") for bound in found["interval"])
+        return f"95 % interval {low} to {high}, p = {found['p']:.4f}"
+
+    name = " ".join(filter(None, (task, result.get("metric"))))
+    console.note(f"{name}: {result['a']} {told(result['mean_a'])} → {result['b']} {told(result['mean_b'])}")
     console.note(
-        f"difference {100 * result['difference']:+.1f}, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
-        f"p = {result['p']:.4f} (paired bootstrap over {result['items']} items, {result['resamples']:,} resamples)"
+        f"difference {told(result['difference'], '+')}, {tested(result)} "
+        f"(paired bootstrap over {result['items']} items, {result['resamples']:,} resamples)"
     )
     if runs := result.get("runs"):
-        a, b = (
-            f"{100 * runs[f'mean_{side}']:.1f} ± {100 * runs[f'std_{side}']:.1f} ({runs[f'n_{side}']})" for side in "ab"
-        )
-        found = "no spread to test with"
-        if runs["p"] is not None:
-            low, high = runs["interval"]
-            found = f"Welch 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, p = {runs['p']:.4f}"
+        a, b = (f"{told(runs[f'mean_{x}'])} ± {told(runs[f'std_{x}'])} ({runs[f'n_{x}']})" for x in "ab")
+        found = "no spread to test with" if runs["p"] is None else f"Welch {tested(runs)}"
         console.note(f"over training runs: {b} against {a}, {found}")
     console.note(f"{result['b']}: {result['wins']} wins, {result['losses']} losses, {result['ties']} ties")
     if flips := result["flipped"]:
@@ -147,11 +155,12 @@ def show(console: Console, task: str, result: Mapping[str, Any]) -> None:
 
 
 def by_item(responses: Sequence[Graded]) -> dict[str, float]:
-    """Item -> the share of its responses that are right, over samples and passes."""
-    right: dict[str, list[bool]] = {}
+    """Item -> the share of its responses that are right, over samples and passes; or the mean of their scores."""
+    values: dict[str, list[float]] = {}
     for r in responses:
-        right.setdefault(r["id"], []).append(r["right"])
-    return {i: fmean(of_item) for i, of_item in right.items()}
+        if (value := r.get("score", r["right"])) is not None:
+            values.setdefault(r["id"], []).append(value)
+    return {i: fmean(of_item) for i, of_item in values.items()}
 
 
 def _check(a: Sequence[Score], b: Sequence[Score]) -> list[str]:
@@ -165,8 +174,12 @@ def _check(a: Sequence[Score], b: Sequence[Score]) -> list[str]:
             if (same := weights.setdefault(one.result["settings"]["made_by"], one.label)) != one.label:
                 warnings.append(f"{same} and {one.label} are the same weights, not two training runs")
     for one in (*a, *b):
-        if one.result.get("own"):
-            raise UsageError(f"--compare: task {one.result['task']} is not right or wrong item by item")
+        if one.result.get("own") and not all("score" in r for r in one.responses):
+            judge = "; alpaca_eval needs --judge-url" if one.result["task"] == "alpaca_eval" else ""
+            raise UsageError(
+                f"--compare {one.label}: {one.result['task']} is not right or wrong, and its {one.result['metric']} is "
+                f"not there item by item; score it again{judge}"
+            )
         golds = [{r["id"]: r["gold"] for r in score.responses} for score in (first, one)]
         same_items = first.result["settings"]["items"] == one.result["settings"]["items"]
         if first.result["n"] != one.result["n"] or not (same_items or golds[0] == golds[1]):
@@ -174,8 +187,10 @@ def _check(a: Sequence[Score], b: Sequence[Score]) -> list[str]:
                 f"--compare: {first.label} was scored on {first.result['n']} items and {one.label} on "
                 f"{one.result['n']}, and they are not the same; score both with the same --limit and --data"
             )
-        settings = [flat({key: score.result["settings"][key] for key in _SAME_SCORE}) for score in (first, one)]
-        if changed := [line for line in differences(*settings) if not line.startswith("items:")]:
+        settings = [flat({key: score.result["settings"].get(key, {}) for key in _SAME_SCORE}) for score in (first, one)]
+        if changed := [
+            line for line in differences(*settings) if not line.startswith(("items:", "scored_by.missing:"))
+        ]:
             warnings.append(f"{first.label} and {one.label} were scored in different ways: {'; '.join(changed)}")
     return warnings
 

@@ -22,7 +22,7 @@ from lco_lite.data.prompts import Prompt
 from lco_lite.errors import DataError, Interrupted, UsageError
 from lco_lite.evaluation.likelihood import likeliest_letters
 from lco_lite.evaluation.prompts import Question, eval_prompts, question, score_name, score_settings
-from lco_lite.evaluation.summary import Graded, graded, main_first, spread, summarise
+from lco_lite.evaluation.summary import Graded, graded, main_first, over_items, spread, summarise
 from lco_lite.files import JsonLines, read_jsonl, remove, write_json, write_text
 from lco_lite.grading.choice import answer_index
 from lco_lite.grading.math import MathGrader
@@ -92,7 +92,10 @@ def show(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
     lines = [[stage, *(cells.get((stage, column), "") for column in columns)] for stage in stages]
     console.table("mean ± std over seeds, %", ["stage", *columns], lines)
     for r in results:
-        error = "" if r["stderr"] is None else f", standard error over items {100 * r['stderr']:.1f}"
+        errors = [f"{100 * r['stderr']:.1f}"] if r["stderr"] is not None else []
+        if r.get("own"):
+            errors = [f"{m['stderr']:.3f} ({name})" for name, m in r["metrics"].items() if m["stderr"] is not None]
+        error = f", standard error over items {', '.join(errors)}" if errors else ""
         cut = f", {100 * r['truncated']:.1f} % cut at the length limit" if r["truncated"] else ""
         console.note(f"{r['task']} {r['stage']}: {r['n']} items, {r['seeds']} seed{'s' * (r['seeds'] > 1)}{error}{cut}")
 
@@ -145,10 +148,7 @@ def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
             passes.setdefault(row["seed"], []).append(row)
     else:
         passes = respond_to_all(ctx, task, stage, prompts, asked, started)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in passes.values() for row in rows)
-    text = "".join(lines)
-    if not rows_file.exists() or rows_file.read_text(encoding="utf-8") != text:
-        write_text(rows_file, text)
+    _write_rows(rows_file, passes)
     same = task.grader.same if isinstance(task.grader, MathGrader) else eq
     scores = summarise(list(passes.values()), len(prompts), settings.samples, same)
     result = {"task": task.name, "stage": stage} | scores
@@ -156,7 +156,10 @@ def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
         result |= main_first({"accuracy": result["metrics"]["pass@1"]})
     elif not task.graded:
         result |= _tasks_own(ctx, task, file.with_suffix(".files"), passes)
+        _write_rows(rows_file, passes)
     result["settings"] = asked
+    if missing := result.get("missing"):  # another setting than is asked for: scored anew the next time
+        result["settings"] = asked | {"scored_by": {**asked.get("scored_by", {}), "missing": missing}}
     write_json(file, result)
     remove(started)
     return result
@@ -164,7 +167,9 @@ def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
 
 def _same_responses(settings: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
     """Whether two scores rest on the same responses."""
-    own, other = ({**one, "scored_by": None, "protocol": {**one["protocol"], "grader": None}} for one in (settings, asked))
+    own, other = (
+        {**one, "scored_by": None, "protocol": {**one["protocol"], "grader": None}} for one in (settings, asked)
+    )
     return own == other
 
 
@@ -174,6 +179,11 @@ def graded_again(rows: Sequence[Graded], task: Task, settings: Eval) -> list[Gra
         return list(rows)
     items = {item.id: item for item in task.items("test")}
     return [row | asdict(task.grade(row["response"], items[row["id"]])) for row in rows]
+
+
+def _write_rows(file: Path, passes: Mapping[int, Sequence[Graded]]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in passes.values() for row in rows)
+    write_text(file, "".join(lines))
 
 
 def respond_to_all(
@@ -312,7 +322,10 @@ def _sampling(settings: Eval, task: Task) -> Sampling:
 
 
 def _tasks_own(ctx: Context, task: Task, files: Path, passes: Mapping[int, Sequence[Graded]]) -> dict[str, Any]:
-    """The metrics that the task makes of each pass; what it writes besides is in a folder of ``files`` a seed."""
+    """The metrics that the task makes of each pass; what it writes besides is in a folder of ``files`` a seed.
+
+    Where the main one is a number a row, that becomes the row's ``score``. ``missing``: what could not be had.
+    """
     items = {item.id: item for item in task.items("test")}
     by_pass = []
     for seed, responses in passes.items():
@@ -320,5 +333,17 @@ def _tasks_own(ctx: Context, task: Task, files: Path, passes: Mapping[int, Seque
         folder.mkdir(parents=True, exist_ok=True)
         with_row = [{**response, "row": dict(items[response["id"]].row)} for response in responses]
         by_pass.append(task.aggregate(with_row, ctx.recipe.eval, folder, ctx.console))
-    metrics = {name: spread([one[name] for one in by_pass]) for name in by_pass[0]}
-    return main_first(metrics) | {"own": True}
+    metrics, missing = {}, []
+    for name in by_pass[0]:
+        values = [one[name] for one in by_pass]
+        if any(value is None for value in values):
+            missing.append(name)
+        else:
+            metrics[name] = spread(values) if isinstance(values[0], (int, float)) else over_items(values)
+    result = main_first(metrics) | {"own": True} | ({"missing": missing} if missing else {})
+    for responses, one in zip(passes.values(), by_pass, strict=True):
+        main = one[result["metric"]]
+        for i, response in enumerate(responses):
+            response.pop("score", None)
+            response |= {} if isinstance(main, (int, float)) else {"score": main[i]}
+    return result

@@ -60,13 +60,20 @@ def summarise(passes: Sequence[Sequence[Graded]], n: int, samples: int = 1, same
     scores = [item_scores(responses, samples, same) for responses in passes]
     metrics = {}
     for name in [name for name in scores[0] if all(name in one for one in scores)]:
-        values = [one[name] for one in scores]
-        by_item = [statistics.fmean(value) for value in zip(*values, strict=True)]
-        by_item += [0.0] * (n - len(by_item))
-        stderr = statistics.stdev(by_item) / math.sqrt(n) if n > 1 else None
-        metrics[name] = spread([sum(one) / n for one in values], stderr)
+        metrics[name] = over_items([[*one[name], *[0.0] * (n - len(one[name]))] for one in scores])
     truncated = statistics.fmean(float(r["truncated"]) for responses in passes for r in responses)
     return main_first(metrics) | {"n": n, "seeds": len(passes), "samples": samples, "truncated": truncated}
+
+
+def over_items(values: Sequence[Sequence[float | None]]) -> dict[str, float | None]:
+    """``values``: pass by pass, a number an item in the same order, or None where an item has none."""
+    by_item = [statistics.fmean(known) for item in zip(*values, strict=True) if (known := _known(item))]
+    stderr = statistics.stdev(by_item) / math.sqrt(len(by_item)) if len(by_item) > 1 else None
+    return spread([statistics.fmean(_known(one)) for one in values], stderr)
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def spread(values: Sequence[float], stderr: float | None = None) -> dict[str, float | None]:

@@ -92,7 +92,9 @@ _TAIL = 20_000  # characters of a response that are looked at, counted from its 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
 _JOINT = re.compile(r"(?:[\s$,;&]|\\[()\[\]]|\\q?quad|\\text\s*\{[^{}]*\}|and|or)*")
-_WORDS_BETWEEN = re.compile(r"(?i)(?:(?!\b(?:not?|wrong|wait|instead|but|check|actually|incorrect)\b)[^\d\\]|\\[()\[\]])*")
+_WORDS_BETWEEN = re.compile(
+    r"(?i)(?:(?!\b(?:not?|wrong|wait|instead|but|check|actually|incorrect)\b)[^\d\\]|\\[()\[\]])*"
+)
 _FINAL = re.compile(r"(?i)\bfinal answer\b")
 _ANSWERLIKE = re.compile(r"[\d$\\]")
 _STATEMENT = re.compile(

@@ -1,23 +1,17 @@
 """Win rates of one pass over AlpacaEval's instructions, by a judge behind an API or by the ``alpaca-eval`` package.
 
-The length-controlled win rate is the one that remains when a model's answers are as long as the reference's (Dubois et
-al. 2024, AlpacaEval 2). A logistic model of the score s of each pair is fitted by its log-likelihood:
-
-    s_i ~ sigmoid(theta + phi * tanh(d_i / std(d)) + psi * difficulty_i),  d_i = length of the answer - of the reference
-
-and the win rate is the mean of sigmoid(theta + psi * difficulty_i): the length term is set to 0. phi and psi have a
-standard normal prior (a ridge of 1), theta one so wide that it only keeps it finite where every score is the same.
+The length-controlled win rate is the package's own (Dubois et al. 2024, AlpacaEval 2), whoever judges: its model is
+fitted with its table of instructions' difficulties and of answers that were told to be short or long.
 """
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
-
-import torch
 
 from lco_lite.console import Console
 from lco_lite.errors import LcoError, UsageError
@@ -26,13 +20,14 @@ from lco_lite.judging.judge import ChatClient, Comparison, Estimate, Judge, refu
 from lco_lite.recipe import Eval
 
 PACKAGE, ANNOTATOR = "alpaca-eval", "weighted_alpaca_eval_gpt4_turbo"
+TABLE = "df_gamed.csv of the hub set tatsu-lab/alpaca_eval"
 KEY_VARIABLE = "OPENAI_API_KEY"
-RIDGE, RIDGE_OF_CONSTANT = 1.0, 1e-6
 _PACKAGE_PROMPT = 250  # tokens of what the package asks about the texts
-_FEW = 0.05
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 Row = Mapping[str, Any]
+Lines: TypeAlias = list[dict[str, Any]]
+"""What ``judged.jsonl`` says of each row: ``score`` in [0, 1], None where the package has no verdict."""
 
 
 def check_judge(settings: Eval, n: int, passes: int, console: Console) -> None:
@@ -52,11 +47,64 @@ def check_judge(settings: Eval, n: int, passes: int, console: Console) -> None:
 
 
 def win_rates(
-    rows: Sequence[Row], outputs: Sequence[dict[str, str]], settings: Eval, folder: Path, console: Console
-) -> dict[str, float]:
-    """``rows`` have the reference in ``row``, ``outputs`` are theirs in AlpacaEval's format. Shares in [0, 1]."""
+    rows: Sequence[Row],
+    outputs: Sequence[dict[str, str]],
+    settings: Eval,
+    folder: Path,
+    console: Console,
+    places: Sequence[int] | None,
+) -> dict[str, Any]:
+    """``win_rate`` and ``lc_win_rate`` in [0, 1], a number a row; of a judge also shares of its verdicts.
+
+    ``rows`` have the reference in ``row``, ``outputs`` are theirs in AlpacaEval's format, and ``places`` are those of
+    the instructions in its list; without them there is no length control. Where the package cannot do it, it is None.
+    """
     judged = _by_package if settings.judge_url == PACKAGE else _by_judge
-    return judged(rows, outputs, settings, folder, console)
+    lines, shares = judged(rows, outputs, settings, folder, console)
+    write_text(folder / "judged.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    metrics: dict[str, Any] = {"win_rate": [line["score"] for line in lines]}
+    if places is None:
+        console.warn("these are not AlpacaEval's 805 instructions in its order: no length-controlled win rate")
+    else:
+        metrics["lc_win_rate"] = length_controlled(metrics["win_rate"], rows, outputs, places, console)
+    return metrics | shares
+
+
+def length_controlled(
+    scores: Sequence[float | None],
+    rows: Sequence[Row],
+    outputs: Sequence[dict[str, str]],
+    places: Sequence[int],
+    console: Console,
+) -> list[float] | None:
+    """The package's ``glm_preference`` in [0, 1]: how likely each answer would win at the reference's length.
+
+    Its mean is the package's ``length_controlled_winrate``, its standard error over items ``lc_standard_error``. None,
+    with a warning, where the package or its table is not to be had or its fit fails.
+    """
+    try:
+        import pandas
+        from alpaca_eval.metrics import get_length_controlled_winrate
+
+        annotations = pandas.DataFrame(
+            {
+                "preference": [math.nan if score is None else 1 + score for score in scores],
+                "output_1": [row["row"]["output"] for row in rows],
+                "output_2": [o["output"] for o in outputs],
+                "generator_1": "reference",
+                "generator_2": "policy",
+            },
+            index=list(places),
+        )
+        get_length_controlled_winrate(annotations, save_weights_dir=None)  # else it writes into its own installation
+        return [float(p) for p in annotations["glm_preference"]]
+    except Exception as e:  # not installed, offline, too few rows: many kinds, one meaning
+        console.warn(
+            f"no length-controlled win rate ({type(e).__name__}: {' '.join(str(e).split())[:200]}). It takes the "
+            f"package (pip install 'lco-lite[alpaca]') and, once, its table {TABLE}; the same command tries again, and "
+            "nothing is judged twice"
+        )
+        return None
 
 
 def judge_key(settings: Eval) -> str | None:
@@ -75,7 +123,7 @@ def judge_key(settings: Eval) -> str | None:
 
 def _by_judge(
     rows: Sequence[Row], outputs: Sequence[dict[str, str]], settings: Eval, folder: Path, console: Console
-) -> dict[str, float]:
+) -> tuple[Lines, dict[str, float]]:
     assert settings.judge_url is not None
     judge = Judge(ChatClient(settings.judge_url, judge_key(settings)), settings, folder.parent / "judge.jsonl")
     pairs = zip(outputs, rows, strict=True)
@@ -85,59 +133,16 @@ def _by_judge(
     refuse_unconfirmed(cost, settings)
     judgements = judge.scores(compared, console)
     lines = [{"id": row["id"], **one._asdict()} for row, one in zip(rows, judgements, strict=True)]
-    write_text(folder / "judged.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-
     n, off_point = len(judgements), sum(one.off_point for one in judgements)
     if off_point:
         console.warn(f"{off_point} of {2 * n} verdicts were neither A, B nor tie, and count as ties")
-    scores = [one.score for one in judgements]
-    difficulty = [row["row"].get("instruction_difficulty") for row in rows]
-    known = None if None in difficulty else [float(value) for value in difficulty]  # not all data has it
-    differences = [len(one.answer) - len(one.reference) for one in compared]
-    longer = sum(d > 0 for d in differences) / n
-    if not _FEW <= longer <= 1 - _FEW:
-        console.warn(
-            f"{longer:.0%} of the answers are longer than the reference's: the length-controlled win rate extrapolates"
-        )
-    return {
-        "win_rate": sum(scores) / n,
-        "lc_win_rate": length_controlled(scores, differences, known),
-        "orders_agree": sum(one.in_order[0] == one.in_order[1] for one in judgements) / n,
-        "off_point": off_point / (2 * n),
-    }
-
-
-def length_controlled(
-    scores: Sequence[float], differences: Sequence[float], difficulty: Sequence[float] | None = None
-) -> float:
-    """Win rate in [0, 1]. ``scores`` in [0, 1]; ``differences`` in characters; ``difficulty`` where it is known."""
-    s, d = torch.tensor(scores, dtype=torch.float64), torch.tensor(differences, dtype=torch.float64)
-    spread = float(d.std()) if len(d) > 1 else 0.0
-    length = torch.tanh(d / spread) if spread > 0 else torch.zeros_like(d)
-    known = [] if difficulty is None else [torch.tensor(difficulty, dtype=torch.float64)]
-    x = torch.stack([torch.ones_like(s), length, *known], dim=1)  # [N, K]
-    ridge = torch.tensor([RIDGE_OF_CONSTANT, *[RIDGE] * (x.shape[1] - 1)], dtype=torch.float64)
-    w = torch.zeros_like(ridge, requires_grad=True)
-    newton = torch.optim.LBFGS(
-        [w], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-15, line_search_fn="strong_wolfe"
-    )
-
-    def cost() -> torch.Tensor:  # minus the log of the posterior
-        newton.zero_grad()
-        z = x @ w
-        value = torch.nn.functional.softplus(z).sum() - s @ z + (ridge * w * w).sum() / 2
-        value.backward()
-        return value
-
-    newton.step(cost)  # type: ignore[no-untyped-call]
-    even = x.clone()
-    even[:, 1] = 0.0
-    return float(torch.sigmoid(even @ w.detach()).mean())
+    agree = sum(one.in_order[0] == one.in_order[1] for one in judgements)
+    return lines, {"orders_agree": agree / n, "off_point": off_point / (2 * n)}
 
 
 def _by_package(
     rows: Sequence[Row], outputs: Sequence[dict[str, str]], settings: Eval, folder: Path, console: Console
-) -> dict[str, float]:
+) -> tuple[Lines, dict[str, float]]:
     """The package's annotations and its cache go to ``folder``. Raises LcoError where it fails."""
     references = [dict(row["row"]) for row in rows]
     texts = [(o["instruction"], o["output"], r["output"]) for o, r in zip(outputs, references, strict=True)]
@@ -145,13 +150,10 @@ def _by_package(
     cost = Estimate(len(rows), 0, tokens_in, len(rows), settings.judge_price)
     console.note(f"{PACKAGE} judges {len(rows)} pairs: {cost}")
     refuse_unconfirmed(cost, settings)
-    if [row["id"] for row in rows] != [f"alpaca_eval/test/{i}" for i in range(len(rows))]:
-        console.warn(f"{PACKAGE} knows an instruction's difficulty by its place, and some are left out")
-
-    import alpaca_eval
-
     try:
-        board, _ = alpaca_eval.evaluate(
+        import alpaca_eval
+
+        _, annotations = alpaca_eval.evaluate(
             model_outputs=list(outputs),
             reference_outputs=references,
             annotators_config=settings.judge_model or ANNOTATOR,
@@ -160,11 +162,23 @@ def _by_package(
             precomputed_leaderboard=None,
             is_cache_leaderboard=False,
             is_return_instead_of_print=True,
-            metric_kwargs={"save_weights_dir": None},  # else it writes into its own installation
+            fn_metric="get_winrate",  # length control comes after: what is judged is kept without it
+            sort_by="win_rate",
             caching_path=str(folder / "alpaca-eval-cache.json"),
         )
-        row = board.loc[outputs[0]["generator"]]
-        win_rate, controlled = float(row["win_rate"]), float(row["length_controlled_winrate"])
     except Exception as e:  # its annotators raise what their clients raise
         raise LcoError(f"{PACKAGE} failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
-    return {"win_rate": win_rate / 100, "lc_win_rate": controlled / 100}
+    preferences = {one["instruction"]: one["preference"] for one in annotations}
+    lines = [{"id": row["id"], "score": _score(preferences.get(row["row"]["instruction"]))} for row in rows]
+    if unjudged := sum(line["score"] is None for line in lines):
+        if unjudged == len(lines):
+            raise LcoError(f"{PACKAGE} failed: none of its {unjudged} annotations has a preference; see {folder}")
+        console.warn(f"{unjudged} of {len(lines)} pairs have no verdict of {PACKAGE}, and are left out as it does")
+    return lines, {}
+
+
+def _score(preference: float | None) -> float | None:
+    """The package's preference, 1 the reference's to 2 ours, as a share; 0 is a draw in its older annotations."""
+    if preference is None or math.isnan(preference):
+        return None
+    return 0.5 if preference == 0 else float(preference) - 1

@@ -177,7 +177,9 @@ class Eval(Section):
         None, "math, rounded, string (the public code's), choice, exact, FILE.py:NAME; null: the task's", "the task"
     )
     tolerance: float | None = setting(None, "mathematics: share that a number may be off; null: the task's", "0", ge=0)
-    evaluated: bool = setting(False, "mathematics: where gold is a number, a formula to work out is wrong", "off: peers")
+    evaluated: bool = setting(
+        False, "mathematics: where gold is a number, a formula to work out is wrong", "off: peers"
+    )
     stop: list[Annotated[str, Field(min_length=1)]] = setting([], "texts that end a response, left out of it", "none")
     format: Literal["chat", "text"] = setting(
         "chat", "text: system, worked examples and problem as one plain text, for base models", "the model's template"

@@ -1,5 +1,6 @@
 """AlpacaEval (Li et al. 2023; length-controlled: Dubois et al. 2024): 805 instructions, compared with a reference."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from lco_lite.tasks.base import Problem, Rows, Task, first_file, hub_error, read
 # GPT-4 Turbo's outputs are the reference of AlpacaEval 2; text_davinci_003's were that of the first.
 FILES = ("alpaca_eval_gpt4_1106_preview.jsonl", "alpaca_eval_text_davinci_003.jsonl")
 HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"
+# digest of the 805 instructions: the package knows an instruction's difficulty by its place among them
+INSTRUCTIONS = "18511e7a68c0c5d7"
 _ADD_JUDGE = "Add --judge-url URL --judge-model NAME (a chat-completions API) or --judge-url alpaca-eval (that package)"
 
 
@@ -28,7 +31,7 @@ class AlpacaEval(Task):
     def scored_by(self, settings: Eval) -> dict[str, Any]:
         return settings.model_dump(mode="json", include={"judge_url", "judge_model", "judge_options"})
 
-    def aggregate(self, rows: list[dict[str, Any]], settings: Eval, folder: Path, console: Console) -> dict[str, float]:
+    def aggregate(self, rows: list[dict[str, Any]], settings: Eval, folder: Path, console: Console) -> dict[str, Any]:
         """``win_rate`` and ``lc_win_rate`` in [0, 1], where there is a judge; ``mean_length`` in characters.
 
         Writes ``outputs.json`` and, of a judge, ``judged.jsonl``. Raises UsageError where that takes more requests than
@@ -51,7 +54,15 @@ class AlpacaEval(Task):
             return length
         from lco_lite.judging.alpaca import win_rates
 
-        return win_rates(rows, outputs, settings, folder, console) | length
+        return win_rates(rows, outputs, settings, folder, console, self._places(rows)) | length
+
+    def _places(self, rows: list[dict[str, Any]]) -> list[int] | None:
+        """Where the rows stand among AlpacaEval's instructions; None where the task's data are others."""
+        place = {item.id: i for i, item in enumerate(self.items("test"))}
+        lines = (" ".join(item.prompt.split()) for item in self.items("test"))
+        if hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] != INSTRUCTIONS:
+            return None
+        return [place[row["id"]] for row in rows]
 
 
 def alpaca_eval(data: Path | None = None) -> Task:

@@ -86,9 +86,13 @@ class Task:
         """The settings that ``aggregate`` rests on, beside the responses; JSON."""
         return {}
 
-    def aggregate(self, rows: list[dict[str, Any]], settings: Eval, folder: Path, console: Console) -> dict[str, float]:
+    def aggregate(self, rows: list[dict[str, Any]], settings: Eval, folder: Path, console: Console) -> dict[str, Any]:
         """Metrics of one pass, the main one first, where responses are not graded. ``rows`` have ``id``, ``response``
-        and the data ``row``; files of the task's own go to ``folder``."""
+        and the data ``row``; files of the task's own go to ``folder``.
+
+        A metric is a number; or one a row (None: a row without), whose mean is shown with its standard error, and by
+        which scores are compared; or None, where it cannot be had this time: the same command tries again.
+        """
         raise NotImplementedError(f"task {self.name} is graded: it has no other metrics")
 
     def _rows(self, split: str) -> Rows:

@@ -42,8 +42,8 @@ class QaFeedback(Task):
     def scored_by(self, settings: Eval) -> dict[str, Any]:
         return {"reward_models": settings.reward_models.model_dump()}
 
-    def aggregate(self, rows: list[dict[str, Any]], settings: Eval, folder: Path, console: Console) -> dict[str, float]:
-        """``reward``, the mean of the three; each of them, a mean over answers; and of token classifiers the share of
+    def aggregate(self, rows: list[dict[str, Any]], settings: Eval, folder: Path, console: Console) -> dict[str, Any]:
+        """``reward``, the mean of the three; each of them, a number an answer; and of token classifiers the share of
         all segments without an error, which FG-RLHF reports.
 
         Writes ``rewards.jsonl``. Raises UsageError where a model is not named, ModelError where one cannot be loaded.
@@ -52,13 +52,17 @@ class QaFeedback(Task):
         rewards = {name: _rewards(name, rows, settings, console) for name in ASPECTS}
         lines = [{"id": row["id"], **{name: rewards[name][i].value for name in ASPECTS}} for i, row in enumerate(rows)]
         write_text(folder / "rewards.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        means = {name: sum(one.value for one in rewards[name]) / len(rows) for name in ASPECTS}
+        values = {name: [one.value for one in rewards[name]] for name in ASPECTS}
         tokens = {name: scored for name, scored in rewards.items() if all(one.good is not None for one in scored)}
         shares = {
             f"{name}_share": sum(one.good or 0 for one in scored) / max(sum(one.segments for one in scored), 1)
             for name, scored in tokens.items()
         }
-        return {"reward": sum(means.values()) / len(ASPECTS), **means, **shares}
+        return {
+            "reward": [sum(three) / len(ASPECTS) for three in zip(*values.values(), strict=True)],
+            **values,
+            **shares,
+        }
 
 
 def _rewards(name: str, rows: Sequence[Mapping[str, Any]], settings: Eval, console: Console) -> list[Reward]:

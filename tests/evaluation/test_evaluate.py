@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lco_lite.errors import DataError, UsageError
 from lco_lite.evaluation import evaluate
 from lco_lite.evaluation.evaluate import plan_batches
 from lco_lite.evaluation.prompts import eval_prompts, grader_of, prompt_settings
-from lco_lite.evaluation.summary import majority_right, pass_at, summarise
+from lco_lite.evaluation.summary import majority_right, over_items, pass_at, summarise
 from lco_lite.models.chat import ChatFormat, PlainText
 from lco_lite.models.loading import build_scratch, byte_tokenizer
 from lco_lite.recipe import Eval, Recipe
@@ -223,6 +224,13 @@ def test_the_spread_is_over_seeds_and_the_error_over_items():
     assert made["mean"] == pytest.approx(3 / 8) and made["std"] == pytest.approx(0.25 / 2**0.5)
     assert made["stderr"] == pytest.approx(0.4787136 / 2)  # of 1, 1/2, 0, 0
     assert summarise(passes[:1], n=2)["std"] is None
+
+
+def test_of_a_tasks_own_numbers_an_item_the_error_is_over_items_and_what_is_none_left_out():
+    made = over_items([[1.0, 3.0, None, None], [2.0, 5.0, 6.0, None]])
+    assert made["mean"] == pytest.approx((2 + 13 / 3) / 2) and made["std"] == pytest.approx((13 / 3 - 2) / 2**0.5)
+    assert made["stderr"] == pytest.approx(statistics.stdev([1.5, 4.0, 6.0]) / 3**0.5)
+    assert over_items([[1.0]]) == {"mean": 1.0, "std": None, "stderr": None}
 
 
 # prompts on record

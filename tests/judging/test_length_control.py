@@ -1,98 +1,146 @@
-"""The length-controlled win rate, on pairs whose length effect is known and on a real file of preferences."""
+"""The length-controlled win rate is the package's own, on annotations that are made here."""
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
 import math
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lco_lite.console import Console
 from lco_lite.judging.alpaca import length_controlled
+from lco_lite.recipe import Eval
+from lco_lite.tasks import load_task
+
+N = 805
 
 
-def sigmoid(z: float) -> float:
-    return 1 / (1 + math.exp(-z))
+@pytest.fixture
+def told() -> io.StringIO:
+    return io.StringIO()
 
 
-def pairs(theta: float, phi: float, mean: float, n: int = 4_000) -> tuple[list[float], list[float]]:
-    """Wins drawn from the model itself; answers longer than the reference's by ``mean`` of their deviation."""
-    rng = random.Random(0)
-    differences = [rng.gauss(mean, 1.0) * 500 for _ in range(n)]
-    scores = [float(rng.random() < sigmoid(theta + phi * math.tanh(d / 500))) for d in differences]
-    return scores, differences
+@pytest.fixture
+def console(told) -> Console:
+    return Console(stdout=told, stderr=told)
 
 
-@pytest.mark.parametrize("theta", [-1.0, 0.0, 1.0])
-@pytest.mark.parametrize("phi", [0.0, 2.0])
-def test_wins_by_length_alone_are_taken_out(theta, phi):
-    scores, differences = pairs(theta, phi, mean=1.0)
-    raw, controlled = sum(scores) / len(scores), length_controlled(scores, differences)
-    assert controlled == pytest.approx(sigmoid(theta), abs=0.04)
-    if phi:
-        assert raw - controlled > 0.1
-
-
-def test_answers_as_long_as_the_reference_keep_their_win_rate():
-    scores, _ = pairs(0.5, 0.0, 0.0)
-    assert length_controlled(scores, [0] * len(scores)) == pytest.approx(sum(scores) / len(scores), abs=1e-6)
-
-
-def test_the_unit_of_length_and_its_sign_do_not_matter():
-    scores, differences = pairs(0.3, 1.0, 0.5, n=400)
-    found = length_controlled(scores, differences)
-    assert length_controlled(scores, [d / 1_000 for d in differences]) == pytest.approx(found)
-    assert length_controlled(scores, [-d for d in differences]) == pytest.approx(found)
-
-
-def test_scores_between_loss_and_win_count_as_probabilities():
-    scores, differences = pairs(0.3, 1.0, 0.5, n=300)
-    split = length_controlled(scores + [1 - s for s in scores], differences * 2)
-    assert length_controlled([0.5] * 300, differences) == pytest.approx(split, abs=1e-3) == pytest.approx(0.5, abs=1e-3)
-
-
-@pytest.mark.parametrize("score", [0.0, 1.0])
-def test_a_model_that_always_loses_or_wins_does_so_whatever_its_length(score):
-    assert length_controlled([score] * 50, range(50)) == pytest.approx(score, abs=1e-3)
-
-
-def test_scores_that_length_decides_wholly_are_one_half_at_equal_length():
-    differences = [-400, -300, -200, -100, 100, 200, 300, 400]
-    assert length_controlled([0, 0, 0, 0, 1, 1, 1, 1], differences) == pytest.approx(0.5, abs=1e-6)
-
-
-def test_one_pair_is_its_own_score():
-    assert length_controlled([1.0], [30]) == pytest.approx(1.0, abs=1e-3)
-
-
-def test_the_optimum_is_one_the_gradient_of_the_likelihood_is_zero_at():
-    """By hand: with two lengths only, the model without a prior fits the mean score of either exactly."""
-    scores, differences = [1.0] * 600 + [0.0] * 400 + [1.0] * 200 + [0.0] * 800, [100.0] * 1_000 + [-100.0] * 1_000
-    logit = math.log(0.6 / 0.4), math.log(0.2 / 0.8)
-    assert length_controlled(scores, differences) == pytest.approx(sigmoid(sum(logit) / 2), abs=2e-3)
-
-
-def test_difficulty_explains_what_length_does_not():
-    """Long answers stand where instructions are easy: without difficulty, length gets the blame."""
-    rng = random.Random(1)
-    difficulty = [rng.gauss(0, 1.5) for _ in range(4_000)]
-    differences = [300 * (z + rng.gauss(0.5, 0.5)) for z in difficulty]
-    scores = [float(rng.random() < sigmoid(z)) for z in difficulty]
-    raw = sum(scores) / len(scores)
-    assert length_controlled(scores, differences, difficulty) == pytest.approx(raw, abs=0.03)
-    assert length_controlled(scores, differences) < raw - 0.03
-
-
-def test_the_real_preferences_have_their_known_win_rate_and_a_length_effect_of_the_known_sign():
+@pytest.fixture(scope="module")
+def annotations() -> list[dict[str, Any]]:
+    """text_davinci_003 against GPT-4 Turbo, judged by GPT-4 Turbo."""
     file = Path(os.environ.get("LCO_LITE_DATA", ""), "alpaca_eval_pref_davinci003_vs_gpt4turbo.jsonl")
     if not os.environ.get("LCO_LITE_DATA") or not file.exists():
         pytest.skip(f"LCO_LITE_DATA names no folder with {file.name}")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    scores = [row["preference"] - 1 for row in rows]  # 1 where output_2 is better
-    differences = [len(row["output_2"]) - len(row["output_1"]) for row in rows]
-    raw = 100 * sum(scores) / len(scores)
-    controlled = 100 * length_controlled(scores, differences)
-    assert raw == pytest.approx(1.962, abs=1e-3)
-    assert controlled == pytest.approx(7.84, abs=0.01), "its answers are short, and the judge likes long ones"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """The package with a table of its form in place of the hub's: difficulties, and two answers of other lengths."""
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("alpaca_eval", reason="the extra `alpaca` is not installed", exc_type=ImportError)
+    from alpaca_eval.metrics import glm_winrate
+
+    rng = random.Random(0)
+    difficulty = [rng.gauss(0, 1.5) for _ in range(N)]
+    table = []
+    for name, shift in (("concise", 1.0), ("verbose", -1.0)):
+        for i in range(N):
+            delta = rng.gauss(shift, 0.7)
+            preference = 1 / (1 + math.exp(-(0.2 * difficulty[i] - 0.8 * math.tanh(delta) + rng.gauss(0, 0.5))))
+            row = {"model": name, "preference": preference, "index": i, "std_delta_len": delta}
+            table.append(row | {"instruction_difficulty": difficulty[i], "not_gamed_baseline": False})
+    pandas.DataFrame(table).to_csv(tmp_path / "df_gamed.csv", index=False)
+    monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda **asked: str(tmp_path / asked["filename"]))
+    glm_winrate.difficulty = difficulty
+    return glm_winrate
+
+
+def given(annotations: list[dict[str, Any]], places: list[int]) -> tuple[Any, ...]:
+    """The first four arguments of ``length_controlled``."""
+    chosen = [annotations[i] for i in places]
+    scores = [None if one["preference"] is None else one["preference"] - 1 for one in chosen]
+    rows = [{"row": {"output": one["output_1"]}} for one in chosen]
+    return scores, rows, [{"output": one["output_2"]} for one in chosen], places
+
+
+def test_win_rates_and_their_errors_are_the_packages_on_real_annotations(annotations, package, console, told):
+    theirs = package.get_length_controlled_winrate(annotations, save_weights_dir=None)
+    found = length_controlled(*given(annotations, list(range(N))), console)
+    assert 100 * sum(found) / N == pytest.approx(theirs["length_controlled_winrate"], abs=1e-9)
+    assert 100 * error(found) == pytest.approx(theirs["lc_standard_error"], abs=1e-9)
+    raw = [one["preference"] - 1 for one in annotations]
+    assert 100 * sum(raw) / N == pytest.approx(theirs["win_rate"], abs=1e-9) == pytest.approx(1.9621, abs=1e-4)
+    assert 100 * error(raw) == pytest.approx(theirs["standard_error"], abs=1e-9) == pytest.approx(0.4347, abs=1e-4)
+    assert theirs["length_controlled_winrate"] > 2 * theirs["win_rate"] and told.getvalue() == ""
+
+
+@pytest.mark.slow
+def test_the_packages_annotator_gives_its_own_leaderboards_numbers_through_the_task(annotations, package, tmp_path):
+    """With the verdicts that GPT-4 Turbo gave in the package's cache, nothing is asked."""
+    data = Path(os.environ["LCO_LITE_DATA"], "alpaca_eval_gpt4_1106_preview.jsonl")
+    if not data.exists():
+        pytest.skip(f"LCO_LITE_DATA names no folder with {data.name}")
+    task, folder = load_task("alpaca_eval", data), tmp_path / "alpaca_eval--base.files" / "seed-0"
+    folder.mkdir(parents=True)
+    known = [one | {"output_2": one["output_2"].strip()} for one in annotations]
+    (folder / "alpaca-eval-cache.json").write_text(json.dumps(known))
+    texts = {one["instruction"]: one["output_2"] for one in known}
+    rows = [{"id": i.id, "response": texts[i.prompt], "row": dict(i.row)} for i in task.items("test")]
+    settings, screen = Eval(judge_url="alpaca-eval", judge_confirmed=True), Console(stdout=io.StringIO(), quiet=True)
+    found = task.aggregate(rows, settings, folder, screen)
+    theirs = package.get_length_controlled_winrate(known, save_weights_dir=None)
+    assert 100 * sum(found["win_rate"]) / N == pytest.approx(theirs["win_rate"], abs=1e-9)
+    assert 100 * sum(found["lc_win_rate"]) / N == pytest.approx(theirs["length_controlled_winrate"], abs=1e-9)
+    board = next(folder.rglob("leaderboard.csv")).read_text()
+    assert f",{theirs['win_rate']:.6f}"[:8] in board
+
+
+def error(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def test_an_instruction_keeps_its_difficulty_where_others_are_left_out(annotations, package, console):
+    places = list(range(700, 100, -2))
+    found = length_controlled(*given(annotations, places), console)
+    logits, difficulty = [math.log(p / (1 - p)) for p in found], [package.difficulty[i] for i in places]
+    slope = (logits[1] - logits[0]) / (difficulty[1] - difficulty[0])
+    assert abs(slope) > 1e-3
+    assert logits == pytest.approx([logits[0] + slope * (d - difficulty[0]) for d in difficulty], abs=1e-6)
+
+
+def test_pairs_without_a_verdict_are_left_out_of_the_fit(annotations, package, console):
+    some = [one | {"preference": None} if i % 50 == 0 else one for i, one in enumerate(annotations)]
+    theirs = package.get_length_controlled_winrate(some, save_weights_dir=None)
+    found = length_controlled(*given(some, list(range(N))), console)
+    assert 100 * sum(found) / N == pytest.approx(theirs["length_controlled_winrate"], abs=1e-9)
+
+
+def test_without_the_hub_it_is_said_what_is_missing(annotations, package, console, told, monkeypatch):
+    def offline(**asked: Any) -> None:
+        raise OSError("cannot reach the hub")
+
+    monkeypatch.setattr(package, "hf_hub_download", offline)
+    assert length_controlled(*given(annotations, list(range(N))), console) is None
+    said = " ".join(told.getvalue().split())
+    assert "OSError: cannot reach the hub" in said and "df_gamed.csv of the hub set tatsu-lab/alpaca_eval" in said
+
+
+def test_without_the_package_its_extra_is_named(console, told, monkeypatch):
+    real = builtins.__import__
+
+    def absent(name: str, *more: Any) -> Any:
+        if name.startswith("alpaca_eval"):
+            raise ModuleNotFoundError("No module named 'alpaca_eval'")
+        return real(name, *more)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    assert length_controlled([1.0], [{"row": {"output": "a"}}], [{"output": "b"}], [0], console) is None
+    assert "lco-lite[alpaca]" in told.getvalue()

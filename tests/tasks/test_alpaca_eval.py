@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -11,14 +13,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
 from lco_lite.console import Console
 from lco_lite.errors import DataError, LcoError, UsageError
+from lco_lite.evaluation.compare import paired_bootstrap
+from lco_lite.judging import alpaca
 from lco_lite.judging.alpaca import judge_key
 from lco_lite.recipe import Eval
-from lco_lite.tasks import load_task
+from lco_lite.tasks import alpaca_eval, load_task
 from tests.judging.server import Said, chat_server
 from tests.models.families import save
 
@@ -134,8 +139,8 @@ def test_a_judge_gives_win_rates_and_its_verdicts_are_kept(task, tmp_path):
         metrics = task.aggregate(rows, judged(server.url, judge_price=(1.0, 1.0)), folder, screen)
         again = task.aggregate(rows, judged(server.url, judge_limit=0), folder, Screen())
         assert len(server.requests) == 8
-    assert list(metrics)[:2] == ["win_rate", "lc_win_rate"]
-    assert metrics["win_rate"] == 0.5  # the third is one character shorter than its reference
+    assert metrics["win_rate"] == [1.0, 1.0, 0.0, 0.0]  # the third is one character shorter than its reference
+    assert "lc_win_rate" not in metrics and "not AlpacaEval's 805 instructions" in screen.told
     assert metrics["orders_agree"] == 1.0 and metrics["off_point"] == 0.0
     assert again == metrics
     assert "8 requests" in screen.told and "$" in screen.told
@@ -149,34 +154,86 @@ def test_a_judge_that_is_off_the_point_is_reported(task, tmp_path):
     screen = Screen()
     with chat_server(lambda request, n: Said("I cannot say")) as server:
         metrics = task.aggregate(rows_of(task, ["a"] * 4), judged(server.url), folder_of(tmp_path), screen)
-    assert metrics["win_rate"] == 0.5 and metrics["off_point"] == 1.0
+    assert metrics["win_rate"] == [0.5] * 4 and metrics["off_point"] == 1.0
     assert "8 of 8 verdicts were neither" in screen.told
 
 
-def test_answers_all_shorter_than_the_reference_come_with_a_warning(tmp_path):
-    task = load_task(
-        "alpaca_eval", write(tmp_path / "alpaca.jsonl", *(ROWS[3] | {"instruction": str(i)} for i in range(40)))
-    )
-    screen = Screen()
+def test_length_is_controlled_for_by_an_instructions_place_and_its_absence_is_not_for_good(task, tmp_path, monkeypatch):
+    """Where the package or its table is not to be had, the raw win rate stands and the same command tries again."""
+    texts = "\n".join(" ".join(row["instruction"].split()) for row in ROWS)
+    monkeypatch.setattr(alpaca_eval, "INSTRUCTIONS", hashlib.sha256(texts.encode()).hexdigest()[:16])
+    asked = []
+
+    def controlled(scores, rows, outputs, places, console):
+        asked.append((scores, [row["row"]["output"] for row in rows], [o["output"] for o in outputs], places))
+        return None if len(asked) < 3 else [0.25] * len(scores)
+
+    monkeypatch.setattr(alpaca, "length_controlled", controlled)
+    rows = rows_of(task, ["longer", "a far longer one", "word word", "x"])
     with chat_server(prefers_longer) as server:
-        task.aggregate(rows_of(task, ["x"] * 40), judged(server.url), folder_of(tmp_path), screen)
-    assert "0% of the answers are longer" in screen.told
+        some = task.aggregate([rows[1], rows[3]], judged(server.url), folder_of(tmp_path), Screen())
+        assert some["lc_win_rate"] is None and some["win_rate"] == [1.0, 0.0]
+        assert asked[0] == ([1.0, 0.0], [ROWS[1]["output"], ROWS[3]["output"]], ["a far longer one", "x"], [1, 3])
+
+        save("llama", tmp_path / "model", max_position_embeddings=512)
+        judge = ["--judge-url", server.url, "--judge-model", "m", "--yes", "--json"]
+        # a pass of two has it, and a metric that only one has is none
+        first = json.loads(evaluate(tmp_path, *judge).stdout)["alpaca_eval"]
+        assert first["missing"] == ["lc_win_rate"] and "lc_win_rate" not in first["metrics"]
+        assert first["metric"] == "win_rate" and first["stderr"] is not None
+        requests = len(server.requests)
+        again = evaluate(tmp_path, *judge)
+        second = json.loads(again.stdout)["alpaca_eval"]
+        assert "only the scores are made anew" in again.stderr and len(server.requests) == requests
+        assert second["metrics"]["lc_win_rate"] == {"mean": 0.25, "std": 0.0, "stderr": 0.0}
+        assert "missing" not in second and second["metrics"]["win_rate"] == first["metrics"]["win_rate"]
+        assert "has been scored already" in evaluate(tmp_path, *judge).stderr
 
 
-def test_the_difficulty_of_instructions_is_used_where_the_data_has_it(tmp_path):
-    rows = [ROWS[2] | {"instruction": f"Do {i}", "instruction_difficulty": float(i % 5 - 2)} for i in range(40)]
-    # whether an answer wins is a matter of its instruction; where it wins it is longer too
-    responses = ["word " * (3 + i % 2) if i % 5 > 2 else "w" for i in range(40)]
-    found = []
-    for known in (True, False):
-        keep = rows if known else [{k: v for k, v in row.items() if k != "instruction_difficulty"} for row in rows]
-        task = load_task("alpaca_eval", write(tmp_path / f"{known}.jsonl", *keep))
-        with chat_server(prefers_longer) as server:
-            folder = tmp_path / str(known) / "seed-0"
-            folder.mkdir(parents=True)
-            found.append(task.aggregate(rows_of(task, responses), judged(server.url), folder, Screen()))
-    assert found[0]["win_rate"] == found[1]["win_rate"]
-    assert found[0]["lc_win_rate"] != pytest.approx(found[1]["lc_win_rate"], abs=1e-3)
+@pytest.mark.parametrize("name", ["alpaca_eval_gpt4_1106_preview", "alpaca_eval_text_davinci_003"])
+def test_the_real_instructions_are_known_and_have_their_places(name):
+    folder = os.environ.get("LCO_LITE_DATA")
+    if not folder or not Path(folder, f"{name}.jsonl").exists():
+        pytest.skip(f"LCO_LITE_DATA names no folder with {name}.jsonl")
+    task = load_task("alpaca_eval", Path(folder, f"{name}.jsonl"))
+    items = task.items("test")
+    assert task._places([{"id": items[i].id} for i in (7, 804)]) == [7, 804]
+
+
+def test_scores_of_a_judge_are_compared_item_by_item(task, tmp_path, monkeypatch):
+    """Against the mean of both passes, from what ``judged.jsonl`` says of each row."""
+    write(tmp_path / "alpaca.jsonl", *(ROWS[i % 4] | {"instruction": f"Say {i}"} for i in range(8)))
+    for seed, family in enumerate(("llama", "qwen3")):
+        save(family, tmp_path / f"model{seed}", max_position_embeddings=512)
+    runs, flags = tmp_path / "runs", ["-s", "eval.max_new_tokens=12", "--runs", str(tmp_path / "runs")]
+    with chat_server(prefers_longer) as server:
+        judge = ["--judge-url", server.url, "--judge-model", "m", "--yes", "--data", str(tmp_path / "alpaca.jsonl")]
+        for seed in (0, 1):
+            of = ["--model", str(tmp_path / f"model{seed}"), "--name", f"m{seed}", "--device", "cpu", "--seeds", "2"]
+            unjudged = CliRunner().invoke(app, ["eval", "alpaca_eval", *of, *flags, *judge[5:]])
+            assert unjudged.exit_code == 0, unjudged.output
+        both = ["eval", "alpaca_eval", "--runs", str(runs), "--compare", "m0/base", "m1/base"]
+        refused = CliRunner().invoke(app, both)
+        assert refused.exit_code == 2 and "not there item by item" in " ".join(refused.stderr.split())
+        assert "--judge-url" in refused.stderr
+        for seed in (0, 1):
+            of = ["--model", str(tmp_path / f"model{seed}"), "--name", f"m{seed}", "--device", "cpu", "--seeds", "2"]
+            assert CliRunner().invoke(app, ["eval", "alpaca_eval", *of, *flags, *judge]).exit_code == 0
+    result = CliRunner().invoke(app, [*both, "--json"])
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)["alpaca_eval"]
+    means = []
+    for seed in (0, 1):
+        files = sorted((runs / f"m{seed}").rglob("judged.jsonl"))
+        passes = [[json.loads(line)["score"] for line in file.read_text().splitlines()] for file in files]
+        assert len(passes) == 2
+        means.append([(x + y) / 2 for x, y in zip(*passes, strict=True)])
+    found = paired_bootstrap(torch.tensor(means[1]) - torch.tensor(means[0]))
+    assert made["metric"] == "win_rate" and made["items"] == 8 and made["flipped"] == []
+    assert made["difference"] == pytest.approx(found.mean) and made["p"] == found.p
+    assert made["mean_a"] == pytest.approx(sum(means[0]) / 8)
+    shown = " ".join(CliRunner().invoke(app, both).stdout.split())
+    assert f"alpaca_eval win_rate: m0/base {made['mean_a']:.3f} → m1/base {made['mean_b']:.3f}" in shown
 
 
 @pytest.mark.parametrize(
@@ -233,8 +290,6 @@ def package(monkeypatch):
     """An ``alpaca_eval`` that remembers what it was called with."""
     import importlib.machinery
 
-    import pandas
-
     fake = ModuleType("alpaca_eval")
     fake.__spec__ = importlib.machinery.ModuleSpec("alpaca_eval", None)
     fake.calls = []
@@ -243,8 +298,10 @@ def package(monkeypatch):
         fake.calls.append(called)
         if fake.fails:
             raise RuntimeError("no key")
-        return pandas.DataFrame({"win_rate": [12.5], "length_controlled_winrate": [25.0]}, index=[called["name"]]), None
+        preferences = dict(zip([o["instruction"] for o in called["model_outputs"]], fake.preferences, strict=False))
+        return None, [{"instruction": i, "preference": p} for i, p in reversed(preferences.items())]
 
+    fake.preferences = [1.0, 2.0, 1.25, 1.5]
     fake.evaluate, fake.fails = evaluate, False
     monkeypatch.setitem(sys.modules, "alpaca_eval", fake)
     return fake
@@ -254,12 +311,25 @@ def test_the_package_judges_where_it_is_asked_for(task, tmp_path, package):
     folder = folder_of(tmp_path)
     rows = rows_of(task, ["a", "b", "c", "d"])
     metrics = task.aggregate(rows, Eval(judge_url="alpaca-eval", judge_confirmed=True), folder, Screen())
-    assert metrics == {"win_rate": 0.125, "lc_win_rate": 0.25, "mean_length": 1.0}
+    assert metrics == {"win_rate": [0.0, 1.0, 0.25, 0.5], "mean_length": 1.0}
+    kept = [json.loads(line) for line in (folder / "judged.jsonl").read_text().splitlines()]
+    assert kept[2] == {"id": "alpaca_eval/test/2", "score": 0.25}
     called = package.calls[0]
     assert called["model_outputs"] == json.loads((folder / "outputs.json").read_text())
     assert called["reference_outputs"] == ROWS
     assert called["annotators_config"] == "weighted_alpaca_eval_gpt4_turbo"
-    assert called["precomputed_leaderboard"] is None and called["metric_kwargs"] == {"save_weights_dir": None}
+    assert called["precomputed_leaderboard"] is None and called["fn_metric"] == "get_winrate"
+
+
+@pytest.mark.parametrize("none", [None, math.nan])
+def test_what_the_package_has_no_preference_for_is_left_out_and_told(task, tmp_path, package, none):
+    package.preferences = [none, 2.0, 0, 1.0]  # 0 is a draw in its older annotations
+    screen, settings = Screen(), Eval(judge_url="alpaca-eval", judge_confirmed=True)
+    metrics = task.aggregate(rows_of(task, ["a"] * 4), settings, folder_of(tmp_path), screen)
+    assert metrics["win_rate"] == [None, 1.0, 0.5, 0.0] and "1 of 4 pairs have no verdict" in screen.told
+    package.preferences = [none] * 4
+    with pytest.raises(LcoError, match="none of its 4 annotations"):
+        task.aggregate(rows_of(task, ["a"] * 4), settings, tmp_path, Screen())
 
 
 def test_the_package_is_not_called_for_more_than_the_limit_without_a_yes(task, tmp_path, package):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from lco_lite.cli import app
 from lco_lite.console import Console
 from lco_lite.errors import DataError, ModelError, UsageError
+from lco_lite.files import read_jsonl
 from lco_lite.recipe import Eval
 from lco_lite.tasks import load_task
 from lco_lite.tasks.qa_feedback import qa_prompt
@@ -114,7 +115,7 @@ def test_training_items_show_their_answer(tmp_path):
     assert load_task("qa_feedback", tmp_path).items("train")[0].demonstration == "Ann sang it."
 
 
-def test_each_reward_is_a_mean_over_answers_and_the_main_one_the_mean_of_the_three(tmp_path, models):
+def test_each_reward_is_a_number_an_answer_and_the_main_one_the_mean_of_the_three(tmp_path, models):
     task = load_task("qa_feedback", write(tmp_path / "qa.jsonl", ROW, FEEDBACK_ROW, ROW))
     rows = rows_of(task, ["<think>Ann?</think> Ann sang it. It came out in May.", "Bob.", ""])
     metrics = task.aggregate(rows, Eval(reward_models=models), tmp_path, quiet())
@@ -122,8 +123,8 @@ def test_each_reward_is_a_mean_over_answers_and_the_main_one_the_mean_of_the_thr
     assert list(metrics)[0] == "reward"
     assert [row["id"] for row in kept] == [row["id"] for row in rows]
     for name in models:
-        assert metrics[name] == pytest.approx(sum(row[name] for row in kept) / 3)
-    assert metrics["reward"] == pytest.approx(sum(metrics[name] for name in models) / 3)
+        assert metrics[name] == [row[name] for row in kept]
+    assert metrics["reward"] == pytest.approx([sum(row[name] for name in models) / 3 for row in kept])
     assert {"relevance_share", "factuality_share"} < set(metrics) and "completeness_share" not in metrics
     assert kept[2]["relevance"] == kept[2]["factuality"] == -1.0
     assert all(0 <= metrics[f"{name}_share"] <= 1 for name in ("relevance", "factuality"))
@@ -185,13 +186,17 @@ def test_it_is_scored_by_the_command_line_and_anew_by_other_reward_models(tmp_pa
     found = json.loads(first.stdout)["qa_feedback"]
     assert found["metric"] == "reward" and found["seeds"] == 2 and found["std"] is not None
     rows = next((tmp_path / "runs").glob("*/eval/qa_feedback--base.rows.jsonl"))
-    before = rows.stat().st_mtime_ns
+    before = read_jsonl(rows)
+    assert sum(row["score"] for row in before) / 4 == pytest.approx(found["mean"])
+    assert found["stderr"] is not None
     other = save_reward_model(tmp_path / "other", False, 2, seed=9)
     again = evaluate(tmp_path, *data, *named, "-s", f"eval.reward_models.completeness={other}", "--json")
     changed = json.loads(again.stdout)["qa_feedback"]
     assert changed["metrics"]["completeness"] != found["metrics"]["completeness"]
     assert changed["metrics"]["relevance"] == found["metrics"]["relevance"]
-    assert rows.stat().st_mtime_ns == before, "the responses are those of before"
+    after = read_jsonl(rows)
+    assert [row | {"score": 0} for row in after] == [row | {"score": 0} for row in before], "the same responses"
+    assert [row["score"] for row in after] != [row["score"] for row in before]
 
 
 @pytest.mark.parametrize(
@@ -216,4 +221,4 @@ def test_the_real_feedback_file_is_scored(tmp_path, models):
     some = task.items("test")[:6]
     rows = [{"id": item.id, "response": item.row["prediction 1"], "row": dict(item.row)} for item in some]
     metrics = task.aggregate(rows, Eval(reward_models=models), tmp_path, quiet())
-    assert -1 <= metrics["relevance"] <= 1 and -1 <= metrics["factuality"] <= 1
+    assert all(-1 <= value <= 1 for name in ("relevance", "factuality") for value in metrics[name])
