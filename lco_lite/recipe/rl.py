@@ -191,6 +191,12 @@ class Rl(Training):
         return self.feedback in ("dpo", "logprob")
 
     @property
+    def eps(self) -> float:
+        """AdamW's ε. One advantage among V, averaged over V, gives gradients of 1e-9, and a step of g / (|g| + ε)."""
+        thin = self.objective in ("mse", "lch") and not self.is_dense and self.weighting == "mean"
+        return 1e-14 if self.adam_eps is None and thin and not self.variant.top_k else super().eps
+
+    @property
     def needs_reward_model(self) -> bool:
         """Whether the feedback is the φ_DPO that train-rm makes."""
         return self.feedback in ("dpo", "dpo_sampled")

@@ -228,11 +228,18 @@ class Training(Section):
     schedule: Literal["constant", "cosine"] = setting("cosine", "learning rate after warm-up", "common practice")
     warmup_steps: int = setting(0, "updates of linear warm-up", "TRL", ge=0)
     adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas", "TRL")
+    adam_eps: float | None = setting(
+        None, "AdamW's ε; null: 1e-8, and 1e-14 where mse or lch of sparse feedback are a mean over V", "TRL", gt=0
+    )
     weight_decay: float = setting(0.0, "AdamW's decoupled decay", "TRL", ge=0)
     max_grad_norm: float | None = setting(1.0, "clip the gradient's 2-norm; null: never. Logged unclipped", "TRL", gt=0)
     micro_batch_tokens: int = setting(8192, "padded tokens a pass; fewer need less memory", "fits 3B in 12 GB", ge=16)
     max_length: int = setting(2048, "prompt and response, tokens; longer ones are skipped and counted", "paper", ge=8)
     save_every: int = setting(50, "updates between checkpoints (in rl: steps)", "minutes of work at risk", ge=1)
+
+    @property
+    def eps(self) -> float:
+        return 1e-8 if self.adam_eps is None else self.adam_eps
 
 
 class Sft(Training):

@@ -231,7 +231,9 @@ def ppo(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
     loss, seen = policy_gradient(models, micro, hidden, rl)
     values = need(models.critic)(hidden)
     old_values, returns = micro.per_token["values"], micro.per_token["returns"]
-    return loss + rl.value_coef * value_loss(values, old_values, returns, rl.value_clip, micro.tokens), seen
+    lost = value_loss(values, old_values, returns, rl.value_clip, micro.tokens)
+    a_token = lost.detach() * (micro.tokens / len(values))  # of this micro-batch, mean
+    return loss + rl.value_coef * lost, seen | {"value_loss": a_token.expand(len(values))}
 
 
 # distillation

@@ -6,6 +6,8 @@ from lco_lite.checkpoint import checkpoints
 from lco_lite.context import Context
 from lco_lite.errors import Diverged, UsageError
 from lco_lite.evaluation.evaluate import check_all, score_all
+from lco_lite.recipe import Recipe
+from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.run import StageFolder, stage_settings
 from lco_lite.train.methods import method_of
 from lco_lite.train.reward_model import train_rm
@@ -20,12 +22,27 @@ def train(ctx: Context, stage: str, fresh: bool = False) -> None:
         reasons = {"sft": "sft.enabled: false", "rm": "rl.feedback is neither dpo nor dpo_sampled"}
         reason = reasons.get(stage, "rl.objective is another")
         raise UsageError(f"the recipe has no {stage} stage ({reason}); it has {', '.join(wanted)}")
+    refuse_float16(ctx.recipe)
     method_of(ctx.recipe.rl)  # a function of the user's that does not fit is told before anything is trained
     if fresh:
         for name in ctx.run.discard_from(stage):
             ctx.console.note(f"{name}: deleted, to start again")
     for i, name in enumerate(wanted[: wanted.index(stage) + 1]):
         _train_one(ctx, name, {before: ctx.run.stage(before).id() for before in wanted[:i]})
+
+
+def refuse_float16(recipe: Recipe) -> None:
+    """Raises UsageError where gradients would pass through float16. Scores may be made in it."""
+    rm = recipe.reward_model
+    trained: dict[str, Weights] = {"model": recipe.model}
+    if isinstance(rm, RewardModel) and recipe.rl.needs_reward_model:
+        trained["reward_model"] = rm
+    for section, weights in trained.items():
+        if weights.dtype == "float16":
+            raise UsageError(
+                f"{section}.dtype: float16 is too narrow for gradients: those under 6e-8 become 0, and the loss is not "
+                f"scaled to keep them. Set {section}.dtype to bfloat16 or float32; eval takes float16."
+            )
 
 
 def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:

@@ -58,9 +58,10 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
             with ctx.clock("score"):
                 plan = plan_minibatches(phase.examples, rl, recipe.seed, step)
                 minibatches = score(models, phase, plan, rl)  # A and z* stand still until the next step
-            report = Report(phase, rl)
+            report, order = Report(phase, rl), list(order_of_updates(len(minibatches), rl, recipe.seed, step))
+            training.expect(len(order))
             with ctx.clock("update"), policy.model.training_mode():
-                for which in order_of_updates(len(minibatches), rl, recipe.seed, step):
+                for which in order:
                     training.stop_if_asked()
                     for micro in minibatches[which]:
                         micro = micro.to(device)

@@ -1,0 +1,196 @@
+"""What every stage's updates go through: masters of 16-bit weights, Adam's ε, a critic's own clip, the schedule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import typer
+from torch.nn import Parameter
+
+from lco_lite.console import Console
+from lco_lite.context import Context
+from lco_lite.errors import UsageError
+from lco_lite.metrics import read_log
+from lco_lite.objectives.head import Head
+from lco_lite.objectives.lco import lco_loss
+from lco_lite.objectives.targets import SparseTarget
+from lco_lite.recipe import Rl
+from lco_lite.recipe.file import load_recipe
+from lco_lite.recipe.sections import Lora, TrainRm
+from lco_lite.run import Run
+from lco_lite.train import methods
+from lco_lite.train.rollouts import Rollouts
+from lco_lite.train.training import StageTraining
+from tests.models.families import load, save
+from tests.train.test_chain import killed_after, run_stage, same, trained
+
+BF16 = ("model.dtype=bfloat16", "model.lora=null")
+
+
+@pytest.fixture
+def training(tiny, tmp_path):
+    """Makes what trains these parameters, in a run of its own."""
+
+    def make(parameters, settings, updates=20):
+        ctx = Context(Run.open(tmp_path, "run"), load_recipe(tiny), Console(quiet=True), torch.device("cpu"))
+        return StageTraining(ctx, ctx.run.stage("rm"), parameters, settings, updates, updates)
+
+    return make
+
+
+@pytest.mark.parametrize("lr", [1e-6, 5e-6])
+def test_masters_of_bf16_weights_move_as_an_fp32_optimiser_fed_the_same_gradients(tmp_path, training, lr):
+    """Gradients of several micro-batches are summed in fp32; on the weights themselves the updates would be lost."""
+    folder = save("llama", tmp_path / "m")
+    model, twin = load(folder, dtype="bfloat16"), load(folder, dtype="bfloat16")
+    named = model.trainable_full(freeze_head=True)
+    twins = [p for _, p in twin.trainable_full(freeze_head=True)]
+    stage = training(named, TrainRm(lr=lr, schedule="constant"))
+    first = [p.detach().float() for p in twins]
+    wide, raw = ([Parameter(p.detach().clone().to(dtype)) for p in twins] for dtype in (torch.float32, torch.bfloat16))
+    adamw = [torch.optim.AdamW(kind, lr=lr, weight_decay=0.0) for kind in (wide, raw)]
+
+    def loss(model, ids):
+        return model.hidden_states(ids, torch.ones_like(ids)).float().square().mean()
+
+    for update in range(10):
+        batches = torch.randint(4, 250, (2, 3, 9), generator=torch.Generator().manual_seed(update))
+        with torch.no_grad():
+            for p, q in zip(twins, [p for _, p in named], strict=True):
+                p.copy_(q)
+        parts = [torch.autograd.grad(loss(twin, ids), twins) for ids in batches]
+        for ids in batches:
+            loss(model, ids).backward()
+        stage.update()
+        for kind, optimiser in zip((wide, raw), adamw, strict=True):
+            for p, *gradients in zip(kind, *parts, strict=True):
+                p.grad = sum(g.float() for g in gradients).to(p.dtype)
+            torch.nn.utils.clip_grad_norm_(kind, 1.0)
+            optimiser.step()
+    assert all(torch.equal(master, p) for master, p in zip(stage.masters.values(), wide, strict=True))
+    assert all(torch.equal(p.detach(), master.bfloat16()) for (_, p), master in zip(named, wide, strict=True))
+
+    def moved(weights):
+        return torch.cat([(p.detach().float() - before).flatten() for p, before in zip(weights, first, strict=True)])
+
+    asked, lost = moved(wide), moved(raw)
+    seen = torch.cat([(p.grad.flatten() != 0) for p in wide])  # embeddings of tokens that no batch has get none
+    assert (asked[seen] != 0).float().mean() > 0.99
+    assert (lost[seen] != 0).float().mean() < 0.2 and torch.cosine_similarity(asked, lost, dim=0) < 0.5
+
+
+def test_weights_of_32_bits_and_adapters_are_their_own_masters(tmp_path, training):
+    model = load(save("llama", tmp_path / "m"), dtype="bfloat16")
+    model.add_adapter("policy", Lora(r=2), 0)
+    stage = training(model.trainable("policy"), TrainRm())
+    assert all(stage.masters[name] is p and p.dtype == torch.float32 for name, p in stage.parameters.items())
+
+
+@pytest.mark.parametrize(("stage", "after"), [("rm", 1), ("rl-kld", 1)])
+def test_full_fine_tuning_in_bf16_goes_on_to_the_same_bits_by_the_masters_in_its_checkpoints(
+    tiny, monkeypatch, stage, after
+):
+    lr = ("train_rm.lr=1e-5", "rl.lr=1e-5", "rl.warmup_steps=0")  # most masters do not reach the next bf16 number
+    whole = run_stage(tiny, stage, *BF16, *lr, name="whole")
+    with killed_after(monkeypatch, stage, after):
+        run_stage(tiny, stage, *BF16, *lr, name="cut")
+    cut = run_stage(tiny, stage, *BF16, *lr, name="cut")
+    assert same(trained(whole, stage), trained(cut, stage))
+
+
+@pytest.mark.parametrize("setting", ["model.dtype=float16", "reward_model={path: x, dtype: float16}"])
+def test_training_in_float16_is_refused_with_the_reason_before_anything_is_done(tiny, capsys, setting):
+    with pytest.raises(typer.Exit) as e:
+        run_stage(tiny, "rl-kld", setting)
+    assert e.value.exit_code == UsageError.exit_code
+    told = capsys.readouterr().err
+    assert setting.partition("=")[0].partition(".")[0] in told and "bfloat16 or float32" in told
+    assert not (tiny.parent / "runs/tiny/sft").exists()
+
+
+@pytest.mark.parametrize("objective", ["mse", "lch"])
+def test_a_sparse_mean_over_a_real_vocabulary_takes_the_step_that_the_learning_rate_says(training, objective):
+    generator = torch.Generator().manual_seed(0)
+    rows, tokens = 49_152, 512
+    head = Head(torch.randn(rows, 8, generator=generator) * 0.1)
+    old = torch.randn(tokens, 8, generator=generator)
+    signs = torch.randint(0, 2, (tokens,), generator=generator) * 2.0 - 1
+    target = SparseTarget(old, 1.0, torch.randint(0, rows, (tokens,), generator=generator), signs)
+
+    def size(eps, weighting):
+        """A first step over the learning rate, mean over weights."""
+        asked = {"objective": objective, "feedback": "rule", "adam_eps": eps, "weighting": weighting, "warmup_steps": 0}
+        hidden, rl = Parameter(old.clone()), Rl.model_validate({**asked, "lr": 1e-3})
+        lco_loss(objective, hidden, head, target, weighting)[0].backward()
+        training([("hidden", hidden)], rl).update()
+        return ((hidden.detach() - old).abs().mean() / 1e-3).item()
+
+    assert size(1e-8, "mean") < 0.5, "TRL's ε is larger than the gradient"
+    assert size(None, "mean") == pytest.approx(1, abs=1e-2) and size(None, "sum") == pytest.approx(1, abs=1e-2)
+
+
+def test_only_the_sparse_mean_has_a_smaller_epsilon_and_ones_own_counts():
+    def eps(**rl):
+        return Rl.model_validate(rl).eps
+
+    assert eps(objective="mse", feedback="rule") == eps(objective="lch", feedback="dpo_sampled") == 1e-14
+    others = [{"objective": "mse"}, {"objective": "kld", "feedback": "rule"}, {"objective": "grpo"}]
+    others += [{"objective": "mse", "feedback": "rule", "weighting": w} for w in ("sum", "policy")]
+    others += [{"objective": "mse", "feedback": "rule", "variant": {"top_k": 1}}]
+    assert {eps(**rl) for rl in others} == {1e-8} == {TrainRm().eps}
+    assert eps(objective="mse", feedback="rule", adam_eps=1e-6) == 1e-6
+
+
+def test_a_critic_is_clipped_and_measured_by_itself(training):
+    policy, critic = Parameter(torch.zeros(3)), Parameter(torch.zeros(3))
+    stage = training([("w", policy), ("critic.w", critic)], TrainRm(max_grad_norm=1.0))
+    stage.adamw.register_step_pre_hook(lambda *_: seen.extend(p.grad.norm().item() for p in (policy, critic)))
+    seen: list[float] = []
+    policy.grad, critic.grad = torch.full((3,), 0.1), torch.full((3,), 100.0)
+    told = stage.update()
+    assert told["grad_norm"] == pytest.approx(0.1 * math.sqrt(3))
+    assert told["critic_grad_norm"] == pytest.approx(100 * math.sqrt(3))
+    assert seen == pytest.approx([0.1 * math.sqrt(3), 1.0], rel=1e-4), "the policy's is under the limit and stays"
+
+
+def test_ppo_tells_its_critics_loss_and_gradient_apart(tiny, monkeypatch):
+    parts = []
+    real = methods.value_loss
+
+    def spy(values, old_values, returns, clip, tokens):
+        parts.append(0.5 * (values.detach() - returns).square().sum().item() / tokens)  # with a clip that never acts
+        return real(values, old_values, returns, clip, tokens)
+
+    monkeypatch.setattr(methods, "value_loss", spy)
+    ctx = run_stage(tiny, "rl-ppo", "rl.objective=ppo", "rl.value_clip=1e9", "rl.micro_batch_tokens=40")
+    updates = read_log(ctx.run.stage("rl-ppo").path / "updates.jsonl")
+    assert len(parts) > len(updates), "several micro-batches an update"
+    assert sum(u["value_loss"] for u in updates) == pytest.approx(sum(parts), rel=1e-4)
+    assert all(u["critic_grad_norm"] > 0 for u in updates)
+    assert {"value_loss", "critic_grad_norm"} <= set(read_log(ctx.run.stage("rl-ppo").metrics)[0])
+    other = run_stage(tiny, "rl-grpo", "rl.objective=grpo", "rl.prompts_per_step=4")
+    assert not {"value_loss", "critic_grad_norm"} & set(read_log(other.run.stage("rl-grpo").metrics)[0])
+
+
+def test_the_schedule_ends_with_the_last_update_where_dynamic_sampling_makes_phases_smaller(tiny, monkeypatch):
+    real = Rollouts.phase
+    sizes = {0: 8, 1: 3, 2: 5}
+
+    def smaller(self, step, stop_if_asked):
+        return real(self, step, stop_if_asked).only(range(sizes[step]), 1)
+
+    sets = ("rl.feedback=rule", "rl.steps=3", "rl.inner_epochs=1", "rl.schedule=cosine", "rl.warmup_steps=2")
+
+    def rates(name):
+        ctx = run_stage(tiny, "rl-kld", *sets, name=name)
+        return [row["lr"] / 1e-3 for row in read_log(ctx.run.stage("rl-kld").path / "updates.jsonl")]
+
+    def cosine(update, total):
+        return 0.5 * (1 + math.cos(math.pi * (update - 2) / (total - 2)))
+
+    assert rates("full") == pytest.approx([0.5, 1.0, *(cosine(u, 6) for u in range(2, 6))])
+    monkeypatch.setattr(Rollouts, "phase", smaller)
+    # minibatches of 4: two updates, one where two were planned, two
+    assert rates("smaller") == pytest.approx([0.5, 1.0, cosine(2, 5), cosine(3, 5), cosine(4, 5)])
