@@ -88,8 +88,9 @@ def minillm(
     gain, clipped = surrogate(ratio, batch.advantages, clip)
     following = -(weights * gain).sum() / batch.tokens
     slope = (weights * ratio * batch.advantages * (clipped - 1)).detach()  # of −wρR, and 0 where the clip holds it
-    more = {"actions": batch.actions, "slope": slope, "temperature": temperature}
-    next_token, values = jsd_loss(hidden, head, teacher, 1.0, weights, **more)
+    next_token, values = jsd_loss(
+        hidden, head, teacher, 1.0, weights, actions=batch.actions, slope=slope, temperature=temperature
+    )
     values["loss"] = values["loss"] - weights * gain.detach()
     return next_token * (len(hidden) / batch.tokens) + following, values | {"clipped": clipped}
 
