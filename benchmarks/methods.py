@@ -23,6 +23,7 @@ from lco_lite.evaluation.evaluate import evaluate_stage
 from lco_lite.files import write_json
 from lco_lite.metrics import read_log
 from lco_lite.recipe import Rl
+from lco_lite.recipe.file import find_recipe, load_recipe
 from lco_lite.recipe.rl import LCO, METHOD_DEFAULTS
 from lco_lite.tasks import load_task
 from lco_lite.train.pipeline import train
@@ -64,6 +65,7 @@ def result(recipe: str, runs: Path, seed: int, objective: str, lr: float | None,
         return known
     each = Rl.model_validate({"objective": objective}).responses_per_prompt
     flags = {"seed": seed, "rl.objective": objective, "rl.prompts_per_step": RESPONSES // each, "rl.lr": lr}
+    flags["rl.inner_epochs"] = load_recipe(find_recipe(recipe)).rl.inner_epochs  # the same for all
     with command(recipe, runs, f"seed-{seed}", sets, flags, quiet=True) as ctx:
         stage = ctx.recipe.rl.stage
         train(ctx, stage, fresh=(ctx.run.stage(stage).path / "done.json").exists())

@@ -18,8 +18,8 @@ from lco_lite.console import Console
 from lco_lite.errors import Interrupted, LcoError, MemoryExhausted, UsageError
 from lco_lite.files import write_text
 from lco_lite.metrics import peak_mib
-from lco_lite.recipe import Recipe, Rl
-from lco_lite.recipe.file import find_recipe, load_recipe, override, validate
+from lco_lite.recipe import Recipe
+from lco_lite.recipe.file import find_recipe, load_recipe, overridden
 from lco_lite.run import Run
 
 if TYPE_CHECKING:
@@ -60,28 +60,29 @@ def command(
     ``model``: any model or adapter folder or hub id, for ``tasks``; its scores lie in a run of their own, eval-MODEL.
     """
     with boundary():
-        adapter = None
+        adapter, console = None, Console(quiet, json)
         if model is not None:
             if not tasks:
                 raise UsageError("eval --model: name at least one task, e.g. `lco-lite eval math500 --model PATH`")
             base, adapter = _base_and_adapter(model)
             # nothing is trained: no demonstrations are needed and no pairs are sampled
             bare = {"model": {"path": base}, "task": tasks[0], "sft": {"enabled": False}, "data": {"preferences": "-"}}
-            resolved = validate(override(bare, sets, flags), "eval --model")
+            resolved = overridden(bare, sets, flags, console.note, "eval --model")
             name = name or "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
         elif recipe is not None:
-            resolved = load_recipe(find_recipe(recipe), sets, flags)
+            resolved = load_recipe(find_recipe(recipe), sets, flags, console.note)
             name = name or resolved.name
         else:
             run = Run.newest(runs) if name is None else Run(runs / name)
-            resolved, name = _overridden(run.recipe(), sets, flags), run.name
+            kept, name = run.recipe().model_dump(mode="json"), run.name
+            resolved = overridden(kept, sets, flags, console.note, "the run's recipe with your flags")
         if dry_run:
             from lco_lite.dry_run import preview
 
             preview(resolved)
             raise typer.Exit
         run = Run.open(runs, name)
-        with run.lock(), _context(run, resolved, Console(quiet, json), adapter) as ctx:
+        with run.lock(), _context(run, resolved, console, adapter) as ctx:
             yield ctx
 
 
@@ -137,14 +138,3 @@ def _base_and_adapter(model: str) -> tuple[str, Path | None]:
     if not base:
         raise UsageError(f"{config}: names no base_model_name_or_path, so its base is unknown")
     return base, config.parent
-
-
-def _overridden(recipe: Recipe, sets: list[str] | None, flags: dict[str, Any]) -> Recipe:
-    """A new objective brings its own defaults: those of the old one, written out in the run's recipe, make room."""
-    data = recipe.model_dump(mode="json")
-    changed = override(data, sets, flags)
-    if changed["rl"]["objective"] != recipe.rl.objective:
-        usual = Rl.model_validate({"objective": recipe.rl.objective}).model_dump(mode="json")
-        own = {key: value for key, value in data["rl"].items() if value != usual[key]}
-        changed = override({**data, "rl": own}, sets, flags)
-    return validate(changed, "the run's recipe with your flags")

@@ -94,6 +94,17 @@ def test_dry_run_shows_recipe_example_and_counts_and_makes_nothing(tiny):
     assert not (tiny.parent / "runs").exists()
 
 
+@pytest.mark.parametrize("objective", METHOD_DEFAULTS)
+def test_a_dry_run_of_any_objective_says_which_of_the_recipes_values_gave_way(objective, tmp_path):
+    result = call("rl", "quickstart", "--objective", objective, "--dry-run", "--runs", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert f"objective: {objective}" in result.output
+    lr = METHOD_DEFAULTS[objective].get("lr")
+    told = f"{objective} brings its own defaults in place of the recipe's, unless set"
+    assert (told in result.output) == (lr is not None)
+    assert lr is None or f"lr 0.003 → {lr[0]}" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_recipe_is_valid_and_explains_itself(name):
     from lco_lite.recipe.file import load_recipe

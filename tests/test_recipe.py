@@ -71,6 +71,63 @@ def test_the_papers_recipes_offer_its_base_models_in_a_line_that_works(name):
     assert "Instruct" in load_recipe(ROOT / "recipes" / f"{name}.yaml").model.path
 
 
+# --- another objective than the recipe's
+
+
+def shipped_recipes():
+    return sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("objective", METHOD_DEFAULTS)
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda p: p.stem)
+def test_every_objective_works_on_every_shipped_recipe_with_its_own_defaults(path, objective):
+    written, said = load_recipe(path), []
+    made = load_recipe(path, flags={"rl.objective": objective}, say=said.append)
+    expected = {field: value for field, (value, _) in METHOD_DEFAULTS[objective].items()}
+    if written.task in UNGRADED and expected.get("feedback") == "rule":
+        expected |= {"feedback": "dpo_sampled", "dynamic_sampling": False}
+    assert {field: getattr(made.rl, field) for field in expected} == expected
+    changed = {field for field, value in made.rl if value != getattr(written.rl, field)}
+    assert changed <= {*METHOD_DEFAULTS[objective], "objective"}, "what the objective has no default of stays"
+    if objective == "kld":
+        assert made == written and not said
+    named = [line.split(" → ")[0].split()[0] for line in said[0].split(": ")[1].split(", ")] if said else []
+    text = parse_yaml(path.read_text(encoding="utf-8"))[0]["rl"]
+    assert sorted(named) == sorted(field for field in text if field in expected and text[field] != expected[field])
+
+
+def test_what_is_set_beside_a_new_objective_wins_and_is_not_said_to_give_way(tmp_path):
+    text, said = "rl: {lr: 5e-6, responses_per_prompt: 1, feedback: dpo, steps: 9}\n", []
+    path = tmp_path / "recipe.yaml"
+    path.write_text(SMALL + text)
+    rl = load_recipe(path, ["rl.objective=grpo", "rl.lr=1e-4"], {"rl.feedback": "dpo_sampled"}, said.append).rl
+    assert (rl.lr, rl.responses_per_prompt, rl.feedback, rl.steps) == (1e-4, 4, "dpo_sampled", 9)
+    assert said == ["grpo brings its own defaults in place of the recipe's, unless set: responses_per_prompt 1 → 4"]
+
+
+def test_values_that_were_written_for_a_policy_gradient_give_way_to_lco_too(tmp_path):
+    text = "rl: {objective: rloo, lr: 2e-6, kl_coef: 0.1, responses_per_prompt: 8, minibatch: 8}\n"
+    assert load(tmp_path, text).rl.kl_coef == 0.1
+    rl = load(tmp_path, text, flags={"rl.objective": "kld"}).rl
+    assert (rl.lr, rl.kl_coef, rl.responses_per_prompt, rl.feedback) == (5e-6, 0.0, 1, "dpo")
+    assert rl.minibatch == 8
+    assert load(tmp_path, text, flags={"rl.objective": "rloo"}).rl.lr == 2e-6, "the same objective is no other"
+
+
+def test_a_reward_with_a_source_of_its_own_does_not_give_way(tmp_path):
+    text = "rl: {feedback: function, reward_function: mine.py:score, lr: 5e-6}\n"
+    rl = load(tmp_path, text, flags={"rl.objective": "grpo"}).rl
+    assert (rl.feedback, rl.lr) == ("function", 1e-6)
+
+
+def test_where_no_rule_can_grade_a_policy_gradient_starts_from_the_reward_model(tmp_path):
+    text = "task: alpaca_eval\nmodel: {path: x}\ndata: {preferences: pairs.jsonl}\nrl: {objective: dapo}\n"
+    recipe = validate(parse_yaml(text)[0], "here")
+    assert recipe.rl.feedback == "dpo_sampled" and recipe.stages == ["sft", "rm", "rl-dapo"]
+    with pytest.raises(RecipeError, match="rule needs a task that grades"):
+        validate(parse_yaml(text.replace("dapo}", "dapo, feedback: rule}"))[0], "here")
+
+
 def test_reading_recipes_does_not_import_torch():
     code = "import sys, lco_lite.recipe, lco_lite.recipe.file; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -77,7 +77,7 @@ def minillm(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Values]:
     """This micro-batch's part of w [KL(π_θ ‖ φ) − min(ρR, clip(ρ)R)]. Gu et al. 2024, section 2.2, without their
-    language-modelling loss; docs/methods.md says what else is done otherwise.
+    language-modelling loss; docs/methods.md sets it beside their code and TRL's.
 
     The gradient of the next token is exact, that of the rest a policy gradient: ``batch.advantages`` are R, the mean
     of log φ − log π_old over the tokens that follow. ``weights`` [T]: w = π_old/π̃ at the sampled tokens, for responses
@@ -88,8 +88,9 @@ def minillm(
     gain, clipped = surrogate(ratio, batch.advantages, clip)
     following = -(weights * gain).sum() / batch.tokens
     slope = (weights * ratio * batch.advantages * (clipped - 1)).detach()  # of −wρR, and 0 where the clip holds it
-    more = {"actions": batch.actions, "slope": slope, "temperature": temperature}
-    next_token, values = jsd_loss(hidden, head, teacher, 1.0, weights, **more)
+    next_token, values = jsd_loss(
+        hidden, head, teacher, 1.0, weights, actions=batch.actions, slope=slope, temperature=temperature
+    )
     values["loss"] = values["loss"] - weights * gain.detach()
     return next_token * (len(hidden) / batch.tokens) + following, values | {"clipped": clipped}
 

@@ -102,8 +102,8 @@ def logprob(logits: Tensor, actions: Tensor, temperature: float, dtype: torch.dt
     values = entropy_and_logprob(log_p, p, actions)
     values["tempered"] = values["logprob"]
     if temperature != 1:
-        log_p = torch.log_softmax(logits / temperature, dim=-1)
-        p = log_p.exp()
+        log_p = torch.log_softmax(torch.div(logits, temperature, out=p), dim=-1)
+        p = torch.exp(log_p, out=p)
         values["tempered"] = log_p.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     ones = torch.ones_like(actions, dtype=p.dtype).unsqueeze(-1)
     grad = p.neg_().scatter_add_(-1, actions.unsqueeze(-1), ones)

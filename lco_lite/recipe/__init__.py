@@ -4,11 +4,11 @@
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from lco_lite.recipe.rl import Rl
+from lco_lite.recipe.rl import Rl, defaults_of
 from lco_lite.recipe.sections import Chat, Data, Eval, Model, RewardModel, Section, Sft, TrainRm, setting
 
 UNGRADED = ("alpaca_eval", "qa_feedback")  # tasks that compare or score responses by a model, without right and wrong
@@ -30,6 +30,19 @@ class Recipe(Section):
     train_rm: TrainRm = setting(TrainRm(), "the reward model φ_DPO", "see TrainRm")
     rl: Rl = setting(Rl(), "the policy", "see Rl")
     eval: Eval = setting(Eval(), "the score", "see Eval")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _feedback_where_no_rule_can_grade(cls, given: Any) -> Any:
+        """An objective that starts from a rule starts from the reward model where there are pairs and no rule."""
+        rl, data = (given.get(key) or {} if isinstance(given, dict) else None for key in ("rl", "data"))
+        if not isinstance(rl, dict) or not isinstance(data, dict) or "feedback" in rl:
+            return given
+        by_rule = defaults_of(str(rl.get("objective", "kld"))).get("feedback", ("",))[0] == "rule"
+        has_pairs = data.get("preferences", "sampled") != "sampled"
+        if not by_rule or not has_pairs or given.get("task") not in (None, *UNGRADED):
+            return given
+        return {**given, "rl": {**rl, "feedback": "dpo_sampled"}}
 
     @property
     def stages(self) -> list[str]:

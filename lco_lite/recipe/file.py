@@ -1,12 +1,13 @@
 """How a recipe file becomes a recipe: read, override, validate, write; and the recipes that are shipped.
 
-``--set a.b=c`` overrides the YAML file, and named flags override both. Whatever is wrong with it is told at once.
+``--set a.b=c`` overrides the YAML file, and named flags override both. Where they name another objective than the file,
+it brings its own defaults (``makes_room``). Whatever is wrong with it is told at once.
 """
 
 import difflib
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,12 +18,17 @@ from pydantic_core import ErrorDetails
 
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.recipe import Recipe
+from lco_lite.recipe.rl import defaults_of
 
 KeyPath = tuple[Any, ...]
+Say = Callable[[str], object]
 
 
-def load_recipe(path: Path, sets: list[str] | None = None, flags: dict[str, Any] | None = None) -> Recipe:
-    """The recipe in ``path`` under ``--set`` items and then named flags (``{"rl.beta": 1.0}``). Raises RecipeError."""
+def load_recipe(
+    path: Path, sets: list[str] | None = None, flags: dict[str, Any] | None = None, say: Say = lambda text: None
+) -> Recipe:
+    """The recipe in ``path`` under ``--set`` items and then named flags (``{"rl.beta": 1.0}``). Raises RecipeError.
+    ``say`` is told which of the file's values another objective replaced."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark first
     except FileNotFoundError as e:
@@ -39,14 +45,46 @@ def load_recipe(path: Path, sets: list[str] | None = None, flags: dict[str, Any]
     places = {key: f"line {line}" for key, line in lines.items()}
     for key, _, place in _overrides(sets, flags):
         places = {p: where for p, where in places.items() if p[: len(key)] != key} | {key: place}
-    return validate(override(data, sets, flags), str(path), places)
+    return overridden(data, sets, flags, say, str(path), places)
+
+
+def overridden(
+    data: dict[str, Any],
+    sets: list[str] | None,
+    flags: dict[str, Any] | None,
+    say: Say,
+    origin: str,
+    places: Mapping[KeyPath, str] | None = None,
+) -> Recipe:
+    """``data`` under ``--set`` items and flags as a recipe; for the rest see ``load_recipe`` and ``validate``."""
+    recipe, before = validate(override(data, sets, flags), origin, places), makes_room(data, sets, flags)
+    now = {field: getattr(recipe.rl, field) for field in before}
+    changed = [f"{field} {old} → {now[field]}" for field, old in before.items() if old != now[field]]
+    if changed:
+        say(f"{recipe.rl.objective} brings its own defaults in place of the recipe's, unless set: {', '.join(changed)}")
+    return recipe
 
 
 def override(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any] | None) -> dict[str, Any]:
     """``data`` with ``a.b=c`` items and then flags laid over it. Flags that are None were not given."""
+    if gone := makes_room(data, sets, flags):
+        data = {**data, "rl": {field: value for field, value in data["rl"].items() if field not in gone}}
     for path, value, _ in _overrides(sets, flags):
         data = _with(data, path, value)
     return data
+
+
+def makes_room(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any] | None) -> dict[str, Any]:
+    """The fields of ``data``'s rl section that were written for its objective, where the overrides name another one:
+    those with a default of their own in either, unless overridden themselves. A reward that has a source keeps it."""
+    rl, given = data.get("rl", {}), {path: value for path, value, _ in _overrides(sets, flags)}
+    new = str(given.get(("rl", "objective"), ""))
+    if not isinstance(rl, dict) or ("rl",) in given or new in ("", old := str(rl.get("objective", "kld"))):
+        return {}
+    theirs = {*defaults_of(old), *defaults_of(new)}
+    if rl.get("reward_function") or rl.get("reward_classifier"):
+        theirs.discard("feedback")
+    return {field: value for field, value in rl.items() if field in theirs and ("rl", field) not in given}
 
 
 def validate(data: dict[str, Any], origin: str, places: Mapping[KeyPath, str] | None = None) -> Recipe:

@@ -61,6 +61,11 @@ LCO = ("kld", "lch", "mse")
 DISTILLATION = ("gkd", "minillm")
 
 
+def defaults_of(objective: str) -> dict[str, tuple[Any, str]]:
+    """The row of ``METHOD_DEFAULTS``; an objective of the user's own starts as a policy gradient."""
+    return METHOD_DEFAULTS.get(objective, {"feedback": _GRADIENT["feedback"]})
+
+
 def known_objective(name: str) -> str:
     """``name`` itself. Raises ValueError with all names where there is no such objective."""
     if name in METHOD_DEFAULTS or names_function(name):
@@ -154,9 +159,7 @@ class Rl(Training):
     def _defaults_of_the_objective(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        own = {"feedback": _GRADIENT["feedback"]}  # an objective of the user's own starts as a policy gradient
-        sourced = METHOD_DEFAULTS.get(str(given.get("objective", "kld")), own)
-        usual = {field: value for field, (value, _) in sourced.items()}
+        usual = {field: value for field, (value, _) in defaults_of(str(given.get("objective", "kld"))).items()}
         if given.get("feedback") == "dpo_sampled":
             usual.pop("dynamic_sampling", None)  # sums of log-ratios never tie: every group has a signal
         return {**usual, **given}

@@ -11,6 +11,7 @@ from lco_lite.feedback.advantages import mean_reward_to_go
 from lco_lite.objectives import reference
 from lco_lite.objectives.distillation import Teacher, jsd_loss, minillm, mixture_weights
 from lco_lite.objectives.head import Head
+from lco_lite.objectives.logprobs import token_logprobs
 from lco_lite.objectives.policy_gradient import Clip, PolicyBatch
 
 betas = st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])
@@ -92,6 +93,40 @@ def test_minillms_diagnostics_are_those_of_both_parts(temperature: float) -> Non
     assert 0 < seen["clipped"].sum() < 12
     for name, value in want.items():
         torch.testing.assert_close(seen[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_minillms_loss_and_gradient_are_the_papers_token_by_token(temperature: float) -> None:
+    """Restated on plain logits: two responses of 7 and 5 tokens in a minibatch of 20, drawn from the mixture at T."""
+    case, lengths, share = make_case(6, tokens=12, vocabulary=9, spread=0.3), [7, 5], 0.2
+    g = torch.Generator().manual_seed(4)
+    teacher = Teacher(case.target.old, Head(torch.randn(9, 4, generator=g, dtype=torch.float64)))
+    z, z_old = case.head.logits(case.hidden), case.head.logits(case.hidden + 0.3 * case.target.old).detach()
+    taught, index = teacher.head.logits(teacher.hidden), case.actions.unsqueeze(-1)
+
+    def says(logits: Tensor, t: float) -> Tensor:
+        return (logits / t).log_softmax(-1).gather(-1, index).squeeze(-1)
+
+    want, at = torch.zeros((), dtype=torch.float64), 0
+    gain, old, new, phi = says(taught, 1) - says(z_old, 1), *(says(x, temperature) for x in (z_old, z, taught))
+    for length in lengths:
+        for t in range(at, at + length):
+            following = gain[t + 1 : at + length]
+            r = following.mean() if len(following) else torch.zeros(())
+            w = old[t].exp() / (share * phi[t].exp() + (1 - share) * old[t].exp())
+            rho = (new[t] - old[t]).exp()
+            p, q = z[t].softmax(-1), taught[t].softmax(-1)
+            kl = (p * (p.log() - q.log())).sum()
+            want = want + w * (kl - torch.minimum(rho * r, rho.clamp(0.8, 1.2) * r)) / 20
+        at += length
+    rows = torch.tensor([0] * 7 + [1] * 5)
+    got, _ = token_logprobs(case.hidden, case.head, case.actions, temperature=temperature)
+    batch = PolicyBatch(got, old, mean_reward_to_go(gain, rows), rows, 20, 3, actions=case.actions)
+    weights = mixture_weights(old, phi, share)
+    loss, seen = minillm(case.hidden, case.head, teacher, batch, weights, Clip(0.2, 0.2), temperature)
+    assert 0 < seen["clipped"].sum() < 12
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(*(torch.autograd.grad(x, case.hidden)[0] for x in (loss, want)))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
