@@ -159,9 +159,11 @@ def respond_to_all(
     that are made already. Raises Interrupted after the batch in which Ctrl-C was pressed."""
     settings, seed, label = ctx.recipe.eval, ctx.recipe.seed, f"{task.name} {stage}"
     sampling, n = _sampling(settings, task), _passes(settings)
-    new_tokens = 1 if settings.scoring == "likelihood" else sampling.max_new_tokens
     with ctx.clock("loading"):
         role, chat, engine = open_policy(ctx, stage)
+    new_tokens = sampling.max_new_tokens
+    if settings.scoring == "likelihood":
+        new_tokens = len(chat.ids(chat.lead())) + 1
     with ctx.clock("eval"), InterruptGuard() as guard:
         window = role.model.max_length
         questions = [q for p in prompts if len((q := _question(chat, p))[1]) <= window - new_tokens]
@@ -203,7 +205,7 @@ def respond_to_all(
 def open_policy(ctx: Context, stage: str) -> tuple[Role, ChatFormat, Engine]:
     """What a stage decodes from. ``optimal`` is π* of eq 6: start, φ_DPO and φ_ref in step, with the recipe's β."""
     role = weights.open_start(ctx) if stage == "optimal" else weights.open_stage(ctx, stage)
-    chat = ChatFormat(role.model.tokenizer, ctx.recipe.chat.template_args)
+    chat = ChatFormat(role.model.tokenizer, ctx.recipe.chat.template_args, ctx.console.warn)
     if stage != "optimal":
         return role, chat, open_engine([role], chat.end)
     roles = [role, *weights.open_reward_model(ctx, role)]

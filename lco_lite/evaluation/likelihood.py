@@ -19,15 +19,18 @@ from lco_lite.sequences import Example, collate
 
 
 def likeliest_letters(role: Role, chat: ChatFormat, questions: Sequence[tuple[Item, list[int]]]) -> list[Graded]:
-    """Each item's likeliest letter, graded; an item comes with the token ids of its prompt."""
-    letters = letter_ids(chat)
+    """Each item's likeliest letter, graded; an item comes with the token ids of its prompt.
+
+    What the template has a model write before its answer (a channel, an empty thought) belongs to the prompt here.
+    """
+    letters, lead = letter_ids(chat), chat.ids(chat.lead())
     choices = [letters[: len(item.row["choices"])] for item, _ in questions]
-    logprobs = choice_logprobs(role, [ids for _, ids in questions], choices)
+    logprobs = choice_logprobs(role, [ids + lead for _, ids in questions], choices)
     return [likeliest_letter(item, values) for (item, _), values in zip(questions, logprobs, strict=True)]
 
 
 def letter_ids(chat: ChatFormat) -> list[list[int]]:
-    """The tokens of each letter as the beginning of a response."""
+    """The tokens of each letter as the beginning of an answer."""
     return [chat.response(letter, closed=False) for letter in LETTERS]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lco_lite.evaluation.likelihood import choice_logprobs, letter_ids, likeliest_letter
+from lco_lite.evaluation.likelihood import choice_logprobs, letter_ids, likeliest_letter, likeliest_letters
 from lco_lite.evaluation.prompts import eval_prompts
 from lco_lite.grading.choice import answer_index
 from lco_lite.models.chat import ChatFormat
@@ -140,6 +140,18 @@ def test_the_right_choice_is_known_by_index_or_letter(row, index):
 def test_the_first_of_equally_likely_letters_is_picked():
     row = likeliest_letter(Item("i", "p", "B", None, {"choices": ["x", "y"], "answer": 1}), [-1.0, -1.0])
     assert row["extracted"] == "A" and not row["right"] and row["why"] == "the answer is B"
+
+
+def test_a_letter_comes_after_what_the_template_writes_before_an_answer(model):
+    role = Role(families.load(model))
+    role.model.tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}\n{% endfor %}"
+    )
+    chat, item = ChatFormat(role.model.tokenizer), Item("i", "p", "B", None, {"choices": ["x", "y"], "answer": 1})
+    prompt = chat.prompt([{"role": "user", "content": "Which?"}])
+    (row,) = likeliest_letters(role, chat, [(item, prompt)])
+    inside = [*prompt, *chat.ids("<think></think>")]
+    assert list(row["logprobs"].values()) == pytest.approx([by_hand(role, inside, chat.ids(c)) for c in "AB"], abs=2e-4)
 
 
 def test_a_letter_may_take_several_tokens():
