@@ -74,9 +74,9 @@ class ChatFormat:
         """What follows the prompt, up to the end of turn, for the answer ``text``.
 
         That is what the template writes there in the whole conversation. Where the prompt opens a thought, one in
-        ``text`` goes on from there, and an answer without one closes it first, also if the template itself drops it
-        (DeepSeek-R1's distillates). Where the two differ in any other way ``text`` stays as it is. ``warn`` is told of
-        the last two.
+        ``text`` goes on from there, and an answer without one closes it first; ``warn`` is told if the template itself
+        would drop it (DeepSeek-R1's distillates), and where the two differ in any other way: there ``text`` stays as it
+        is.
         """
         if self.tokenizer.chat_template is None:
             return text
@@ -85,16 +85,14 @@ class ChatFormat:
         if whole == prompt + text + self._closing:
             return text
         opened = _OPENED.search(prompt)
-        start, opening, close = (
-            (opened.start(), f"<{opened[1]}>", f"</{opened[1]}>") if opened else (len(prompt), "", "")
-        )
+        start = opened.start() if opened else len(prompt)
+        opening, close = (f"<{opened[1]}>", f"</{opened[1]}>") if opened else ("", "")
+        goes_on = opened is not None and close in text
         if whole.startswith(prompt) and whole.endswith(self._closing) and _words(text) in _words(whole[start:]):
             written = whole[len(prompt) : len(whole) - len(self._closing)]
-            if not (
-                opened and close in text and written.lstrip().startswith(close)
-            ):  # text's thought after an empty one
+            if not (goes_on and written.lstrip().startswith(close)):  # an empty thought before that of the text
                 return written
-        if opened and close in text:
+        if goes_on:
             return text.lstrip().removeprefix(opening).lstrip("\n")
         if opened and whole.startswith(prompt[:start]):
             written = whole[start:].removesuffix(self._closing)
