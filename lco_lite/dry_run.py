@@ -17,7 +17,8 @@ from lco_lite.sequences import Example
 def preview(recipe: Recipe) -> None:
     """Opens tokenizer and data as the stages do, and prints what they would work with."""
     typer.echo(dump(recipe))
-    task, chat = recipe_task(recipe), ChatFormat(open_tokenizer(recipe.model, recipe.seed), recipe.chat.template_args)
+    task, tokenizer = recipe_task(recipe), open_tokenizer(recipe.model, recipe.seed)
+    chat = ChatFormat(tokenizer, recipe.chat.template_args, lambda text: typer.echo(f"warning: {text}", err=True))
     prompts = rl_prompts(recipe, task)
     if recipe.sft.enabled:
         examples = sft_examples(recipe, task, chat)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ from lco_lite.models.language_model import Role
 from lco_lite.recipe.file import load_recipe
 from lco_lite.run import Run
 from lco_lite.sequences import Example, collate
-from tests.models.families import save
+from lco_lite.train.pipeline import train as train_stage
+from tests.models.families import load, save
 
 BATCH = collate([Example([10, 20, 30], [40, 50])], pad_id=0)
 KINDS = {"adapters": [], "full fine-tuning": ["model.lora=null"], "a reward model of its own": []}
@@ -79,3 +82,21 @@ def test_feedback_without_dpo_has_no_reference(ctx, feedback):
         assert phi is start
     else:
         assert phi.adapter is None and phi.model is not start.model
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_an_adapter_of_a_quantised_base_says_so_where_it_is_saved_and_on_the_screen(tiny, tmp_path, quantization):
+    base, screen = save("llama", tmp_path / "base"), io.StringIO()
+    recipe = load_recipe(tiny, [f"model={{path: {base}, lora: {{r: 2}}, quantization: {quantization}}}", "sft.lr=0.1"])
+    ctx = Context(Run.open(tmp_path, "run"), recipe, Console(stdout=screen), torch.device("cpu"))
+    train_stage(ctx, "sft")
+    adapter = ctx.run.stage("sft").adapter
+    if quantization == "none":
+        assert not (adapter / "README.md").exists() and "full-precision" not in screen.getvalue()
+        return
+    said, stored = (adapter / "README.md").read_text().strip(), {"nf4": "NF4", "int8": "LLM.int8"}[quantization]
+    assert f"in {stored} (bitsandbytes). On the full-precision base it answers otherwise" in said
+    assert f"sft: {said}" in screen.getvalue()
+    full = load(base)
+    full.load_adapter("start", adapter)
+    assert not torch.allclose(hidden(Role(full, "start")), hidden(weights.open_stage(ctx, "sft")), rtol=1e-3)

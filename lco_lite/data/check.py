@@ -50,7 +50,7 @@ def check_data(recipe: Recipe, console: Console, json: bool) -> None:
     """Prints the report. Raises DataError where evaluation items are trained on and not allowed by name."""
     sources, notes, chat = recipe_sources(recipe, recipe_task(recipe)), [], None
     try:
-        chat = ChatFormat(open_tokenizer(recipe.model, recipe.seed), recipe.chat.template_args)
+        chat = ChatFormat(open_tokenizer(recipe.model, recipe.seed), recipe.chat.template_args, console.warn)
     except ModelError as e:
         notes.append(f"no tokenizer, so lengths are in characters and no template is applied: {e}")
     reports = [report(source, chat) for source in sources]
@@ -111,12 +111,14 @@ def report(source: TrainingData, chat: ChatFormat | None) -> Report:
     else:
         texts = [chat.prompt_text(s.messages) for s in samples]
         prompts = [len(chat.ids(text)) for text in texts]
-        responses = [[len(chat.response(text)) for text in s.responses] for s in samples]
+        responses = [[len(chat.answer(s.messages, text)) for text in s.responses] for s in samples]
     whole = [p + max(r, default=source.room) for p, r in zip(prompts, responses, strict=True)]
     example = texts[0]
     if samples[0].responses:
-        end = "" if chat is None else chat.tokenizer.convert_ids_to_tokens(chat.end)
-        example += f"⟦{samples[0].responses[0]}{end}⟧"
+        trained = samples[0].responses[0]
+        if chat is not None:
+            trained = chat.answer_text(samples[0].messages, trained) + chat.tokenizer.convert_ids_to_tokens(chat.end)
+        example += f"⟦{trained}⟧"
     asked = [tuple(normalised(m["content"]) for m in s.messages) for s in samples]
     answered = [tuple(map(normalised, s.responses)) for s in samples]
     return {

@@ -75,7 +75,7 @@ def file_pairs(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Pair
     data, pairs = recipe.data, []
     for p in _shuffled_rows(recipe, task, read_preferences, data.preferences, data.columns.preferences):
         prompt = chat.prompt(p.messages)
-        pairs.append(Pair(Example(prompt, chat.response(p.chosen)), Example(prompt, chat.response(p.rejected))))
+        pairs.append(Pair(*(Example(prompt, chat.answer(p.messages, text)) for text in (p.chosen, p.rejected))))
     return pairs
 
 

@@ -4,8 +4,9 @@
 demonstrations     ``prompt`` + ``completion`` | ``response`` | ``output``; ``instruction`` (+ ``input``) + ``output``;
                    ``messages`` ending with an assistant turn; sharegpt ``conversations``; preferences: their ``chosen``
 preferences        ``chosen`` + ``rejected``, with ``prompt`` | ``question`` | ``instruction`` or ``conversations``;
-                   chosen and rejected are text, one message, whole conversations that share the prompt, or transcripts
-                   as HH-RLHF has them; FG-RLHF's ``question``, ``passages``, ``prediction 1…``, ``preference``
+                   chosen and rejected are text, one message, whole conversations that differ in the last turn alone,
+                   or transcripts as HH-RLHF has them; FG-RLHF's ``question``, ``passages``, ``prediction 1…``,
+                   ``preference``
 prompts            ``prompt`` | ``question`` | ``problem`` | ``instruction``; ``messages`` or ``conversations``
 =================  ==============================================================================================
 
@@ -16,7 +17,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, takewhile
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -201,11 +202,29 @@ def _preference(row: Row, at: str) -> Preference:
         raise DataError(f"{at}, field rejected: a transcript is needed, as chosen is, found {row['rejected']!r:.80}")
     chosen = _response(row["chosen"], f"{at}, field chosen")
     rejected = _response(row["rejected"], f"{at}, field rejected")
+    shared = _shared_turns(row, at)
     if any(row.get(key) for key in (*PROMPTS, *CONVERSATIONS)):
-        return Preference(_prompt(row, at).messages, chosen, rejected)
-    if isinstance(row["chosen"], list) and len(row["chosen"]) > 1:
-        return Preference(_turns(row["chosen"][:-1], f"{at}, field chosen"), chosen, rejected)
+        asked = list(_prompt(row, at).messages)
+        if shared and shared[0]["role"] == "assistant":  # the turns after the prompt alone
+            return Preference(asked + shared, chosen, rejected)
+        return Preference(shared if asked[-1] in shared else asked, chosen, rejected)
+    if shared:
+        return Preference(shared, chosen, rejected)
     raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)}, conversations, or whole conversations in chosen")
+
+
+def _shared_turns(row: Row, at: str) -> list[Message]:
+    """What chosen and rejected have before their last turns, where they are conversations. Raises DataError where they
+    part earlier: which turn is the better one is then unknown, and users' turns are not to be learned."""
+    both = [_turns(row[key], at) for key in ("chosen", "rejected") if isinstance(row[key], list)]
+    if both and any(turns[:-1] != both[0][:-1] for turns in both):
+        chosen, rejected = both
+        same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))))
+        raise DataError(
+            f"{at}: chosen and rejected are to differ in the last turn alone, an answer each to the same conversation; "
+            f"found {len(chosen)} and {len(rejected)} turns, of which the first {same} are the same"
+        )
+    return both[0][:-1] if both else []
 
 
 def _preferences(row: Row, at: str) -> list[Preference]:

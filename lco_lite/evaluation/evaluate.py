@@ -241,7 +241,7 @@ def open_policy(ctx: Context, stage: str) -> tuple[Role, ChatFormat, Engine]:
     """What a stage decodes from. ``optimal`` is π* of eq 6: start, φ_DPO and φ_ref in step, with the recipe's β."""
     role = weights.open_start(ctx) if stage == "optimal" else weights.open_stage(ctx, stage)
     form = PlainText if ctx.recipe.eval.format == "text" else ChatFormat
-    chat = form(role.model.tokenizer, ctx.recipe.chat.template_args)
+    chat = form(role.model.tokenizer, ctx.recipe.chat.template_args, ctx.console.warn)
     if stage != "optimal":
         return role, chat, open_engine([role], chat.end)
     roles = [role, *weights.open_reward_model(ctx, role)]

@@ -1,9 +1,9 @@
 """Which of the lettered choices does a response pick? The grader of multiple-choice tasks.
 
-A letter counts where it is declared, in this order: the last ``\\boxed{}``, holding a letter or the words of one choice;
-the last statement such as ``the answer is (B)`` or ``B is correct``; a first or last line that is a letter, with or
-without its choice. Where several choices are listed, a line that begins with a letter declares nothing. A response that
-picks none is wrong.
+A letter counts where it is declared, in this order: the last ``\\boxed{}``, holding a letter or the words of one
+choice; the last statement such as ``the answer is (B)`` or ``B is correct``; a first or last line that is a letter,
+with or without its choice. Where several choices are listed, a line that begins with a letter declares nothing. A
+response that picks none is wrong.
 """
 
 import re

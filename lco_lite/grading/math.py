@@ -32,8 +32,8 @@ class MathGrader:
 def grade_answer(response: str, gold: str, tolerance: float = 0.0, evaluated: bool = False) -> Grade:
     r"""Is the final answer of ``response`` equal to ``gold`` (LaTeX or plain text, or a text that boxes the answer)?
 
-    Numbers may differ by ``tolerance``, a part of gold's. With ``evaluated``, where gold is a number, an expression that
-    is still to be worked out is wrong: ``513^2-487^2`` can be copied from the question. Takes at most
+    Numbers may differ by ``tolerance``, a part of gold's. With ``evaluated``, where gold is a number, an expression
+    that is still to be worked out is wrong: ``513^2-487^2`` can be copied from the question. Takes at most
     ``symbolic.SECONDS`` a comparison and never raises, whatever the model wrote.
     """
     answer = final_answer(response)
@@ -41,8 +41,9 @@ def grade_answer(response: str, gold: str, tolerance: float = 0.0, evaluated: bo
         return Grade(False, None, "no answer found")
     wanted = boxed(gold) or gold
     right, why = compare(answer, wanted, tolerance, evaluated)
-    if not right and "," in wanted and (several := final_answer(response, several=True)) not in (None, answer):
-        if compare(several, wanted, tolerance, evaluated)[0]:
+    if not right and "," in wanted:
+        several = final_answer(response, several=True) or answer
+        if several != answer and compare(several, wanted, tolerance, evaluated)[0]:
             return Grade(True, several, "equal")
     return Grade(right, answer, why)
 

@@ -1,7 +1,7 @@
 r"""The comparison of the paper's public code: the last box, rewritten by rules, equal as text.
 
-What it costs beside ``grading.math`` can be measured (``eval --grader string``): 0 is never right, nor are words; 0.5 is
-not ``\frac{1}{2}``.
+What it costs beside ``grading.math`` can be measured (``eval --grader string``): 0 is never right, nor are words; 0.5
+is not ``\frac{1}{2}``.
 """
 
 import re

@@ -3,28 +3,44 @@
 With a chat template the tokenizer writes the prompt. Without one the plain format is, for each message,
 ``### Role:`` on a line, its content, an empty line; then ``### Assistant:`` on a line and the response.
 Prompt and response are tokenised apart, so the boundary between them never moves.
+
+The prompt is always what the model is asked with, the template's generation prompt. An answer given as text (a
+demonstration, a pair of a file) becomes what the template writes after that prompt in the whole conversation: gpt-oss's
+``<|channel|>final<|message|>`` or Qwen 3's empty thought and the answer. What a model has sampled begins there anyway.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from os.path import commonprefix
 from typing import Any
 
 from lco_lite.errors import ModelError
 from lco_lite.sequences import Example
 
 Message = Mapping[str, str]
+_OPENED = re.compile(r"<(\w+)>\s*$")  # a generation prompt that ends in the thought it opens
+_MARK = "lcoliteresponse"
 
 
 class ChatFormat:
     """Writes conversations for one tokenizer.
 
     ``end`` is the token id that closes a response: what the template puts after an assistant turn if generation
-    stops there, else EOS. Template arguments (``enable_thinking`` and the like) go to every call.
+    stops there, else EOS. Template arguments (``enable_thinking`` and the like) go to every call. ``warn`` is told,
+    once each, where the template's whole conversation is not its generation prompt and an answer.
     """
 
-    def __init__(self, tokenizer: Any, template_args: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template_args: Mapping[str, Any] | None = None,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
         self.tokenizer = tokenizer
         self.template_args = dict(template_args or {})
-        self.end = self._end_of_turn()
+        self.end, self._closing = self._end_of_turn()
+        self._warn, self._warned = warn, set[str]()
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -38,15 +54,75 @@ class ChatFormat:
         return self.ids(self.prompt_text(messages))
 
     def response(self, text: str, closed: bool = True) -> list[int]:
-        """Token ids of a response; ``closed`` appends the end of turn, a response cut short has none."""
+        """Token ids of a text right after the prompt; ``closed`` appends the end of turn, one cut short has none."""
         return self.ids(text) + ([self.end] if closed else [])
 
     def choices(self, messages: Sequence[Message], texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """Token ids of the prompt, and of each text as the beginning of the response."""
-        return self.prompt(messages), [self.response(text, closed=False) for text in texts]
+        """Token ids of the prompt, with what the template has a model write before its answer (a channel, an empty
+        thought), and of each text as the beginning of the answer."""
+        prompt = self.prompt(messages) + self.ids(self.lead())
+        return prompt, [self.response(text, closed=False) for text in texts]
 
-    def example(self, messages: Sequence[Message], response: str, closed: bool = True) -> Example:
-        return Example(self.prompt(messages), self.response(response, closed))
+    def answer(self, messages: Sequence[Message], text: str, closed: bool = True) -> list[int]:
+        """Token ids of an answer given as text, with what the template writes around it (``answer_text``)."""
+        written = self.answer_text(messages, text)
+        if written != text:
+            prompt = self.prompt_text(messages)
+            ids, before = self.ids(prompt + written), self.ids(prompt)
+            if ids[: len(before)] == before:  # a space that sentencepiece would double if tokenised apart
+                return ids[len(before) :] + ([self.end] if closed else [])
+        return self.response(written, closed)
+
+    def example(self, messages: Sequence[Message], answer: str, closed: bool = True) -> Example:
+        return Example(self.prompt(messages), self.answer(messages, answer, closed))
+
+    def answer_text(self, messages: Sequence[Message], text: str) -> str:
+        """What follows the prompt, up to the end of turn, for the answer ``text``.
+
+        That is what the template writes there in the whole conversation. Where the prompt opens a thought, one in
+        ``text`` goes on from there, and an answer without one closes it first; ``warn`` is told if the template itself
+        would drop it (DeepSeek-R1's distillates), and where the two differ in any other way: there ``text`` stays as it
+        is.
+        """
+        if self.tokenizer.chat_template is None:
+            return text
+        prompt = self.prompt_text(messages)
+        whole = self._render([*messages, {"role": "assistant", "content": text}])
+        if whole == prompt + text + self._closing:
+            return text
+        opened = _OPENED.search(prompt)
+        start = opened.start() if opened else len(prompt)
+        opening, close = (f"<{opened[1]}>", f"</{opened[1]}>") if opened else ("", "")
+        goes_on = opened is not None and close in text
+        if whole.startswith(prompt) and whole.endswith(self._closing) and _words(text) in _words(whole[start:]):
+            written = whole[len(prompt) : len(whole) - len(self._closing)]
+            if not (goes_on and written.lstrip().startswith(close)):  # an empty thought before that of the text
+                return written
+        if goes_on:
+            return text.lstrip().removeprefix(opening).lstrip("\n")
+        if opened and whole.startswith(prompt[:start]):
+            written = whole[start:].removesuffix(self._closing)
+            if written.removeprefix(opening).lstrip().startswith(close):
+                return written.removeprefix(opening)
+            if not written.startswith(opening):
+                self._say(
+                    "thought",
+                    f"the chat template's prompt opens {opening}, which it leaves out of a finished conversation: "
+                    f"given answers close it first. One with its own thought, `…{close}answer`, is taken as it is",
+                )
+                return f"\n{close}\n\n{written}"
+        part = len(commonprefix([prompt + text, whole]))
+        self._say(
+            "difference",
+            f"the chat template writes {whole[part:][:60]!r} where its prompt and the answer have "
+            f"{(prompt + text)[part:][:60]!r}: given answers follow the prompt as they are",
+        )
+        return text
+
+    def lead(self) -> str:
+        """What the template has a model write between the prompt and the first word of its answer; mostly nothing."""
+        lead = self.answer_text(conversation("x"), _MARK).partition(_MARK)[0]
+        return lead if lead.strip() else ""
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         if self.tokenizer.chat_template is None:
@@ -61,18 +137,29 @@ class ChatFormat:
             roles = ", ".join(m["role"] for m in messages)
             raise ModelError(f"the model's chat template refuses a conversation of roles {roles}: {e}") from e
 
-    def _end_of_turn(self) -> int:
+    def _say(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            self._warn(text)
+
+    def _end_of_turn(self) -> tuple[int, str]:
+        """(the token that closes a response, all that the template writes after a last response)."""
+        closing = ""
         if self.tokenizer.chat_template is not None:
-            mark = "lcoliteresponse"
-            turn = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}])
-            after = self.ids(turn.partition(mark)[2].strip())
+            turn = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARK}])
+            closing = turn.partition(_MARK)[2]
+            after = self.ids(closing.strip())
             if after and after[0] in self.tokenizer.all_special_ids + list(self.tokenizer.added_tokens_decoder):
-                return after[0]
+                return after[0], closing
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no EOS token and its template closes no turn: a response could never end"
             )
-        return self.tokenizer.eos_token_id
+        return self.tokenizer.eos_token_id, closing
+
+
+def _words(text: str) -> str:
+    return "".join(text.split())
 
 
 class PlainText(ChatFormat):

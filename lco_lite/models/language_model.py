@@ -158,7 +158,8 @@ class LanguageModel:
         return {key: value.detach().clone() for key, value in state.items()}
 
     def save_adapter(self, name: str, folder: Path) -> None:
-        """A plain PEFT folder, whole or not at all: ``PeftModel.from_pretrained(base, folder)`` loads it."""
+        """A plain PEFT folder, whole or not at all: ``PeftModel.from_pretrained(base, folder)`` loads it. Its README.md
+        says so where the base was quantised."""
         state = {key: value.cpu().contiguous() for key, value in self.adapter_state(name).items()}
         config = copy.deepcopy(self._peft.peft_config[name])
         config.inference_mode = True
@@ -166,6 +167,9 @@ class LanguageModel:
         with write_folder(folder) as new:
             save_file(state, new / "adapter_model.safetensors", metadata={"format": "pt"})
             config.save_pretrained(str(new))
+            if getattr(self.base, "is_quantized", False):
+                stored = "NF4" if getattr(self.base, "is_loaded_in_4bit", False) else "LLM.int8"
+                (new / "README.md").write_text(_OF_QUANTISED_BASE.format(stored=stored), encoding="utf-8")
 
     def save_full(self, folder: Path) -> None:
         """Model and tokenizer as an ordinary folder, whole or not at all."""
@@ -252,6 +256,11 @@ def decoder_of(base: PreTrainedModel) -> torch.nn.Module:
         raise ModelError(f"{type(base).__name__} has no decoder to take hidden states from: it is not supported")
     return decoder
 
+
+_OF_QUANTISED_BASE = """\
+This adapter was trained on its base in {stored} (bitsandbytes). On the full-precision base it answers otherwise: \
+load the base in {stored}, or score the adapter again where it will run.
+"""
 
 # relative, of logits; bfloat16's rounding may differ by some percent from one shape of batch to another
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}

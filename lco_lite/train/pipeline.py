@@ -62,6 +62,9 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
         raise Diverged(
             f"{name}: {e}; {where}. A lower learning rate or max_grad_norm helps; --fresh starts again."
         ) from e
+    about = stage.adapter / "README.md"
+    if about.exists():
+        ctx.console.note(f"{name}: {about.read_text(encoding='utf-8').strip()}")
 
 
 def announce(ctx: Context, stage: str) -> None:

@@ -37,7 +37,7 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
     recipe, rm = ctx.recipe, ctx.recipe.train_rm
     with ctx.clock("loading"):
         start = weights.open_start(ctx)
-        chat = ChatFormat(start.model.tokenizer, recipe.chat.template_args)
+        chat = ChatFormat(start.model.tokenizer, recipe.chat.template_args, ctx.console.warn)
         reward_model, reference = weights.open_untrained_reward_model(ctx, start)
     if recipe.data.preferences == "sampled":
         pairs = sampled_pairs(ctx, stage, start, chat, reward_model.model.head.rows)

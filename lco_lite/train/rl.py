@@ -38,7 +38,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
     with ctx.clock("loading"):
         models, parameters = open_models(ctx)
         policy, method = models.policy, method_of(rl)
-        chat = ChatFormat(policy.model.tokenizer, recipe.chat.template_args)
+        chat = ChatFormat(policy.model.tokenizer, recipe.chat.template_args, ctx.console.warn)
         engine = rollout_engine(models, rl, chat.end)
         rollouts = Rollouts(ctx, policy.model, engine, chat, stage)
     updates = rl.steps * rl.inner_epochs * -(-rl.prompts_per_step * rl.responses_per_prompt // rl.minibatch)

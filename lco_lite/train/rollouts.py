@@ -91,7 +91,7 @@ class Rollouts:
 
         def room(one: tuple[Prompt, list[int]]) -> int:
             shown = one[0].item.demonstration if one[0].item and rl.on_policy < 1 else None
-            return len(one[1]) + max(longest, len(chat.response(shown)) if shown else 0)
+            return len(one[1]) + max(longest, len(chat.answer(one[0].messages, shown)) if shown else 0)
 
         asked = fitting(ctx, asked, model, rl.max_length, "prompts", room)
         self.prompts, self.ids = [prompt for prompt, _ in asked], [ids for _, ids in asked]
@@ -163,7 +163,8 @@ class Rollouts:
                 f"rl.on_policy: {self.ctx.recipe.rl.on_policy:g} asks for demonstrations of the other prompts, and "
                 f"{prompt.messages[-1]['content']!r:.80} has none; set rl.on_policy: 1"
             )
-        return Response(Example(self.ids[place], self.chat.response(prompt.item.demonstration)), False)
+        shown = self.chat.answer(prompt.messages, prompt.item.demonstration)
+        return Response(Example(self.ids[place], shown), False)
 
 
 def sample(

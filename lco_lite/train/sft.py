@@ -23,7 +23,7 @@ def train_sft(ctx: Context, stage: StageFolder) -> None:
     recipe, sft = ctx.recipe, ctx.recipe.sft
     with ctx.clock("loading"):
         policy = weights.open_sft(ctx)
-        chat = ChatFormat(policy.model.tokenizer, recipe.chat.template_args)
+        chat = ChatFormat(policy.model.tokenizer, recipe.chat.template_args, ctx.console.warn)
         examples = sft_examples(recipe, recipe_task(recipe), chat)
         examples = fitting(ctx, examples, policy.model, sft.max_length, "demonstrations")
     updates = sft.max_steps or math.ceil(sft.epochs * len(examples) / sft.batch_size)

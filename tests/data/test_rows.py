@@ -99,6 +99,17 @@ def test_transcripts_part_where_they_first_differ_and_may_end_in_silence(tmp_pat
     assert (second.chosen, second.rejected) == ("4", "")
 
 
+@pytest.mark.parametrize("prompt", [{}, {"prompt": "2+2?"}, {"prompt": [USER]}, {"prompt": "Sure?"}])
+def test_conversations_that_differ_in_the_last_turn_keep_all_turns_before_it(tmp_path, prompt):
+    before = [USER, {"role": "assistant", "content": "4"}, {"role": "user", "content": "Sure?"}]
+    answers = [{"role": "assistant", "content": text} for text in ("Yes.", "No.")]
+    row = {**prompt, "chosen": [*before, answers[0]], "rejected": [*before, answers[1]]}
+    (found,) = read_preferences(write(tmp_path / "p.jsonl", [row]))
+    assert (found.messages, found.chosen, found.rejected) == (before, "Yes.", "No.")
+    after = {"prompt": "2+2?", "chosen": [*before[1:], answers[0]], "rejected": [*before[1:], answers[1]]}
+    assert read_preferences(write(tmp_path / "after.jsonl", [after])) == [found]
+
+
 COMPARED = {
     "question": "Who?",
     "passages": [["Title", "First.", "Second."]],
@@ -164,6 +175,21 @@ HUMAN = "\n\nHuman: a"
             read_preferences,
             {"chosen": f"{HUMAN}\n\nAssistant: b", "rejected": "\n\nHuman: z\n\nAssistant: c"},
             "does not",
+        ),
+        (
+            read_preferences,
+            {"chosen": [USER, TURN, USER, TURN], "rejected": [USER, {**TURN, "content": "c"}, USER, TURN]},
+            "found 4 and 4 turns, of which the first 1 are the same",
+        ),
+        (
+            read_preferences,
+            {"prompt": "2+2?", "chosen": [USER, TURN], "rejected": [USER, TURN, USER, TURN]},
+            "found 2 and 4 turns, of which the first 2 are the same",
+        ),
+        (
+            read_preferences,
+            {"chosen": [USER, TURN], "rejected": [{**USER, "content": "3+3?"}, TURN]},
+            "found 2 and 2 turns, of which the first 0 are the same",
         ),
         (read_preferences, {**COMPARED, "preference": [1, 2]}, "6 labels, 0, 1 or 2, are needed"),
         (read_preferences, {**COMPARED, "preference": [1, 2, 3, 0, 0, 0]}, "6 labels, 0, 1 or 2, are needed"),

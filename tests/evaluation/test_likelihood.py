@@ -257,6 +257,18 @@ def test_the_first_of_equally_likely_letters_is_picked():
     assert row["extracted"] == "A" and not row["right"] and row["why"] == "the answer is B"
 
 
+def test_a_letter_comes_after_what_the_template_writes_before_an_answer(model):
+    role = Role(families.load(model))
+    role.model.tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}\n{% endfor %}"
+    )
+    chat, asked = ChatFormat(role.model.tokenizer), [{"role": "user", "content": "Which?"}]
+    prompt, letters = chat.choices(asked, "AB")
+    assert prompt == [*chat.prompt(asked), *chat.ids("<think></think>")] and letters == [chat.ids("A"), chat.ids("B")]
+    (values,) = choice_logprobs(role, [prompt], [letters])
+    assert values == pytest.approx([by_hand(role, prompt, chat.ids(c)) for c in "AB"], abs=2e-4)
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
