@@ -28,7 +28,7 @@ from lco_lite.models.loading import build_scratch, byte_tokenizer
 from lco_lite.recipe import Eval, Recipe
 from lco_lite.recipe.sections import Init
 from lco_lite.rollout.hf import HFEngine
-from lco_lite.tasks import Grade, Item, Task, load_task
+from lco_lite.tasks import Grade, Item, Task, graded_as, load_task
 from tests.evaluation.eval_cases import GRADER, chance_task, result_of, rows_of, score
 
 
@@ -190,6 +190,59 @@ def test_the_majority_counts_answers_only_and_takes_the_first_seen_of_equals():
     assert not majority_right([row(False, "1"), row(True, "2")])
     assert majority_right([row(False, None), row(False, None), row(True, "2")])
     assert not majority_right([row(False, None)])
+
+
+def test_votes_of_mathematics_add_up_by_value():
+    votes = [row(False, "3"), row(False, "3"), row(True, r"\frac{1}{2}"), row(True, "0.5"), row(True, "1/2")]
+    assert not majority_right(votes), "as texts, 3 has most"
+    same = load_task("math500").grader.same
+    assert majority_right(votes, same)
+    assert summarise([votes[:4]], 1, 4, same)["metrics"]["maj@4"]["mean"] == 0.0, "two and two: the first seen"
+    assert summarise([votes[1:]], 1, 4, same)["metrics"]["maj@4"]["mean"] == 1.0
+
+
+# graders by name
+
+
+def test_another_grader_grades_the_same_responses_beside_the_tasks_own_score(model, tmp_path, monkeypatch):
+    task, data = chance_task(tmp_path)
+    assert score(model, tmp_path, task, data).exit_code == 0
+    own, before = result_of(tmp_path), rows_of(tmp_path)
+
+    def refused(*args, **kw):
+        raise AssertionError("nothing is sampled again")
+
+    monkeypatch.setattr(evaluate, "respond", refused)
+    result = score(model, tmp_path, task, data, "--grader", "string")
+    assert result.exit_code == 0 and "answered already" in result.output, result.output
+    assert result_of(tmp_path) == own, "the score by the task's own grader stays"
+    after = rows_of(tmp_path, "custom-string")
+    assert [r["response"] for r in after] == [r["response"] for r in before]
+    assert {r["why"] for r in after} <= {"the same text", "not the same text"}
+    edited = GRADER.replace("% 3", "% 2")
+    (tmp_path / "grader.py").write_text(edited)
+    assert score(model, tmp_path, task, data).exit_code == 0
+    again = rows_of(tmp_path)
+    assert [r["response"] for r in again] == [r["response"] for r in before]
+    assert [r["extracted"] for r in again] == [str(sum(map(ord, r["response"])) % 2) for r in before]
+
+
+def test_a_grader_or_a_tolerance_that_there_is_not_is_told(model, tmp_path):
+    task, data = chance_task(tmp_path)
+    result = score(model, tmp_path, task, data, "--grader", "strings")
+    assert result.exit_code == 2 and "one of math, rounded, string, choice, exact, or FILE.py:NAME" in result.stderr
+    result = score(model, tmp_path, task, data, "-s", "eval.tolerance=0.1")
+    assert result.exit_code == 2 and "is not graded as mathematics" in result.stderr
+
+
+def test_tolerance_and_evaluated_are_settings_of_mathematics_and_on_record():
+    task = graded_as(load_task("minervamath"), tolerance=0.05, evaluated=True)
+    item = Item("i", "p", "100", None, {})
+    assert [task.grade(rf"\boxed{{{x}}}", item).right for x in ("104", "106", "10^2")] == [True, False, False]
+    found = grader_of(task)
+    assert (found["name"], found["tolerance"], found["evaluated"]) == ("math", 0.05, True)
+    assert grader_of(load_task("minervamath"))["tolerance"] == 0.01
+    assert graded_as(load_task("arithmetic"), evaluated=True).grader is load_task("arithmetic").grader
 
 
 def test_several_samples_give_pass_at_k_and_a_majority_that_agree_with_the_rows(model, tmp_path):
