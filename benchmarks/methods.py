@@ -65,7 +65,7 @@ def result(recipe: str, runs: Path, seed: int, objective: str, lr: float | None,
         return known
     each = Rl.model_validate({"objective": objective}).responses_per_prompt
     flags = {"seed": seed, "rl.objective": objective, "rl.prompts_per_step": RESPONSES // each, "rl.lr": lr}
-    flags["rl.inner_epochs"] = load_recipe(find_recipe(recipe)).rl.inner_epochs  # the same for all
+    flags["rl.inner_epochs"] = load_recipe(find_recipe(recipe), sets).rl.inner_epochs  # the same for all
     with command(recipe, runs, f"seed-{seed}", sets, flags, quiet=True) as ctx:
         stage = ctx.recipe.rl.stage
         train(ctx, stage, fresh=(ctx.run.stage(stage).path / "done.json").exists())

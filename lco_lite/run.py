@@ -200,7 +200,7 @@ _NO_MATTER = {"gradient_checkpointing", "attention", "trust_remote_code", "micro
 _NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard", "reward_timeout"}
 # left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
 _NEWER: dict[str, Any] = {"rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
-_NEWER |= {"rl.evaluated": True, "rl.logprob_temperature": None}
+_NEWER |= {"rl.evaluated": True}
 _NEWER |= dict.fromkeys(("sft.adam_eps", "train_rm.adam_eps", "rl.adam_eps"))
 
 
@@ -216,6 +216,8 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     def decides(key: str, value: Any) -> bool:
         if key in _NEWER and value == _NEWER[key]:
             return False
+        if key == "rl.logprob_temperature" and recipe.rl.compared_at == 1:
+            return False  # as version 0.1 had it always: at another temperature its policy gradients do not go on
         counts = key.startswith("rl.settings.") or key.rpartition(".")[2] not in _NO_MATTER
         return counts and any(f"{key}.".startswith(f"{root}.") for root in roots)
 

@@ -98,6 +98,23 @@ def test_a_setting_that_older_recipes_did_not_have_counts_once_it_is_set():
     assert not names & {"rl.settings", "rl.target", "rl.whole_groups"}
 
 
+@pytest.mark.parametrize(
+    ("rl", "counts"),
+    [
+        ({"objective": "kld"}, False),
+        ({"objective": "gkd"}, False),
+        ({"objective": "grpo", "temperature": 1.0}, False),
+        ({"objective": "grpo", "logprob_temperature": 1.0}, False),
+        ({"objective": "grpo"}, True),
+        ({"objective": "minillm"}, True),
+    ],
+)
+def test_older_runs_go_on_but_for_policy_gradients_that_would_go_on_at_another_temperature(rl, counts):
+    """Version 0.1 had log-probabilities at 1 and no such field."""
+    settings = stage_settings(Recipe.model_validate({**BASE, "rl": rl}), f"rl-{rl['objective']}")
+    assert ("rl.logprob_temperature" in settings) == counts
+
+
 def test_an_unknown_stage_is_refused():
     with pytest.raises(UsageError, match="no stage 'rlhf'"):
         stage_settings(Recipe.model_validate(BASE), "rlhf")

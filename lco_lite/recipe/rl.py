@@ -185,7 +185,9 @@ class Rl(Training):
 
     @property
     def compared_at(self) -> float:
-        """What a policy gradient divides logits by before it takes log-probabilities."""
+        """What logits are divided by before policies are compared: 1 for losses of the logits themselves."""
+        if not self.is_policy_gradient and self.objective != "minillm":
+            return 1.0
         return (self.temperature or 1.0) if self.logprob_temperature is None else self.logprob_temperature
 
     @property

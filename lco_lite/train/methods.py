@@ -339,8 +339,8 @@ def sampled_logprobs(models: Models, micro: MicroBatch, temperature: float) -> d
 
 def compared_at(rl: Rl) -> float:
     """The temperature of log-probabilities: that of the rollouts for policy gradients and MiniLLM; 1 for losses of the
-    logits themselves, LCO's and GKD's."""
-    return 1.0 if method_of(rl).loss in (lco, gkd) else rl.compared_at
+    logits themselves, a user's loss on hidden states among them."""
+    return 1.0 if method_of(rl).loss is lco else rl.compared_at
 
 
 def logprobs(role: Role, batch: Batch, hidden: Tensor | None = None, temperature: float = 1.0) -> Tensor:
