@@ -12,8 +12,10 @@ reference       what the reward model started from       start
 A model from scratch is trained whole by sft; from there on it is a base like any other.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
 from torch.nn import Parameter
 
 from lco_lite.context import Context
@@ -120,10 +122,19 @@ def trainable(ctx: Context, role: Role, stage: str) -> list[tuple[str, Parameter
     return role.model.trainable_full(freeze_head=not (from_scratch or ctx.recipe.model.train_head))
 
 
-def save(role: Role, stage: StageFolder) -> Path:
-    """The stage's product: a plain PEFT adapter, or an ordinary model folder."""
+def unrounded(ctx: Context, role: Role) -> dict[str, Tensor]:
+    """The weights in fp32 as they lie on disk, by name, where all are trained and 16 bits are too few for that."""
+    settings, base = ctx.recipe.model, role.model.base
+    if role.adapter is not None or base.dtype.itemsize > 2:
+        return {}
+    wide = load_base(settings.model_copy(update={"dtype": "float32"}), ctx.device, Path(str(base.name_or_path)))
+    return dict(wide.named_parameters())
+
+
+def save(role: Role, stage: StageFolder, masters: Mapping[str, Tensor]) -> Path:
+    """The stage's product: a plain PEFT adapter, or an ordinary model folder with what AdamW worked on."""
     if role.adapter is None:
-        role.model.save_full(stage.model)
+        role.model.save_full(stage.model, masters)
         return stage.model
     role.model.save_adapter(role.adapter, stage.adapter)
     return stage.adapter

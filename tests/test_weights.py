@@ -42,7 +42,7 @@ def train(ctx: Context, role: Role, stage: str) -> torch.Tensor:
     with torch.no_grad():
         for _, parameter in weights.trainable(ctx, role, stage):
             parameter.add_(0.05)
-    weights.save(role, ctx.run.stage(stage))
+    weights.save(role, ctx.run.stage(stage), {})
     after = hidden(role)
     assert not torch.equal(before, after)
     return after

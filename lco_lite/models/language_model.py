@@ -7,7 +7,7 @@ left changes nothing.
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,10 +171,12 @@ class LanguageModel:
                 stored = "NF4" if getattr(self.base, "is_loaded_in_4bit", False) else "LLM.int8"
                 (new / "README.md").write_text(_OF_QUANTISED_BASE.format(stored=stored), encoding="utf-8")
 
-    def save_full(self, folder: Path) -> None:
-        """Model and tokenizer as an ordinary folder, whole or not at all."""
+    def save_full(self, folder: Path, masters: Mapping[str, Tensor]) -> None:
+        """Model and tokenizer as an ordinary folder, whole or not at all; a weight with a master is saved as that."""
+        wide = {id(p): masters[name] for name, p in self.base.named_parameters() if name in masters}
+        state = {key: wide.get(id(p), p).detach() for key, p in self.base.state_dict(keep_vars=True).items()}
         with write_folder(folder) as new:
-            self.base.save_pretrained(new)
+            self.base.save_pretrained(new, state_dict=state)
             self.tokenizer.save_pretrained(new)
 
     @contextlib.contextmanager
@@ -195,7 +197,7 @@ class LanguageModel:
 
     def _blocks(self) -> list[torch.nn.Module]:
         """The decoder's transformer blocks; of code that came with the weights its longest list of modules."""
-        blocks = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+        blocks: list[torch.nn.Module] = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
         lists = [list(m) for m in self.decoder.modules() if isinstance(m, torch.nn.ModuleList)]
         return blocks or max(lists, key=len, default=[])
 

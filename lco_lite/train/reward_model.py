@@ -50,7 +50,8 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
     updates = rm.max_steps or math.ceil(rm.epochs * len(pairs) / rm.batch_size)
     parameters = weights.trainable(ctx, reward_model, "rm")
     ctx.console.stage("train-rm", f"{len(pairs)} pairs, {updates} updates of {rm.batch_size}")
-    with StageTraining(ctx, stage, parameters, rm, updates, updates) as training, reward_model.model.training_mode():
+    training = StageTraining(ctx, stage, parameters, rm, updates, updates, weights.unrounded(ctx, reward_model))
+    with training, reward_model.model.training_mode():
         training.try_longest(
             pairs, rm.micro_batch_tokens, lambda longest: accumulate(reward_model, reference, longest, rm)
         )
@@ -60,7 +61,7 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
                 metrics = accumulate(reward_model, reference, [pairs[i] for i in chosen], rm)
                 metrics |= training.update()
             training.keep(step, metrics)
-    weights.save(reward_model, stage)
+    weights.save(reward_model, stage, training.masters)
     result: dict[str, float] = {"updates": updates, "pairs": len(pairs)}
     if held:
         accuracy = accumulate(reward_model, reference, held, rm, train=False)["accuracy"]

@@ -44,7 +44,8 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
     updates = rl.steps * rl.inner_epochs * -(-rl.prompts_per_step * rl.responses_per_prompt // rl.minibatch)
     what = f"{rl.steps} steps of {rl.prompts_per_step} prompts, feedback {rl.feedback}"
     ctx.console.stage(stage.name, what + (f", β {rl.beta:g}" if rl.is_lco else ""))
-    with StageTraining(ctx, stage, parameters, rl, rl.steps, updates) as training:
+    training = StageTraining(ctx, stage, parameters, rl, rl.steps, updates, weights.unrounded(ctx, policy))
+    with training:
         samples, update_log = training.log(stage.samples, JsonLog), training.log(stage.path / "updates.jsonl")
         history = read_log(stage.metrics)
         guard = Guard(policy.model.head.rows)
@@ -81,7 +82,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                 samples.write({"step": step + 1, **row})
             training.keep(step, metrics, guard.check(metrics) if rl.guard != "off" else ())
             rollouts.forget(training.oldest_checkpoint())
-    weights.save(policy, stage)
+    weights.save(policy, stage, training.masters)
     rollouts.forget(rl.steps)
     stage.finish({"steps": rl.steps, "objective": rl.objective})
 

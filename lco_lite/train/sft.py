@@ -29,8 +29,8 @@ def train_sft(ctx: Context, stage: StageFolder) -> None:
     updates = sft.max_steps or math.ceil(sft.epochs * len(examples) / sft.batch_size)
     parameters = weights.trainable(ctx, policy, "sft")
     ctx.console.stage("sft", f"{len(examples)} demonstrations, {updates} updates of {sft.batch_size}")
-    mode = policy.model.training_mode(dropout=True)
-    with StageTraining(ctx, stage, parameters, sft, updates, updates) as training, mode:
+    training = StageTraining(ctx, stage, parameters, sft, updates, updates, weights.unrounded(ctx, policy))
+    with training, policy.model.training_mode(dropout=True):
         training.try_longest(
             examples, sft.micro_batch_tokens, lambda longest: accumulate(policy, longest, sft.micro_batch_tokens)
         )
@@ -40,7 +40,7 @@ def train_sft(ctx: Context, stage: StageFolder) -> None:
                 metrics = accumulate(policy, [examples[i] for i in chosen], sft.micro_batch_tokens)
                 metrics |= training.update()
             training.keep(step, metrics)
-    weights.save(policy, stage)
+    weights.save(policy, stage, training.masters)
     stage.finish({"updates": updates, "examples": len(examples)})
 
 

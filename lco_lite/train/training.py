@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,8 +28,8 @@ class StageTraining:
     ``done`` of them. Open it last before the loop: it puts the random states back.
 
     A weight of 16 bits has a master in fp32, which gathers its gradients, is what AdamW works on and what a checkpoint
-    holds; the weight is its master, rounded. A step of 1e-6 is lost on a weight of 0.01 in bfloat16. Parameters named
-    ``critic.…`` are clipped and logged apart.
+    holds; the weight is its master, rounded. A step of 1e-6 is lost on a weight of 0.01 in bfloat16. Masters start as
+    in ``unrounded``, else as the weights. Parameters named ``critic.…`` are clipped and logged apart.
     """
 
     def __init__(
@@ -40,12 +40,16 @@ class StageTraining:
         settings: Training,
         steps: int,
         updates: int,
+        unrounded: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.ctx, self.stage, self.settings = ctx, stage, settings
         self.steps_planned, self.updates_planned = steps, updates
         self.updates_a_step = updates // steps
         self.parameters = dict(parameters)
-        self.masters = {name: p if p.element_size() > 2 else master_of(p) for name, p in self.parameters.items()}
+        self.masters = {
+            name: p if p.element_size() > 2 else master_of(p, (unrounded or {}).get(name, p))
+            for name, p in self.parameters.items()
+        }
         self.adamw = torch.optim.AdamW(
             list(self.masters.values()),
             lr=settings.lr,
@@ -178,9 +182,9 @@ class StageTraining:
         raise Interrupted(f"stopped {where}; {kept}, and the same command goes on from there")
 
 
-def master_of(parameter: Parameter) -> Parameter:
-    """A copy in fp32, to which the parameter hands every gradient that it gets."""
-    master = Parameter(parameter.detach().float())
+def master_of(parameter: Parameter, value: Tensor) -> Parameter:
+    """``value`` in fp32, to which the parameter, its rounding, hands every gradient that it gets."""
+    master = Parameter(value.detach().float())
 
     def hand_on(parameter: Tensor) -> None:
         assert parameter.grad is not None

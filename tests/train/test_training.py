@@ -9,9 +9,12 @@ import torch
 import typer
 from torch.nn import Parameter
 
+from lco_lite import weights
 from lco_lite.console import Console
 from lco_lite.context import Context
+from lco_lite.data.prompts import recipe_task
 from lco_lite.errors import UsageError
+from lco_lite.evaluation.evaluate import evaluate_stage
 from lco_lite.metrics import read_log
 from lco_lite.objectives.head import Head
 from lco_lite.objectives.lco import lco_loss
@@ -24,7 +27,7 @@ from lco_lite.train import methods
 from lco_lite.train.rollouts import Rollouts
 from lco_lite.train.training import StageTraining
 from tests.models.families import load, save
-from tests.train.test_chain import killed_after, run_stage, same, trained
+from tests.train.test_chain import killed_after, run_stage, same, start, trained
 
 BF16 = ("model.dtype=bfloat16", "model.lora=null")
 
@@ -81,6 +84,21 @@ def test_masters_of_bf16_weights_move_as_an_fp32_optimiser_fed_the_same_gradient
     assert (lost[seen] != 0).float().mean() < 0.2 and torch.cosine_similarity(asked, lost, dim=0) < 0.5
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_trained_head_tied_or_not_is_saved_as_its_master(tmp_path, training, family):
+    model = load(save(family, tmp_path / "m"), dtype="bfloat16")
+    stage = training(model.trainable_full(freeze_head=False), TrainRm(lr=1e-6))
+    ids = torch.tensor([[5, 6, 7]])
+    model.base(ids).logits.square().mean().backward()
+    stage.update()
+    model.save_full(tmp_path / "saved", stage.masters)
+    again = load(tmp_path / "saved", dtype="float32").base
+    assert all(torch.equal(p, stage.masters[name]) for name, p in again.named_parameters())
+    assert not torch.equal(
+        again.get_output_embeddings().weight.bfloat16().float(), again.get_output_embeddings().weight
+    )
+
+
 def test_weights_of_32_bits_and_adapters_are_their_own_masters(tmp_path, training):
     model = load(save("llama", tmp_path / "m"), dtype="bfloat16")
     model.add_adapter("policy", Lora(r=2), 0)
@@ -100,6 +118,26 @@ def test_full_fine_tuning_in_bf16_goes_on_to_the_same_bits_by_the_masters_in_its
     assert same(trained(whole, stage), trained(cut, stage))
 
 
+def test_what_a_stage_in_bf16_leaves_has_every_update_and_the_next_goes_on_from_there(tiny):
+    """The change of a stage is that of its masters, far under what bfloat16 can hold; it loads to what was trained."""
+    lr = ("train_rm.lr=1e-6", "train_rm.schedule=constant", "rl.lr=1e-6", "rl.warmup_steps=0")
+    ctx = run_stage(tiny, "rl-kld", *BF16, *lr)
+    sft, made = trained(ctx, "sft"), {stage: trained(ctx, stage) for stage in ("rm", "rl-kld")}
+    assert sft["model.norm.weight"].dtype == torch.float32
+    for stage, after in made.items():
+        updates = len(
+            read_log(ctx.run.stage(stage).metrics if stage == "rm" else ctx.run.stage(stage).path / "updates.jsonl")
+        )
+        layer = [key for key in sft if ".layers." in key]
+        change = torch.cat([(after[key].double() - sft[key].double()).flatten() for key in layer])
+        assert (change != 0).float().mean() > 0.95 and change.abs().max() < 1.5e-6 * updates
+        rounded = torch.cat([(after[key].bfloat16() != sft[key].bfloat16()).flatten() for key in layer])
+        assert rounded.float().mean() < 0.2
+    opened = weights.open_stage(ctx, "rl-kld").model.base
+    assert all(torch.equal(p, made["rl-kld"][name].bfloat16()) for name, p in opened.named_parameters())
+    assert {p.dtype for p in opened.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("setting", ["model.dtype=float16", "reward_model={path: x, dtype: float16}"])
 def test_training_in_float16_is_refused_with_the_reason_before_anything_is_done(tiny, capsys, setting):
     with pytest.raises(typer.Exit) as e:
@@ -108,6 +146,11 @@ def test_training_in_float16_is_refused_with_the_reason_before_anything_is_done(
     told = capsys.readouterr().err
     assert setting.partition("=")[0].partition(".")[0] in told and "bfloat16 or float32" in told
     assert not (tiny.parent / "runs/tiny/sft").exists()
+
+
+def test_float16_is_good_enough_for_scores(tiny):
+    with start(tiny, "model.dtype=float16") as ctx:
+        assert evaluate_stage(ctx, recipe_task(ctx.recipe), "base")["n"] == 8
 
 
 @pytest.mark.parametrize("objective", ["mse", "lch"])
