@@ -219,12 +219,9 @@ def test_another_grader_grades_the_same_responses_beside_the_tasks_own_score(mod
     after = rows_of(tmp_path, "custom-string")
     assert [r["response"] for r in after] == [r["response"] for r in before]
     assert {r["why"] for r in after} <= {"the same text", "not the same text"}
-    edited = GRADER.replace("% 3", "% 2")
-    (tmp_path / "grader.py").write_text(edited)
-    assert score(model, tmp_path, task, data).exit_code == 0
-    again = rows_of(tmp_path)
-    assert [r["response"] for r in again] == [r["response"] for r in before]
-    assert [r["extracted"] for r in again] == [str(sum(map(ord, r["response"])) % 2) for r in before]
+    (tmp_path / "other.py").write_text("def long(response, item):\n    return len(response) > 3\n")
+    assert score(model, tmp_path, task, data, "--grader", tmp_path / "other.py:long").exit_code == 0
+    assert [r["right"] for r in rows_of(tmp_path, "custom-long")] == [len(r["response"]) > 3 for r in before]
 
 
 def test_a_grader_or_a_tolerance_that_there_is_not_is_told(model, tmp_path):

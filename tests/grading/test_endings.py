@@ -11,15 +11,20 @@ from lco_lite.grading import equality
 from lco_lite.grading.math import _SPAN, _content, grade_answer
 
 # how models end, {n} the answer
-ENDINGS = """#### {n}|####: {n}|A: {n}|A: ${n}|A: **{n}**|Answer: {n}|ANSWER: {n}|Answer: ${n}|**Answer:** {n}|**Answer: {n}**
-### {n}|### Answer: {n}|>> {n}|> {n}|- {n}|* {n}|• {n}|– {n}|1. {n}|2) {n}|=> {n}|-> {n}|→ {n}|∴ {n}|= {n}|{n}|{n}.|{n}.0|**{n}**
-*{n}*|`{n}`|_{n}_|"{n}"|({n})|≈ {n}|${n}$|$${n}$$|\\({n}\\)|\\[{n}\\]|{n} dollars|${n}|\\${n}|€{n}|£{n}|{n} €|{n}m|{n} m|{n}km|{n} kg|{n}g
-{n}h|{n} l|{n}%|{n} apples per day.|So she makes ${n} every day.|Therefore, Jo makes **${n}** a day.|<answer>{n}</answer>
-Final Answer: {n}|x = {n}|Total: {n}|Total = {n}|Result: {n}|Ans: {n}|The answer is {n}.|The answer is: {n}|The answer is ${n}$.
-The final answer is ${n}$. I hope it is correct.|Thus, the answer is {n} eggs.|The correct answer is **{n}**.|{n} is the answer.
-16-7=9; 9*2={n}|9 * 2 = {n}|9*2={n} dollars|9 x 2 = {n}|She makes 9 * 2 = {n} dollars a day.|\\boxed{{{n}}}|$\\boxed{{{n}}}$ dollars
-\\boxed{{{n} \\text{{ dollars}}}}|\\boxed{{\\${n}}}|\\boxed{{€{n}}}|\\boxed{{{n}m}}|\\boxed{{x={n}}}|\\boxed{{9*2={n}}}|The answer is \\boxed{{{n}}}.
-First \\boxed{{77777}} apples, then \\boxed{{{n}}} in all.|\\boxed{{77777}} was wrong. The final answer is ${n}$|{{"answer": {n}}}"""
+ENDINGS = """#### {n}|####: {n}|A: {n}|A: ${n}|A: **{n}**|Answer: {n}|ANSWER: {n}|Answer: ${n}|**Answer:** {n}
+**Answer: {n}**|### {n}|### Answer: {n}|>> {n}|> {n}|- {n}|* {n}|• {n}|– {n}|1. {n}|2) {n}|=> {n}|-> {n}
+→ {n}|∴ {n}|= {n}|{n}|{n}.|{n}.0|**{n}**|*{n}*|`{n}`|_{n}_|"{n}"|({n})|≈ {n}|${n}$|$${n}$$|\\({n}\\)
+\\[{n}\\]|{n} dollars|${n}|\\${n}|€{n}|£{n}|{n} €|{n}m|{n} m|{n}km|{n} kg|{n}g|{n}h|{n} l|{n}%
+{n} apples per day.|So she makes ${n} every day.|Therefore, Jo makes **${n}** a day.
+<answer>{n}</answer>|Final Answer: {n}|x = {n}|Total: {n}|Total = {n}|Result: {n}|Ans: {n}
+The answer is {n}.|The answer is: {n}|The answer is ${n}$.
+The final answer is ${n}$. I hope it is correct.|Thus, the answer is {n} eggs.
+The correct answer is **{n}**.|{n} is the answer.|16-7=9; 9*2={n}|9 * 2 = {n}|9*2={n} dollars
+9 x 2 = {n}|She makes 9 * 2 = {n} dollars a day.|\\boxed{{{n}}}|$\\boxed{{{n}}}$ dollars
+\\boxed{{{n} \\text{{ dollars}}}}|\\boxed{{\\${n}}}|\\boxed{{€{n}}}|\\boxed{{{n}m}}|\\boxed{{x={n}}}
+\\boxed{{9*2={n}}}|The answer is \\boxed{{{n}}}.
+First \\boxed{{77777}} apples, then \\boxed{{{n}}} in all.
+\\boxed{{77777}} was wrong. The final answer is ${n}$|{{"answer": {n}}}"""
 STYLES = [style for line in ENDINGS.split("\n") for style in line.split("|")]
 
 
