@@ -268,7 +268,6 @@ _UNICODE = str.maketrans("−–\u00a0\u202f", "--  ") | {ord(s[0]): f"{s[1:]} "
 _REWRITES = [
     (r"\{\s*,\s*\}\s*(?=\d{3})|(?<=\d),\s*\\!\s*(?=\d{3})", ""),  # thousands as LaTeX writes them
     (r"(?<=\d)(?:\\[,;: ]|\s)\s*(?=\d{3}(?!\d))", ""),
-    (r"\\left\s*\.|\\right\s*\.", ""),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])", ""),
     (r"(?<!\\)\\[!,;:>\s]|~|\$|\\[()\[\]]|\*\*", " "),
     (r"^\s*(?:\\approx|≈|=)", ""),
@@ -277,12 +276,9 @@ _REWRITES = [
     (r"(?<![A-Za-z\\])(pi|infinity)(?![A-Za-z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
     (r"(?<![\d.^_])(\d+) (\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
     (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
-    (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?![\d.])", r" \\times 10^{\1}"),
+    (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?![\w.])", r" \\times 10^{\1}"),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"\\leq(?:slant)?(?![a-z])|<=", r"\\le "),
-    (r"\\geq(?:slant)?(?![a-z])|>=", r"\\ge "),
-    (r"\\neq(?![a-z])|!=", r"\\ne "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|(?<=[\d}])\s*\\?(?:text|mathrm)?\{?\s*degrees?\s*\}?", ""),
     (r"\\?%|(?<=[\d}\s])(?:percent(?:age)?|pct)\b", "%"),
 ]

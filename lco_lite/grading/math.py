@@ -183,8 +183,8 @@ def _stated(text: str) -> str | None:
     """What the last statement of an answer says; a heading of markdown that opens with ``####`` is no statement."""
     for match in reversed(list(_STATEMENT.finditer(text))):
         rest = text[match.end() : match.end() + 1_000].lstrip()
-        end = next((m.start() for m in _SENTENCE_END.finditer(rest) if not _inside_span(rest, m.start())), len(rest))
-        sentence = rest[:end].replace('\\"', "").strip(" .*\n\t")
+        end = _SENTENCE_END.search(rest)
+        sentence = (rest[: end.start()] if end else rest).replace('\\"', "").strip(" .*\n\t")
         if match[0].lstrip().startswith("####") and _words(rest.partition("\n")[0]):
             continue
         first = _SPAN.match(sentence)
@@ -194,10 +194,6 @@ def _stated(text: str) -> str | None:
         if found:
             return found
     return None
-
-
-def _inside_span(text: str, at: int) -> bool:
-    return any(span.start() < at < span.end() for span in _SPAN.finditer(text[: at + 400]))
 
 
 def _joined_spans(sentence: str, first: re.Match[str]) -> str:

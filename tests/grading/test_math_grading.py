@@ -118,6 +118,7 @@ EQUAL = [  # (answer, gold)
     ("(1,2),(3,4)", "(3,4),(1,2)"),
     (r"[1,2)\cup(2,3]", r"[1,2) \cup (2,3]"),
     ("288pi", r"288\pi"),
+    ("4e+7p", "7p+4e"),
     ("4 sqrt(5)", r"4\sqrt{5}"),
     (r"12^{\mathrm{th}}", "12"),
     (r"\varnothing", r"\emptyset"),
