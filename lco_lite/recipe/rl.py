@@ -106,7 +106,7 @@ class Rl(Training):
         "paper",
     )
     evaluated: bool = setting(
-        True, "rule, sampled pairs: as eval.evaluated", "30 of MATH500's 500 answers can be copied from the question"
+        True, "rule, sampled pairs: as eval.evaluated", "36 of MATH500's 500 answers can be copied from the question"
     )
     reward_function: str | None = setting(None, "feedback function: FILE.py:NAME", "yours")
     reward_timeout: float = setting(60.0, "seconds that reward_function may take for 32 responses", "a minute", gt=0)
