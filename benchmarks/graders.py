@@ -3,7 +3,7 @@
     LCO_LITE_DATA=FOLDER python benchmarks/graders.py            # a quarter of an hour; --json for machines
 
 Three collections: the pairs of other graders' tests; GSM8K's published solutions with other endings, right and wrong;
-MATH's gold answers in other spellings, right, and set against each other, wrong. A rule is left out, and the answers
+MATH's gold answers in other spellings, right, and changed, wrong. A rule is left out, and the answers
 that are then lost or let in are counted.
 """
 
@@ -185,7 +185,20 @@ def spellings(n: int) -> Iterator[Case]:
     for gold, other in zip(chosen, [*chosen[1:], chosen[0]], strict=True):
         for answer in dict.fromkeys(respell(gold) for respell in RESPELT.values()):
             yield Case("math", rf"\boxed{{{answer}}}", gold, True)
-        yield Case("math", rf"\boxed{{{other}}}", gold, False)
+        for answer in [other, *mutated(gold)]:
+            yield Case("math", rf"\boxed{{{answer}}}", gold, False)
+
+
+def mutated(gold: str) -> Iterator[str]:
+    """Near it, and wrong: another number, a set for a point, a closed interval for an open one, the other order."""
+    if number := re.search(r"\d+", gold):
+        yield gold[: number.start()] + str(int(number[0]) + 1) + gold[number.end() :]
+    if re.fullmatch(r"\([^()]*,[^()]*\)", gold):
+        yield rf"\{{{gold[1:-1]}\}}"
+        yield f"[{gold[1:-1]}]"
+        first, _, rest = gold[1:-1].partition(",")
+        if first.strip() != rest.strip() and "," not in rest:
+            yield f"({rest}, {first})"
 
 
 if __name__ == "__main__":
