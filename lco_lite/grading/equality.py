@@ -44,7 +44,7 @@ def equal(answer: str, gold: str) -> bool | None:
     if _equation_for_zero(a, g):
         return False
     x, y = number(a), number(g)
-    x, y = x or (y and _quantity(a)), y or (x and _quantity(g))
+    x = x or (y and _quantity(a))
     if y is not None and _DECIMAL_COMMA.fullmatch(a) and equal_numbers(_scaled("", a.replace(",", "."), "0"), y):
         return True
     if x is not None and y is not None:
@@ -206,7 +206,7 @@ _POWER = re.compile(rf"([-+]?)(?:({_DIGITS})(?:\\times|\\cdot|\*|x))?10\^(?:\{{(
 _FRACTION = re.compile(r"([-+]?)(\d*)\\frac\{([-+]?[\d.]{1,300})\}\{([-+]?[\d.]{1,300})\}(%?)")
 _RATIO = re.compile(r"([-+]?)\(?([-+]?[\d.]{1,300}|\d{1,3}(?:,\d{3})+)\)?/\(?([-+]?[\d.]{1,300})\)?(%?)")
 _REPEATING = re.compile(r"([-+]?)(\d{0,99})\.(\d{0,99})\\(?:overline|bar)\{(\d{1,99})\}")
-_DECIMAL_COMMA = re.compile(r"\d{1,300},\d{1,300}")
+_DECIMAL_COMMA = re.compile(r"(?!\d{1,3},\d{3}$)\d{1,300},\d{1,300}")  # 1,234 is a thousand
 
 
 def number(text: str) -> Number | None:

@@ -102,14 +102,14 @@ _STATEMENT = re.compile(
     r"(?i)\banswers?(?:[ \t]+[a-z]+){0,6}?[*\s]*(?::|\bis\b|\bare\b|=)[*:\s]*|^[ \t]*####[ \t]*:?(?=[^\n]*$)",
     re.MULTILINE,
 )
-_SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z<\[]|\s*$)|\n")
+_SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z<\[(]|\s*$)|\s\((?=[a-z]{2,} )|\n")
 _SPAN = re.compile(
     r"\$\$([^$]{1,600})\$\$|\\\[((?:[^\\]|\\(?!\])){1,600})\\\]|\\\(((?:[^\\]|\\(?!\))){1,600})\\\)"
-    r"|(?<!\\)\$((?:[^$\n\\]|\\.){1,600})\$"
+    r"|(?<!\\)\$((?:[^$\n\\]|\\.){1,600})\$(?!\d)"
 )
 _NUMBER = re.compile(
-    r"(?<![A-Za-z\d_.])(?<!\d,)[-+]?\\?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:[.,]\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?"
-    r"(?:\s*(?:\\?%|percent\b|pct\b))?"
+    r"(?<![A-Za-z\d_.])(?<!\d,)[-+]?\\?\$?(?:\d+ \d+/\d+|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:[.,]\d+)?"
+    r"(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?)(?:√\d+|\s?π)?(?:\s*(?:\\?%|percent\b|pct\b))?"
 )
 _LABEL = re.compile(  # of a last line: marks of lists, quotes and headings, arrows, `A:`
     r"\s*(?:[>#*•∴→⇒~|_`\"“:]+\s*|[-=]+>\s*|[-–—=]\s+|\d{1,2}[.)]\s+(?=\S)|[A-Za-z]{1,12}:\s+)*"
@@ -230,11 +230,15 @@ def _words(text: str) -> int:
 
 def _last(text: str, start: int) -> str | None:
     """The last formula or number of ``text`` that ends after ``start``."""
-    spans = [s for s in _SPAN.finditer(text) if not _words(_content(s))]
-    ends = [(s.end(), _content(s) + _percent(text, s.end())) for s in spans]
-    for n in _NUMBER.finditer(text, start):
-        if not any(s.start() <= n.start() < s.end() for s in spans):
-            ends.append((n.end(), n[0]))
+    ends = []
+
+    def blank(span: re.Match[str]) -> str:
+        if _words(content := _content(span)):
+            return span[0]
+        ends.append((span.end(), content + _percent(text, span.end())))
+        return " " * len(span[0])
+
+    ends += [(n.end(), n[0]) for n in _NUMBER.finditer(_SPAN.sub(blank, text), start)]
     ends = [(end, answer) for end, answer in ends if end > start]
     return max(ends)[1].strip() if ends else None
 

@@ -43,6 +43,15 @@ CHOICES = ["True, True", "False, False", "A vector space", r"$\frac{1}{2}$"]
         ("A. True, True\nB. False, False\nC. A vector space\nD. 1/2\n\nThe answer is C.", "C"),
         ("A. True, True\nB. False, False\nC. A vector space\nD. 1/2\n\nC", "C"),
         ("B\n\nA. is wrong since it is not true.\nC. is no vector space.", "B"),
+        ("The correct answer is (B) False, False.", "B"),
+        ("Answer: C) A vector space\n\nExplanation: it has a basis.", "C"),
+        ("The answer is **B) False, False**.", "B"),
+        ("The correct answer would be D.", "D"),
+        ("The correct answer is A. True, True.\n\nB. False, False is wrong, as is C.", "A"),
+        ("The answer is B (A is wrong).", "B"),
+        ("The answer is D (I, II and IV).", "D"),
+        (r"<think>\boxed{A}</think>The answer is B.", "B"),
+        (r"\boxed{B. 500 B.C.}", "B"),
     ],
 )
 def test_the_choice_is_found(response, letter):
@@ -69,6 +78,15 @@ def test_the_choice_is_found(response, letter):
         "A is not correct.",
         "The answer is not A.",
         "A vector space is the answer",
+        "Answer choices:\nA. Yes\nB. No",
+        "Answer: A. True, True\nB. False, False\nC. A vector space\nD. $\\frac{1}{2}$",
+        "The answer is one of these: (A) True, True; (B) False, False",
+        "The answer is A, B or C.",
+        "The answer is (A)(B)(C)(D)",
+        "The answer is A (or B).",
+        r"\boxed{A. True, True B. False, False}",
+        "The answer should not be A.",
+        "<think>The answer is A.</think>It cannot be told.",
         "\x00" * 50,
     ],
 )
@@ -79,6 +97,10 @@ def test_a_response_that_picks_nothing_is_not_guessed_at(response):
 def test_a_letter_that_is_also_the_text_of_a_choice_is_that_text_in_a_box():
     assert picked(r"\boxed{a}", ["b", "a"]) == "B"
     assert picked(r"\boxed{A}", ["b", "a"]) == "A"
+
+
+def test_a_name_in_a_box_is_no_letter():
+    assert picked(r"\boxed{B. F. Skinner}", ["Freud", "Money", "B. F. Skinner", "Ellis"]) == "C"
 
 
 def test_letters_beyond_the_choices_are_none_of_them():
