@@ -79,7 +79,7 @@ def command(
         if dry_run:
             from lco_lite.dry_run import preview
 
-            preview(resolved)
+            preview(resolved, console)
             raise typer.Exit
         run = Run.open(runs, name)
         with run.lock(), _context(run, resolved, console, adapter) as ctx:

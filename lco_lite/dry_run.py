@@ -6,19 +6,22 @@ from statistics import median_high
 
 import typer
 
+from lco_lite.console import Console
 from lco_lite.data.prompts import file_pairs, held_out, recipe_task, rl_prompts, sft_examples
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.loading import open_tokenizer
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump
 from lco_lite.sequences import Example
+from lco_lite.train.pipeline import refuse_untrainable
 
 
-def preview(recipe: Recipe) -> None:
-    """Opens tokenizer and data as the stages do, and prints what they would work with."""
+def preview(recipe: Recipe, console: Console) -> None:
+    """Opens tokenizer and data as the stages do, and prints what they would work with; refuses what they refuse."""
     typer.echo(dump(recipe))
+    refuse_untrainable(recipe)
     task, tokenizer = recipe_task(recipe), open_tokenizer(recipe.model, recipe.seed)
-    chat = ChatFormat(tokenizer, recipe.chat.template_args, lambda text: typer.echo(f"warning: {text}", err=True))
+    chat = ChatFormat(tokenizer, recipe.chat.template_args, console.warn)
     prompts = rl_prompts(recipe, task)
     if recipe.sft.enabled:
         examples = sft_examples(recipe, task, chat)

@@ -94,6 +94,16 @@ def test_dry_run_shows_recipe_example_and_counts_and_makes_nothing(tiny):
     assert not (tiny.parent / "runs").exists()
 
 
+def test_a_dry_run_refuses_what_the_run_would(tiny):
+    own = tiny.parent / "own.py"
+    own.write_text("def loss(batch, clip): ...")
+    for setting, told in (("model.dtype=float16", "too narrow"), (f"rl.objective={own}:loss", "whole vocabulary")):
+        sets = ("--set", setting, "--set", "rl.feedback=dpo")
+        dry, run = (call("run", tiny, *sets, "--runs", tiny.parent / "runs", *more) for more in (["--dry-run"], []))
+        assert dry.exit_code == run.exit_code == 2 and told in " ".join(dry.stderr.split())
+        assert dry.stderr == run.stderr and not (tiny.parent / "runs/tiny/sft").exists()
+
+
 @pytest.mark.parametrize("objective", METHOD_DEFAULTS)
 def test_a_dry_run_of_any_objective_says_which_of_the_recipes_values_gave_way(objective, tmp_path):
     result = call("rl", "quickstart", "--objective", objective, "--dry-run", "--runs", tmp_path)

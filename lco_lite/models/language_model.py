@@ -196,10 +196,11 @@ class LanguageModel:
                 self.base.eval()
 
     def _blocks(self) -> list[torch.nn.Module]:
-        """The decoder's transformer blocks; of code that came with the weights its longest list of modules."""
+        """The decoder's transformer blocks; of code that came with the weights its largest list of modules."""
         blocks: list[torch.nn.Module] = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
         lists = [list(m) for m in self.decoder.modules() if isinstance(m, torch.nn.ModuleList)]
-        return blocks or max(lists, key=len, default=[])
+        # by weights: experts may be more than blocks, and lie inside of them
+        return blocks or max(lists, key=lambda each: sum(p.numel() for m in each for p in m.parameters()), default=[])
 
     def _attach(self, name: str, config: LoraConfig) -> None:
         if self._peft is None:

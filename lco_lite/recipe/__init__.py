@@ -55,6 +55,9 @@ class Recipe(Section):
                 yield "data.demonstrations: needed where task is null (or set sft.enabled: false)"
             if self.data.prompts is None:
                 yield "data.prompts: needed where task is null"
+        if self.rl.on_policy < 1 and self.data.prompts is not None:
+            share = f"{self.rl.on_policy:g} asks for demonstrations of the other prompts"
+            yield f"rl.on_policy: {share}, and those of data.prompts have none: set rl.on_policy: 1"
         if self.task is None or self.task in UNGRADED:
             why = f"{self.task} grades no response right or wrong" if self.task else "task is null"
             if self.rl.feedback == "rule":

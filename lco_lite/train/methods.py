@@ -326,14 +326,10 @@ def own_loss(rl: Rl) -> Callable[..., tuple[Tensor, Seen]] | None:
 
 def sampled_logprobs(models: Models, micro: MicroBatch, temperature: float) -> dict[str, Tensor]:
     """log π(a) [T] of the sampled tokens by π_old, by π_ref (the policy before RL) and, where there is one, by φ."""
-    batch, reward_model = micro.batch, models.reward_model
-    old, start = (
-        logprobs(models.policy, batch, micro.old, temperature),
-        logprobs(models.start, batch, None, temperature),
-    )
-    says = {"old_logprobs": old, "reference_logprobs": start}
-    if reward_model is not None:
-        says["reward_model_logprobs"] = logprobs(reward_model, batch, None, temperature)
+    says = {"old_logprobs": logprobs(models.policy, micro.batch, micro.old, temperature)}
+    for name, role in {"reference_logprobs": models.start, "reward_model_logprobs": models.reward_model}.items():
+        if role is not None:
+            says[name] = logprobs(role, micro.batch, temperature=temperature)
     return says
 
 

@@ -22,8 +22,7 @@ def train(ctx: Context, stage: str, fresh: bool = False) -> None:
         reasons = {"sft": "sft.enabled: false", "rm": "rl.feedback is neither dpo nor dpo_sampled"}
         reason = reasons.get(stage, "rl.objective is another")
         raise UsageError(f"the recipe has no {stage} stage ({reason}); it has {', '.join(wanted)}")
-    refuse_float16(ctx.recipe)
-    method_of(ctx.recipe.rl)  # a function of the user's that does not fit is told before anything is trained
+    refuse_untrainable(ctx.recipe)
     if fresh:
         for name in ctx.run.discard_from(stage):
             ctx.console.note(f"{name}: deleted, to start again")
@@ -31,8 +30,10 @@ def train(ctx: Context, stage: str, fresh: bool = False) -> None:
         _train_one(ctx, name, {before: ctx.run.stage(before).id() for before in wanted[:i]})
 
 
-def refuse_float16(recipe: Recipe) -> None:
-    """Raises UsageError where gradients would pass through float16. Scores may be made in it."""
+def refuse_untrainable(recipe: Recipe) -> None:
+    """Raises UsageError where gradients would pass through float16, in which scores may be made, and where a function
+    of the user's does not fit the feedback."""
+    method_of(recipe.rl)
     rm = recipe.reward_model
     trained: dict[str, Weights] = {"model": recipe.model}
     if isinstance(rm, RewardModel) and recipe.rl.needs_reward_model:

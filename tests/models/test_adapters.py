@@ -224,6 +224,14 @@ def test_recomputing_activations_changes_no_gradient_and_ends_with_the_block(fol
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_of_code_that_came_with_the_weights_blocks_are_recomputed_however_many_experts_one_has(folder, monkeypatch):
+    model = load(folder)
+    for block in (blocks := model.decoder.layers):
+        block.mlp.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(len(blocks) + 1))
+    monkeypatch.setattr("lco_lite.models.language_model.GradientCheckpointingLayer", type(None))
+    assert model._blocks() == list(blocks)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_the_head_is_never_quantised_tied_or_not(tmp_path, family):
     for quantization in ("nf4", "int8"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import typer
@@ -13,6 +15,7 @@ from lco_lite.objectives import policy_gradient as pg
 from lco_lite.recipe import Rl
 from lco_lite.recipe.file import load_recipe
 from lco_lite.recipe.rl import DISTILLATION, LCO, METHOD_DEFAULTS
+from lco_lite.tasks.arithmetic import Arithmetic
 from lco_lite.train import methods
 from lco_lite.train import rl as rl_stage
 from lco_lite.train.pipeline import train
@@ -202,12 +205,17 @@ def test_gkd_shows_demonstrations_and_reports_only_the_policys_own_responses(war
         assert ("reward" in row) == sampled and row["response_tokens"] > 0
 
 
-def test_gkd_refuses_prompts_without_demonstrations(warm, capsys):
+def test_gkd_refuses_prompts_without_demonstrations(warm, monkeypatch, capsys):
     prompts = warm.parent / "prompts.jsonl"
     prompts.write_text('{"prompt": "3+4"}\n')
-    with pytest.raises(typer.Exit), start(warm, "rl.objective=gkd", f"data.prompts={prompts}") as ctx:
+    with pytest.raises(RecipeError, match=r"those of data\.prompts have none: set rl\.on_policy: 1"):
+        load_recipe(warm, ["rl.objective=gkd", f"data.prompts={prompts}"])
+    load_recipe(warm, ["rl.objective=gkd", "rl.on_policy=1", f"data.prompts={prompts}"])
+    shown = Arithmetic.items
+    monkeypatch.setattr(Arithmetic, "items", lambda *a: [replace(i, demonstration=None) for i in shown(*a)])
+    with pytest.raises(typer.Exit), start(warm, "rl.objective=gkd") as ctx:
         train(ctx, "rl-gkd", fresh=True)
-    assert "'3+4' has none; set rl.on_policy: 1" in capsys.readouterr().err
+    assert "has none; set rl.on_policy: 1" in capsys.readouterr().err
 
 
 def test_a_function_of_the_users_gives_the_rewards(warm):
