@@ -209,6 +209,25 @@ def data_check(recipe: Recipe, sets: Sets = None, json: Json = False) -> None:
 
 
 @app.command()
+def plan(
+    recipe: Recipe,
+    sets: Sets = None,
+    gpu: Annotated[str | None, Option(metavar="SIZE", help="The card's memory, e.g. 12GiB; else the card here.")] = None,
+    rate: Annotated[float | None, Option(min=0.001, help="Tokens sampled a second; else an earlier run's.")] = None,
+    prompt: Annotated[int | None, Option(min=1, help="Tokens of the longest prompt; else what fits.")] = None,
+    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
+    json: Json = False,
+) -> None:
+    """Memory of each phase, disk and hours, from the recipe and the models' configs alone."""
+    with boundary():
+        from lco_lite.models.loading import quiet_libraries
+        from lco_lite.plan import plan
+
+        quiet_libraries()
+        plan(load_recipe(find_recipe(recipe), sets), gpu, rate, prompt, runs, Console(json=json), json)
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, Argument(help="Print this one.")] = None,
     copy: Annotated[Path | None, Option(help="Copy it (or all) into this folder.")] = None,

@@ -54,7 +54,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     first = [b * ids.shape[1] + len(e.prompt) - 1 for b, e in enumerate(examples)]
     index = torch.cat([torch.arange(i, i + len(e.response)) for i, e in zip(first, examples, strict=True)])
     actions = torch.tensor([token for e in examples for token in e.response], dtype=torch.long)
-    rows = torch.arange(len(examples)).repeat_interleave(torch.tensor([len(e.response) for e in examples]))
+    lengths = torch.tensor([len(e.response) for e in examples])
+    rows = torch.arange(len(examples)).repeat_interleave(lengths, output_size=len(actions))
     return Batch(ids, mask, index, actions, rows)
 
 

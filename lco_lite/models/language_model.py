@@ -40,8 +40,8 @@ class LanguageModel:
         self.base, self.tokenizer, self.checkpointing = base, tokenizer, checkpointing
         self.config = base.config.get_text_config()
         self.decoder = decoder_of(base)
-        self.head = inspect_head(base, max(tokenizer.get_vocab().values()) + 1)
-        prove_padding(self)
+        self.head = head_of(base, max(tokenizer.get_vocab().values()) + 1)
+        self._prove()
         inside = set(self.decoder.modules()) - {base.get_output_embeddings()}
         # asked before any adapter wraps them: name -> is it part of the language model
         self._linear = {name: m in inside for name, m in base.named_modules() if isinstance(m, Linear)}
@@ -50,6 +50,10 @@ class LanguageModel:
         self.active: str | None = None
         self._peft: Any = None  # a PeftModel around the base, once there is an adapter
         self._trained: str | None = None
+
+    def _prove(self) -> None:
+        prove_head(self.base, self.head)
+        prove_padding(self)
 
     @property
     def device(self) -> torch.device:
@@ -269,13 +273,9 @@ load the base in {stored}, or score the adapter again where it will run.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
-@torch.no_grad()
-def inspect_head(base: PreTrainedModel, vocabulary: int | None = None) -> Head:
-    """The head as weight, bias, scale and soft-cap. Rows past ``vocabulary`` tokens pad the matrix and are left out.
-
-    Raises ModelError naming the architecture where the head does anything else to its hidden states: what is not
-    proved by a forward pass is not used.
-    """
+def head_of(base: PreTrainedModel, vocabulary: int | None = None) -> Head:
+    """The head as weight, bias, scale and soft-cap, as its config has them: ``prove_head`` says whether that is all.
+    Rows past ``vocabulary`` tokens pad the matrix and are left out. Raises ModelError where there is none."""
     name, module = type(base).__name__, base.get_output_embeddings()
     if module is None or getattr(module, "weight", None) is None:
         raise ModelError(f"{name} has no LM head: a causal language model is needed")
@@ -285,7 +285,14 @@ def inspect_head(base: PreTrainedModel, vocabulary: int | None = None) -> Head:
         scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
     bias, softcap = getattr(module, "bias", None), getattr(config, "final_logit_softcapping", None)
     rows = min(vocabulary or len(module.weight), len(module.weight))
-    head = Head(module.weight, bias, scale=float(scale), softcap=softcap, rows=rows)
+    return Head(module.weight, bias, scale=float(scale), softcap=softcap, rows=rows)
+
+
+@torch.no_grad()
+def prove_head(base: PreTrainedModel, head: Head) -> None:
+    """Raises ModelError naming the architecture where the head does anything else to its hidden states: what is not
+    proved by a forward pass is not used."""
+    name = type(base).__name__
     ids = torch.tensor([[1, 2, 3]], device=head.weight.device)
     try:
         logits = base(input_ids=ids, use_cache=False).logits[0].float()  # [3, >= V]
@@ -298,7 +305,6 @@ def inspect_head(base: PreTrainedModel, vocabulary: int | None = None) -> Head:
             f"{name}: its logits are not scale · (W·h + b), soft-capped or not (relative error "
             f"{error:.1e}): this architecture's head is not supported"
         )
-    return head
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def load_base(weights: Weights, device: torch.device, folder: Path | None = None
         options["quantization_config"] = _quantization(weights, dtype)
     try:
         config = hf.AutoConfig.from_pretrained(source, **origin)
-        kind = _language_model_class(config)
+        kind = language_model_class(config)
         model, loaded = kind.from_pretrained(source, config=config, output_loading_info=True, **origin, **options)
     except torch.OutOfMemoryError:
         raise
@@ -66,7 +66,20 @@ def load_base(weights: Weights, device: torch.device, folder: Path | None = None
     return model.requires_grad_(False).eval()
 
 
-def _language_model_class(config: Any) -> Any:
+def load_config(weights: Weights) -> Any:
+    """What the weights' shapes follow from, without them. Raises ModelError where it cannot be had."""
+    if isinstance(weights, Model) and weights.init is not None:
+        return _scratch_config(weights.init, byte_tokenizer(weights.init.max_length))
+    file = {} if weights.gguf_file is None else {"gguf_file": weights.gguf_file}
+    if not file:
+        refuse_unusable_folder(Path(str(weights.path)))
+    try:
+        return hf.AutoConfig.from_pretrained(weights.path, **file, **_origin(weights))
+    except Exception as e:  # see load_base
+        raise unloadable("model's config", str(weights.path), e) from e
+
+
+def language_model_class(config: Any) -> Any:
     """The auto class whose models predict the next token: of text alone, or of text inside a multimodal wrapper.
 
     Raises ModelError naming the architecture where there is none.
@@ -210,7 +223,16 @@ CHAT_TEMPLATE = (
 def build_scratch(init: Init, folder: Path, seed: int) -> None:
     """Writes model and tokenizer to ``folder``, whole or not at all. The weights depend on ``seed`` alone."""
     tokenizer = byte_tokenizer(init.max_length)
-    config = hf.LlamaConfig(
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = hf.LlamaForCausalLM(_scratch_config(init, tokenizer))
+    with write_folder(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+
+
+def _scratch_config(init: Init, tokenizer: hf.PreTrainedTokenizerFast) -> hf.LlamaConfig:
+    return hf.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=init.hidden_size,
         intermediate_size=init.intermediate_size,
@@ -222,12 +244,6 @@ def build_scratch(init: Init, folder: Path, seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = hf.LlamaForCausalLM(config)
-    with write_folder(folder) as new:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
 
 
 def byte_tokenizer(max_length: int) -> hf.PreTrainedTokenizerFast:

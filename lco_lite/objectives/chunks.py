@@ -24,7 +24,11 @@ def chunk_size(columns: int, device: torch.device) -> int:
     if device.type != "cuda":
         return min(max(CPU_LOGITS // columns, 16), 2048)
     free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return chunk_on_cuda(columns, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def chunk_on_cuda(columns: int, free: int) -> int:
+    """``chunk_size`` where ``free`` bytes of a GPU's memory are."""
     tokens = min(CUDA_BYTES, free // 4) // (CUDA_BYTES_PER_LOGIT * columns)
     return min(max(tokens // 16 * 16, 16), 2048)
 

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 
 from lco_lite.errors import ModelError
-from lco_lite.models.language_model import inspect_head
+from lco_lite.models.language_model import head_of, prove_head
 from lco_lite.models.loading import byte_tokenizer
 from lco_lite.recipe.sections import Lora
 from tests.models.families import FAMILIES, config, load, save
@@ -73,13 +73,13 @@ def test_a_head_that_does_something_else_is_refused_by_name(tmp_path):
 
     model.base.forward = squared
     with pytest.raises(ModelError, match="LlamaForCausalLM.*not supported"):
-        inspect_head(model.base)
+        prove_head(model.base, head_of(model.base))
 
 
 def test_a_model_without_a_language_head_is_refused(tmp_path):
     made = tf.BertConfig(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     with pytest.raises(ModelError, match="Bert"):
-        inspect_head(tf.BertModel(made))
+        head_of(tf.BertModel(made))
 
 
 @pytest.mark.parametrize("kind", [tf.T5ForConditionalGeneration, tf.BartForConditionalGeneration])
