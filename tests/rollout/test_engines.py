@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 from lco_lite.errors import ModelError
@@ -200,6 +201,37 @@ def test_the_caches_of_a_lockstep_follow_the_tokens_that_were_chosen(model):
         ids.append(token)
 
 
+class HostReads(TorchDispatchMode):
+    """Counts how often a number is taken off the device: what a GPU is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_lockstep_waits_for_no_token_and_ends_alike_however_seldom_it_looks(model):
+    roles = [Role(model), Role(model, "reward"), Role(model, "reference")]
+    engine, long = open_engine(roles, 3, optimal_policy(1.0)), replace(GREEDY, max_new_tokens=24, batch=3)
+    assert engine.look_every == 1, "on a CPU looking costs nothing, and nothing is made in vain"
+    plain = in_order(engine.generate(PROMPTS, long))
+    early = Counter(r.example.response[-1] for r in plain).most_common(1)[0][0]
+    reads, made = {}, {}
+    for every in (1, 8, 24):
+        engine.look_every = every
+        with HostReads() as mode:
+            assert in_order(engine.generate(PROMPTS, long)) == plain
+        reads[every] = mode.count
+        other = open_engine(roles, early, optimal_policy(1.0))
+        other.look_every = every
+        made[every] = in_order(other.generate(PROMPTS, long))
+    assert all(r.truncated for r in plain) and [reads[1] - reads[n] for n in (8, 24)] == [24 - 3, 24 - 1]
+    assert made[1] == made[8] == made[24] != plain
+
+
 def test_a_mixture_is_the_weighted_mean_of_the_distributions():
     z = torch.randn(2, 3, 7)
     mixed = mixture(0.25)([z[0], z[1]]).exp()
@@ -286,8 +318,8 @@ def test_a_cache_for_two_of_sixteen_responses_changes_no_token(model, monkeypatc
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_sampled_from_in_pages_as_by_generate(tmp_path, family):
     role = Role(load(save(family, tmp_path / "m")))
-    long = replace(GREEDY, max_new_tokens=24, batch=3)  # past the sliding window of 16 of those that have one
-    made = [in_order(opened(kind, role).generate(MIXED, long)) for kind in ("hf", "paged")]
+    long = replace(GREEDY, max_new_tokens=20, batch=3)  # past the sliding window of 16 of those that have one
+    made = [in_order(opened(kind, role).generate(MIXED[:8], long)) for kind in ("hf", "paged")]
     assert made[0] == made[1]
 
 
