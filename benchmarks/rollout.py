@@ -38,10 +38,11 @@ from lco_lite.rollout.paged import PagedEngine, way_of
 from lco_lite.sequences import seeded
 
 SHAPES = {  # d, layers, heads, key-value heads, feed-forward, V
+    "20m": (384, 8, 6, 3, 1024, 16384),
     "135m": (576, 30, 9, 3, 1536, 49152),
     "3b": (3072, 28, 24, 8, 8192, 128256),
 }
-CPU = {"shape": "135m", "quantization": "none", "prompts": 32, "slots": 8, "prompt": 32, "new": 64, "mean": 24}
+CPU = {"shape": "20m", "quantization": "none", "prompts": 32, "slots": 8, "prompt": 32, "new": 64, "mean": 24}
 GPU = {"shape": "3b", "quantization": "nf4", "prompts": 256, "slots": 64, "prompt": 128, "new": 512, "mean": 256}
 Contender = Callable[[], int]
 """Samples once; returns how many tokens were made, ends included."""

@@ -157,13 +157,14 @@ def way_of(model: LanguageModel, say: Callable[[str], object]) -> Way | None:
     """The fastest way that is right for this model, looked for once; None where no way is. ``say`` is told of the
     others."""
     if model not in _FOUND:
-        _FOUND[model] = None
+        found = None
         for way in _ways(model):
             if (reason := wrong(model, way)) is None:
-                _FOUND[model] = way
+                found = way
                 break
             say(f"paged rollouts: {way} is of no use here: {reason}")
-        if model.device.type == "cuda" and _FOUND[model] == Way():
+        _FOUND[model] = found
+        if model.device.type == "cuda" and found == Way():
             say("paged rollouts: without a flash kernel every response reads the keys of all: pip install flash-attn")
     return _FOUND[model]
 
