@@ -200,7 +200,7 @@ _NO_MATTER = {"gradient_checkpointing", "attention", "trust_remote_code", "micro
 _NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard", "reward_timeout"}
 # left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
 _NEWER: dict[str, Any] = {"rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
-_NEWER |= {"rl.evaluated": True}
+_NEWER |= {"rl.evaluated": True, "rollout.engine": "auto"}
 _NEWER |= dict.fromkeys(("sft.adam_eps", "train_rm.adam_eps", "rl.adam_eps"))
 
 
@@ -209,9 +209,11 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage not in ("sft", "rm") and not stage.startswith("rl-"):
         raise UsageError(f"no stage {stage!r}: sft, rm or rl-OBJECTIVE")
     roots = _RM if stage == "rm" or (stage != "sft" and recipe.rl.needs_reward_model) else _SFT
+    if stage == "rm" and recipe.data.preferences == "sampled":
+        roots = [*roots, "rollout"]
     if stage.startswith("rl-"):
         judge = ["reward_model"] if recipe.rl.feedback == "logprob" else []  # its base is φ
-        roots = [*roots, *judge, "data.prompts", "data.columns.prompts", "rl"]
+        roots = [*roots, *judge, "data.prompts", "data.columns.prompts", "rollout", "rl"]
 
     def decides(key: str, value: Any) -> bool:
         if key in _NEWER and value == _NEWER[key]:

@@ -399,6 +399,11 @@ def test_newlines_and_tabs_that_are_meant_are_kept(tmp_path):
     )
 
 
+def test_an_engine_that_is_not_there_is_told_which_are(tmp_path):
+    (line,) = problems(tmp_path, "rollout:\n  engine: vllm\n")
+    assert line.endswith("should be 'auto', 'hf' or 'paged', found 'vllm'") and line.startswith("rollout.engine (line")
+
+
 def test_a_stop_string_has_letters(tmp_path):
     assert load(tmp_path, sets=['eval.stop=["\\n\\n", "Q:"]']).eval.stop == ["\n\n", "Q:"]
     assert "eval.stop.0" in problems(tmp_path, sets=['eval.stop=[""]'])[0]

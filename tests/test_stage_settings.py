@@ -40,6 +40,7 @@ def test_what_decides_sft_decides_everything_after_it(changes):
         {"data": {"preferences": "pairs.jsonl"}},
         {"data": {"columns": {"preferences": {"chosen": "best"}}}},
         {"train_rm": {"temperature": 0.8}},
+        {"rollout": {"engine": "paged"}},
     ],
 )
 def test_what_decides_the_reward_model_leaves_sft_alone(changes):
@@ -87,6 +88,13 @@ def test_rl_on_a_rule_does_not_depend_on_a_reward_model():
     assert a == b
 
 
+def test_the_engine_decides_nothing_of_a_reward_model_that_samples_nothing():
+    pairs = {"data": {"preferences": "pairs.jsonl"}}
+    both = [Recipe.model_validate({**BASE, **pairs, "rollout": {"engine": engine}}) for engine in ("auto", "paged")]
+    assert stage_settings(both[0], "rm") == stage_settings(both[1], "rm")
+    assert differences(*(stage_settings(one, "rl-kld") for one in both)) == ["rollout.engine: unset → paged"]
+
+
 def test_settings_of_ones_own_count_under_any_name():
     own = [{"rl": {"objective": "mine.py:loss", "settings": {"guard": n}}} for n in (1, 2)]
     before, after = (stage_settings(Recipe.model_validate({**BASE, **rl}), "rl-loss") for rl in own)
@@ -95,7 +103,7 @@ def test_settings_of_ones_own_count_under_any_name():
 
 def test_a_setting_that_older_recipes_did_not_have_counts_once_it_is_set():
     names = set(stage_settings(Recipe.model_validate(BASE), "rl-kld"))
-    assert not names & {"rl.settings", "rl.target", "rl.whole_groups"}
+    assert not names & {"rl.settings", "rl.target", "rl.whole_groups", "rollout.engine"}
 
 
 @pytest.mark.parametrize(

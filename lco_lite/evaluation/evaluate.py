@@ -207,7 +207,9 @@ def respond_to_all(
         if left_out := len(prompts) - len(questions):
             verdict = "count as wrong" if task.graded else "are left out"
             ctx.console.warn(f"{left_out} of {len(prompts)} items do not fit the window and {verdict}")
-        batches = plan_batches([q.prompt for q in questions], settings, new_tokens)
+        planned = plan_batches([q.prompt for q in questions], settings, new_tokens)
+        # what fits at once is known of the first, which are the longest; an engine may be given several in one
+        batches = [sum(planned[i : i + engine.ahead], []) for i in range(0, len(planned), engine.ahead)]
         total = n * len(questions) * settings.samples
         # batches of another size hold other responses
         header = asked | {"batch": settings.batch, "batch_tokens": settings.batch_tokens}
@@ -222,7 +224,8 @@ def respond_to_all(
                 if by_likelihood:
                     responses = likeliest_letters(role, batch)
                 else:
-                    responses = respond(engine, chat, task, batch, sampling, seed + k, b)
+                    at_once = replace(sampling, batch=len(planned[b * engine.ahead]))
+                    responses = respond(engine, chat, task, batch, at_once, seed + k, b)
                 made[k, b] = [{"sample": j} | r for (_, j), r in zip(batches[b], responses, strict=True)]
                 lines.append({"pass": k, "batch": b, "rows": made[k, b]})
                 done += len(batch)
@@ -243,7 +246,7 @@ def open_policy(ctx: Context, stage: str) -> tuple[Role, ChatFormat, Engine]:
     form = PlainText if ctx.recipe.eval.format == "text" else ChatFormat
     chat = form(role.model.tokenizer, ctx.recipe.chat.template_args, ctx.console.warn)
     if stage != "optimal":
-        return role, chat, open_engine([role], chat.end)
+        return role, chat, open_engine([role], chat.end, asked=ctx.recipe.rollout.engine, say=ctx.console.note)
     roles = [role, *weights.open_reward_model(ctx, role)]
     return role, chat, open_engine(roles, chat.end, optimal_policy(ctx.recipe.rl.beta))
 

@@ -21,6 +21,7 @@ from lco_lite.grading.choice import LETTERS, answer_index
 from lco_lite.grading.math import MathGrader
 from lco_lite.models.chat import ChatFormat, conversation
 from lco_lite.recipe import Eval, Recipe
+from lco_lite.rollout.engine import engine_for
 from lco_lite.tasks.base import Item, Problem, Task, answer_text, fill, read_rows, text
 from lco_lite.tasks.custom import UsersGrader
 
@@ -124,13 +125,19 @@ def score_settings(ctx: Context, task: Task, stage: str, prompts: Sequence[Promp
     scored_by = task.scored_by(settings)
     # of what is asked and what is right: another for other items, texts, examples or gold answers
     lines = [json.dumps([list(map(dict, p.messages)), p.item and p.item.gold]) for p in prompts]
-    return ({"scored_by": scored_by} if scored_by else {}) | {
-        "made_by": _made_by(ctx, stage),
-        "seed": ctx.recipe.seed,
-        "sampling": settings.model_dump(exclude=apart),
-        "protocol": prompt_settings(ctx.recipe, task),
-        "items": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
-    }
+    engine = engine_for(ctx.recipe.rollout.engine, ctx.device)
+    sampled = {} if engine == "hf" or stage == "optimal" or settings.scoring == "likelihood" else {"engine": engine}
+    return (
+        ({"scored_by": scored_by} if scored_by else {})
+        | sampled
+        | {
+            "made_by": _made_by(ctx, stage),
+            "seed": ctx.recipe.seed,
+            "sampling": settings.model_dump(exclude=apart),
+            "protocol": prompt_settings(ctx.recipe, task),
+            "items": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
+        }
+    )
 
 
 def prompt_settings(recipe: Recipe, task: Task) -> dict[str, Any]:

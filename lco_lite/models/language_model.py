@@ -270,7 +270,7 @@ load the base in {stored}, or score the adapter again where it will run.
 """
 
 # relative, of logits; bfloat16's rounding may differ by some percent from one shape of batch to another
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 def head_of(base: PreTrainedModel, vocabulary: int | None = None) -> Head:
@@ -300,7 +300,7 @@ def prove_head(base: PreTrainedModel, head: Head) -> None:
     except (TypeError, ValueError, AttributeError) as e:
         raise ModelError(f"{name}: does not take token ids alone to logits ({e}): it is not supported") from e
     error = _difference(head.logits(hidden).float(), logits[:, : head.rows])
-    if not error < _TOLERANCE.get(hidden.dtype, 3e-2):
+    if not error < TOLERANCE.get(hidden.dtype, 3e-2):
         raise ModelError(
             f"{name}: its logits are not scale · (W·h + b), soft-capped or not (relative error "
             f"{error:.1e}): this architecture's head is not supported"
@@ -314,7 +314,7 @@ def prove_padding(model: LanguageModel) -> None:
     ids, mask = torch.tensor([[[0, 0, 1, 2, 3]], [[0, 0, 1, 1, 1]]], device=model.device)
     plain, padded = model.hidden_states(ids[:, 2:], mask[:, 2:])[0], model.hidden_states(ids, mask)[0, 2:]  # [3, d]
     error = _difference(padded.float(), plain.float())
-    if not error < 10 * _TOLERANCE.get(plain.dtype, 3e-2):
+    if not error < 10 * TOLERANCE.get(plain.dtype, 3e-2):
         raise ModelError(
             f"{type(model.base).__name__}: padding on the left changes its hidden states (relative error {error:.1e}): "
             "this architecture is not supported"

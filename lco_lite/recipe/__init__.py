@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lco_lite.recipe.rl import Rl, defaults_of
-from lco_lite.recipe.sections import Chat, Data, Eval, Model, RewardModel, Section, Sft, TrainRm, setting
+from lco_lite.recipe.sections import Chat, Data, Eval, Model, RewardModel, Rollout, Section, Sft, TrainRm, setting
 
 UNGRADED = ("alpaca_eval", "qa_feedback")  # tasks that compare or score responses by a model, without right and wrong
 
@@ -29,6 +29,7 @@ class Recipe(Section):
     sft: Sft = setting(Sft(), "supervised warm-up", "see Sft")
     train_rm: TrainRm = setting(TrainRm(), "the reward model φ_DPO", "see TrainRm")
     rl: Rl = setting(Rl(), "the policy", "see Rl")
+    rollout: Rollout = setting(Rollout(), "where responses come from", "see Rollout")
     eval: Eval = setting(Eval(), "the score", "see Eval")
 
     @model_validator(mode="before")

@@ -223,6 +223,12 @@ class Eval(Section):
                 yield "judge_url needs judge_model, the name of the model that judges there"
 
 
+class Rollout(Section):
+    engine: Literal["auto", "hf", "paged"] = setting(
+        "auto", "what samples; auto: paged on a GPU of capability 8.0 and up, else hf", "the machine"
+    )
+
+
 class Training(Section):
     lr: float = setting(2e-5, "peak learning rate of AdamW", "TRL 1.16 SFT", gt=0)
     schedule: Literal["constant", "cosine"] = setting("cosine", "learning rate after warm-up", "common practice")

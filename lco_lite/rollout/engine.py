@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lco_lite.errors import ModelError
 from lco_lite.models.language_model import Role
 from lco_lite.sequences import Example
 
@@ -46,7 +47,12 @@ Made = tuple[list[int], list[Response]]
 
 
 class Engine:
-    """What all engines share: one of them makes its own batches, and ``sync`` where it keeps a copy of the weights."""
+    """What all engines share: one of them makes its own batches, and ``sync`` where it keeps a copy of the weights.
+
+    ``ahead``: how many times ``Sampling.batch`` prompts it takes for one batch, where a response that ends makes room.
+    """
+
+    ahead = 1
 
     def sync(self) -> None:
         """The weights have changed: what is sampled from now on comes from them as they are now."""
@@ -54,19 +60,28 @@ class Engine:
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Iterator[Made]:
         """One response a prompt, batch by batch as they are made. Whoever stops asking stops the sampling."""
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))  # like lengths together
-        for start in range(0, len(order), sampling.batch):
-            places = order[start : start + sampling.batch]
+        size = self.ahead * sampling.batch
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
             yield places, self._generate_batch([prompts[i] for i in places], sampling)
 
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
         raise NotImplementedError
 
 
-def open_engine(roles: Sequence[Role], end: int, combine: Combine | None = None, rows: int | None = None) -> Engine:
+def open_engine(
+    roles: Sequence[Role],
+    end: int,
+    combine: Combine | None = None,
+    rows: int | None = None,
+    asked: str = "auto",
+    say: Callable[[str], object] = lambda text: None,
+) -> Engine:
     """Samples from one role, or from the distribution that ``combine`` makes of several.
 
     ``end`` closes a response besides the model's own EOS ids. Only the first ``rows`` tokens are drawn, where a model
-    with fewer of them will read the responses; rows that only pad a head are never drawn.
+    with fewer of them will read the responses; rows that only pad a head are never drawn. ``asked`` is the recipe's
+    ``rollout.engine``, for one role; ``say`` is told where it falls back. Raises ModelError where it cannot.
     """
     from lco_lite.rollout.hf import HFEngine
     from lco_lite.rollout.lockstep import LockstepEngine
@@ -75,7 +90,20 @@ def open_engine(roles: Sequence[Role], end: int, combine: Combine | None = None,
     if combine is not None:
         return LockstepEngine(roles, combine, end, rows)
     (role,) = roles
+    if engine_for(asked, role.model.device) == "paged":
+        from lco_lite.rollout.paged import PagedEngine, way_of
+
+        if (way := way_of(role.model, say)) is not None:
+            return PagedEngine(role, end, rows, way=way)
+        if asked == "paged":
+            raise ModelError(f"rollout.engine: paged does not run {type(role.model.base).__name__}: use hf")
     return HFEngine(role, end, rows)
+
+
+def engine_for(asked: str, device: torch.device) -> str:
+    """``auto`` is ``paged`` on a GPU with bfloat16 in hardware (capability 8.0), ``hf`` elsewhere."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return asked if asked != "auto" else "paged" if able else "hf"
 
 
 def in_order(made: Iterable[Made]) -> list[Response]:

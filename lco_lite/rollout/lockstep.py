@@ -36,32 +36,36 @@ def mixture(share: float) -> Combine:
 
 
 class LockstepEngine(Engine):
-    """Over several roles whose models share a tokenizer; see ``engine.open_engine``."""
+    """Over several roles whose models share a tokenizer; see ``engine.open_engine``.
+
+    ``look_every``: after how many tokens the host looks whether all have ended, since it waits for the GPU then.
+    """
 
     def __init__(self, roles: Sequence[Role], combine: Combine, end: int, rows: int) -> None:
         self.roles, self.combine, self.rows = roles, combine, rows
         self.pad_id, self.tokenizer = roles[0].model.pad_id, roles[0].model.tokenizer
         self.stop_ids = {end, *roles[0].model.eos_ids}
+        self.look_every = 1 if roles[0].model.device.type == "cpu" else 16
 
     @torch.no_grad()
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
-        ids, mask = left_padded(prompts, self.pad_id)
-        strings = StopStrings(self.tokenizer, sampling.stop)
+        device, strings = self.roles[0].model.device, StopStrings(self.tokenizer, sampling.stop)
+        tokens, mask = (padded.to(device) for padded in left_padded(prompts, self.pad_id))
+        stops, running = torch.tensor(sorted(self.stop_ids), device=device), mask.any(-1)
         caches: list[Any] = [DynamicCache() for _ in self.roles]
-        tokens, running = ids, torch.ones(len(prompts), dtype=torch.bool)
         made: list[Tensor] = []
-        for _ in range(sampling.max_new_tokens):
+        while len(made) < sampling.max_new_tokens:
             logits = [self._next_logits(r, c, tokens, mask) for r, c in zip(self.roles, caches, strict=True)]
             # each at the temperature, before they are combined: a mixture is of what each of them would sample
             logits = [z / (sampling.temperature or 1.0) for z in logits]
-            chosen = draw(self.combine(logits), sampling).cpu().where(running, self.pad_id)
+            chosen = draw(self.combine(logits), sampling).where(running, self.pad_id)
             made.append(chosen)
-            running = running & ~torch.isin(chosen, torch.tensor(sorted(self.stop_ids)))
+            running = running & ~torch.isin(chosen, stops)
             if sampling.stop:
                 running = running & ~strings.reached(torch.stack(made, 1))
-            if not running.any():
+            if len(made) % self.look_every == 0 and not running.any():
                 break
-            tokens, mask = chosen.unsqueeze(1), torch.cat([mask, torch.ones(len(prompts), 1, dtype=torch.long)], 1)
+            tokens, mask = chosen.unsqueeze(1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         columns = torch.stack(made, 1).tolist()
         return [finished(prompt, row, self.stop_ids, strings) for prompt, row in zip(prompts, columns, strict=True)]
 

@@ -125,9 +125,12 @@ def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFor
         return {}
     prompts = held_out(ctx.recipe, task, rm.check_items)
     with ctx.clock("eval"):
-        before, after = (
-            held_out_accuracy(open_engine([role], chat.end), chat, task, prompts, ctx.recipe.eval, ctx.recipe.seed)
+        engines = (
+            open_engine([role], chat.end, asked=ctx.recipe.rollout.engine, say=ctx.console.note)
             for role in (start, reward_model)
+        )
+        before, after = (
+            held_out_accuracy(engine, chat, task, prompts, ctx.recipe.eval, ctx.recipe.seed) for engine in engines
         )
     ctx.console.note(
         f"as a policy on {len(prompts)} held-out items: φ_DPO {after:.3f}, the policy that it will teach {before:.3f}"
@@ -154,7 +157,8 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
     sampling = Sampling(rm.temperature, rm.top_p, longest, recipe.rl.rollout_batch)
     asked = [(prompt, chat.prompt(prompt.messages)) for prompt in task_prompts(recipe, task)[: rm.prompts]]
     asked = fitting(ctx, asked, start.model, rm.max_length, "prompts", lambda one: len(one[1]) + longest)
-    total, engine = len(asked) * rm.samples_per_prompt, open_engine([start], chat.end, rows=rows)
+    engine = open_engine([start], chat.end, rows=rows, asked=recipe.rollout.engine, say=ctx.console.note)
+    total = len(asked) * rm.samples_per_prompt
     ids = [ids for _, ids in asked for _ in range(rm.samples_per_prompt)]
     kept = JsonLines(stage.path / "responses.jsonl")
     ctx.console.stage(

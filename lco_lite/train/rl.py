@@ -39,7 +39,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
         models, parameters = open_models(ctx)
         policy, method = models.policy, method_of(rl)
         chat = ChatFormat(policy.model.tokenizer, recipe.chat.template_args, ctx.console.warn)
-        engine = rollout_engine(models, rl, chat.end)
+        engine = rollout_engine(ctx, models, chat.end)
         rollouts = Rollouts(ctx, policy.model, engine, chat, stage)
     updates = rl.steps * rl.inner_epochs * -(-rl.prompts_per_step * rl.responses_per_prompt // rl.minibatch)
     what = f"{rl.steps} steps of {rl.prompts_per_step} prompts, feedback {rl.feedback}"
@@ -100,13 +100,14 @@ def open_models(ctx: Context) -> tuple[Models, list[tuple[str, torch.nn.Paramete
     return Models(policy, start, reward_model, reference, critic), parameters
 
 
-def rollout_engine(models: Models, rl: Rl, end: int) -> Engine:
+def rollout_engine(ctx: Context, models: Models, end: int) -> Engine:
     """The policy alone, or in step with its teacher (MiniLLM); over the tokens that whoever scores them has too."""
-    policy, teacher = models.policy, models.reward_model
+    policy, teacher, rl = models.policy, models.reward_model, ctx.recipe.rl
     if rl.teacher_mix:
         assert teacher is not None, "distillation has a teacher"
         return open_engine([policy, teacher], end, mixture(rl.teacher_mix))
-    return open_engine([policy], end, rows=None if teacher is None else teacher.model.head.rows)
+    rows = None if teacher is None else teacher.model.head.rows
+    return open_engine([policy], end, rows=rows, asked=ctx.recipe.rollout.engine, say=ctx.console.note)
 
 
 @torch.no_grad()
@@ -125,7 +126,8 @@ def evaluate(ctx: Context, models: Models, rollouts: Rollouts) -> float | None:
     if task is None or not task.graded:
         return None
     with ctx.clock("eval"):
-        engine, prompts = open_engine([models.policy], chat.end), held_out(recipe, task, recipe.rl.eval_items)
+        engine = open_engine([models.policy], chat.end, asked=recipe.rollout.engine, say=ctx.console.note)
+        prompts = held_out(recipe, task, recipe.rl.eval_items)
         return held_out_accuracy(engine, chat, task, prompts, recipe.eval, recipe.seed)
 
 

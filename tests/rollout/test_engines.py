@@ -1,33 +1,50 @@
-"""Both engines: the distribution they sample from, where responses end, and that batching changes nothing."""
+"""The engines: the distribution they sample from, where responses end, and that batching changes nothing."""
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
+from lco_lite.errors import ModelError
 from lco_lite.models.language_model import LanguageModel, Role
 from lco_lite.models.loading import build_scratch, load_base, load_tokenizer
 from lco_lite.objectives.reference import optimal_logits
 from lco_lite.recipe.sections import Init, Lora, Model
+from lco_lite.rollout import paged
 from lco_lite.rollout.engine import (
+    Engine,
     Response,
     Sampling,
     StopStrings,
     before_stop,
+    engine_for,
     finished,
     in_order,
     left_padded,
     open_engine,
 )
+from lco_lite.rollout.hf import HFEngine
 from lco_lite.rollout.lockstep import draw, mixture, optimal_policy
+from lco_lite.rollout.paged import Way
 from lco_lite.sequences import Example, seeded
-from tests.models.families import load, save
+from tests.models.families import FAMILIES, load, save
 
 PROMPTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
 GREEDY = Sampling(temperature=0, top_p=1.0, max_new_tokens=6, batch=2)
+ENGINES = ("hf", "paged", "lockstep")
+
+
+def opened(kind: str, role: Role, rows: int | None = None) -> Engine:
+    if kind == "lockstep":
+        return open_engine([role], 3, lambda z: z[0], rows)
+    return open_engine([role], 3, rows=rows, asked=kind)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +79,10 @@ def test_a_response_ends_with_its_first_stop_token_or_is_truncated():
     assert finished([1], [5, 6], {3}).truncated
 
 
-@pytest.mark.parametrize("combine", [None, lambda z: z[0]], ids=["hf", "lockstep"])
-def test_a_response_ends_where_a_stop_string_is_complete(model, combine):
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_response_ends_where_a_stop_string_is_complete(model, kind):
     """Told from what the same model says without them: every response is cut at the token that completes a string."""
-    engine, tokenizer = open_engine([Role(model)], 3, combine), model.tokenizer
+    engine, tokenizer = opened(kind, Role(model)), model.tokenizer
     free = Sampling(temperature=0, top_p=1.0, max_new_tokens=24, batch=3)
     whole = [r.example.response for r in in_order(engine.generate(PROMPTS, free))]
     stops = ("never said", tokenizer.decode(whole[0][5:8]), tokenizer.decode(whole[2][1:3]))
@@ -80,9 +97,9 @@ def test_a_response_ends_where_a_stop_string_is_complete(model, combine):
     assert lengths[0] <= 8 and lengths[2] <= 3 and len(set(lengths)) > 1, "they end apart, and the batch goes on"
 
 
-@pytest.mark.parametrize("combine", [None, lambda z: z[0]], ids=["hf", "lockstep"])
-def test_a_stop_string_that_begins_in_the_prompt_ends_nothing(model, combine):
-    engine = open_engine([Role(model)], 3, combine)
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_stop_string_that_begins_in_the_prompt_ends_nothing(model, kind):
+    engine = opened(kind, Role(model))
     first = in_order(engine.generate(PROMPTS[:1], GREEDY))[0].example.response
     across = model.tokenizer.decode([PROMPTS[0][-1], first[0]])
     assert across not in model.tokenizer.decode(first)
@@ -123,7 +140,7 @@ def test_the_text_ends_before_the_first_of_the_stop_strings():
 
 
 def test_greedy_decoding_takes_the_likeliest_token_of_a_plain_forward_pass(model):
-    for engine in (open_engine([Role(model)], 3), open_engine([Role(model)], 3, lambda z: z[0])):
+    for engine in (opened(kind, Role(model)) for kind in ENGINES):
         for prompt, response in zip(PROMPTS, in_order(engine.generate(PROMPTS, GREEDY)), strict=True):
             ids = list(prompt)
             for token in response.example.response:
@@ -137,19 +154,22 @@ def test_rows_that_pad_the_head_are_never_drawn(tmp_path, greedy):
     assert padded.head.rows == 260 and padded.head.weight.shape[0] == 400
     sampling = GREEDY if greedy else Sampling(1.0, 1.0, 30, 3)
     for rows, engine in (
-        (260, open_engine([Role(padded)], 3)),
-        (200, open_engine([Role(padded)], 3, rows=200)),
-        (260, open_engine([Role(padded)], 3, lambda z: z[0])),
+        (260, opened("hf", Role(padded))),
+        (200, opened("hf", Role(padded), rows=200)),
+        (260, opened("paged", Role(padded))),
+        (200, opened("paged", Role(padded), rows=200)),
+        (260, opened("lockstep", Role(padded))),
     ):
         drawn = [i for r in in_order(engine.generate(PROMPTS, sampling)) for i in r.example.response]
         assert max(drawn) < rows, "an id past the tokenizer's tokens has neither text nor a row in the losses"
 
 
-def test_an_adapter_is_sampled_from_only_through_its_role(model):
-    plain = in_order(open_engine([Role(model)], 3).generate(PROMPTS, GREEDY))
-    adapted = in_order(open_engine([Role(model, "reward")], 3).generate(PROMPTS, GREEDY))
+@pytest.mark.parametrize("kind", ENGINES)
+def test_an_adapter_is_sampled_from_only_through_its_role(model, kind):
+    plain = in_order(opened(kind, Role(model)).generate(PROMPTS, GREEDY))
+    adapted = in_order(opened(kind, Role(model, "reward")).generate(PROMPTS, GREEDY))
     assert plain != adapted
-    assert in_order(open_engine([Role(model)], 3).generate(PROMPTS, GREEDY)) == plain
+    assert in_order(opened(kind, Role(model)).generate(PROMPTS, GREEDY)) == plain
     assert model.active is None
 
 
@@ -181,6 +201,37 @@ def test_the_caches_of_a_lockstep_follow_the_tokens_that_were_chosen(model):
         ids.append(token)
 
 
+class HostReads(TorchDispatchMode):
+    """Counts how often a number is taken off the device: what a GPU is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_lockstep_waits_for_no_token_and_ends_alike_however_seldom_it_looks(model):
+    roles = [Role(model), Role(model, "reward"), Role(model, "reference")]
+    engine, long = open_engine(roles, 3, optimal_policy(1.0)), replace(GREEDY, max_new_tokens=24, batch=3)
+    assert engine.look_every == 1, "on a CPU looking costs nothing, and nothing is made in vain"
+    plain = in_order(engine.generate(PROMPTS, long))
+    early = Counter(r.example.response[-1] for r in plain).most_common(1)[0][0]
+    reads, made = {}, {}
+    for every in (1, 8, 24):
+        engine.look_every = every
+        with HostReads() as mode:
+            assert in_order(engine.generate(PROMPTS, long)) == plain
+        reads[every] = mode.count
+        other = open_engine(roles, early, optimal_policy(1.0))
+        other.look_every = every
+        made[every] = in_order(other.generate(PROMPTS, long))
+    assert all(r.truncated for r in plain) and [reads[1] - reads[n] for n in (8, 24)] == [24 - 3, 24 - 1]
+    assert made[1] == made[8] == made[24] != plain
+
+
 def test_a_mixture_is_the_weighted_mean_of_the_distributions():
     z = torch.randn(2, 3, 7)
     mixed = mixture(0.25)([z[0], z[1]]).exp()
@@ -209,14 +260,249 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert (tokens == 0).float().mean().item() == pytest.approx(0.625, abs=0.05)
 
 
-def test_the_same_seed_gives_the_same_responses_and_leaves_other_draws_alone(model):
+@pytest.mark.parametrize("kind", ENGINES)
+def test_the_same_seed_gives_the_same_responses_and_leaves_other_draws_alone(model, kind):
     sampling = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=5, batch=2)
     before = torch.get_rng_state()
     with seeded(3, "rollout", 1):
-        one = in_order(open_engine([Role(model)], 3).generate(PROMPTS, sampling))
+        one = in_order(opened(kind, Role(model)).generate(PROMPTS, sampling))
     with seeded(3, "rollout", 1):
-        two = in_order(open_engine([Role(model)], 3).generate(PROMPTS, sampling))
+        two = in_order(opened(kind, Role(model)).generate(PROMPTS, sampling))
     with seeded(3, "rollout", 2):
-        other = in_order(open_engine([Role(model)], 3).generate(PROMPTS, sampling))
+        other = in_order(opened(kind, Role(model)).generate(PROMPTS, sampling))
     assert one == two != other
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# continuous batching
+
+MIXED = [[10 + (i * 7 + k) % 200 for k in range(1 + i * 5 % 17)] for i in range(16)]
+
+
+def test_of_auto_a_gpu_of_capability_8_samples_in_pages_and_the_rest_by_generate(monkeypatch):
+    for capability, kind in (((7, 5), "hf"), ((8, 0), "paged"), ((9, 0), "paged")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert engine_for("auto", torch.device("cuda")) == kind
+        assert engine_for("hf", torch.device("cuda")) == "hf"
+    assert engine_for("auto", torch.device("cpu")) == "hf"
+    assert engine_for("paged", torch.device("cpu")) == "paged"
+
+
+def test_paged_greedy_is_that_of_generate_whoever_ends_first(model):
+    """Base and adapters in turn, five slots for sixteen prompts; some responses end early."""
+    for name in (None, "reward", "reference", "reward", None):
+        long = Sampling(temperature=0, top_p=1.0, max_new_tokens=40, batch=5)
+        plain = in_order(opened("hf", Role(model, name)).generate(MIXED, long))
+        ends = Counter(r.example.response[-1] for r in plain).most_common(1)[0][0]  # a token that some of them reach
+        made = [
+            in_order(open_engine([Role(model, name)], ends, asked=asked).generate(MIXED, long))
+            for asked in ("hf", "paged")
+        ]
+        assert made[0] == made[1]
+        assert len({len(r.example.response) for r in made[1]}) > 1, "they end apart"
+
+
+def test_a_cache_for_two_of_sixteen_responses_changes_no_token(model, monkeypatch):
+    monkeypatch.setattr(paged, "PAGE", 8)  # up to 41 tokens of prompt and response: six pages each
+    engine = opened("paged", Role(model))
+    sampled, passes = engine._config(replace(GREEDY, max_new_tokens=24)), []
+    real = model.base.forward
+    monkeypatch.setattr(model.base, "forward", lambda **kw: passes.append(kw["input_ids"].shape[1]) or real(**kw))
+    wide = paged.run(model, MIXED, sampled, 16, 0, Way())
+    ample = len(passes)
+    tight = paged.run(model, MIXED, sampled, 16, 0, Way(), pages=12)
+    assert tight == wide
+    assert len(passes) - ample > 2 * ample, "in a small cache few of them go on at once"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_sampled_from_in_pages_as_by_generate(tmp_path, family):
+    role = Role(load(save(family, tmp_path / "m")))
+    long = replace(GREEDY, max_new_tokens=20, batch=3)  # past the sliding window of 16 of those that have one
+    made = [in_order(opened(kind, role).generate(MIXED[:8], long)) for kind in ("hf", "paged")]
+    assert made[0] == made[1]
+
+
+def test_paged_greedy_is_that_of_generate_on_nf4(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build_scratch(Init(hidden_size=64, layers=2, heads=2, intermediate_size=128, std=0.3), tmp_path / "m", seed=1)
+    weights = Model(path=str(tmp_path / "m"), quantization="nf4")
+    model = LanguageModel(load_base(weights, torch.device("cpu")), load_tokenizer(weights))
+    model.add_adapter("policy", Lora(r=2), 0)
+    with torch.no_grad():
+        for _, p in model.trainable("policy"):
+            p.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    for name in (None, "policy"):
+        made = [in_order(opened(k, Role(model, name)).generate(MIXED, GREEDY)) for k in ("hf", "paged")]
+        assert made[0] == made[1]
+
+
+def test_paged_samples_have_the_distribution_at_temperature_and_nucleus(model):
+    """chi-squared of both tokens of 4,000 responses against the product of plain forward passes."""
+    role, prompt, n = Role(model), PROMPTS[0], 4000
+
+    def exact(ids: list[int]) -> torch.Tensor:
+        p = (logits(role, ids) / 0.5).softmax(-1)
+        order = p.argsort(descending=True)
+        kept = order[: int((p[order].cumsum(0) < 0.4).sum()) + 1]
+        return torch.zeros_like(p).index_copy(0, kept, p[kept] / p[kept].sum())
+
+    first = exact(prompt)
+    expected = {
+        (a, b): n * first[a].item() * p
+        for a in first.nonzero().flatten().tolist()
+        for b, p in (enumerate(exact([*prompt, a]).tolist()) if a != 3 else [(-1, 1.0)])
+        if p > 0
+    }
+    with seeded(0, "draws"):
+        sampling = Sampling(temperature=0.5, top_p=0.4, max_new_tokens=2, batch=1000)
+        made = in_order(opened("paged", role).generate([prompt] * n, sampling))
+    drawn = Counter(tuple([*r.example.response, -1][:2]) for r in made)
+    assert set(drawn) <= set(expected), "nothing outside the nucleus"
+    cells = [cell for cell, mean in expected.items() if mean >= 5]
+    rest = n - sum(expected[c] for c in cells), n - sum(drawn[c] for c in cells)
+    chi = sum((drawn[c] - expected[c]) ** 2 / expected[c] for c in cells) + (rest[1] - rest[0]) ** 2 / max(rest[0], 5)
+    assert len(cells) > 8
+    assert chi < len(cells) + 4 * (2 * len(cells)) ** 0.5
+
+
+def test_batches_ahead_have_random_numbers_of_their_own_and_go_on_from_a_kept_state(model):
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8, batch=1)
+    engine = opened("paged", Role(model))
+    with seeded(0, "draws"):
+        whole = list(engine.generate([[7, 8]] * 8, sampling))
+    assert [places for places, _ in whole] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert whole[0][1] != whole[1][1]
+    with seeded(0, "draws"):
+        next(engine.generate([[7, 8]] * 8, sampling))
+        (later,) = engine.generate([[7, 8]] * 4, sampling)
+    assert later[1] == whole[1][1]
+
+
+def injected(error: BaseException):
+    def forward(*args, **kw):
+        raise error
+
+    return forward
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), ZeroDivisionError("boom")])
+def test_what_goes_wrong_in_the_thread_is_raised_where_samples_are_asked_for(model, monkeypatch, error):
+    engine, before = opened("paged", Role(model, "reward")), threading.active_count()
+    with monkeypatch.context() as patch, pytest.raises(type(error), match=str(error)):
+        patch.setattr(model.base, "forward", injected(error))
+        in_order(engine.generate(PROMPTS, GREEDY))
+    assert threading.active_count() == before and model.active is None
+    assert in_order(engine.generate(PROMPTS, GREEDY)) == in_order(
+        opened("hf", Role(model, "reward")).generate(PROMPTS, GREEDY)
+    )
+
+
+def test_a_cache_that_does_not_fit_is_out_of_memory_and_says_what_it_is_for(model):
+    engine = opened("paged", Role(model))
+    huge = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=2**36, batch=3)
+    with pytest.raises(torch.OutOfMemoryError, match=r"3 responses of up to 68719476741 tokens at once.* do not fit"):
+        in_order(engine.generate(PROMPTS, huge))
+    assert in_order(engine.generate(PROMPTS, GREEDY))
+
+
+def test_whoever_stops_in_the_middle_leaves_no_thread_adapter_or_attention_behind(model, monkeypatch):
+    engine, before, calls = opened("paged", Role(model, "reward")), threading.active_count(), []
+    attention, state = model.base.config._attn_implementation, torch.get_rng_state()
+    real = ContinuousBatchingManager.get_result
+
+    def get_result(self, *args, **kw):
+        calls.append(self)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kw)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ContinuousBatchingManager, "get_result", get_result)
+        paged.run(model, MIXED, engine._config(replace(GREEDY, max_new_tokens=100)), 2, 0, Way())
+    assert threading.active_count() == before and not calls[0].is_running() and calls[0].batch_processor is None
+    assert model.base.config._attn_implementation == attention and model.active is None
+    assert torch.equal(torch.get_rng_state(), state)
+    started = engine.generate(MIXED * 4, GREEDY)
+    next(started)
+    started.close()
+    assert threading.active_count() == before and model.active is None
+
+
+# the ways of attention
+
+
+def kernel_on_cpu(align_ends: bool):
+    """What torch's kernel computes, sequence by sequence: the last query sees the last key."""
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        made = torch.zeros_like(q)
+        for a, b, c, d in zip(
+            *(ends for cu in (cu_q, cu_k) for ends in (cu[:-1].tolist(), cu[1:].tolist())), strict=True
+        ):
+            query, key = torch.arange(b - a).unsqueeze(1), torch.arange(d - c)
+            query = query + (d - c) - (b - a) if align_ends else query
+            seen = (key <= query) & ((key >= query - window_size[0]) | (window_size[0] < 0))
+            states = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *states, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+            )
+            made[a:b] = out[0].transpose(0, 1)
+        return made
+
+    return varlen_attn
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+def test_torchs_own_kernel_is_taken_where_it_is_right(tmp_path, monkeypatch, family):
+    """Emulated on a CPU: grouped heads, a sliding window, prompts and single tokens in one pass."""
+    import torch.nn.attention.varlen
+
+    model, said = load(save(family, tmp_path / "m")), []
+    monkeypatch.setattr(paged, "_ways", lambda model: iter([Way(paged.TORCH_FLASH), Way()]))
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel_on_cpu(align_ends=True))
+    engine = open_engine([Role(model)], 3, asked="paged", say=said.append)
+    assert engine.way == Way(paged.TORCH_FLASH) and not said
+    long = replace(GREEDY, max_new_tokens=24, batch=3)
+    assert in_order(engine.generate(MIXED, long)) == in_order(opened("hf", Role(model)).generate(MIXED, long))
+
+
+def test_a_kernel_that_is_wrong_is_not_taken_and_that_is_said_once(tmp_path, monkeypatch):
+    import torch.nn.attention.varlen
+
+    model, said = load(save("llama", tmp_path / "m")), []
+    monkeypatch.setattr(paged, "_ways", lambda model: iter([Way(paged.TORCH_FLASH), Way()]))
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel_on_cpu(align_ends=False))
+    for _ in range(2):
+        assert open_engine([Role(model)], 3, asked="paged", say=said.append).way == Way()
+    (line,) = said
+    assert line.startswith("paged rollouts: flash_torch is of no use here: its log-probabilities are off by")
+
+
+def test_graphs_that_cannot_be_captured_are_left_out_and_that_is_said_once(tmp_path, monkeypatch):
+    model, said, real = load(save("llama", tmp_path / "m")), [], paged.run
+
+    def run(model, prompts, sampled, slots, seed, way, **kw):
+        if way.graphs:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return real(model, prompts, sampled, slots, seed, way, **kw)
+
+    monkeypatch.setattr(paged, "run", run)
+    monkeypatch.setattr(paged, "_ways", lambda model: iter([Way(None, graphs=True), Way()]))
+    for _ in range(2):
+        assert open_engine([Role(model)], 3, asked="paged", say=said.append).way == Way()
+    assert said == [
+        "paged rollouts: own attention in CUDA graphs is of no use here: RuntimeError: operation not permitted when "
+        "stream is capturing"
+    ]
+
+
+def test_a_model_that_pages_do_not_serve_is_refused_or_left_to_generate(tmp_path, monkeypatch):
+    model, said = load(save("gpt_neox", tmp_path / "m")), []
+    with pytest.raises(ModelError, match=r"rollout.engine: paged does not run GPTNeoXForCausalLM: use hf"):
+        open_engine([Role(model)], 3, asked="paged")
+    monkeypatch.setattr("lco_lite.rollout.engine.engine_for", lambda asked, device: "paged")
+    other = load(save("gpt_neox", tmp_path / "n"))
+    for _ in range(2):
+        assert type(open_engine([Role(other)], 3, asked="auto", say=said.append)) is HFEngine
+    assert len(said) == 1 and "own attention is of no use here" in said[0]

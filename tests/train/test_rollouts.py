@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from lco_lite.checkpoint import save_checkpoint
-from lco_lite.evaluation.evaluate import respond
+from lco_lite.evaluation.evaluate import evaluate_stage, respond
 from lco_lite.evaluation.prompts import Question
 from lco_lite.metrics import METRICS, read_log
 from lco_lite.models.chat import ChatFormat
@@ -19,7 +19,9 @@ from lco_lite.models.loading import open_tokenizer
 from lco_lite.recipe import Rl
 from lco_lite.rollout.engine import Response
 from lco_lite.rollout.hf import HFEngine
+from lco_lite.rollout.paged import PagedEngine
 from lco_lite.sequences import Example
+from lco_lite.tasks import load_task
 from lco_lite.train.reward_model import pair_up
 from lco_lite.train.rollouts import Phase, Rollouts, plan_minibatches
 from lco_lite.train.training import StageTraining
@@ -229,3 +231,26 @@ def test_a_phase_keeps_the_groups_that_are_asked_for():
     assert kept.chosen == [9, 5] and kept.responses == [4, 5, 0, 1] and kept.drawn == 6
     assert kept.grades == [4, 5, 0, 1] and kept.rewards is None
     assert kept.and_also(phase).chosen == [9, 5, 5, 7, 9] and kept.and_also(phase).drawn == 12
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_the_chain_goes_through_paged_rollouts_and_goes_on_from_those_that_are_kept(tiny, monkeypatch, how):
+    """Pairs, rollouts and scores; eight responses a phase are two batches, four times as many as are made at once."""
+    sets = ["rollout.engine=paged", "rl.rollout_batch=1", "rl.eval_every=0", "eval.batch=2"]
+    by_generate = stop_in_call(monkeypatch, HFEngine, "_generate_batch", -1, how)
+    for run in ("whole", "cut"):
+        run_stage(tiny, "rm", *sets, name=run)
+    batches = stop_in_call(monkeypatch, PagedEngine, "_generate_batch", -1, how)
+    whole = run_stage(tiny, "rl-kld", *sets, name="whole")
+    assert batches[0] == 2 * 2, "two steps of two batches"
+    with monkeypatch.context() as patch, pytest.raises(stopped(how)):
+        stop_in_call(patch, PagedEngine, "_generate_batch", 2, how)
+        run_stage(tiny, "rl-kld", *sets, name="cut")
+    cut = run_stage(tiny, "rl-kld", *sets, name="cut")
+    assert batches[0] == 2 * 4, "no batch is sampled twice"
+    assert same(trained(whole, "rl-kld"), trained(cut, "rl-kld"))
+    with start(tiny, *sets, name="cut") as ctx:
+        score = evaluate_stage(ctx, load_task("arithmetic"), "rl-kld")
+    assert score["settings"]["engine"] == "paged" and score["n"] == 8
+    assert batches[0] == 2 * 4 + 2, "two passes over eight items, two at once"
+    assert by_generate[0] == 0

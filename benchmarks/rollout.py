@@ -1,0 +1,215 @@
+"""Tokens a second of each engine on the same prompts: python benchmarks/rollout.py [--json FILE]
+
+A Llama of the stated shape with random weights, sampled from at temperature 1. One token in ``--mean`` ends a response,
+so that they end apart, as in practice; prompts have from a quarter of ``--prompt`` tokens to all of them. One run: the
+contenders take turns, the first turn warms up, and the median of the others is shown. Contenders:
+
+    hf          transformers' generate, a batch at a time: ``rollout.engine: hf``
+    hf static   the same with a static cache, which transformers compiles on a GPU
+    paged       continuous batching: ``rollout.engine: paged``
+    vllm        where it is installed; of the base alone, without an adapter
+
+On a GPU the model is a 3B in NF4 with an adapter, 64 responses at once, 128 + 512 tokens.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from lco_lite.models.language_model import LanguageModel, Role
+from lco_lite.models.loading import byte_tokenizer, load_base, quiet_libraries
+from lco_lite.recipe.sections import Lora, Model
+from lco_lite.rollout.engine import Sampling, in_order
+from lco_lite.rollout.hf import HFEngine
+from lco_lite.rollout.paged import PagedEngine, way_of
+from lco_lite.sequences import seeded
+
+SHAPES = {  # d, layers, heads, key-value heads, feed-forward, V
+    "20m": (384, 8, 6, 3, 1024, 16384),
+    "135m": (576, 30, 9, 3, 1536, 49152),
+    "3b": (3072, 28, 24, 8, 8192, 128256),
+}
+CPU = {"shape": "20m", "quantization": "none", "prompts": 32, "slots": 8, "prompt": 32, "new": 64, "mean": 24}
+GPU = {"shape": "3b", "quantization": "nf4", "prompts": 256, "slots": 64, "prompt": 128, "new": 512, "mean": 256}
+Contender = Callable[[], int]
+"""Samples once; returns how many tokens were made, ends included."""
+
+
+class StaticHFEngine(HFEngine):
+    def _config(self, sampling: Sampling) -> Any:
+        config = super()._config(sampling)
+        config.cache_implementation = "static"
+        return config
+
+
+def build(folder: Path, options: argparse.Namespace) -> LanguageModel:
+    """Random weights, stored, and read as a recipe's would be; with an adapter that changes them."""
+    width, layers, heads, kv_heads, inner, vocabulary = SHAPES[options.shape]
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=inner,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=3,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    with torch.device(options.device):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
+    byte_tokenizer(8192).save_pretrained(folder)
+    del model
+    gc.collect()
+    weights = Model(path=str(folder), quantization=options.quantization)
+    loaded = LanguageModel(load_base(weights, torch.device(options.device)), byte_tokenizer(8192))
+    loaded.add_adapter("policy", Lora(), 0)
+    with torch.no_grad():
+        for _, parameter in loaded.trainable("policy"):
+            parameter.normal_(std=0.01)
+    return loaded
+
+
+def of_engine(engine: HFEngine, prompts: list[list[int]], sampling: Sampling, stops: list[int]) -> Contender:
+    engine.stop_ids = set(stops)
+
+    def sample() -> int:
+        with seeded(0, "benchmark"):
+            return sum(len(r.example.response) for r in in_order(engine.generate(prompts, sampling)))
+
+    return sample
+
+
+def of_vllm(folder: Path, prompts: list[list[int]], stops: list[int], options: argparse.Namespace) -> Contender:
+    import vllm  # type: ignore[import-not-found]
+
+    more = {"quantization": "bitsandbytes"} if options.quantization == "nf4" else {}
+    longest = options.prompt + options.new
+    llm = vllm.LLM(
+        str(folder), max_model_len=longest, max_num_seqs=options.slots, gpu_memory_utilization=0.4, seed=0, **more
+    )
+    sampling = vllm.SamplingParams(temperature=1.0, max_tokens=options.new, stop_token_ids=stops, detokenize=False)
+
+    def sample() -> int:
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return sum(len(made.outputs[0].token_ids) for made in llm.generate(asked, sampling, use_tqdm=False))
+
+    return sample
+
+
+def contenders(folder: Path, options: argparse.Namespace, console: Console) -> dict[str, Contender]:
+    model, vocabulary = build(folder, options), SHAPES[options.shape][-1]
+    role, stops = Role(model, "policy"), list(range(3, vocabulary, options.mean))
+    lengths = [options.prompt - i * (options.prompt * 3 // 4) // options.prompts for i in range(options.prompts)]
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(4, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    sampling = Sampling(1.0, 1.0, options.new, options.slots)
+    entries = {"hf": of_engine(HFEngine(role, 3, vocabulary), prompts, sampling, stops)}
+    if options.device == "cuda":
+        entries["hf static"] = of_engine(StaticHFEngine(role, 3, vocabulary), prompts, sampling, stops)
+    way = way_of(model, console.print)
+    if way is None:
+        raise SystemExit("paged does not run this model")
+    console.print(f"paged: {way}")
+    entries["paged"] = of_engine(PagedEngine(role, 3, vocabulary, way=way), prompts, sampling, stops)
+    if importlib.util.find_spec("vllm") is None:
+        console.print("vllm: left out, it is not installed")
+    elif options.device == "cpu":
+        console.print("vllm: left out, it is for GPUs here")
+    else:
+        entries["vllm"] = of_vllm(folder, prompts, stops, options)
+    return entries
+
+
+def measure(entries: dict[str, Contender], options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    rates: dict[str, list[float]] = {name: [] for name in entries}
+    tokens: dict[str, int] = {}
+    for turn in range(options.repeats + 1):
+        for name, sample in entries.items():
+            start = time.perf_counter()
+            tokens[name] = sample()
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                rates[name].append(tokens[name] / (time.perf_counter() - start))
+    return {
+        name: {
+            "tokens": tokens[name],
+            "tokens_per_second": statistics.median(rates[name]),
+            "lowest": min(rates[name]),
+            "highest": max(rates[name]),
+            "to_hf": statistics.median(a / b for a, b in zip(rates[name], rates["hf"], strict=True)),
+        }
+        for name in entries
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--quantization", choices=("none", "nf4"))
+    parser.add_argument("--prompts", type=int)
+    parser.add_argument("--slots", type=int, help="responses at once")
+    parser.add_argument("--prompt", type=int, help="tokens of the longest prompt")
+    parser.add_argument("--new", type=int, help="tokens of the longest response")
+    parser.add_argument("--mean", type=int, help="tokens of a response, were there no limit")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    options = parser.parse_args()
+    for name, value in (CPU if options.device == "cpu" else GPU).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def main() -> None:
+    quiet_libraries()
+    options, console = parse(), Console()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(contenders(Path(folder), options, console), options)
+    on_gpu = options.device == "cuda"
+    device = (
+        torch.cuda.get_device_name() if on_gpu else f"CPU, {options.threads} threads, load {os.getloadavg()[0]:.1f}"
+    )
+    title = (
+        f"Llama {options.shape} {SHAPES[options.shape]} · {options.quantization} + LoRA · {options.prompts} prompts, "
+    )
+    title += (
+        f"{options.slots} at once, {options.prompt} + {options.new} tokens · {device} · torch {torch.__version__}, "
+    )
+    title += f"transformers {transformers.__version__}"
+    table = Table("", "tokens", "tokens/s", "lowest", "highest", "tokens/s ÷ hf", title=title)
+    for name, row in results.items():
+        rates = (f"{row[key]:,.1f}" for key in ("tokens_per_second", "lowest", "highest"))
+        table.add_row(name, f"{row['tokens']:,}", *rates, f"{row['to_hf']:.2f}")
+    console.print(table)
+    if options.json:
+        asked = {name: value for name, value in vars(options).items() if name != "json"}
+        report = {"title": title, "options": asked, "shape": SHAPES[options.shape], "results": results}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
