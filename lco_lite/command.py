@@ -20,6 +20,7 @@ from lco_lite.files import write_text
 from lco_lite.metrics import peak_mib
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import find_recipe, load_recipe, overridden
+from lco_lite.recipe.sections import RewardModel
 from lco_lite.run import Run
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def command(
 def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -> Iterator[Context]:
     import torch
 
-    from lco_lite.context import Context
+    from lco_lite.context import Context, out_of_memory
     from lco_lite.models.loading import quiet_libraries, resolve_device
 
     quiet_libraries()
@@ -99,28 +100,40 @@ def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -
     ctx = Context(run, recipe, console, resolve_device(recipe.device), adapter)
     try:
         yield ctx
-    except torch.OutOfMemoryError as e:
-        listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(_remedies(ctx.clock.phase, recipe), 1))
-        head = f"out of memory in phase {ctx.clock.phase}, peak {peak_mib():.0f} MiB. Change, in this order:"
-        raise MemoryExhausted(f"{head}\n{listed}\n({str(e).splitlines()[0]})") from e
     except (LcoError, BrokenPipeError, typer.Exit):
         raise
     except Exception as e:
+        if out_of_memory(e):
+            listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(_remedies(ctx), 1))
+            where = f"phase {ctx.clock.phase}" + (f" of {ctx.stage}" if ctx.stage else "")
+            head = f"out of memory in {where}, peak {peak_mib():.0f} MiB. Change, in this order:"
+            raise MemoryExhausted(f"{head}\n{listed}\n({(str(e) or type(e).__name__).splitlines()[0]})") from e
         log = run.path / "error.log"
         write_text(log, traceback.format_exc())
         raise LcoError(f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\nThe traceback is in {log}") from e
 
 
-def _remedies(phase: str, recipe: Recipe) -> list[str]:
-    """What to change where memory runs out, the cheapest first."""
-    section = recipe.sft if phase == "update" else recipe.rl
-    batches = f"rl.rollout_batch (now {recipe.rl.rollout_batch}) or eval.batch_tokens (now {recipe.eval.batch_tokens})"
+def _remedies(ctx: Context) -> list[str]:
+    """What to change where memory runs out, the cheapest first. Batches are as small as they get by then: what is left
+    is one sequence, what is kept beside it, and the weights."""
+    recipe, phase = ctx.recipe, ctx.clock.phase
+    name = {"sft": "sft", "rm": "train_rm"}.get(ctx.stage, "rl")
+    section, trains = getattr(recipe, name), phase in ("update", "preflight")
+    samples, weights = phase in ("rollout", "eval"), recipe.model
+    own_base = isinstance(recipe.reward_model, RewardModel) and recipe.reward_model.quantization == "none"
+    new_tokens = {"eval": "eval.max_new_tokens", "rollout": "rl.max_new_tokens"}.get(phase, "rl.max_new_tokens")
     remedies = {
-        f"{batches}: halve it": phase in ("rollout", "eval"),
-        f"micro_batch_tokens (now {section.micro_batch_tokens}): halve it; the gradient stays the same": True,
-        "model.gradient_checkpointing: true": not recipe.model.gradient_checkpointing,
-        f"rl.max_new_tokens, max_length (now {section.max_length}): shorter responses": True,
-        "model.quantization: nf4": recipe.model.quantization == "none" and recipe.model.lora is not None,
+        f"{new_tokens}: shorter responses": samples or (name == "rl" and phase != "loading"),
+        f"{name}.max_length (now {section.max_length}): longer sequences are left out": phase
+        not in ("loading", "eval"),
+        "eval.few_shot: fewer worked examples": phase == "eval" and recipe.eval.few_shot > 0,
+        "model.gradient_checkpointing: true": trains and not weights.gradient_checkpointing,
+        f"rl.prompts_per_step (now {recipe.rl.prompts_per_step}): fewer hidden states lie in the host's memory": (
+            phase == "score" and name == "rl"
+        ),
+        "model.quantization: nf4": weights.quantization == "none" and weights.lora is not None and weights.init is None,
+        "reward_model.quantization: nf4": own_base and name != "sft",
+        "close what else uses the device": True,
         "a smaller model": True,
     }
     return [text for text, fits in remedies.items() if fits]

@@ -1,4 +1,5 @@
-"""What every stage is given: run, recipe, screen, device, a clock of its phases; and how Ctrl-C reaches it."""
+"""What every stage is given: run, recipe, screen, device, a clock of its phases, what its memory holds at once; and how
+Ctrl-C reaches it."""
 
 from __future__ import annotations
 
@@ -7,17 +8,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from lco_lite.console import Console
 from lco_lite.recipe import Recipe
 from lco_lite.run import Run
+
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -48,6 +52,46 @@ class Context:
     device: torch.device
     adapter: Path | None = None  # scored on the base instead of a stage's
     clock: Clock = field(default_factory=Clock)
+    stage: str = ""  # the one that is trained
+    _rooms: dict[str, Room] = field(default_factory=dict)
+
+    def room(self, setting: str, size: int) -> Room:
+        """The one room of this setting, which begins with ``size``."""
+        return self._rooms.setdefault(setting, Room(self, setting, size))
+
+
+@dataclass
+class Room:
+    """How much is done at once, in the unit of ``setting``; what is too much for the memory is done again in halves."""
+
+    ctx: Context
+    setting: str
+    size: int
+
+    def do(self, work: Callable[[int], Made], half: Callable[[int], tuple[int, int] | None], then: str = "") -> Made:
+        """``work(size)``. Where memory runs out it starts again, with the random numbers that it had, and ``half`` of
+        what was too much (both; None: there is no less). That is the size from there on; it is said, and ``then``."""
+        cpu, gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        while True:
+            try:
+                return work(self.size)
+            except Exception as e:
+                found = half(self.size) if out_of_memory(e) else None
+                if found is None:
+                    raise
+            clear_device_cache(garbage_collection=True)  # out here no traceback holds tensors any more
+            torch.set_rng_state(cpu)
+            if gpus:
+                torch.cuda.set_rng_state_all(gpus)
+            too_much, self.size = found
+            what = f"{self.ctx.clock.phase}: out of memory with {self.setting} {too_much}"
+            self.ctx.console.warn(f"{what}: done again, and from here on, with {self.size}{then}")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """On a device, on the host, or of an engine's cache."""
+    is_torchs = isinstance(error, RuntimeError) and should_reduce_batch_size(RuntimeError(str(error)))
+    return is_torchs or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 class InterruptGuard:

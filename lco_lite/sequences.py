@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,21 @@ class Batch:
         """[B, L, d] -> [T, d]: only response tokens ever reach a loss."""
         return hidden.flatten(0, 1)[self.index]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Of the sequences."""
+        return list(self.attention_mask.sum(1).tolist())
+
+    def only(self, rows: Sequence[int]) -> Batch:
+        """These of its sequences, in their order, padded no further than they need."""
+        kept, width = torch.tensor(rows), int(self.attention_mask[rows].sum(1).max())
+        place = torch.full((len(self.input_ids),), -1).index_put((kept,), torch.arange(len(rows)))[self.rows]
+        mine = place >= 0
+        index = place[mine] * width + self.index[mine] % self.input_ids.shape[1]
+        return Batch(
+            self.input_ids[kept, :width], self.attention_mask[kept, :width], index, self.actions[mine], place[mine]
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
@@ -74,6 +89,18 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, group: int = 1) -> li
             longest = max(lengths[i] for i in unit)
         batches[-1] += unit
     return batches
+
+
+def halved(minibatches: Iterable[Sequence[int]], max_tokens: int, group: int = 1) -> tuple[int, int] | None:
+    """(padded size of the largest micro-batch of several units, half of it) among those that ``micro_batches`` makes of
+    minibatches of these lengths; None where every unit is alone already."""
+    sizes = [
+        len(places) * max(lengths[i] for i in places)
+        for lengths in minibatches
+        for places in micro_batches(lengths, max_tokens, group)
+        if len(places) > group
+    ]
+    return (max(sizes), max(sizes) // 2) if sizes else None
 
 
 def derive(seed: int, *names: object) -> int:

@@ -235,8 +235,8 @@ def test_out_of_memory_exits_3_with_what_to_change_in_order(tiny, monkeypatch):
     monkeypatch.setattr(pipeline, "train_sft", exhaust)
     result = call("sft", tiny, "--runs", tiny.parent / "runs")
     assert result.exit_code == 3
-    assert "phase update" in result.stderr
-    assert result.stderr.index("micro_batch_tokens") < result.stderr.index("a smaller model")
+    assert "phase update of sft" in result.stderr
+    assert result.stderr.index("sft.max_length") < result.stderr.index("a smaller model")
 
 
 def test_a_gradient_that_is_not_finite_exits_4(tiny, monkeypatch):

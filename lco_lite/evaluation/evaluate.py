@@ -9,7 +9,8 @@ score that was stopped anywhere goes on with the next batch and ends in the same
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from operator import eq
 from pathlib import Path
@@ -29,7 +30,7 @@ from lco_lite.grading.math import MathGrader
 from lco_lite.models.chat import ChatFormat, PlainText
 from lco_lite.models.language_model import Role
 from lco_lite.recipe import Eval, Recipe
-from lco_lite.rollout.engine import Engine, Sampling, before_stop, in_order, open_engine
+from lco_lite.rollout.engine import OTHER_NUMBERS, Engine, Response, Sampling, before_stop, in_order, open_engine
 from lco_lite.rollout.lockstep import optimal_policy
 from lco_lite.sequences import seeded
 from lco_lite.tasks import graded_as, load_task
@@ -222,10 +223,10 @@ def respond_to_all(
             for k, b in [(k, b) for k in range(n) for b in range(len(batches)) if (k, b) not in made]:
                 batch = [questions[i] for i, _ in batches[b]]
                 if by_likelihood:
-                    responses = likeliest_letters(role, batch)
+                    responses = likeliest(ctx, role, batch)
                 else:
                     at_once = replace(sampling, batch=len(planned[b * engine.ahead]))
-                    responses = respond(engine, chat, task, batch, at_once, seed + k, b)
+                    responses = respond(engine, chat, task, batch, at_once, seed + k, b, ctx=ctx)
                 made[k, b] = [{"sample": j} | r for (_, j), r in zip(batches[b], responses, strict=True)]
                 lines.append({"pass": k, "batch": b, "rows": made[k, b]})
                 done += len(batch)
@@ -266,26 +267,65 @@ def plan_batches(ids: Sequence[list[int]], settings: Eval, new_tokens: int) -> l
     return batches
 
 
-def held_out_accuracy(
-    engine: Engine, chat: ChatFormat, task: Task, prompts: Sequence[Prompt], settings: Eval, seed: int
-) -> float:
+def held_out_accuracy(ctx: Context, engine: Engine, chat: ChatFormat, task: Task, prompts: Sequence[Prompt]) -> float:
     """pass@1 of one pass over the prompts as they are trained on, for a look at the model; nothing is kept."""
+    settings = ctx.recipe.eval
     task, questions = _graded(task, settings), [question(chat, p) for p in prompts]
-    responses = respond(engine, chat, task, questions, _sampling(settings, task), seed)
+    responses = respond(engine, chat, task, questions, _sampling(settings, task), ctx.recipe.seed, ctx=ctx)
     return sum(r["right"] for r in responses) / len(responses)
 
 
 def respond(
-    engine: Engine, chat: ChatFormat, task: Task, questions: list[Question], sampling: Sampling, seed: int, *batch: int
+    engine: Engine,
+    chat: ChatFormat,
+    task: Task,
+    questions: list[Question],
+    sampling: Sampling,
+    seed: int,
+    *batch: int,
+    ctx: Context | None = None,
 ) -> list[Graded]:
-    """One graded response a question. The random numbers are those of the seed, the task and the batch's number."""
-    with seeded(seed, "eval", task.name, *batch):
-        responses = in_order(engine.generate([q.prompt for q in questions], sampling))
+    """One graded response a question. The random numbers are those of the seed, the task and the batch's number; with
+    ``ctx``, as many responses are made at once as the memory holds."""
+
+    def generate(at_once: int) -> list[Response]:
+        with seeded(seed, "eval", task.name, *batch):
+            made = engine.generate([q.prompt for q in questions], replace(sampling, batch=at_once))
+            return in_order(made)
+
+    width = max(len(q.prompt) for q in questions) + sampling.max_new_tokens
+    responses = _within_memory(ctx, width, sampling.batch, len(questions), generate, OTHER_NUMBERS)
     texts = [before_stop(chat.text(response.example.response), sampling.stop) for response in responses]
     return [
         graded(q.item, text, task.grade(text, q.item), response.truncated)
         for q, text, response in zip(questions, texts, responses, strict=True)
     ]
+
+
+def likeliest(ctx: Context, role: Role, questions: list[Question]) -> list[Graded]:
+    """``likeliest_letters``, of as many questions at once as the memory holds."""
+
+    def choose(n: int) -> list[Graded]:
+        parts = (likeliest_letters(role, questions[i : i + n]) for i in range(0, len(questions), n))
+        return [graded for part in parts for graded in part]
+
+    width = max(len(q.prompt) + max(map(len, q.letters)) for q in questions)
+    return _within_memory(ctx, width, len(questions), len(questions), choose)
+
+
+def _within_memory(
+    ctx: Context | None, width: int, batch: int, n: int, work: Callable[[int], list[Any]], then: str = ""
+) -> list[Any]:
+    """``work(at once)``: all ``n`` sequences, at most ``batch`` of ``width`` padded tokens at once."""
+    if ctx is None:
+        return work(batch)
+
+    def half(tokens: int) -> tuple[int, int] | None:
+        at_once = max(1, min(batch, n, tokens // width))
+        return (at_once * width, at_once * width // 2) if at_once > 1 else None
+
+    room = ctx.room("eval.batch_tokens", sys.maxsize)
+    return room.do(lambda tokens: work(max(1, min(batch, tokens // width))), half, then)
 
 
 def _refuse_meaningless(task: Task, stage: str, settings: Eval) -> None:

@@ -21,6 +21,9 @@ class Teacher:
     hidden: Tensor
     head: Head
 
+    def __getitem__(self, index: Tensor | slice) -> Self:
+        return replace(self, hidden=self.hidden[index])
+
     def to(self, device: torch.device | str) -> Self:
         return replace(self, hidden=self.hidden.to(device, non_blocking=True))
 

@@ -170,6 +170,11 @@ class Rl(Training):
         return f"rl-{self.objective.rpartition(':')[2]}"
 
     @property
+    def unit(self) -> int:
+        """How many responses stay together in a micro-batch."""
+        return self.responses_per_prompt if self.whole_groups else 1
+
+    @property
     def is_lco(self) -> bool:
         return self.objective in LCO
 

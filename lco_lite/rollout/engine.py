@@ -45,6 +45,8 @@ class Response:
 Made = tuple[list[int], list[Response]]
 """Places among the prompts, and the response to each."""
 
+OTHER_NUMBERS = "; in smaller batches the random numbers, and with them the responses, are others"
+
 
 class Engine:
     """What all engines share: one of them makes its own batches, and ``sync`` where it keeps a copy of the weights.

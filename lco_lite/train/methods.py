@@ -27,7 +27,7 @@ from lco_lite.objectives.logprobs import token_logprobs
 from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch, ValueHead, value_loss
 from lco_lite.objectives.targets import DenseTarget, SparseTarget
 from lco_lite.recipe import Rl
-from lco_lite.sequences import Batch, collate
+from lco_lite.sequences import Batch, collate, micro_batches
 from lco_lite.train.rollouts import Phase
 from lco_lite.user_code import load_function, names_function
 
@@ -71,6 +71,19 @@ class MicroBatch:
         names = ("batch", "responses", "old", "advantages", *([] if self.target is None else ["target"]))
         per_token = {name: value.to(device) for name, value in self.per_token.items()}
         return replace(self, per_token=per_token, **{name: getattr(self, name).to(device) for name in names})
+
+    def within(self, max_tokens: int, group: int) -> list[MicroBatch]:
+        """Itself where its padded size is in ``max_tokens``, else parts that are, in units of ``group`` sequences."""
+        parts = micro_batches(self.batch.lengths, max_tokens, group)
+        return [self] if len(parts) == 1 else [self._only(sorted(rows)) for rows in parts]
+
+    def _only(self, rows: list[int]) -> MicroBatch:
+        mine = torch.isin(self.batch.rows, torch.tensor(rows))
+        kept: dict[str, Any] = {name: getattr(self, name)[mine] for name in ("responses", "old")}
+        kept["advantages"] = self.advantages[mine] if len(self.advantages) else self.advantages
+        kept["target"] = None if self.target is None else self.target[mine]
+        per_token = {name: value[mine] for name, value in self.per_token.items()}
+        return replace(self, batch=self.batch.only(rows), per_token=per_token, **kept)
 
     def policy_batch(self, rl: Rl, logprobs: Tensor | None = None) -> PolicyBatch:
         """What an objective sees of it beside hidden states."""

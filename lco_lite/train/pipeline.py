@@ -47,7 +47,7 @@ def refuse_untrainable(recipe: Recipe) -> None:
 
 
 def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
-    stage = ctx.run.stage(name)
+    stage, ctx.stage = ctx.run.stage(name), name
     stage.begin(stage_settings(ctx.recipe, name), upstream)
     if not ctx.run.has_recipe():
         ctx.run.write_recipe(ctx.recipe)

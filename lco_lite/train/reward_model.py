@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,19 +53,20 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
     ctx.console.stage("train-rm", f"{len(pairs)} pairs, {updates} updates of {rm.batch_size}")
     training = StageTraining(ctx, stage, parameters, rm, updates, updates, weights.unrounded(ctx, reward_model))
     with training, reward_model.model.training_mode():
-        training.try_longest(
-            pairs, rm.micro_batch_tokens, lambda longest: accumulate(reward_model, reference, longest, rm)
-        )
+        training.try_longest(pairs, partial(accumulate, reward_model, reference, rm))
         for step in training.steps():
-            chosen = endless(len(pairs), recipe.seed, step * rm.batch_size, rm.batch_size)
+            chosen = [pairs[i] for i in endless(len(pairs), recipe.seed, step * rm.batch_size, rm.batch_size)]
             with ctx.clock("update"):
-                metrics = accumulate(reward_model, reference, [pairs[i] for i in chosen], rm)
+                lengths = [[len(pair) for pair in chosen]]
+                metrics = training.within_memory(accumulate, lengths, reward_model, reference, rm, chosen)
                 metrics |= training.update()
             training.keep(step, metrics)
     weights.save(reward_model, stage, training.masters)
     result: dict[str, float] = {"updates": updates, "pairs": len(pairs)}
     if held:
-        accuracy = accumulate(reward_model, reference, held, rm, train=False)["accuracy"]
+        with ctx.clock("score"):
+            measure, lengths = partial(accumulate, train=False), [[len(pair) for pair in held]]
+            accuracy = training.within_memory(measure, lengths, reward_model, reference, rm, held)["accuracy"]
         ctx.console.note(f"implicit reward: {accuracy:.3f} of {len(held)} held-out pairs are in the right order")
         result |= {"pair_accuracy": accuracy, "held_out_pairs": len(held)}
     stage.finish(result | score_as_policy(ctx, start, reward_model, chat))
@@ -84,13 +86,13 @@ def hold_out(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair
 
 
 def accumulate(
-    reward_model: Role, reference: Role, pairs: Sequence[Pair], rm: TrainRm, train: bool = True
+    reward_model: Role, reference: Role, rm: TrainRm, pairs: Sequence[Pair], micro_batch_tokens: int, train: bool = True
 ) -> dict[str, float]:
     """Adds the gradient of mean DPO loss + sft_weight · mean over the chosen responses' tokens of -log φ; with
     ``train`` off only measures. ``margin``: of the implicit reward β log φ_DPO/φ_ref; ``accuracy``: where it is > 0."""
     chosen_tokens = sum(len(p.chosen.response) for p in pairs)
     totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-    for places in micro_batches([len(p) for p in pairs], rm.micro_batch_tokens):
+    for places in micro_batches([len(p) for p in pairs], micro_batch_tokens):
         with torch.set_grad_enabled(train):
             logps, ref_logps = pair_logprobs(reward_model, reference, [pairs[i] for i in places])
             losses, margins = dpo_loss(logps, ref_logps, rm.beta)
@@ -129,9 +131,7 @@ def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFor
             open_engine([role], chat.end, asked=ctx.recipe.rollout.engine, say=ctx.console.note)
             for role in (start, reward_model)
         )
-        before, after = (
-            held_out_accuracy(engine, chat, task, prompts, ctx.recipe.eval, ctx.recipe.seed) for engine in engines
-        )
+        before, after = (held_out_accuracy(ctx, engine, chat, task, prompts) for engine in engines)
     ctx.console.note(
         f"as a policy on {len(prompts)} held-out items: φ_DPO {after:.3f}, the policy that it will teach {before:.3f}"
     )

@@ -4,6 +4,10 @@ A and z* stand still for all minibatches and epochs of a step: refreshing π_old
 once more, and doing so after every batch compounds noise.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -34,10 +38,10 @@ SAMPLES_A_STEP = 8  # responses kept in samples.jsonl for people to read
 
 def train_rl(ctx: Context, stage: StageFolder) -> None:
     """Trains the policy's adapter (or its weights). Goes on at the last checkpoint; no response is sampled twice."""
-    recipe, rl, device = ctx.recipe, ctx.recipe.rl, ctx.device
+    recipe, rl = ctx.recipe, ctx.recipe.rl
     with ctx.clock("loading"):
         models, parameters = open_models(ctx)
-        policy, method = models.policy, method_of(rl)
+        policy = models.policy
         chat = ChatFormat(policy.model.tokenizer, recipe.chat.template_args, ctx.console.warn)
         engine = rollout_engine(ctx, models, chat.end)
         rollouts = Rollouts(ctx, policy.model, engine, chat, stage)
@@ -52,28 +56,27 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
         for before in history:
             guard.check(before)
         longest = [Example(max(rollouts.ids, key=len), [chat.end] * rollouts.sampling.max_new_tokens)] * rl.minibatch
-        training.try_longest(longest, rl.micro_batch_tokens, lambda examples: try_out(models, examples, rl))
+        training.try_longest(longest, partial(try_out, models, rl), rl.unit)
         for step in training.steps():
             engine.sync()  # π_old is the policy as it is now
             phase = rollouts.phase(step, training.stop_if_asked)  # on disk, batch by batch
             with ctx.clock("score"):
                 plan = plan_minibatches(phase.examples, rl, recipe.seed, step)
-                minibatches = score(models, phase, plan, rl)  # A and z* stand still until the next step
+                lengths = [[len(phase.examples[i]) for places in minibatch for i in places] for minibatch in plan]
+                in_plan = partial(score_in_plan, models, phase, rl, recipe.seed, step)
+                # A and z* stand still until the next step
+                minibatches = training.within_memory(in_plan, lengths, group=rl.unit)
             report, order = Report(phase, rl), list(order_of_updates(len(minibatches), rl, recipe.seed, step))
             training.expect(len(order))
             with ctx.clock("update"), policy.model.training_mode():
                 for which in order:
                     training.stop_if_asked()
-                    for micro in minibatches[which]:
-                        micro = micro.to(device)
-                        hidden = policy.hidden(micro.batch)  # [T, d]
-                        loss, seen = method.loss(models, micro, hidden, rl)
-                        loss.backward()
-                        report.add(micro, loss, seen)
+                    minibatch, lengths = minibatches[which], [micro.batch.lengths for micro in minibatches[which]]
+                    training.within_memory(accumulate, lengths, models, rl, report, minibatch, group=rl.unit)
                     update_log.write({"step": step + 1, **report.update(training.update())})
                     training.line.update(step, **report.updates[-1])
             with ctx.clock("score"):
-                report.kl_to_old = kl_to_old(models, minibatches[which])
+                report.kl_to_old = training.within_memory(kl_to_old, lengths, models, rl, minibatch, group=rl.unit)
             if rl.eval_every and (step + 1) % rl.eval_every == 0:
                 report.eval = evaluate(ctx, models, rollouts)
             metrics = report.metrics(ctx.clock.seconds, history[-1]["samples_seen"] if history else 0)
@@ -110,11 +113,37 @@ def rollout_engine(ctx: Context, models: Models, end: int) -> Engine:
     return open_engine([policy], end, rows=rows, asked=ctx.recipe.rollout.engine, say=ctx.console.note)
 
 
+def score_in_plan(
+    models: Models, phase: Phase, rl: Rl, seed: int, step: int, micro_batch_tokens: int
+) -> list[list[MicroBatch]]:
+    return score(models, phase, plan_minibatches(phase.examples, rl, seed, step, micro_batch_tokens), rl)
+
+
+def on_device(models: Models, rl: Rl, minibatch: list[MicroBatch], micro_batch_tokens: int) -> Iterator[MicroBatch]:
+    """One after the other, in parts where they were scored with more tokens than now fit."""
+    for micro in (part for whole in minibatch for part in whole.within(micro_batch_tokens, rl.unit)):
+        yield micro.to(models.policy.model.device)
+
+
+def accumulate(
+    models: Models, rl: Rl, report: Report | None, minibatch: list[MicroBatch], micro_batch_tokens: int
+) -> None:
+    """Adds the gradient of the minibatch's loss; tells ``report`` its numbers."""
+    if report is not None:
+        report.begin()
+    for micro in on_device(models, rl, minibatch, micro_batch_tokens):
+        hidden = models.policy.hidden(micro.batch)  # [T, d]
+        loss, seen = method_of(rl).loss(models, micro, hidden, rl)
+        loss.backward()
+        if report is not None:
+            report.add(micro, loss, seen)
+
+
 @torch.no_grad()
-def kl_to_old(models: Models, minibatch: list[MicroBatch]) -> float:
+def kl_to_old(models: Models, rl: Rl, minibatch: list[MicroBatch], micro_batch_tokens: int) -> float:
     """KL(π_θ ‖ π_old) a token of this minibatch, nats."""
     policy, total = models.policy, 0.0
-    for micro in (kept.to(policy.model.device) for kept in minibatch):
+    for micro in on_device(models, rl, minibatch, micro_batch_tokens):
         hidden = policy.hidden(micro.batch)
         total += kl_divergence(hidden, micro.old, policy.model.head, micro.old_head).sum().item()
     return total / minibatch[0].tokens
@@ -127,8 +156,7 @@ def evaluate(ctx: Context, models: Models, rollouts: Rollouts) -> float | None:
         return None
     with ctx.clock("eval"):
         engine = open_engine([models.policy], chat.end, asked=recipe.rollout.engine, say=ctx.console.note)
-        prompts = held_out(recipe, task, recipe.rl.eval_items)
-        return held_out_accuracy(engine, chat, task, prompts, recipe.eval, recipe.seed)
+        return held_out_accuracy(ctx, engine, chat, task, held_out(recipe, task, recipe.rl.eval_items))
 
 
 class Report:
@@ -139,6 +167,10 @@ class Report:
         self.updates: list[dict[str, float]] = []
         self.kl_to_old: float | None = None
         self.eval: float | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """An update, or the same again."""
         self._loss, self._tokens = 0.0, list[dict[str, Tensor]]()
 
     def add(self, micro: MicroBatch, loss: Tensor, seen: Seen) -> None:
@@ -159,7 +191,6 @@ class Report:
             seen |= {f"logit_grad_norm_{sign}": part for sign, part in by_sign.items() if len(part)}
         means = {name: value.mean().item() for name, value in seen.items()}
         self.updates.append({"update": len(self.updates) + 1, "loss": self._loss} | means | step_of_optimiser)
-        self._loss, self._tokens = 0.0, []
         return self.updates[-1]
 
     def metrics(self, seconds: dict[str, float], samples_before: int) -> dict[str, Any]:
@@ -199,13 +230,11 @@ def readable(phase: Phase, rollouts: Rollouts, rl: Rl) -> list[dict[str, Any]]:
     ]
 
 
-def try_out(models: Models, examples: list[Example], rl: Rl) -> None:
+def try_out(models: Models, rl: Rl, examples: list[Example], micro_batch_tokens: int) -> None:
     """Scores these, and adds the gradient of an update on them."""
     n = len(examples)
     phase = Phase([], 1, [Response(e, True) for e in examples], None, [0.0] * n, [False] * n, n)
     plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False, "overlong_buffer": 0.0})
     (minibatch,) = score(models, phase, [[list(range(len(examples)))]], plain)
     with models.policy.model.training_mode():
-        for micro in (kept.to(models.policy.model.device) for kept in minibatch):
-            loss, _ = method_of(rl).loss(models, micro, models.policy.hidden(micro.batch), plain)
-            loss.backward()
+        accumulate(models, plain, None, minibatch, micro_batch_tokens)

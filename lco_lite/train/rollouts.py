@@ -9,7 +9,7 @@ Legend: N responses, G of them to a prompt, in a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from lco_lite.files import JsonLines, remove
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe import Rl
-from lco_lite.rollout.engine import Engine, Response, Sampling
+from lco_lite.rollout.engine import OTHER_NUMBERS, Engine, Made, Response, Sampling
 from lco_lite.run import StageFolder
 from lco_lite.sequences import Example, derive, endless, micro_batches, rng_state, seeded
 from lco_lite.train.training import fitting
@@ -179,7 +179,8 @@ def sample(
     """One response a prompt. Each batch is in ``kept`` before the next begins; what is there is not sampled again.
 
     ``names`` say what the random numbers are for (``seeded``), and tell these lines from others in the file.
-    ``stop_if_asked`` is called between batches and may raise.
+    ``stop_if_asked`` is called between batches and may raise. Where memory runs out, what is left is made in smaller
+    batches.
     """
     label = ":".join(map(str, names))
     responses: dict[int, Response] = {}
@@ -189,14 +190,25 @@ def sample(
             for place, (ids, truncated) in zip(line["places"], line["responses"], strict=True):
                 responses[place] = Response(Example(prompts[place], ids), truncated)
             state = line["rng"]
-    left = [place for place in range(len(prompts)) if place not in responses]
-    batches = engine.generate([prompts[place] for place in left], sampling)
+    room, size, left = ctx.room("rl.rollout_batch", sampling.batch), 0, list[int]()
+    batches: Iterator[Made] = iter(())
+
+    def next_batch(at_once: int) -> tuple[list[int], list[Response], list[str]]:
+        nonlocal size, batches, left
+        if at_once != size:
+            left, size = [place for place in range(len(prompts)) if place not in responses], at_once
+            batches = engine.generate([prompts[place] for place in left], replace(sampling, batch=at_once))
+        with seeded(ctx.recipe.seed, *names, state=state):
+            chosen, made = next(batches)
+            return [left[i] for i in chosen], made, rng_state()
+
+    def half(at_once: int) -> tuple[int, int] | None:
+        at_once = min(at_once, len(prompts) - len(responses))
+        return (at_once, at_once // 2) if at_once > 1 else None
+
     with ctx.clock("rollout"), ctx.console.progress(len(prompts), str(names[0]), len(responses)) as progress:
         while len(responses) < len(prompts):
-            with seeded(ctx.recipe.seed, *names, state=state):
-                chosen, made = next(batches)
-                state = rng_state()
-            places = [left[i] for i in chosen]
+            places, made, state = room.do(next_batch, half, OTHER_NUMBERS)
             responses.update(zip(places, made, strict=True))
             ids = [[response.example.response, response.truncated] for response in made]
             kept.append({"sampled": label, "places": places, "responses": ids, "rng": state})
@@ -205,10 +217,12 @@ def sample(
     return [responses[place] for place in range(len(prompts))]
 
 
-def plan_minibatches(examples: Sequence[Example], rl: Rl, seed: int, step: int) -> list[list[list[int]]]:
+def plan_minibatches(
+    examples: Sequence[Example], rl: Rl, seed: int, step: int, micro_batch_tokens: int | None = None
+) -> list[list[list[int]]]:
     """Response indices: minibatches of micro-batches. Every response is in exactly one; with ``rl.whole_groups`` the
     responses to a prompt are in the same."""
-    group = rl.responses_per_prompt if rl.whole_groups else 1
+    group = rl.unit
     generator = torch.Generator().manual_seed(derive(seed, "minibatches", step))
     units = torch.randperm(len(examples) // group, generator=generator).tolist()
     order = [i * group + k for i in units for k in range(group)]
@@ -216,7 +230,9 @@ def plan_minibatches(examples: Sequence[Example], rl: Rl, seed: int, step: int) 
     return [
         [
             [chosen[k] for k in places]
-            for places in micro_batches([len(examples[i]) for i in chosen], rl.micro_batch_tokens, group)
+            for places in micro_batches(
+                [len(examples[i]) for i in chosen], micro_batch_tokens or rl.micro_batch_tokens, group
+            )
         ]
         for chosen in minibatches
     ]

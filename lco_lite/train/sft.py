@@ -6,6 +6,7 @@ their response tokens, however they are split.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from lco_lite import weights
 from lco_lite.context import Context
@@ -31,13 +32,11 @@ def train_sft(ctx: Context, stage: StageFolder) -> None:
     ctx.console.stage("sft", f"{len(examples)} demonstrations, {updates} updates of {sft.batch_size}")
     training = StageTraining(ctx, stage, parameters, sft, updates, updates, weights.unrounded(ctx, policy))
     with training, policy.model.training_mode(dropout=True):
-        training.try_longest(
-            examples, sft.micro_batch_tokens, lambda longest: accumulate(policy, longest, sft.micro_batch_tokens)
-        )
+        training.try_longest(examples, partial(accumulate, policy))
         for step in training.steps():
-            chosen = endless(len(examples), recipe.seed, step * sft.batch_size, sft.batch_size)
+            chosen = [examples[i] for i in endless(len(examples), recipe.seed, step * sft.batch_size, sft.batch_size)]
             with ctx.clock("update"):
-                metrics = accumulate(policy, [examples[i] for i in chosen], sft.micro_batch_tokens)
+                metrics = training.within_memory(accumulate, [[len(e) for e in chosen]], policy, chosen)
                 metrics |= training.update()
             training.keep(step, metrics)
     weights.save(policy, stage, training.masters)

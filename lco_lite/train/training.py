@@ -19,8 +19,10 @@ from lco_lite.metrics import JsonLog, MetricsLog, peak_mib
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe.sections import Training
 from lco_lite.run import StageFolder
+from lco_lite.sequences import halved
 
 Sized = TypeVar("Sized", bound=Any)
+Made = TypeVar("Made")
 
 
 class StageTraining:
@@ -43,6 +45,8 @@ class StageTraining:
         unrounded: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.ctx, self.stage, self.settings = ctx, stage, settings
+        section = {"sft": "sft", "rm": "train_rm"}.get(stage.name, "rl")
+        self.room = ctx.room(f"{section}.micro_batch_tokens", settings.micro_batch_tokens)
         self.steps_planned, self.updates_planned = steps, updates
         self.updates_a_step = updates // steps
         self.parameters = dict(parameters)
@@ -94,17 +98,42 @@ class StageTraining:
         kept = checkpoints(self.stage.checkpoints)
         return int(kept[0].name.removeprefix("step-")) if kept else 0
 
+    def within_memory(
+        self, work: Callable[..., Made], minibatches: Sequence[Sequence[int]], *given: Any, group: int = 1
+    ) -> Made:
+        """``work(*given, micro_batch_tokens)`` on minibatches of sequences of these lengths, in units of ``group``.
+
+        Where memory runs out it is done again in micro-batches of half the size: the gradients that it has added by
+        then are dropped. The gradient of a minibatch is a mean over its tokens, however they are split. Raises what
+        ``work`` raised where one unit alone does not fit.
+        """
+
+        def anew(tokens: int) -> Made:
+            self.drop_gradients()
+            return work(*given, tokens)
+
+        return self.room.do(anew, lambda tokens: halved(minibatches, tokens, group))
+
+    def drop_gradients(self) -> None:
+        for parameter in (*self.parameters.values(), *self.masters.values()):
+            parameter.grad = None
+
     def try_longest(
-        self, examples: Sequence[Sized], micro_batch_tokens: int, accumulate: Callable[[list[Sized]], Any]
+        self, examples: Sequence[Sized], accumulate: Callable[[list[Sized], int], Any], group: int = 1
     ) -> None:
         """Forward and backward on the largest micro-batch there can be, where memory is a device's own: what cannot
         fit fails at once, not hours later. Its gradient is thrown away."""
         if self.ctx.device.type == "cpu":
             return
-        longest = sorted(examples, key=len, reverse=True)[: max(1, micro_batch_tokens // max(map(len, examples)))]
+        longest = sorted(examples, key=len, reverse=True)
+        length = len(longest[0])
+
+        def attempt(tokens: int) -> None:
+            accumulate(longest[: max(1, tokens // length // group) * group], tokens)
+
         with self.ctx.clock("preflight"):
-            accumulate(longest)
-        self.adamw.zero_grad(set_to_none=True)
+            self.within_memory(attempt, [[length] * len(longest)], group=group)
+        self.drop_gradients()
 
     def steps(self) -> range:
         """The steps that are left, from 0."""
@@ -136,7 +165,7 @@ class StageTraining:
             group["lr"] = lr
         self.adamw.step()
         self.round()
-        self.adamw.zero_grad(set_to_none=True)
+        self.drop_gradients()
         self.updates += 1
         self.inside_step = True
         return {**norms, "lr": lr}
