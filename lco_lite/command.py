@@ -92,12 +92,14 @@ def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -
     import torch
 
     from lco_lite.context import Context, out_of_memory
-    from lco_lite.models.loading import quiet_libraries, resolve_device
+    from lco_lite.models.loading import limit_memory, quiet_libraries, resolve_device
 
     quiet_libraries()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    ctx = Context(run, recipe, console, resolve_device(recipe.device), adapter)
+    device = resolve_device(recipe.device)
+    limit_memory(device, recipe.memory_limit, console)
+    ctx = Context(run, recipe, console, device, adapter)
     try:
         yield ctx
     except (LcoError, BrokenPipeError, typer.Exit):
@@ -123,6 +125,7 @@ def _remedies(ctx: Context) -> list[str]:
     own_base = isinstance(recipe.reward_model, RewardModel) and recipe.reward_model.quantization == "none"
     new_tokens = {"eval": "eval.max_new_tokens", "rollout": "rl.max_new_tokens"}.get(phase, "rl.max_new_tokens")
     remedies = {
+        f"memory_limit (now {recipe.memory_limit}): a higher one": recipe.memory_limit is not None,
         f"{new_tokens}: shorter responses": samples or (name == "rl" and phase != "loading"),
         f"{name}.max_length (now {section.max_length}): longer sequences are left out": phase
         not in ("loading", "eval"),
@@ -131,6 +134,7 @@ def _remedies(ctx: Context) -> list[str]:
         f"rl.prompts_per_step (now {recipe.rl.prompts_per_step}): fewer hidden states lie in the host's memory": (
             phase == "score" and name == "rl"
         ),
+        f"{name}.optimizer: adamw_8bit, or paged_adamw_8bit": trains and section.optimizer == "adamw",
         "model.quantization: nf4": weights.quantization == "none" and weights.lora is not None and weights.init is None,
         "reward_model.quantization: nf4": own_base and name != "sft",
         "close what else uses the device": True,

@@ -39,6 +39,7 @@ METRICS: dict[str, str] = {
     "tokens_per_second": "response tokens made or trained on, a second of the whole step",
     "eval": "held-out score of the task after the step, 0 to 1",
     "seconds.loading": "time spent loading models and data, s",
+    "seconds.preflight": "time spent trying the longest micro-batch before the first update, on a GPU, s",
     "seconds.rollout": "time spent generating, s",
     "seconds.score": "time spent on advantages and old hidden states, s",
     "seconds.update": "time spent on forward, backward and optimizer, s",

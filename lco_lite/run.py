@@ -201,6 +201,7 @@ _NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard",
 # left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
 _NEWER: dict[str, Any] = {"rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
 _NEWER |= {"rl.evaluated": True, "rollout.engine": "auto"}
+_NEWER |= dict.fromkeys(("sft.optimizer", "train_rm.optimizer", "rl.optimizer"), "adamw")
 _NEWER |= dict.fromkeys(("sft.adam_eps", "train_rm.adam_eps", "rl.adam_eps"))
 
 

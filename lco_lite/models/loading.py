@@ -17,9 +17,10 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from lco_lite.console import Console
 from lco_lite.errors import ModelError, UsageError
 from lco_lite.files import write_folder, write_json
-from lco_lite.recipe.sections import Init, Model, Weights
+from lco_lite.recipe.sections import Init, Model, RewardModel, Weights, size_in_bytes
 
 
 def resolve_device(asked: str) -> torch.device:
@@ -27,6 +28,20 @@ def resolve_device(asked: str) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: cuda, and torch finds no CUDA device; use device: cpu or auto")
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def limit_memory(device: torch.device, limit: str | None, console: Console) -> None:
+    """No more than ``limit`` (``11.5GiB``) is allocated on ``device`` by this process."""
+    if limit is None:
+        return
+    if device.type == "cpu":
+        console.note(f"memory_limit: {limit} has no effect on a CPU")
+        return
+    held, there = size_in_bytes(limit), torch.cuda.get_device_properties(device).total_memory
+    if held >= there:
+        console.note(f"memory_limit: {limit} has no effect: the device has {there / 2**30:.1f} GiB")
+        return
+    torch.cuda.set_per_process_memory_fraction(held / there, device)
 
 
 def load_base(weights: Weights, device: torch.device, folder: Path | None = None) -> hf.PreTrainedModel:
@@ -93,9 +108,17 @@ def language_model_class(config: Any) -> Any:
 
 
 def base_dtype(weights: Weights, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    """``auto``: bfloat16 on a GPU, float32 on a CPU. Raises ModelError for bfloat16 on a GPU without it."""
     auto = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, auto if weights.dtype == "auto" else weights.dtype)
+    name = auto if weights.dtype == "auto" else weights.dtype
+    if name == "bfloat16" and device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 0):
+        section = "reward_model" if isinstance(weights, RewardModel) else "model"
+        raise ModelError(
+            f"{section}.dtype: {weights.dtype} asks for bfloat16, and this GPU's compute capability is {found[0]}."
+            f"{found[1]}: it computes in bfloat16 from 8.0 (Ampere) on. Set {section}.dtype: float32 for training, "
+            "which takes twice the memory; eval also takes float16."
+        )
+    return getattr(torch, name)
 
 
 def _quantization(weights: Weights, dtype: torch.dtype) -> hf.BitsAndBytesConfig:

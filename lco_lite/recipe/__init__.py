@@ -6,10 +6,22 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lco_lite.recipe.rl import Rl, defaults_of
-from lco_lite.recipe.sections import Chat, Data, Eval, Model, RewardModel, Rollout, Section, Sft, TrainRm, setting
+from lco_lite.recipe.sections import (
+    Chat,
+    Data,
+    Eval,
+    Model,
+    RewardModel,
+    Rollout,
+    Section,
+    Sft,
+    TrainRm,
+    known_size,
+    setting,
+)
 
 UNGRADED = ("alpaca_eval", "qa_feedback")  # tasks that compare or score responses by a model, without right and wrong
 
@@ -19,6 +31,9 @@ class Recipe(Section):
     seed: int = setting(0, "of weights, data order and sampling", "0", ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one", "the machine")
     threads: int | None = setting(None, "CPU threads; null: torch's choice", "the machine", ge=1)
+    memory_limit: Annotated[str, AfterValidator(known_size)] | None = setting(
+        None, "most that is allocated on the GPU, e.g. 11.5GiB; the driver's own share comes on top", "all of it"
+    )
     task: str | None = setting(None, "prompts, grader and held-out items; null: your data only", "none")
     model: Model
     reward_model: Literal["self"] | RewardModel = setting(

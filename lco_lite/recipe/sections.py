@@ -30,6 +30,22 @@ class Section(BaseModel):
         return self
 
 
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
+
+
+def size_in_bytes(text: str) -> int:
+    """``11.5GiB`` -> 12348030976. ValueError for anything else than a positive number with a unit."""
+    found = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})\s*", text)
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"{text!r} is no size: write a number with its unit, {', '.join(_UNITS)}, e.g. 11.5GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def known_size(text: str) -> str:
+    size_in_bytes(text)
+    return text
+
+
 class Lora(Section):
     r: int = setting(32, "rank of the update", "QLoRA practice; 16 to 64 are alike", ge=1)
     alpha: float = setting(64, "scale: the update is multiplied by alpha / r", "twice the rank, QLoRA practice", gt=0)
@@ -233,6 +249,9 @@ class Training(Section):
     lr: float = setting(2e-5, "peak learning rate of AdamW", "TRL 1.16 SFT", gt=0)
     schedule: Literal["constant", "cosine"] = setting("cosine", "learning rate after warm-up", "common practice")
     warmup_steps: int = setting(0, "updates of linear warm-up", "TRL", ge=0)
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = setting(
+        "adamw", "8bit: moments in 8 bits (bitsandbytes); paged: they leave a full GPU for the host", "exact moments"
+    )
     adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas", "TRL")
     adam_eps: float | None = setting(
         None, "AdamW's ε; null: 1e-8, and 1e-14 where mse or lch of sparse feedback are a mean over V", "TRL", gt=0

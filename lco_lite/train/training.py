@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,11 @@ from lco_lite.metrics import JsonLog, MetricsLog, peak_mib
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe.sections import Training
 from lco_lite.run import StageFolder
-from lco_lite.sequences import halved
+from lco_lite.sequences import halved, seeded
 
 Sized = TypeVar("Sized", bound=Any)
 Made = TypeVar("Made")
+SMALLEST_8BIT = 4096  # numbers of a weight whose moments are in 8 bits; bitsandbytes' default
 
 
 class StageTraining:
@@ -54,13 +56,7 @@ class StageTraining:
             name: p if p.element_size() > 2 else master_of(p, (unrounded or {}).get(name, p))
             for name, p in self.parameters.items()
         }
-        self.adamw = torch.optim.AdamW(
-            list(self.masters.values()),
-            lr=settings.lr,
-            betas=settings.adam_betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-        )
+        self.adamw = open_optimizer(list(self.masters.values()), settings)
         self.done = self.updates = 0
         self.saved: int | None = None  # step of the newest checkpoint
         self.inside_step = False  # some of the next step's updates are made
@@ -121,8 +117,9 @@ class StageTraining:
     def try_longest(
         self, examples: Sequence[Sized], accumulate: Callable[[list[Sized], int], Any], group: int = 1
     ) -> None:
-        """Forward and backward on the largest micro-batch there can be, where memory is a device's own: what cannot
-        fit fails at once, not hours later. Its gradient is thrown away."""
+        """Forward and backward on the largest micro-batch there can be, beside as much memory as the optimiser's states
+        will take, where memory is a device's own: what cannot fit fails at once, not hours later. Nothing is left of
+        it but the size that fits."""
         if self.ctx.device.type == "cpu":
             return
         longest = sorted(examples, key=len, reverse=True)
@@ -131,9 +128,27 @@ class StageTraining:
         def attempt(tokens: int) -> None:
             accumulate(longest[: max(1, tokens // length // group) * group], tokens)
 
-        with self.ctx.clock("preflight"):
+        with self.ctx.clock("preflight"), seeded(self.ctx.recipe.seed, "preflight"):
+            states = self.states_to_come()
             self.within_memory(attempt, [[length] * len(longest)], group=group)
         self.drop_gradients()
+        size = sum(state.nbytes for state in states) / 2**20
+        fits = f"a micro-batch of the longest sequences ({length} tokens) fits, up to {self.room.size} tokens"
+        self.ctx.console.note(f"{fits}, beside {size:.0f} MiB of optimiser states: peak {peak_mib():.0f} MiB")
+
+    def states_to_come(self) -> list[Tensor]:
+        """Of the size of the moments that the first update will make on the device; none once they are there."""
+        if self.adamw.state or self.settings.optimizer.startswith("paged"):
+            return []
+        kinds = [
+            (p, 8 if self.settings.optimizer == "adamw_8bit" and p.numel() >= SMALLEST_8BIT else 32)
+            for p in self.masters.values()
+        ]
+        return [
+            torch.empty_like(p, dtype=torch.uint8 if bits == 8 else torch.float32)
+            for p, bits in kinds
+            for _ in range(2)
+        ]
 
     def steps(self) -> range:
         """The steps that are left, from 0."""
@@ -222,6 +237,22 @@ def master_of(parameter: Parameter, value: Tensor) -> Parameter:
 
     parameter.register_post_accumulate_grad_hook(hand_on)
     return master
+
+
+def open_optimizer(weights: list[Parameter], settings: Training) -> torch.optim.Optimizer:
+    """AdamW. In 8 bits its two moments are stored in blocks of 256 numbers with a scale each; those of weights of fewer
+    than 4,096 numbers stay in 32."""
+    how: dict[str, Any] = {"lr": settings.lr, "betas": settings.adam_betas, "eps": settings.eps}
+    how["weight_decay"] = settings.weight_decay
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(weights, **how)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"optimizer: {settings.optimizer} needs bitsandbytes: pip install bitsandbytes")
+    import bitsandbytes as bnb
+
+    kind = bnb.optim.AdamW8bit if settings.optimizer == "adamw_8bit" else bnb.optim.PagedAdamW8bit
+    optimizer: torch.optim.Optimizer = kind(weights, min_8bit_size=SMALLEST_8BIT, **how)
+    return optimizer
 
 
 def learning_rate(update: int, total: int, settings: Training) -> float:

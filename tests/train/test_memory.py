@@ -9,17 +9,21 @@ import pytest
 import torch
 import typer
 
+from lco_lite.console import Console
 from lco_lite.data.prompts import recipe_task
-from lco_lite.errors import MemoryExhausted
+from lco_lite.errors import MemoryExhausted, ModelError, RecipeError
 from lco_lite.evaluation import evaluate
 from lco_lite.evaluation.evaluate import evaluate_stage
 from lco_lite.metrics import read_log
 from lco_lite.models.language_model import LanguageModel
+from lco_lite.models.loading import base_dtype, limit_memory
+from lco_lite.recipe.file import load_recipe
+from lco_lite.recipe.sections import Model, RewardModel, TrainRm
 from lco_lite.rollout.hf import HFEngine
 from lco_lite.sequences import Example, collate, halved, micro_batches
 from lco_lite.train import rl
-from lco_lite.train.training import StageTraining
-from tests.train.test_chain import Killed, run_stage, same, start, trained
+from lco_lite.train.training import StageTraining, open_optimizer
+from tests.train.test_chain import Killed, killed_after, run_stage, same, start, trained
 from tests.train.test_rollouts import numbers, stop_in_call
 
 
@@ -237,3 +241,115 @@ def test_one_sequence_that_does_not_fit_exits_3_with_what_helps_there(
     assert "micro_batch_tokens" not in message, "halving it further changes nothing"
     ctx = run_stage(tiny, stage)  # and goes on where there is room
     assert ctx.run.stage(stage).is_done()
+
+
+def test_the_preflight_tries_the_longest_beside_the_optimisers_states_and_leaves_nothing(tiny, monkeypatch):
+    """As on a GPU: what it tries is halved where it does not fit, and the first update is that of a run without it."""
+    real, seen = StageTraining.try_longest, list[int]()
+
+    def on_gpu(self, examples, accumulate, group=1):
+        before = {name: p.detach().clone() for name, p in self.masters.items()}
+        states = self.states_to_come()
+        assert [s.nbytes for s in states] == [p.nbytes for p in self.masters.values() for _ in range(2)]
+
+        def tried(some, tokens):
+            assert list(some) == sorted(examples, key=len, reverse=True)[: len(some)]
+            seen.append(len(some))
+            if len(some) > 2:
+                raise torch.OutOfMemoryError
+            accumulate(some, tokens)
+            assert any(p.grad is not None for p in self.masters.values())
+
+        self.ctx.device = torch.device("cuda")
+        real(self, examples, tried, group)
+        self.ctx.device = torch.device("cpu")
+        assert not self.adamw.state and all(p.grad is None for p in self.masters.values())
+        assert all(torch.equal(before[name], p) for name, p in self.masters.items())
+
+    sections = ("sft", "train_rm", "rl")
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTraining, "try_longest", on_gpu)
+        tried = run_stage(tiny, "rl-kld", *(f"{s}.micro_batch_tokens=120" for s in sections), name="tried")
+    sizes = [tried.room(f"{section}.micro_batch_tokens", 0).size for section in sections]
+    assert max(seen) > 2 and sizes[0] < 120 and sizes[2] < 120
+    sets = [f"{section}.micro_batch_tokens={size}" for section, size in zip(sections, sizes, strict=True)]
+    plain = run_stage(tiny, "rl-kld", *sets, name="plain")
+    assert all(same(trained(plain, stage), trained(tried, stage)) for stage in ("sft", "rm", "rl-kld"))
+    assert "preflight" in read_log(tried.run.stage("rl-kld").metrics)[0]["seconds"]
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("whole_model", [False, True])
+def test_a_stage_with_moments_in_8_bits_goes_on_to_the_same_bits(tiny, monkeypatch, kind, whole_model):
+    """Of an adapter, and of 16-bit weights with their masters in fp32."""
+    sets = [f"train_rm.optimizer={kind}", "train_rm.lr=1e-3", "train_rm.check_items=0"]
+    sets += ["model.dtype=bfloat16", "model.lora=null"] if whole_model else ["model.lora.r=64"]
+    kinds = set[torch.dtype]()
+    real = StageTraining.save
+
+    def save(self):
+        if self.stage.name == "rm":
+            kinds.update(state["state1"].dtype for state in self.adamw.state.values())
+        real(self)
+
+    monkeypatch.setattr(StageTraining, "save", save)
+    whole = run_stage(tiny, "rm", *sets, name="whole")
+    with killed_after(monkeypatch, "rm", 1):
+        run_stage(tiny, "rm", *sets, name="cut")
+    cut = run_stage(tiny, "rm", *sets, name="cut")
+    assert torch.uint8 in kinds
+    assert same(trained(whole, "rm"), trained(cut, "rm"))
+
+
+def test_updates_with_moments_in_8_bits_are_near_those_of_exact_ones():
+    """Three updates with the same gradients; the first is sign-like, and both take it alike."""
+    moved, steps = {}, [torch.randn(96, 64, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    for kind in ("adamw", "adamw_8bit"):
+        weight = torch.nn.Parameter(torch.zeros(96, 64))
+        optimizer = open_optimizer([weight], TrainRm(optimizer=kind, lr=1e-2))
+        for gradient in steps:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        moved[kind] = weight.detach()
+    error = (moved["adamw"] - moved["adamw_8bit"]).norm() / moved["adamw"].norm()
+    assert 0 < error < 0.05
+    assert type(open_optimizer([weight], TrainRm())) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("limit", "fraction", "told"),
+    [("6GiB", 0.5, ""), ("6144 MiB", 0.5, ""), ("12GB", 12e9 / (12 * 2**30), ""), ("13GiB", None, "has 12.0 GiB")],
+)
+def test_a_memory_limit_is_held_by_the_allocator_of_the_device(monkeypatch, capsys, limit, fraction, told):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=12 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: calls.append(given))
+    limit_memory(torch.device("cuda"), limit, Console())
+    assert calls == ([] if fraction is None else [(pytest.approx(fraction), torch.device("cuda"))])
+    assert told in capsys.readouterr().out
+    limit_memory(torch.device("cpu"), limit, Console())
+    assert "no effect on a CPU" in capsys.readouterr().out and len(calls) <= 1
+
+
+@pytest.mark.parametrize("wrong", ["11.5", "11,5GiB", "lots", "0GiB", "-1GiB", "12gib"])
+def test_a_memory_limit_without_number_and_unit_is_refused(tiny, wrong):
+    with pytest.raises(RecipeError, match=r"memory_limit \(--set\).*GiB"):
+        load_recipe(tiny, [f"memory_limit='{wrong}'"])
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_bfloat16_is_refused_below_capability_8_with_what_works(monkeypatch, dtype):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    for section, weights in (
+        ("model", Model(path="x", dtype=dtype)),
+        ("reward_model", RewardModel(path="x", dtype=dtype)),
+    ):
+        with pytest.raises(ModelError, match=rf"{section}\.dtype: {dtype} .*7\.5.*Set {section}\.dtype: float32"):
+            base_dtype(weights, gpu)
+    assert base_dtype(Model(path="x", dtype="float32"), gpu) == torch.float32
+    assert base_dtype(Model(path="x", dtype=dtype), torch.device("cpu")) == (
+        torch.float32 if dtype == "auto" else torch.bfloat16
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert base_dtype(Model(path="x", dtype=dtype), gpu) == torch.bfloat16
