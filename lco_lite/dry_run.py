@@ -14,6 +14,7 @@ from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump
 from lco_lite.sequences import Example
 from lco_lite.train.pipeline import refuse_untrainable
+from lco_lite.train.reward_model import hold_out
 
 
 def preview(recipe: Recipe, console: Console) -> None:
@@ -49,7 +50,7 @@ def _pairs(recipe: Recipe, chat: ChatFormat, prompts: int) -> str:
         most = prompts * rm.pairs_per_prompt
         return f"up to {most} pairs, from {rm.samples_per_prompt} responses to each of {prompts} prompts"
     pairs = file_pairs(recipe, recipe_task(recipe), chat)
-    updates = rm.max_steps or math.ceil(rm.epochs * len(pairs) * (1 - rm.held_out) / rm.batch_size)
+    updates = rm.max_steps or math.ceil(rm.epochs * len(hold_out(pairs, rm.held_out)[1]) / rm.batch_size)
     tokens = _lengths([e for pair in pairs for e in (pair.chosen, pair.rejected)])
     return f"{len(pairs)} pairs of {tokens} tokens, {updates} updates"
 
