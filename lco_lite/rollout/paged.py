@@ -223,8 +223,11 @@ def torch_flash(
         raise ValueError(f"{TORCH_FLASH} has no {', '.join(unknown)}")
     key, value = kw.pop("cache").update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kw)
     window = kw.get("sliding_window")
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     made = varlen_attn(
-        *(states[0].transpose(0, 1) for states in (query, key, value)),
+        q,
+        k,
+        v,
         kw["cu_seq_lens_q"].to(torch.int32),
         kw["cu_seq_lens_k"],
         kw["max_length_q"],
