@@ -57,7 +57,7 @@ from lco_lite.train.training import StageTraining
 
 GIB = 2**30
 RESERVE = 0.8 * GIB  # CUDA's context and fragmentation; on a CPU the process itself. An estimate
-COLUMNS = ("weights", "adapters", "optimiser", "activations", "KV cache", "loss chunks")
+COLUMNS = ("weights", "adapters", "optimiser", "activations", "cache", "loss")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -281,7 +281,7 @@ class Trial:
                     cache = out.past_key_values
                     del out
                     gc.collect()
-                    more.append(Part("KV cache", self.live.now - before, *model.depth))
+                    more.append(Part("cache", self.live.now - before, *model.depth))
                 del cache
 
 
@@ -441,14 +441,16 @@ def peaks(
     recipe: Recipe, stage: str, on_card: bool, prompt: int | None = None, only: str | None = None
 ) -> tuple[dict[str, dict[str, float]], float, float]:
     """(phase -> bytes by column at its peak, numbers that the stage trains, bytes a response token on the host)."""
-    small, large = (Trial(recipe, on_card, deep, prompt=prompt, only=only).run(STAGES[stage]) for deep in (False, True))
+    large = Trial(recipe, on_card, True, prompt=prompt, only=only).run(STAGES[stage])
+    whole = all(part.layers == part.of for moment in large.moments for part in moment.parts)
+    small = large if whole else Trial(recipe, on_card, False, prompt=prompt, only=only).run(STAGES[stage])
     found: dict[str, dict[str, float]] = {}
     for a, b in zip(small.moments, large.moments, strict=True):
         held = dict.fromkeys(COLUMNS, 0.0)
         for p, q in zip(a.parts, b.parts, strict=True):
             held[p.column] += _line(p, q)
-        held["loss chunks"] = min(b.chunks, held["activations"])
-        held["activations"] -= held["loss chunks"]
+        held["loss"] = min(b.chunks, held["activations"])
+        held["activations"] -= held["loss"]
         found[a.phase] = max(found.get(a.phase, held), held, key=lambda columns: sum(columns.values()))
     return found, _line(small.numbers, large.numbers), large.kept
 
@@ -494,7 +496,7 @@ def cheapest(
     """The first of ``_changes`` with which the phase fits, as --set."""
     fixed = sum(held[column] for column in ("weights", "adapters", "optimiser"))
     for change, share in _changes(recipe, phase):
-        if "quantization" not in str(change) and fixed + (sum(held.values()) - fixed) * share > 1.1 * room:
+        if "quantization" not in str(change) and fixed + (sum(held.values()) - fixed) * share > room:
             continue  # not even if all else shrank with the batch
         sets = [f"{key}={str(value).lower()}" for key, value in change.items()]
         other = overridden(recipe.model_dump(mode="json"), sets, None, lambda text: None, "plan")
@@ -616,10 +618,10 @@ def show(facts: dict[str, Any], console: Console, once: dict[str, float] | None)
     lines = []
     for phase, held in phases.items():
         total = sum(held.values())
-        verdict = "fits" if total <= room else "does not fit"
+        verdict = "yes" if total <= room else "no"
         lines.append([phase, *(f"{held[column] / GIB:.2f}" for column in columns), f"{total / GIB:.2f}", verdict])
     title = f"GiB at each phase's peak; room {room / GIB:.2f} = {facts['memory'] / GIB:.2f} ({facts['on']}) less "
-    console.table(f"{title}{facts['reserve'] / GIB:.1f} reserved", ["phase", *columns, "sum", ""], lines)
+    console.table(f"{title}{facts['reserve'] / GIB:.1f} reserved", ["phase", *columns, "sum", "fits"], lines)
     for phase, change in facts["changes"].items():
         console.note(f"{phase}: {change or 'no change of the recipe was found that makes it fit: a smaller model'}")
     disk = ", ".join(f"{name} {size / GIB:.2f}" for name, size in facts["disk"].items())
