@@ -35,7 +35,9 @@ def saved(family: str, folder: Path, layers: int) -> Path:
 def recipe_file(folder: Path, model: dict[str, Any], reward_model: Any = "self") -> Path:
     """Every sequence is as long as the recipe lets in: 3 tokens of template and end are beside the text's bytes."""
     shown = [{"prompt": f"{i % 10}", "response": "y" * (LENGTH - 4)} for i in range(16)]
-    pairs = [{"prompt": f"{i % 10}", "chosen": "y" * (RESPONSE - 1), "rejected": "n" * (RESPONSE - 1)} for i in range(16)]
+    pairs = [
+        {"prompt": f"{i % 10}", "chosen": "y" * (RESPONSE - 1), "rejected": "n" * (RESPONSE - 1)} for i in range(16)
+    ]
     prompts = [{"prompt": f"{i:02}".rjust(LENGTH - RESPONSE - 2, "x")} for i in range(16)]
     data = {}
     for name, rows in (("demonstrations", shown), ("preferences", pairs), ("prompts", prompts)):
@@ -66,7 +68,9 @@ def counted(file: Path, stage: str, monkeypatch: pytest.MonkeyPatch, *sets: str)
             if isinstance(one, torch.Tensor):
                 live._add(one)
                 state = getattr(one, "quant_state", None)
-                for held in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code) if state else ():
+                for held in (
+                    (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code) if state else ()
+                ):
                     live._add(held)
         live.restart()
         with clock(self, phase):
