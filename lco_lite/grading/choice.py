@@ -9,6 +9,7 @@ does a statement that goes on with the list (``Answer: A. … B. …``). A respo
 import re
 from collections.abc import Sequence
 
+from lco_lite.errors import UsageError
 from lco_lite.grading import Grade, Item
 from lco_lite.grading.equality import spell
 from lco_lite.grading.math import boxed
@@ -43,9 +44,9 @@ def picked(response: str, choices: Sequence[str]) -> str | None:
     if box is not None:
         return _from_box(box, choices, letters)
     echoes = [m.span() for m in _echo(choices).finditer(response)]
-    for m in reversed(list(_STATED.finditer(response))):
-        letter = m[m.lastindex or 0].upper()
-        if letter in letters and not any(start <= m.start(m.lastindex or 0) < end for start, end in echoes):
+    for stated in reversed(list(_STATED.finditer(response))):
+        letter, at = stated[stated.lastindex or 0].upper(), stated.start(stated.lastindex or 0)
+        if letter in letters and not any(start <= at < end for start, end in echoes):
             return letter
     lines = [line.strip() for line in response.splitlines() if line.strip()]
     listed = _several_listed(response, letters)
@@ -56,11 +57,16 @@ def picked(response: str, choices: Sequence[str]) -> str | None:
 
 
 def grade_choice(response: str, item: Item) -> Grade:
-    """``item.gold`` is a letter, ``item.row["choices"]`` the texts."""
+    """``item.row`` has ``choices`` and ``answer``, as ``answer_index`` reads them; UsageError where it has not."""
+    if (index := answer_index(item)) is None:
+        raise UsageError(
+            f"grader choice: item {item.id} has no `choices` with an `answer` (letter or index) among them"
+        )
     letter = picked(response, item.row["choices"])
     if letter is None:
         return Grade(False, None, "no choice found")
-    return Grade(letter == item.gold, letter, "equal" if letter == item.gold else f"the answer is {item.gold}")
+    right = letter == LETTERS[index]
+    return Grade(right, letter, "equal" if right else f"the answer is {LETTERS[index]}")
 
 
 def answer_index(item: Item) -> int | None:

@@ -45,7 +45,7 @@ def equal(answer: str, gold: str) -> bool | None:
         return False
     x, y = number(a), number(g)
     x = x or (y and _quantity(a))
-    if y is not None and _DECIMAL_COMMA.fullmatch(a) and equal_numbers(_scaled("", a.replace(",", "."), "0"), y):
+    if y and _DECIMAL_COMMA.fullmatch(a) and (decimal := number(a.replace(",", "."))) and equal_numbers(decimal, y):
         return True
     if x is not None and y is not None:
         return equal_numbers(x, y)
@@ -100,18 +100,22 @@ def _equal_in_base(a: str, g: str) -> bool | None:
 
 def worked_out(answer: str, gold: str) -> bool:
     """Whether ``answer``, equal to ``gold``, is written as a number where gold is one: digits, a fraction in lowest
-    terms, a power of ten with its factor; or just as gold is."""
+    terms, a power of ten with its factor; or just as gold is. It may be a side of an equality: ``m+n=116``."""
     a, g = _tight(answer), _tight(gold)
+    g = _assigned(g, "") or g
     if a == g or _IN_BASE.fullmatch(a) or not (number(g) or _IN_BASE.fullmatch(g)):
         return True
-    a = _assigned(a, g) or a
-    if (c := _collection(a)) is not None:
-        return all(worked_out(item, gold) for item in c.items)
+    if len(sides := re.split(r"=|\\(?:approx|simeq)", a)) > 1:
+        solved = not re.search(r"[A-Za-z]\^\{?[2-9]", a)  # \omega^3=1 is an equation of the question
+        return solved and any(equal(side, g) and worked_out(side, g) for side in sides)
     if m := _POWER.fullmatch(a):
         return bool(m[2])
     if m := _FRACTION.fullmatch(a) or _RATIO.fullmatch(a):
         *_, top, bottom, _ = m.groups()
+        top = top.replace(",", "")
         return top.lstrip("+-").isdigit() and bottom.isdigit() and int(bottom) > 1 == gcd(int(top), int(bottom))
+    if (c := _collection(a)) is not None:
+        return all(worked_out(item, gold) for item in c.items)
     return (number(a) or _quantity(a)) is not None
 
 
@@ -273,7 +277,8 @@ _REWRITES = [
     (r"^\s*(?:\\approx|≈|=)", ""),
     (r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{)?\s*(?:th|st|nd|rd)[\s}]*$", ""),  # ordinals
     (r"(?:√|(?<![A-Za-z\\])sqrt)\s*(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),
-    (r"(?<![A-Za-z\\])(pi|infinity)(?![A-Za-z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
+    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+    (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
     (r"(?<![\d.^_])(\d+) (\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
     (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
     (r"(?<=[\d.])[eE]([-+]?\d{1,3})(?![\w.])", r" \\times 10^{\1}"),

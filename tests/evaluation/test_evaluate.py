@@ -394,12 +394,17 @@ def test_examples_of_the_users_own_are_the_same_for_every_item(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"), [({"answer": "1"}, "prompt or question or problem"), ({"prompt": "p"}, "'answer'")]
+    ("row", "told"),
+    [
+        ({"answer": "1"}, "has no field .*prompt or question or problem"),
+        ({"prompt": "p"}, "has no field .*'answer'"),
+        ({"prompt": "p", "choices": ["yes", "no"], "answer": 7}, "field answer is 7, not the letter or index"),
+    ],
 )
 def test_examples_that_lack_something_are_told_with_their_line(tmp_path, row, told):
     (tmp_path / "math500_test.jsonl").write_text('{"problem": "1+1?", "answer": "2", "solution": "2"}\n')
     ask = {"examples": plain_examples(tmp_path, [*MINERVA, row])}
-    with pytest.raises(DataError, match=rf"examples.jsonl, line 3: has no field .*{told}"):
+    with pytest.raises(DataError, match=f"examples.jsonl, line 3: {told}"):
         eval_prompts(scored(**ask), load_task("math500", tmp_path))
 
 

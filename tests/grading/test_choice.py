@@ -1,6 +1,8 @@
 import pytest
 
-from lco_lite.grading.choice import picked
+from lco_lite.errors import UsageError
+from lco_lite.grading import Item
+from lco_lite.grading.choice import grade_choice, picked
 
 CHOICES = ["True, True", "False, False", "A vector space", r"$\frac{1}{2}$"]
 
@@ -105,3 +107,11 @@ def test_a_name_in_a_box_is_no_letter():
 
 def test_letters_beyond_the_choices_are_none_of_them():
     assert picked(r"\boxed{C}", ["yes", "no"]) is None
+
+
+def test_the_answer_is_a_letter_or_an_index_and_an_item_without_choices_is_named():
+    for answer in ("B", 1):
+        item = Item("q", "", str(answer), None, {"choices": ["yes", "no"], "answer": answer})
+        assert grade_choice("The answer is B.", item).right and not grade_choice("A", item).right
+    with pytest.raises(UsageError, match="item q has no `choices`"):
+        grade_choice("B", Item("q", "", "18", None, {"answer": "18"}))
