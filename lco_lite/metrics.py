@@ -26,7 +26,7 @@ METRICS: dict[str, str] = {
     "dead_groups": "share of groups whose responses all have the same reward and so teach nothing, 0 to 1",
     "kl_to_old": "KL(pi || pi_old) a token after the step's last update, on that update's responses, nats",
     "entropy": "entropy of the policy at temperature 1 a token, over all response tokens of the step's updates, nats",
-    "sampled_prob": "mean probability of the sampled tokens at temperature 1, over all response tokens of the step's updates, 0 to 1",
+    "sampled_prob": "mean probability of the sampled tokens at temperature 1, over all of the step's updates, 0 to 1",
     "clipped": "share of tokens, or of sequences (gspo, rloo), whose ratio the clip holds, 0 to 1",
     "logit_grad_norm_pos": "2-norm of the gradient in the logits, tokens with advantage > 0",
     "logit_grad_norm_neg": "2-norm of the gradient in the logits, tokens with advantage < 0",

@@ -86,6 +86,8 @@ def test_every_objective_works_on_every_shipped_recipe_with_its_own_defaults(pat
     expected = {field: value for field, (value, _) in METHOD_DEFAULTS[objective].items()}
     if written.task in UNGRADED and expected.get("feedback") == "rule":
         expected |= {"feedback": "dpo_sampled", "dynamic_sampling": False}
+    if written.data.prompts and "on_policy" in expected:
+        expected["on_policy"] = 1.0
     assert {field: getattr(made.rl, field) for field in expected} == expected
     changed = {field for field, value in made.rl if value != getattr(written.rl, field)}
     assert changed <= {*METHOD_DEFAULTS[objective], "objective"}, "what the objective has no default of stays"

@@ -49,16 +49,19 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _feedback_where_no_rule_can_grade(cls, given: Any) -> Any:
-        """An objective that starts from a rule starts from the reward model where there are pairs and no rule."""
+    def _defaults_that_the_data_allow(cls, given: Any) -> Any:
+        """An objective that starts from a rule starts from the reward model where there are pairs and no rule; gkd
+        starts without demonstrations where prompts come from a file, which has none."""
         rl, data = (given.get(key) or {} if isinstance(given, dict) else None for key in ("rl", "data"))
-        if not isinstance(rl, dict) or not isinstance(data, dict) or "feedback" in rl:
+        if not isinstance(rl, dict) or not isinstance(data, dict):
             return given
-        by_rule = defaults_of(str(rl.get("objective", "kld"))).get("feedback", ("",))[0] == "rule"
-        has_pairs = data.get("preferences", "sampled") != "sampled"
-        if not by_rule or not has_pairs or given.get("task") not in (None, *UNGRADED):
-            return given
-        return {**given, "rl": {**rl, "feedback": "dpo_sampled"}}
+        usual, allowed = defaults_of(str(rl.get("objective", "kld"))), dict[str, Any]()
+        has_pairs, graded = data.get("preferences", "sampled") != "sampled", given.get("task") not in (None, *UNGRADED)
+        if usual.get("feedback", ("",))[0] == "rule" and has_pairs and not graded:
+            allowed["feedback"] = "dpo_sampled"
+        if "on_policy" in usual and data.get("prompts") is not None:
+            allowed["on_policy"] = 1.0
+        return {**given, "rl": {**allowed, **rl}} if allowed else given
 
     @property
     def stages(self) -> list[str]:

@@ -209,8 +209,8 @@ def test_gkd_refuses_prompts_without_demonstrations(warm, monkeypatch, capsys):
     prompts = warm.parent / "prompts.jsonl"
     prompts.write_text('{"prompt": "3+4"}\n')
     with pytest.raises(RecipeError, match=r"those of data\.prompts have none: set rl\.on_policy: 1"):
-        load_recipe(warm, ["rl.objective=gkd", f"data.prompts={prompts}"])
-    load_recipe(warm, ["rl.objective=gkd", "rl.on_policy=1", f"data.prompts={prompts}"])
+        load_recipe(warm, ["rl.objective=gkd", "rl.on_policy=0.5", f"data.prompts={prompts}"])
+    assert load_recipe(warm, ["rl.objective=gkd", f"data.prompts={prompts}"]).rl.on_policy == 1
     shown = Arithmetic.items
     monkeypatch.setattr(Arithmetic, "items", lambda *a: [replace(i, demonstration=None) for i in shown(*a)])
     with pytest.raises(typer.Exit), start(warm, "rl.objective=gkd") as ctx:
