@@ -62,6 +62,7 @@ class StageTraining:
         self.inside_step = False  # some of the next step's updates are made
         checkpoint = load_latest(stage.checkpoints, self.adamw, ctx.device)
         if checkpoint is not None:
+            page_out(self.adamw)
             if "phase" in checkpoint.state:
                 raise UsageError(
                     f"{checkpoint.path}: version 0.1 stopped here inside a step, and this version goes on between "
@@ -253,6 +254,14 @@ def open_optimizer(weights: list[Parameter], settings: Training) -> torch.optim.
     kind = bnb.optim.AdamW8bit if settings.optimizer == "adamw_8bit" else bnb.optim.PagedAdamW8bit
     optimizer: torch.optim.Optimizer = kind(weights, min_8bit_size=SMALLEST_8BIT, **how)
     return optimizer
+
+
+@torch.no_grad()
+def page_out(optimizer: Any) -> None:
+    """Moments that were loaded go where a paged optimiser keeps its own: loading puts them on the device for good."""
+    for weight, state in optimizer.state.items() if getattr(optimizer, "is_paged", False) else ():
+        for name in ("state1", "state2"):
+            state[name] = optimizer.get_state_buffer(weight, dtype=state[name].dtype).copy_(state[name])
 
 
 def learning_rate(update: int, total: int, settings: Training) -> float:
