@@ -212,7 +212,9 @@ def data_check(recipe: Recipe, sets: Sets = None, json: Json = False) -> None:
 def plan(
     recipe: Recipe,
     sets: Sets = None,
-    gpu: Annotated[str | None, Option(metavar="SIZE", help="The card's memory, e.g. 12GiB; else the card here.")] = None,
+    gpu: Annotated[
+        str | None, Option(metavar="SIZE", help="The card's memory, e.g. 12GiB; else the card here.")
+    ] = None,
     rate: Annotated[float | None, Option(min=0.001, help="Tokens sampled a second; else an earlier run's.")] = None,
     prompt: Annotated[int | None, Option(min=1, help="Tokens of the longest prompt; else what fits.")] = None,
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),

@@ -129,7 +129,9 @@ class Shapes(LanguageModel):
         self.trial, self.lora, self.depth, self.parts = trial, settings.lora, depth, list[Part]()
         rows, window = len(base.get_output_embeddings().weight), base.config.get_text_config().max_position_embeddings
         ids = {"pad_token_id": 0, "eos_token_id": 0, "model_max_length": window}
-        super().__init__(base, SimpleNamespace(get_vocab=lambda: {"": rows - 1}, **ids), settings.gradient_checkpointing)
+        super().__init__(
+            base, SimpleNamespace(get_vocab=lambda: {"": rows - 1}, **ids), settings.gradient_checkpointing
+        )
 
     def _prove(self) -> None: ...
 
@@ -571,7 +573,13 @@ def plan(
     else:
         memory, what = 12.0 * GIB, "no card here: 12 GiB unless --gpu says otherwise"
     room = memory - RESERVE
-    phases, trained, changes, kept, tasks = dict[str, Any](), dict[str, float](), dict[str, str | None](), 0.0, work(recipe)
+    phases, trained, changes, kept, tasks = (
+        dict[str, Any](),
+        dict[str, float](),
+        dict[str, str | None](),
+        0.0,
+        work(recipe),
+    )
     drawn = recipe.rl.prompts_per_step * recipe.rl.responses_per_prompt * longest_response(recipe)
     for stage in tasks:
         console.note(f"looking at {stage}") if not as_json else None
@@ -588,7 +596,9 @@ def plan(
     for stage, row in tasks.items():
         tokens = row["tokens"]
         likely = once["response"] * row["responses"] if once and row["responses"] else tokens
-        learning = once["learning"] * recipe.rl.steps * drawn / longest_response(recipe) * once["response"] if once else 0
+        learning = (
+            once["learning"] * recipe.rl.steps * drawn / longest_response(recipe) * once["response"] if once else 0
+        )
         seconds = None if likely is None or not rate else likely / rate + (learning if stage == "rl" else 0)
         tasks[stage] = row | {"hours": None if seconds is None else seconds / 3600}  # type: ignore[dict-item]
     digits = 2 + len(str(recipe.model.init and 260 or load_config(recipe.model).get_text_config().vocab_size))
