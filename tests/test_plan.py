@@ -33,7 +33,7 @@ def saved(family: str, folder: Path, layers: int) -> Path:
 
 
 def recipe_file(folder: Path, model: dict[str, Any], reward_model: Any = "self") -> Path:
-    """Sequences are as long as the recipe lets in, with some padding: a text's tokens are its bytes and 3 around them."""
+    """Sequences as long as the recipe lets in, with some padding: a text's tokens are its bytes and 3 around."""
     shown = [{"prompt": f"{i % 10}", "response": "y" * (LENGTH - 4 - (i % 4 == 0))} for i in range(16)]
     pairs = [
         {"prompt": f"{i % 10}", "chosen": "y" * (RESPONSE - 1), "rejected": "n" * (RESPONSE - 2)} for i in range(16)
