@@ -1,4 +1,4 @@
-"""Does it fit, and what does it take (``lco-lite plan``)? From the recipe and its models' configs, without their weights.
+"""Does it fit, and what does it take (``lco-lite plan``)? From the recipe and its models' configs, without weights.
 
 The phases' own code runs on tensors that have shapes and no numbers (torch's FakeTensorMode), on models cut down to a
 few layers, while ``LiveBytes`` counts what is alive. Memory is linear in the layers: the line through two depths gives
@@ -414,7 +414,7 @@ def _rl(trial: Trial) -> None:
         trial.train("rl update", training, lambda: update(minibatch))
     with trial.moment("rl score", trial.trained):
         kl_to_old(models, minibatch)
-    del minibatch
+    minibatch.clear()
     if rl.eval_every and (task := recipe_task(recipe)) is not None and task.graded:
         drawn = _eval_sampling(recipe, min(recipe.eval.batch, rl.eval_items))
         trial.sample("rl eval", policy, drawn, rl.max_length)
@@ -626,12 +626,14 @@ def show(facts: dict[str, Any], console: Console, once: dict[str, float] | None)
         console.note(f"{phase}: {change or 'no change of the recipe was found that makes it fit: a smaller model'}")
     disk = ", ".join(f"{name} {size / GIB:.2f}" for name, size in facts["disk"].items())
     console.note(f"host memory besides the process: {facts['host'] / GIB:.2f} GiB. Disk at most, GiB: {disk}")
-    rows = [[stage, *("as the data" if row[k] is None else str(row[k]) for k in ("updates", "responses", "tokens")),
-             "" if row["hours"] is None else f"{row['hours']:.2f}"] for stage, row in facts["work"].items()]  # fmt: skip
+    rows = []
+    for stage, row in facts["work"].items():
+        cells = ("as the data" if row[key] is None else str(row[key]) for key in ("updates", "responses", "tokens"))
+        rows.append([stage, *cells, "" if row["hours"] is None else f"{row['hours']:.2f}"])
     console.table("work", ["stage", "updates", "responses", "tokens sampled, at most", "hours"], rows)
     if once is not None:
-        console.note(f"hours at {facts['rate']:.0f} tokens/s and {once['response']:.0f} tokens a response, as measured in "
-                     "an earlier run; score and update as there; sft and train-rm's updates are not in it")  # fmt: skip
+        at = f"hours at {facts['rate']:.0f} tokens/s and {once['response']:.0f} tokens a response"
+        console.note(f"{at}, as in an earlier run; score and update as there; other updates are not in it")
     elif facts["rate"]:
         console.note(f"hours of sampling alone, at {facts['rate']:.0f} tokens/s, every response at its longest")
     else:
