@@ -50,8 +50,8 @@ from lco_lite.rollout.lockstep import draw
 from lco_lite.run import Run, StageFolder
 from lco_lite.sequences import Example, micro_batches
 from lco_lite.train import reward_model, sft
-from lco_lite.train.methods import method_of, score
-from lco_lite.train.rl import kl_to_old, open_models
+from lco_lite.train.methods import score
+from lco_lite.train.rl import accumulate, kl_to_old, open_models
 from lco_lite.train.rollouts import Phase
 from lco_lite.train.training import StageTraining
 
@@ -371,7 +371,7 @@ def _rm(trial: Trial) -> None:
     examples = _longest_examples(rm, start.model.max_length, rm.batch_size, longest, size=2)
 
     def accumulate(examples: Any) -> Any:
-        return reward_model.accumulate(phi, reference, [Pair(e, e) for e in examples], rm)
+        return reward_model.accumulate(phi, reference, rm, [Pair(e, e) for e in examples], rm.micro_batch_tokens)
 
     with phi.model.training_mode():
         trial.settle(training, lambda: accumulate(SHORT))
@@ -386,7 +386,7 @@ def _rl(trial: Trial) -> None:
     if rl.objective in ("ppo", "minillm") or rl.is_own or rl.target:
         raise UsageError(f"plan: rl.objective {rl.objective} or rl.target looks at numbers; the others can be planned")
     models, parameters = open_models(trial.ctx)
-    policy, method = models.policy, method_of(rl)
+    policy = models.policy
     training = trial.training(policy, parameters, rl)
     examples = _longest_examples(rl, policy.model.max_length, rl.minibatch, longest)
     plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False, "overlong_buffer": 0.0})
@@ -397,9 +397,7 @@ def _rl(trial: Trial) -> None:
         return score(models, phase, split, plain)[0]
 
     def update(minibatch: Any) -> None:
-        for micro in minibatch:
-            loss, _ = method.loss(models, micro, policy.hidden(micro.batch), plain)
-            loss.backward()
+        accumulate(models, plain, None, minibatch, rl.micro_batch_tokens)
 
     with policy.model.training_mode():
         trial.settle(training, lambda: update(scored(SHORT)))
@@ -413,7 +411,7 @@ def _rl(trial: Trial) -> None:
     with policy.model.training_mode():
         trial.train("rl update", training, lambda: update(minibatch))
     with trial.moment("rl score", trial.trained):
-        kl_to_old(models, minibatch)
+        kl_to_old(models, rl, minibatch, rl.micro_batch_tokens)
     minibatch.clear()
     if rl.eval_every and (task := recipe_task(recipe)) is not None and task.graded:
         drawn = _eval_sampling(recipe, min(recipe.eval.batch, rl.eval_items))
