@@ -57,6 +57,7 @@ from lco_lite.train.training import StageTraining
 
 GIB = 2**30
 RESERVE = 0.8 * GIB  # CUDA's context and fragmentation; on a CPU the process itself. An estimate
+HEADS = {"weights": "base", "adapters": "LoRA", "optimiser": "AdamW", "activations": "acts"}  # 80 columns are narrow
 COLUMNS = ("weights", "adapters", "optimiser", "activations", "cache", "loss")
 
 
@@ -619,7 +620,11 @@ def show(facts: dict[str, Any], console: Console, once: dict[str, float] | None)
         verdict = "yes" if total <= room else "no"
         lines.append([phase, *(f"{held[column] / GIB:.2f}" for column in columns), f"{total / GIB:.2f}", verdict])
     title = f"GiB at each phase's peak; room {room / GIB:.2f} = {facts['memory'] / GIB:.2f} ({facts['on']}) less "
-    console.table(f"{title}{facts['reserve'] / GIB:.1f} reserved", ["phase", *columns, "sum", "fits"], lines)
+    console.table(
+        f"{title}{facts['reserve'] / GIB:.1f} reserved",
+        ["phase", *(HEADS.get(column, column) for column in columns), "sum", "fits"],
+        lines,
+    )
     for phase, change in facts["changes"].items():
         console.note(f"{phase}: {change or 'no change of the recipe was found that makes it fit: a smaller model'}")
     disk = ", ".join(f"{name} {size / GIB:.2f}" for name, size in facts["disk"].items())
