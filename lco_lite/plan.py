@@ -17,11 +17,11 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from inspect import getattr_static
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import PropertyMock, patch
 
 import bitsandbytes as bnb
 import psutil
@@ -123,6 +123,17 @@ class Moment:
     chunks: float
 
 
+@contextlib.contextmanager
+def standing_in(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """What a fake tensor cannot go through, or a card would do otherwise, for the length of the block."""
+    own = getattr_static(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
 class Shapes(LanguageModel):
     """A model without numbers, so that there is nothing to prove or to load."""
 
@@ -130,9 +141,8 @@ class Shapes(LanguageModel):
         self.trial, self.lora, self.depth, self.parts = trial, settings.lora, depth, list[Part]()
         rows, window = len(base.get_output_embeddings().weight), base.config.get_text_config().max_position_embeddings
         ids = {"pad_token_id": 0, "eos_token_id": 0, "model_max_length": window}
-        super().__init__(
-            base, SimpleNamespace(get_vocab=lambda: {"": rows - 1}, **ids), settings.gradient_checkpointing
-        )
+        tokenizer: Any = SimpleNamespace(get_vocab=lambda: {"": rows - 1}, **ids)
+        super().__init__(base, tokenizer, settings.gradient_checkpointing)
 
     def _prove(self) -> None: ...
 
@@ -144,7 +154,7 @@ class Shapes(LanguageModel):
         self.load_adapter(name, Path())
 
     def _attach(self, name: str, config: Any) -> None:
-        stay = patch.object(torch.nn.Module, "to", lambda module, *a, **kw: module)  # fakes cannot be swapped
+        stay = standing_in(torch.nn.Module, "to", lambda module, *a, **kw: module)  # fakes cannot be swapped
         with self.trial.part("adapters", self.depth, self.parts), stay:
             super()._attach(name, config)
 
@@ -167,16 +177,19 @@ class Trial:
     kept: float = 0.0  # bytes a response token that stay on the host until the phase ends
 
     def run(self, stage: Callable[[Trial], None]) -> Trial:
-        nothing = {name: lambda *a, **kw: None for name in ("converted_gguf", "build_scratch", "check_same_tokenizer")}
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             self.ctx = Context(Run(folder), self.recipe, Console(quiet=True), torch.device("cpu"))
-            stack.enter_context(patch.multiple(weights, _load=self._load, **nothing))
-            stack.enter_context(patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"))
+            stack.enter_context(standing_in(weights, "_load", self._load))
+            for what in ("converted_gguf", "build_scratch", "check_same_tokenizer"):
+                stack.enter_context(standing_in(weights, what, lambda *a, **kw: None))
+            stack.enter_context(
+                standing_in(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *a, **kw: None)
+            )
             if self.on_card:
-                stack.enter_context(patch.object(chunks, "chunk_size", _chunk_on_cuda))
-                stack.enter_context(patch.object(head, "_unblocked_product", _product_on_cuda))
-                stack.enter_context(patch.object(head.Head, "operand_dtype", PropertyMock(return_value=torch.bfloat16)))
+                stack.enter_context(standing_in(chunks, "chunk_size", _chunk_on_cuda))
+                stack.enter_context(standing_in(head, "_unblocked_product", _product_on_cuda))
+                stack.enter_context(standing_in(head.Head, "operand_dtype", torch.bfloat16))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(self.live)
             gc.collect()
@@ -572,13 +585,8 @@ def plan(
     else:
         memory, what = 12.0 * GIB, "no card here: 12 GiB unless --gpu says otherwise"
     room = memory - RESERVE
-    phases, trained, changes, kept, tasks = (
-        dict[str, Any](),
-        dict[str, float](),
-        dict[str, str | None](),
-        0.0,
-        work(recipe),
-    )
+    phases, trained, changes = dict[str, Any](), dict[str, float](), dict[str, str | None]()
+    kept, tasks = 0.0, dict[str, dict[str, Any]](work(recipe))
     drawn = recipe.rl.prompts_per_step * recipe.rl.responses_per_prompt * longest_response(recipe)
     for stage in tasks:
         console.note(f"looking at {stage}") if not as_json else None
@@ -591,7 +599,7 @@ def plan(
             if sum(held.values()) > room:
                 changes[phase] = cheapest(recipe, stage, phase, held, room, on_card, prompt)
     once = measured(runs, recipe.name)
-    rate = rate or (once and once["rate"])
+    rate = rate or (once["rate"] if once else None)
     for stage, row in tasks.items():
         tokens = row["tokens"]
         likely = once["response"] * row["responses"] if once and row["responses"] else tokens
@@ -599,7 +607,7 @@ def plan(
             once["learning"] * recipe.rl.steps * drawn / longest_response(recipe) * once["response"] if once else 0
         )
         seconds = None if likely is None or not rate else likely / rate + (learning if stage == "rl" else 0)
-        tasks[stage] = row | {"hours": None if seconds is None else seconds / 3600}  # type: ignore[dict-item]
+        tasks[stage] = row | {"hours": None if seconds is None else seconds / 3600}
     digits = 2 + len(str(recipe.model.init and 260 or load_config(recipe.model).get_text_config().vocab_size))
     disk = {stage: 4.0 * n * (1 + 3 * 3) for stage, n in trained.items()}  # adapter; of three checkpoints: AdamW's too
     disk["responses"] = digits * (3.0 * drawn + ((tasks.get("rm") or {}).get("tokens") or 0))

@@ -89,7 +89,7 @@ def load_config(weights: Weights) -> Any:
     if not file:
         refuse_unusable_folder(Path(str(weights.path)))
     try:
-        return hf.AutoConfig.from_pretrained(weights.path, **file, **_origin(weights))
+        return hf.AutoConfig.from_pretrained(str(weights.path), **file, **_origin(weights))
     except Exception as e:  # see load_base
         raise unloadable("model's config", str(weights.path), e) from e
 
