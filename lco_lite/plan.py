@@ -12,7 +12,6 @@ import contextlib
 import copy
 import gc
 import math
-import re
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -44,7 +43,7 @@ from lco_lite.models.loading import base_dtype, language_model_class, load_confi
 from lco_lite.objectives import chunks, head
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import overridden
-from lco_lite.recipe.sections import RewardModel, Training, Weights
+from lco_lite.recipe.sections import RewardModel, Training, Weights, size_in_bytes
 from lco_lite.rollout.engine import Response, Sampling
 from lco_lite.rollout.lockstep import draw
 from lco_lite.run import Run, StageFolder
@@ -187,6 +186,7 @@ class Trial:
                 standing_in(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *a, **kw: None)
             )
             if self.on_card:
+                stack.enter_context(standing_in(torch.cuda, "get_device_capability", lambda device: (8, 0)))
                 stack.enter_context(standing_in(chunks, "chunk_size", _chunk_on_cuda))
                 stack.enter_context(standing_in(head, "_unblocked_product", _product_on_cuda))
                 stack.enter_context(standing_in(head.Head, "operand_dtype", torch.bfloat16))
@@ -562,21 +562,16 @@ def measured(runs: Path, name: str) -> dict[str, float] | None:
     return {"rate": rate, "response": fmean(row["mean_response_tokens"] for row in logs), "learning": learning / tokens}
 
 
-def parse_bytes(text: str) -> float:
-    """``12GiB``, ``11.5 GB``, ``512MiB`` -> bytes. Raises UsageError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise UsageError(f"--gpu {text!r} is no size of memory: a number and a unit, e.g. 12GiB, 11.5GiB or 24GB")
-    return float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
-
-
 def plan(
     recipe: Recipe, gpu: str | None, rate: float | None, prompt: int | None, runs: Path, console: Console, as_json: bool
 ) -> None:
     """Prints it, or for machines one JSON object with bytes, hours and what does not fit."""
     on_card = gpu is not None or recipe.device != "cpu"
     if gpu is not None:
-        memory, what = parse_bytes(gpu), f"--gpu {gpu}"
+        try:
+            memory, what = float(size_in_bytes(gpu)), f"--gpu {gpu}"
+        except ValueError as e:
+            raise UsageError(f"--gpu: {e}") from e
     elif not on_card:
         memory, what = float(psutil.virtual_memory().total), "device: cpu, this machine's memory"
     elif torch.cuda.is_available():

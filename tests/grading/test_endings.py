@@ -59,9 +59,9 @@ def test_the_published_solutions_are_right_in_the_form_in_which_they_are_publish
 
 @pytest.mark.slow
 def test_what_is_copied_from_the_question_earns_nothing_where_answers_are_to_be_worked_out():
-    """Of the 500 answers of MATH500 that are plain numbers."""
+    """Of every other answer of MATH500, those that are plain numbers."""
     copied = {False: 0, True: 0}
-    for row in rows("math500_test.jsonl"):
+    for row in rows("math500_test.jsonl")[::2]:
         if equality.number(equality.spell(row["answer"])) is None:
             continue
         spans = [text for span in _SPAN.finditer(row["problem"]) if re.search(r"\d", text := _content(span))]
@@ -71,4 +71,4 @@ def test_what_is_copied_from_the_question_earns_nothing_where_answers_are_to_be_
             )
         assert grade_answer(rf"\boxed{{{row['answer']}}}", row["answer"], 0.0, True).right
     # what is left is a number in the question that is the answer, or a fraction to be written as a decimal
-    assert copied[False] >= 18 and copied[True] <= 5, copied
+    assert copied[False] >= 8 and copied[True] <= 4, copied

@@ -136,7 +136,8 @@ def test_cuda_without_a_cuda_device_is_refused():
     assert resolve_device("auto").type == "cpu"
 
 
-def test_auto_is_never_float16_in_which_nothing_is_trained():
+def test_auto_is_never_float16_in_which_nothing_is_trained(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     dtypes = {device: base_dtype(Model(path="x"), torch.device(device)) for device in ("cpu", "cuda")}
     assert dtypes == {"cpu": torch.float32, "cuda": torch.bfloat16}
 

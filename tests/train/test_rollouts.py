@@ -233,9 +233,10 @@ def test_a_phase_keeps_the_groups_that_are_asked_for():
     assert kept.and_also(phase).chosen == [9, 5, 5, 7, 9] and kept.and_also(phase).drawn == 12
 
 
-@pytest.mark.parametrize("how", ["killed", "interrupted"])
-def test_the_chain_goes_through_paged_rollouts_and_goes_on_from_those_that_are_kept(tiny, monkeypatch, how):
+@pytest.mark.slow
+def test_the_chain_goes_through_paged_rollouts_and_goes_on_from_those_that_are_kept(tiny, monkeypatch):
     """Pairs, rollouts and scores; eight responses a phase are two batches, four times as many as are made at once."""
+    how = "killed"
     sets = ["rollout.engine=paged", "rl.rollout_batch=1", "rl.eval_every=0", "eval.batch=2"]
     by_generate = stop_in_call(monkeypatch, HFEngine, "_generate_batch", -1, how)
     for run in ("whole", "cut"):
