@@ -40,6 +40,8 @@ def grade_answer(response: str, gold: str, tolerance: float = 0.0, evaluated: bo
     if answer is None:
         return Grade(False, None, "no answer found")
     wanted = boxed(gold) or gold
+    if _SEQUENCE.fullmatch(response) and _SEQUENCE.fullmatch(gold):
+        answer, wanted = f"({answer})", f"({wanted})"
     right, why = compare(answer, wanted, tolerance, evaluated)
     if not right and "," in wanted:
         several = final_answer(response, several=True) or answer
@@ -89,6 +91,8 @@ def _well_formed(text: str) -> bool:
     return depth == 0 and not text.endswith("\\")
 
 
+# a list of numbers and nothing else, without a word or a box that would make them solutions: their order counts
+_SEQUENCE = re.compile(r"\s*[-+]?[\d.]+(?:\s*,\s*[-+]?[\d.]+)+\s*")
 _TAIL = 20_000  # characters of a response that are looked at, counted from its end; formulas are bounded too, for speed
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")

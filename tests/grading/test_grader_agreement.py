@@ -10,9 +10,6 @@ from lco_lite.grading.math import grade_answer
 
 FILES = ["grader_math_verify.jsonl", "grader_hendrycks_math.jsonl", "grader_rasbt_ch03.jsonl"]
 DISAGREEMENTS = {
-    # The order of a plain list carries no meaning (the roots of an equation); math-verify's own tests say so too.
-    ("10, 4, -2", "4, 10, -2"): True,
-    ("0.1, 4, 2", "4, .1, 2"): True,
     # 4/6 is 2/3, inside a tuple as well as alone; that grader compares the parts of a tuple as text.
     ("(14/3, 2/3)", "(14/3, 4/6)"): True,
 }
@@ -26,7 +23,7 @@ def _pairs() -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_the_grader_agrees_on_98_percent_and_every_disagreement_is_argued():
+def test_the_grader_agrees_on_99_percent_and_every_disagreement_is_argued():
     pairs = _pairs()
     found = {}
     for pair in pairs:
@@ -34,4 +31,4 @@ def test_the_grader_agrees_on_98_percent_and_every_disagreement_is_argued():
         if verdict != bool(pair["expected"]):
             found[pair["pred"], pair["gold"]] = verdict
     assert found == DISAGREEMENTS
-    assert len(found) <= 0.02 * len(pairs)
+    assert len(found) <= 0.01 * len(pairs)

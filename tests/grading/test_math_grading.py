@@ -273,6 +273,14 @@ def test_a_formula_where_a_number_is_asked_for_earns_nothing_where_answers_are_t
     assert compare(answer, gold, evaluated=True) == (False, "equal, but not worked out")
 
 
+def test_numbers_alone_are_a_sequence_and_in_a_box_or_after_words_solutions():
+    assert not grade_answer("10, 4, -2", "4, 10, -2").right
+    assert grade_answer("4.0, 10, -2", "4, 10, -2").right
+    for response in (r"\boxed{10, 4, -2}", "The answer is 10, 4, -2.", "$10, 4, -2$", "So x is one of\n10, 4, -2"):
+        assert grade_answer(response, "4, 10, -2").right, response
+    assert grade_answer("1,018", "1018").right and grade_answer("1,018", "1,018").right
+
+
 def test_boxes_that_words_connect_are_one_list_where_gold_is_a_list():
     response = r"One root is \boxed{9}, and the other root is \boxed{-1}."
     assert grade_answer(response, "-1, 9").right
