@@ -223,9 +223,10 @@ def plan(
     """Memory of each phase, disk and hours, from the recipe and the models' configs alone."""
     with boundary():
         from lco_lite.models.loading import quiet_libraries
+
+        quiet_libraries()  # bitsandbytes speaks as it is imported
         from lco_lite.plan import plan
 
-        quiet_libraries()
         plan(load_recipe(find_recipe(recipe), sets), gpu, rate, prompt, runs, Console(json=json), json)
 
 
