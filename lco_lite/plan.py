@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from lco_lite import weights
 from lco_lite.console import Console
 from lco_lite.context import Context
-from lco_lite.data.prompts import Pair, recipe_task
+from lco_lite.data.prompts import Pair, longest_response, recipe_task
 from lco_lite.errors import UsageError
 from lco_lite.metrics import read_log
 from lco_lite.models.language_model import LanguageModel, Role
@@ -334,11 +334,6 @@ def _product_on_cuda(x: Tensor, matrix: Tensor) -> Tensor | None:
 
 
 # the stages
-
-
-def longest_response(recipe: Recipe) -> int:
-    task = recipe_task(recipe)
-    return recipe.rl.max_new_tokens or (task.max_new_tokens if task else recipe.rl.max_length // 2)
 
 
 def _eval_sampling(recipe: Recipe, rows: int) -> Sampling:

@@ -95,7 +95,7 @@ WATCHED = {"sft": "sft", "rm": "train-rm", "rl": "rl update"}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family,layers,checkpointing,objectives",
-    [("llama", 5, False, ("kld", "mse")), ("qwen2", 5, True, ("lch",))],
+    [("llama", 5, False, ("kld", "mse")), ("qwen2", 5, True, ("lch",)), ("gemma3", 14, False, ("kld",))],
 )
 def test_planned_peaks_are_those_that_are_counted_while_the_trainers_run(
     family, layers, checkpointing, objectives, tmp_path, monkeypatch

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from lco_lite.console import Console
 from lco_lite.data.overlap import EvaluationItems, normalised
-from lco_lite.data.prompts import demonstrations, recipe_task, rl_prompts, system_text
+from lco_lite.data.prompts import demonstrations, longest_response, recipe_task, rl_prompts, system_text
 from lco_lite.data.rows import read_demonstrations, read_preferences, read_prompts
 from lco_lite.errors import DataError, ModelError
 from lco_lite.models.chat import ChatFormat, Message
@@ -93,7 +93,7 @@ def recipe_sources(recipe: Recipe, task: Task | None) -> list[TrainingData]:
     else:
         asked = read_prompts(data.prompts, system, data.columns.prompts)
     samples = [Sample(p.item.id if p.item else f"row {i}", p.messages) for i, p in enumerate(asked, 1)]
-    room = recipe.rl.max_new_tokens or (task.max_new_tokens if task else recipe.rl.max_length // 2)
+    room = longest_response(recipe)
     sources.append(TrainingData("prompts", data.prompts or of_task, samples, recipe.rl.max_length, room))
     return sources
 

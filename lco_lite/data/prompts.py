@@ -44,6 +44,12 @@ def rewarding_task(recipe: Recipe) -> Task | None:
     return None if task is None else graded_as(task, evaluated=recipe.rl.evaluated)
 
 
+def longest_response(recipe: Recipe) -> int:
+    """Tokens that a rollout, or a response for a pair, may take."""
+    task = recipe_task(recipe)
+    return recipe.rl.max_new_tokens or (task.max_new_tokens if task else recipe.rl.max_length // 2)
+
+
 def system_text(recipe: Recipe, task: Task | None) -> str | None:
     """The recipe's system message, else the task's."""
     return task.system if recipe.chat.system is None and task else recipe.chat.system

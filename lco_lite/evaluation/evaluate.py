@@ -226,7 +226,7 @@ def respond_to_all(
                     responses = likeliest(ctx, role, batch)
                 else:
                     at_once = replace(sampling, batch=len(planned[b * engine.ahead]))
-                    responses = respond(engine, chat, task, batch, at_once, seed + k, b, ctx=ctx)
+                    responses = respond(ctx, engine, chat, task, batch, at_once, seed + k, b)
                 made[k, b] = [{"sample": j} | r for (_, j), r in zip(batches[b], responses, strict=True)]
                 lines.append({"pass": k, "batch": b, "rows": made[k, b]})
                 done += len(batch)
@@ -271,11 +271,12 @@ def held_out_accuracy(ctx: Context, engine: Engine, chat: ChatFormat, task: Task
     """pass@1 of one pass over the prompts as they are trained on, for a look at the model; nothing is kept."""
     settings = ctx.recipe.eval
     task, questions = _graded(task, settings), [question(chat, p) for p in prompts]
-    responses = respond(engine, chat, task, questions, _sampling(settings, task), ctx.recipe.seed, ctx=ctx)
+    responses = respond(ctx, engine, chat, task, questions, _sampling(settings, task), ctx.recipe.seed)
     return sum(r["right"] for r in responses) / len(responses)
 
 
 def respond(
+    ctx: Context,
     engine: Engine,
     chat: ChatFormat,
     task: Task,
@@ -283,10 +284,9 @@ def respond(
     sampling: Sampling,
     seed: int,
     *batch: int,
-    ctx: Context | None = None,
 ) -> list[Graded]:
-    """One graded response a question. The random numbers are those of the seed, the task and the batch's number; with
-    ``ctx``, as many responses are made at once as the memory holds."""
+    """One graded response a question, as many at once as the memory holds. The random numbers are those of the seed,
+    the task and the batch's number."""
 
     def generate(at_once: int) -> list[Response]:
         with seeded(seed, "eval", task.name, *batch):
@@ -314,11 +314,9 @@ def likeliest(ctx: Context, role: Role, questions: list[Question]) -> list[Grade
 
 
 def _within_memory(
-    ctx: Context | None, width: int, batch: int, n: int, work: Callable[[int], list[Any]], then: str = ""
+    ctx: Context, width: int, batch: int, n: int, work: Callable[[int], list[Any]], then: str = ""
 ) -> list[Any]:
     """``work(at once)``: all ``n`` sequences, at most ``batch`` of ``width`` padded tokens at once."""
-    if ctx is None:
-        return work(batch)
 
     def half(tokens: int) -> tuple[int, int] | None:
         at_once = max(1, min(batch, n, tokens // width))

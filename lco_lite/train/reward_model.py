@@ -17,7 +17,16 @@ import torch
 
 from lco_lite import weights
 from lco_lite.context import Context, InterruptGuard
-from lco_lite.data.prompts import Pair, Prompt, file_pairs, held_out, recipe_task, rewarding_task, task_prompts
+from lco_lite.data.prompts import (
+    Pair,
+    Prompt,
+    file_pairs,
+    held_out,
+    longest_response,
+    recipe_task,
+    rewarding_task,
+    task_prompts,
+)
 from lco_lite.errors import DataError, Interrupted
 from lco_lite.evaluation.evaluate import held_out_accuracy
 from lco_lite.files import JsonLines, read_jsonl, remove, write_text
@@ -153,7 +162,7 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
     file = stage.path / "pairs.jsonl"
     if file.exists():
         return load_pairs(file)
-    longest = recipe.rl.max_new_tokens or task.max_new_tokens
+    longest = longest_response(recipe)
     sampling = Sampling(rm.temperature, rm.top_p, longest, recipe.rl.rollout_batch)
     asked = [(prompt, chat.prompt(prompt.messages)) for prompt in task_prompts(recipe, task)[: rm.prompts]]
     asked = fitting(ctx, asked, start.model, rm.max_length, "prompts", lambda one: len(one[1]) + longest)

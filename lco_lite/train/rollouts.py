@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lco_lite.context import Context
-from lco_lite.data.prompts import Prompt, rewarding_task, rl_prompts
+from lco_lite.data.prompts import Prompt, longest_response, rewarding_task, rl_prompts
 from lco_lite.errors import DataError
 from lco_lite.feedback.advantages import live_groups
 from lco_lite.feedback.rewards import reward_source
@@ -85,7 +85,7 @@ class Rollouts:
         recipe, rl = ctx.recipe, ctx.recipe.rl
         self.ctx, self.engine, self.chat, self.folder = ctx, engine, chat, stage.path / "rollouts"
         self.task = rewarding_task(recipe)
-        longest = rl.max_new_tokens or (self.task.max_new_tokens if self.task else rl.max_length // 2)
+        longest = longest_response(recipe)
         self.sampling = Sampling(rl.temperature, rl.top_p, longest, rl.rollout_batch)
         asked = [(prompt, chat.prompt(prompt.messages)) for prompt in rl_prompts(recipe, self.task)]
 

@@ -141,7 +141,7 @@ def test_of_a_response_that_was_cut_the_grade_decides_alike_in_rewards_scores_an
         judged = rollouts._judge([prompt] * 4, made)
         assert judged["grades"] == judged["rewards"] == [1, 1, -1, -1]
         engine = SimpleNamespace(generate=lambda prompts, sampling: iter([(list(range(4)), made)]))
-        rows = respond(engine, chat, task, [Question(prompt.item, [], [])] * 4, rollouts.sampling, 0)  # type: ignore[arg-type]
+        rows = respond(ctx, engine, chat, task, [Question(prompt.item, [], [])] * 4, rollouts.sampling, 0)  # type: ignore[arg-type]
         assert [row["right"] for row in rows] == [True, True, False, False]
         assert [row["truncated"] for row in rows] == [False, True, False, True]
         whole = rm.model_copy(update={"cut_rejected": False})
