@@ -4,7 +4,8 @@ A Llama of the stated shape with random weights, sampled from at temperature 1. 
 so that they end apart, as in practice; prompts have from a quarter of ``--prompt`` tokens to all of them. One run: the
 contenders take turns, the first turn warms up, and the median of the others is shown. Contenders:
 
-    hf          transformers' generate, a batch at a time: ``rollout.engine: hf``
+    hf          transformers' generate, a batch that shrinks as its responses end: ``rollout.engine: hf``
+    hf whole    the same, where a row that has ended stays until all have
     hf static   the same with a static cache, which transformers compiles on a GPU
     paged       continuous batching: ``rollout.engine: paged``
     vllm        where it is installed; of the base alone, without an adapter
@@ -18,6 +19,7 @@ import importlib.util
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -48,7 +50,11 @@ Contender = Callable[[], int]
 """Samples once; returns how many tokens were made, ends included."""
 
 
-class StaticHFEngine(HFEngine):
+class WholeHFEngine(HFEngine):
+    shrinks_from = sys.maxsize
+
+
+class StaticHFEngine(WholeHFEngine):
     def _config(self, sampling: Sampling) -> Any:
         config = super()._config(sampling)
         config.cache_implementation = "static"
@@ -123,6 +129,7 @@ def contenders(folder: Path, options: argparse.Namespace, console: Console) -> d
     prompts = [torch.randint(4, vocabulary, (n,), generator=generator).tolist() for n in lengths]
     sampling = Sampling(1.0, 1.0, options.new, options.slots)
     entries = {"hf": of_engine(HFEngine(role, 3, vocabulary), prompts, sampling, stops)}
+    entries["hf whole"] = of_engine(WholeHFEngine(role, 3, vocabulary), prompts, sampling, stops)
     if options.device == "cuda":
         entries["hf static"] = of_engine(StaticHFEngine(role, 3, vocabulary), prompts, sampling, stops)
     way = way_of(model, console.print)
