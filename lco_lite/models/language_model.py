@@ -161,6 +161,11 @@ class LanguageModel:
         state = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
         return {key: value.detach().clone() for key, value in state.items()}
 
+    def rank(self, name: str) -> int:
+        """Of an adapter's update; the largest where modules have different ones."""
+        config = self._peft.peft_config[name]
+        return max(config.r, *(config.rank_pattern or {"": 0}).values())
+
     def save_adapter(self, name: str, folder: Path) -> None:
         """A plain PEFT folder, whole or not at all: ``PeftModel.from_pretrained(base, folder)`` loads it. Its README.md
         says so where the base was quantised."""

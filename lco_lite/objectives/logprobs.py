@@ -49,6 +49,22 @@ def token_logprobs(
 
 
 @torch.no_grad()
+def sampled_from(hidden: Tensor, head: Head, actions: Tensor, temperature: float, top_p: float) -> Tensor:
+    """log-probabilities [T] with which a sampler of the policy would draw ``actions``: at ``temperature``, and within the
+    nucleus of ``top_p``, whose mass is taken off. Without a gradient; otherwise as ``token_logprobs``."""
+    parts = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part in spans(len(hidden), None, 3 * head.rows, hidden.device):  # sorting takes values and places more
+            log_p = torch.log_softmax(head.logits(hidden[part]) / temperature, dim=-1)
+            drawn = log_p.gather(-1, actions[part].unsqueeze(-1)).squeeze(-1)
+            if top_p < 1:
+                p = log_p.exp_().sort(dim=-1, descending=True).values
+                drawn = drawn - (p * (p.cumsum(-1) - p < top_p)).sum(-1).log()
+            parts.append(drawn)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
 def kl_divergence(hidden: Tensor, old: Tensor, head: Head, old_head: Head | None = None) -> Tensor:
     """KL(π_θ ‖ π_old) of every token, [T], in nats, exact over the vocabulary and without a gradient, from final hidden
     states [T, d] of the two. ``old_head``: where π_old had another than ``head``."""

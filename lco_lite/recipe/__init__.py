@@ -85,5 +85,9 @@ class Recipe(Section):
                 yield f"data.preferences: `sampled` needs a task that grades, and {why}: name a file or hub set"
         if self.model.init is not None and not self.sft.enabled:
             yield "sft.enabled: a model from scratch has learnt nothing yet: it needs sft"
+        if self.rollout.engine == "vllm" and self.model.lora is None:
+            yield "rollout.engine: vllm samples from an adapter on a base that stands still, and model.lora is null"
+        if self.rollout.engine == "vllm" and self.model.quantization == "int8":
+            yield "rollout.engine: vllm does not quantise to int8 (bitsandbytes) as it loads: take nf4, none, or paged"
         if self.model.train_head and self.rl.variant.is_on:
             yield "rl.variant: needs a frozen head, and model.train_head is true"

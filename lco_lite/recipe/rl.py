@@ -124,6 +124,15 @@ class Rl(Training):
     value_clip: float = setting(0.2, "ppo: values move at most this far from the old ones", "TRL 1.10", gt=0)
     overlong_buffer: float = setting(0.0, "last share of max_new_tokens: reward loses 1", "off; DAPO 0.2", ge=0, lt=1)
     dynamic_sampling: bool = setting(False, "other prompts for groups without signal, at most 3 times", "off; DAPO on")
+    mismatch: Literal["none", "truncate", "mask"] = setting(
+        "none",
+        "policy gradients: weights w = π_old/π_sampler for an engine of other numerics; truncate: min(w, cap); "
+        "mask: w from low to high, else 0",
+        "none: paper; truncate: TIS, Yao et al. 2025; mask: IcePop, Ling team 2025",
+    )
+    mismatch_cap: float = setting(3.0, "mismatch truncate: C, the largest weight", "TRL 1.16", ge=1)
+    mismatch_low: float = setting(0.5, "mismatch mask: α, the smallest weight that counts", "IcePop", gt=0, le=1)
+    mismatch_high: float = setting(5.0, "mismatch mask: β, the largest weight that counts", "IcePop", ge=1)
     jsd_beta: float = setting(0.5, "gkd: β of the divergence; 0: KL(φ ‖ π_θ), 1: KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1)
     on_policy: float = setting(1.0, "gkd: share answered by the policy, not a demonstration", "GKD 0.5", ge=0, le=1)
     logprob_temperature: float | None = setting(
@@ -222,6 +231,8 @@ class Rl(Training):
             yield f"weighting and anchor belong to kld, lch and mse, not to {name}"
         if not self.is_policy_gradient and self.kl_coef:
             yield f"kl_coef is for policy gradients: {name} stays near another model by itself"
+        if self.mismatch != "none" and not self.is_policy_gradient:
+            yield f"mismatch corrects policy gradients: {name} needs no correction, its responses only supply states"
         if self.weighting != "mean" and name == "kld":
             yield f"weighting {self.weighting!r} has no meaning for kld: it is an expectation already (use mse or lch)"
         if self.on_policy < 1 and name != "gkd":

@@ -240,8 +240,11 @@ class Eval(Section):
 
 
 class Rollout(Section):
-    engine: Literal["auto", "hf", "paged"] = setting(
+    engine: Literal["auto", "hf", "paged", "vllm"] = setting(
         "auto", "what samples; auto: paged on a GPU of capability 8.0 and up, else hf", "the machine"
+    )
+    gpu_share: float = setting(
+        0.3, "vllm: share of the GPU's memory that it takes while it samples", "TRL 1.16, colocated", gt=0, le=1
     )
 
 

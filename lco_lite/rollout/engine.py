@@ -5,7 +5,7 @@ Legend: B prompts of a batch, L their padded length, V vocabulary.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,24 +22,27 @@ Combine = Callable[[list[Tensor]], Tensor]
 @dataclass(frozen=True)
 class Sampling:
     """``temperature`` 0 is greedy. ``max_new_tokens`` counts the end of turn; ``batch`` responses are made at once. The
-    first of the strings ``stop`` ends a response too."""
+    first of the strings ``stop`` ends a response too. ``logprobs``: those of the sampler are asked for."""
 
     temperature: float
     top_p: float
     max_new_tokens: int
     batch: int
     stop: tuple[str, ...] = ()
+    logprobs: bool = False
 
 
 @dataclass(frozen=True)
 class Response:
     """``example``: prompt and response ids, with the end of turn or the stop string that closed it.
 
-    ``truncated``: the length limit came first.
+    ``truncated``: the length limit came first. ``logprobs``: with what log-probability the engine drew each token, at
+    the temperature and within the nucleus that it drew from; None where it was not asked or does not tell.
     """
 
     example: Example
     truncated: bool
+    logprobs: list[float] | None = field(default=None, compare=False)
 
 
 Made = tuple[list[int], list[Response]]
@@ -78,12 +81,14 @@ def open_engine(
     rows: int | None = None,
     asked: str = "auto",
     say: Callable[[str], object] = lambda text: None,
+    gpu_share: float = 0.3,
 ) -> Engine:
     """Samples from one role, or from the distribution that ``combine`` makes of several.
 
     ``end`` closes a response besides the model's own EOS ids. Only the first ``rows`` tokens are drawn, where a model
     with fewer of them will read the responses; rows that only pad a head are never drawn. ``asked`` is the recipe's
-    ``rollout.engine``, for one role; ``say`` is told where it falls back. Raises ModelError where it cannot.
+    ``rollout.engine``, for one role, and ``gpu_share`` its ``rollout.gpu_share``; ``say`` is told where it falls back.
+    Raises ModelError where it cannot.
     """
     from lco_lite.rollout.hf import HFEngine
     from lco_lite.rollout.lockstep import LockstepEngine
@@ -92,6 +97,10 @@ def open_engine(
     if combine is not None:
         return LockstepEngine(roles, combine, end, rows)
     (role,) = roles
+    if asked == "vllm":
+        from lco_lite.rollout.vllm import VLLMEngine
+
+        return VLLMEngine(role, end, rows, gpu_share)
     if engine_for(asked, role.model.device) == "paged":
         from lco_lite.rollout.paged import PagedEngine, way_of
 
@@ -147,9 +156,15 @@ def before_stop(text: str, strings: Iterable[str]) -> str:
     return text[: min([text.find(string) for string in strings if string in text], default=None)]
 
 
-def finished(prompt: list[int], ids: list[int], stop_ids: set[int], strings: StopStrings | None = None) -> Response:
+def finished(
+    prompt: list[int],
+    ids: list[int],
+    stop_ids: set[int],
+    strings: StopStrings | None = None,
+    logprobs: list[float] | None = None,
+) -> Response:
     """A response ends with its first stop token or string; without one the length limit cut it."""
     end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), None)
     if strings is not None and strings.inside(ids[:end]):
         end = bisect_left(range(len(ids)), True, key=lambda n: strings.inside(ids[:n]))
-    return Response(Example(prompt, ids[:end]), truncated=end is None)
+    return Response(Example(prompt, ids[:end]), end is None, None if logprobs is None else logprobs[:end])

@@ -38,13 +38,14 @@ class HFEngine(Engine):
             while running:
                 left = width + sampling.max_new_tokens - ids.shape[1]
                 stops = Stops(width, self.stop_ids, strings, len(ids) // 2 if len(ids) >= self.shrinks_from else 0, ids.device)
+                config = self._config(replace(sampling, max_new_tokens=left))
+                config.return_dict_in_generate = True
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=mask,
-                    generation_config=self._config(replace(sampling, max_new_tokens=left)),
+                    generation_config=config,
                     stopping_criteria=StoppingCriteriaList([stops]),
                     past_key_values=cache,
-                    return_dict_in_generate=True,
                 )
                 made = out.sequences[:, width:].tolist()
                 whole = len(made[0]) == sampling.max_new_tokens

@@ -61,9 +61,13 @@ class PagedEngine(HFEngine):
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
         seed, slots = int(torch.randint(2**31, (1,))), min(sampling.batch, len(prompts))
         with self.model.use(self.role.adapter):
-            made = [ids for ids, _ in run(self.model, prompts, self._config(sampling), slots, seed, self.way)]
+            config = self._config(sampling)
+            made = run(self.model, prompts, config, slots, seed, self.way, logprobs=sampling.logprobs)
         strings = StopStrings(self.model.tokenizer, sampling.stop)
-        return [finished(prompt, ids, self.stop_ids, strings) for prompt, ids in zip(prompts, made, strict=True)]
+        return [
+            finished(prompt, ids, self.stop_ids, strings, logprobs if sampling.logprobs else None)
+            for prompt, (ids, logprobs) in zip(prompts, made, strict=True)
+        ]
 
 
 def run(

@@ -9,6 +9,7 @@ Legend: T response tokens of a micro-batch, N responses of the phase, d hidden w
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,8 +24,8 @@ from lco_lite.objectives import authors_code
 from lco_lite.objectives.distillation import Teacher, jsd_loss, minillm, mixture_weights
 from lco_lite.objectives.head import Head
 from lco_lite.objectives.lco import lco_loss
-from lco_lite.objectives.logprobs import token_logprobs
-from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch, ValueHead, value_loss
+from lco_lite.objectives.logprobs import sampled_from, token_logprobs
+from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, Correction, PolicyBatch, ValueHead, value_loss
 from lco_lite.objectives.targets import DenseTarget, SparseTarget
 from lco_lite.recipe import Rl
 from lco_lite.sequences import Batch, collate, micro_batches
@@ -92,6 +93,9 @@ class MicroBatch:
         more: dict[str, Any] = {name: self.per_token.get(name) for name in names}
         more |= {"actions": self.batch.actions, "responses": self.responses}
         more |= {"groups": self.responses // rl.responses_per_prompt, "settings": rl.settings}
+        if (log_w := self.per_token.get("log_w")) is not None and rl.mismatch != "none":
+            held = Correction(rl.mismatch, rl.mismatch_cap, rl.mismatch_low, rl.mismatch_high)
+            more |= {"log_w": log_w.nan_to_num(nan=0.0), "correction": held}  # w is 1 where the engine did not tell
         return PolicyBatch(logprobs, old_logprobs, self.advantages, rows, self.tokens, self.sequences, **more)
 
 
@@ -137,6 +141,8 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
             micro = MicroBatch(batch, responses, tokens, sequences, policy.hidden(batch), old_head)
             if phase.scores is not None:
                 micro.per_token["rewards"] = phase.scores[responses]
+            if any(phase.responses[i].logprobs is not None for i in places):
+                micro.per_token["log_w"] = log_mismatch(models, phase, micro, places, rl)
             if names_function(rl.objective) or rl.target:
                 micro.per_token.update(sampled_logprobs(models, micro, compared_at(rl)))
             scored.append(method.score(models, phase, micro, rl).to("cpu"))
@@ -344,6 +350,17 @@ def sampled_logprobs(models: Models, micro: MicroBatch, temperature: float) -> d
         if role is not None:
             says[name] = logprobs(role, micro.batch, temperature=temperature)
     return says
+
+
+def log_mismatch(models: Models, phase: Phase, micro: MicroBatch, places: Sequence[int], rl: Rl) -> Tensor:
+    """log π_old/π_sampler of the sampled tokens, [T]: how far the engine's numerics are from the trainer's. NaN where
+    the engine did not tell."""
+    sampled = [phase.responses[i] for i in places]
+    told = [x for r in sampled for x in r.logprobs or [math.nan] * len(r.example.response)]
+    heads = [role.model.head for role in (models.policy, models.reward_model) if role is not None]
+    head = heads[0].prefix(min(head.rows for head in heads))  # what is drawn has a row in all of them
+    t, top_p = (rl.temperature, rl.top_p) if rl.temperature else (1.0, 1.0)
+    return sampled_from(micro.old, head, micro.batch.actions, t, top_p) - torch.tensor(told, device=micro.old.device)
 
 
 def compared_at(rl: Rl) -> float:

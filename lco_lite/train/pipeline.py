@@ -8,6 +8,7 @@ from lco_lite.errors import Diverged, UsageError
 from lco_lite.evaluation.evaluate import check_all, score_all
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import RewardModel, Weights
+from lco_lite.rollout.vllm import missing
 from lco_lite.run import StageFolder, stage_settings
 from lco_lite.train.methods import method_of
 from lco_lite.train.reward_model import train_rm
@@ -31,9 +32,11 @@ def train(ctx: Context, stage: str, fresh: bool = False) -> None:
 
 
 def refuse_untrainable(recipe: Recipe) -> None:
-    """Raises UsageError where gradients would pass through float16, in which scores may be made, and where a function
-    of the user's does not fit the feedback."""
+    """Raises UsageError where gradients would pass through float16, in which scores may be made, where a function of the
+    user's does not fit the feedback, and where the engine that samples is not installed."""
     method_of(recipe.rl)
+    if recipe.rollout.engine == "vllm" and (reason := missing(recipe.model.quantization)) is not None:
+        raise UsageError(reason)
     rm = recipe.reward_model
     trained: dict[str, Weights] = {"model": recipe.model}
     if isinstance(rm, RewardModel) and recipe.rl.needs_reward_model:

@@ -24,7 +24,7 @@ from lco_lite.models.chat import ChatFormat
 from lco_lite.objectives.logprobs import kl_divergence
 from lco_lite.objectives.policy_gradient import ValueHead
 from lco_lite.recipe import Rl
-from lco_lite.rollout.engine import Engine, Response, open_engine
+from lco_lite.rollout.engine import Engine, Response, engine_for, open_engine
 from lco_lite.rollout.lockstep import mixture
 from lco_lite.run import StageFolder
 from lco_lite.sequences import Example
@@ -110,7 +110,10 @@ def rollout_engine(ctx: Context, models: Models, end: int) -> Engine:
         assert teacher is not None, "distillation has a teacher"
         return open_engine([policy, teacher], end, mixture(rl.teacher_mix))
     rows = None if teacher is None else teacher.model.head.rows
-    return open_engine([policy], end, rows=rows, asked=ctx.recipe.rollout.engine, say=ctx.console.note)
+    if rl.mismatch != "none" and engine_for(ctx.recipe.rollout.engine, policy.model.device) == "hf":
+        ctx.console.note(f"rl.mismatch {rl.mismatch}: hf samples in the trainer's own numerics, and every weight is 1")
+    rollout, say = ctx.recipe.rollout, ctx.console.note
+    return open_engine([policy], end, rows=rows, asked=rollout.engine, say=say, gpu_share=rollout.gpu_share)
 
 
 def score_in_plan(
@@ -155,7 +158,8 @@ def evaluate(ctx: Context, models: Models, rollouts: Rollouts) -> float | None:
     if task is None or not task.graded:
         return None
     with ctx.clock("eval"):
-        engine = open_engine([models.policy], chat.end, asked=recipe.rollout.engine, say=ctx.console.note)
+        rollout, say = recipe.rollout, ctx.console.note
+        engine = open_engine([models.policy], chat.end, asked=rollout.engine, say=say, gpu_share=rollout.gpu_share)
         return held_out_accuracy(ctx, engine, chat, task, held_out(recipe, task, recipe.rl.eval_items))
 
 
@@ -175,11 +179,15 @@ class Report:
 
     def add(self, micro: MicroBatch, loss: Tensor, seen: Seen) -> None:
         self._loss += loss.item()
+        if (log_w := micro.per_token.get("log_w")) is not None:
+            told = log_w[~log_w.isnan()]
+            seen = seen | {"mismatch": told.abs(), "mismatch_kl": told.exp() - 1 - told}
         self._tokens.append({name: value.cpu() for name, value in seen.items()} | {"A": micro.advantages.cpu()})
 
     def update(self, step_of_optimiser: dict[str, float]) -> dict[str, float]:
         """The update that ``add`` has seen all of: means over its tokens."""
-        seen = {name: torch.cat([tokens[name] for tokens in self._tokens]) for name in self._tokens[0]}
+        names = dict.fromkeys(name for tokens in self._tokens for name in tokens)
+        seen = {name: torch.cat([tokens[name] for tokens in self._tokens if name in tokens]) for name in names}
         advantages, norm = seen.pop("A"), seen.pop("logit_grad_norm", None)
         seen.pop("loss", None)  # that of the whole minibatch is told
         if "logprob" in seen:
@@ -189,7 +197,7 @@ class Report:
                 seen["logit_grad_others"] = (norm.square() - seen["logit_grad_sampled"].square()).clamp_min(0).sqrt()
             by_sign = {"pos": norm[advantages > 0], "neg": norm[advantages < 0]}
             seen |= {f"logit_grad_norm_{sign}": part for sign, part in by_sign.items() if len(part)}
-        means = {name: value.mean().item() for name, value in seen.items()}
+        means = {name: value.mean().item() for name, value in seen.items() if len(value)}
         self.updates.append({"update": len(self.updates) + 1, "loss": self._loss} | means | step_of_optimiser)
         return self.updates[-1]
 

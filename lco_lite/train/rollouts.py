@@ -86,7 +86,7 @@ class Rollouts:
         self.ctx, self.engine, self.chat, self.folder = ctx, engine, chat, stage.path / "rollouts"
         self.task = rewarding_task(recipe)
         longest = longest_response(recipe)
-        self.sampling = Sampling(rl.temperature, rl.top_p, longest, rl.rollout_batch)
+        self.sampling = Sampling(rl.temperature, rl.top_p, longest, rl.rollout_batch, logprobs=True)
         asked = [(prompt, chat.prompt(prompt.messages)) for prompt in rl_prompts(recipe, self.task)]
 
         def room(one: tuple[Prompt, list[int]]) -> int:
@@ -187,8 +187,8 @@ def sample(
     state: list[str] | None = None
     for line in kept.rows:
         if line.get("sampled") == label:
-            for place, (ids, truncated) in zip(line["places"], line["responses"], strict=True):
-                responses[place] = Response(Example(prompts[place], ids), truncated)
+            for place, (ids, truncated, *told) in zip(line["places"], line["responses"], strict=True):
+                responses[place] = Response(Example(prompts[place], ids), truncated, *told)
             state = line["rng"]
     room, size, left = ctx.room("rl.rollout_batch", sampling.batch), 0, list[int]()
     batches: Iterator[Made] = iter(())
@@ -210,7 +210,7 @@ def sample(
         while len(responses) < len(prompts):
             places, made, state = room.do(next_batch, half, OTHER_NUMBERS)
             responses.update(zip(places, made, strict=True))
-            ids = [[response.example.response, response.truncated] for response in made]
+            ids = [[r.example.response, r.truncated] + [r.logprobs] * (r.logprobs is not None) for r in made]
             kept.append({"sampled": label, "places": places, "responses": ids, "rng": state})
             progress.update(len(responses))
             stop_if_asked()
