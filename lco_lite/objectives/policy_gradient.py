@@ -1,8 +1,9 @@
 """The policy gradients that LCO is compared with, side by side. Each is a function of one micro-batch.
 
-ρ = π_θ/π_old, A the advantage; w = π_old/π_sampler, where an engine samples in other numerics than the trainer's, is
-held by ``Correction`` and multiplies the loss of what ρ is of: a token, or a whole response. The losses of the micro-batches of a minibatch add up to its own. Ratios differ from 1
-only from the second update of a rollout on: with one update a phase the clip never acts.
+ρ = π_θ/π_old, A the advantage. w = π_old/π_sampler, where an engine samples in other numerics than the trainer's, is held
+by ``Correction`` and multiplies the loss of what ρ is of: a token, or a whole response. The losses of the micro-batches
+of a minibatch add up to its own. Ratios differ from 1 only from the second update of a rollout on: with one update a
+phase the clip never acts.
 """
 
 from collections.abc import Mapping
@@ -41,8 +42,8 @@ class PolicyBatch:
     where no such model is open. All log-probabilities are at the rollouts' temperature (``rl.logprob_temperature``),
     and at 1 for an objective over the vocabulary. ``responses``: which response of the phase, ``groups``: which prompt.
     ``rewards``: the raw reward of the token's response, None where it has none. ``settings``: ``rl.settings``.
-    ``log_w``: log π_old/π_sampler at the temperature of the rollouts; None where their engine does not tell, and w is 1.
-    ``correction``: ``rl.mismatch``, None for none.
+    ``log_w``: log π_old/π_sampler at the temperature of the rollouts; None where the engine does not tell, and w
+    is 1. ``correction``: ``rl.mismatch``, None for none.
     """
 
     logprobs: Tensor | None

@@ -55,6 +55,15 @@ def sparse_advantages(actions: Tensor, advantages: Tensor, vocabulary: int) -> T
     return dense.scatter(-1, actions.unsqueeze(-1), advantages.unsqueeze(-1))
 
 
+def importance(old_logprobs: Tensor, sampler_logprobs: Tensor, kind: str, low: float, high: float) -> Tensor:
+    """π_old/π_sampler of a sample: ``truncate``, at most ``high`` (Yao et al. 2025); ``mask``, 0 outside of ``low`` to
+    ``high`` (IcePop, Ling team 2025). [...] -> [...]."""
+    weight = torch.exp(old_logprobs - sampler_logprobs)
+    if kind == "truncate":
+        return torch.minimum(weight, torch.full_like(weight, high))
+    return torch.where((low <= weight) & (weight <= high), weight, torch.zeros_like(weight))
+
+
 def _weighted(f, residual: Tensor, weighting: str, old_logits: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
     """Reduce f over V: "mean" and "sum" of f(r), or "policy": E_{π_old}[f(r − E_{π_old} r)], free of constants."""
     if weighting == "mean":

@@ -37,7 +37,9 @@ class HFEngine(Engine):
         with self.model.use(self.role.adapter):
             while running:
                 left = width + sampling.max_new_tokens - ids.shape[1]
-                stops = Stops(width, self.stop_ids, strings, len(ids) // 2 if len(ids) >= self.shrinks_from else 0, ids.device)
+                stops = Stops(
+                    width, self.stop_ids, strings, len(ids) // 2 if len(ids) >= self.shrinks_from else 0, ids.device
+                )
                 config = self._config(replace(sampling, max_new_tokens=left))
                 config.return_dict_in_generate = True
                 out = model.generate(

@@ -53,7 +53,9 @@ class VLLMEngine(Engine):
         if (reason := missing("nf4" if nf4 else "none")) is not None:
             raise ModelError(reason)
         if len(self.padding) > MOST_BIASED:
-            more = f"{len(self.padding)} rows of its head are not to be drawn, and vLLM leaves out {MOST_BIASED} at most"
+            more = (
+                f"{len(self.padding)} rows of its head are not to be drawn, and vLLM leaves out {MOST_BIASED} at most"
+            )
             raise ModelError(f"rollout.engine: vllm: {more}: take paged")
 
     def sync(self) -> None:
@@ -176,7 +178,9 @@ def awake(need: Needs, gpu_share: float) -> Iterator[Any]:
             raise
     if reason is not None:  # outside, so that it holds on to nothing of the pass
         close()
-        share = f"{need.slots} responses of up to {need.longest} tokens at once do not fit rollout.gpu_share {gpu_share:g}"
+        share = (
+            f"{need.slots} responses of up to {need.longest} tokens at once do not fit rollout.gpu_share {gpu_share:g}"
+        )
         raise torch.OutOfMemoryError(f"vllm: {share}: {reason}")
 
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch, ValueHead, value_loss
+from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, Correction, PolicyBatch, ValueHead, value_loss
+from lco_lite.objectives.reference import importance
 
 LENGTHS = [3, 1, 4]
 ROWS = torch.tensor([i for i, n in enumerate(LENGTHS) for _ in range(n)])
@@ -59,6 +60,33 @@ def test_each_loss_is_the_papers_formula(name, seed):
 def test_gradients_agree_with_finite_differences(name):
     new, old, advantages = case(3)
     assert torch.autograd.gradcheck(lambda x: loss(name, x, old, advantages)[0], new, eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+@pytest.mark.parametrize("name", POLICY_GRADIENTS)
+def test_a_weight_multiplies_the_loss_of_what_the_ratio_is_of(name, kind):
+    """A token's for most; the product of a response's for rloo, its geometric mean for gspo. Values and gradients: a
+    weight is a constant, so that the loss is one of weighted advantages."""
+    new, old, advantages = case(4)
+    sampler = old - torch.linspace(-0.5, 0.6, len(ROWS), dtype=torch.float64)
+    held = Correction(kind, 1.2, 0.8, 1.4)
+    low, high = (0.0, 1.2) if kind == "truncate" else (0.8, 1.4)
+    weight = importance(old, sampler, kind, low, high)
+    if name in ("rloo", "gspo"):
+        for i, n in enumerate(LENGTHS):
+            share = 1 / n if name == "gspo" else 1.0
+            mine = ROWS == i
+            weight[mine] = importance(share * old[mine].sum(), share * sampler[mine].sum(), kind, low, high)
+    assert 1 < len(set(weight.tolist()))
+    batch = PolicyBatch(new, old, advantages, ROWS, len(ROWS), len(LENGTHS), log_w=old - sampler, correction=held)
+    got, want = POLICY_GRADIENTS[name](batch, CLIP)[0], loss(name, new, old, advantages * weight)[0]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(x, new)[0] for x in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=0)
+    same = PolicyBatch(
+        new, old, advantages, ROWS, len(ROWS), len(LENGTHS), log_w=torch.zeros_like(old), correction=held
+    )
+    assert torch.equal(POLICY_GRADIENTS[name](same, CLIP)[0], loss(name, new, old, advantages)[0])
 
 
 @pytest.mark.parametrize("name", ["ppo", "dapo"])

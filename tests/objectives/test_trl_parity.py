@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from lco_lite.feedback.advantages import divide_by_group_std, subtract_baseline
 from lco_lite.objectives.distillation import Teacher, jsd_loss
 from lco_lite.objectives.head import Head
 from lco_lite.objectives.logprobs import token_logprobs
-from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch
+from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, Correction, PolicyBatch
 
 trl = pytest.importorskip("trl", reason="needs TRL 1.16: pip install 'lco-lite[bench]'")
 if not trl.__version__.startswith("1.16."):
@@ -89,13 +90,21 @@ def stand_in(new: Tensor, clip: Clip, loss_type: str | None, level: str | None, 
 
 
 def theirs(
-    name: str, new: Tensor, old: Tensor, advantages: Tensor, part: slice = slice(None), parts: int = 1
+    name: str,
+    new: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    part: slice = slice(None),
+    parts: int = 1,
+    importance_sampling_ratio: Tensor | None = None,
+    **settings: Any,
 ) -> Tensor:
     """TRL's loss of the sequences in ``part``, one of ``parts`` micro-batches of the only update of a rollout."""
     trainer, loss_type, level, clip = LOSSES[name]
     mask = MASK[part].long()
     arguments = SimpleNamespace(delta=None, steps_per_generation=parts)
-    stub = stand_in(new[part], clip, loss_type, level, args=arguments, current_gradient_accumulation_steps=parts)
+    settings |= {"args": arguments, "current_gradient_accumulation_steps": parts}
+    stub = stand_in(new[part], clip, loss_type, level, **settings)
     ids = torch.zeros_like(mask)
     inputs = {
         "prompt_ids": ids[:, :1],
@@ -106,6 +115,7 @@ def theirs(
         "old_per_token_logps": old[part],
         "old_logps": (old[part] * mask).sum(1),
         "num_items_in_batch": MASK.sum(),
+        "importance_sampling_ratio": importance_sampling_ratio,
     }
     loss = trainer._compute_loss(stub, None, inputs)
     return loss / parts if trainer is RLOOTrainer else loss  # transformers' loop divides what RLOO returns
@@ -118,6 +128,46 @@ def ours(name: str, new: Tensor, old: Tensor, advantages: Tensor, part: slice = 
     batch = PolicyBatch(new[part][mask], old[part][mask], advantages[part][rows], rows, len(ROWS), SEQUENCES)
     loss, found = POLICY_GRADIENTS[name](batch, LOSSES[name][3])
     return loss, found["clipped"]
+
+
+# ours -> TRL's mode, its bounds
+CORRECTIONS: dict[str, tuple[str, float | None, float]] = {
+    "truncate": ("truncate", None, 1.3),
+    "mask": ("mask", 0.8, 1.25),
+}
+
+
+@pytest.mark.parametrize("kind", CORRECTIONS)
+@pytest.mark.parametrize(("name", "level"), [("grpo", "token"), ("dapo", "token"), ("rloo", "sequence")])
+def test_the_correction_for_another_sampler_is_that_of_trl(name: str, level: str, kind: str) -> None:
+    """Weights from its rollout code; loss and gradient of those whose ratio is a token's. TRL's RLOO has no correction,
+    its weight of a sequence is that of its GRPO."""
+    new, old, advantages = draw(5, 0.3)
+    noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sampler = old + (0.3 if level == "token" else 0.1) * noise
+    told = [row[:n].tolist() for row, n in zip(sampler, LENGTHS, strict=True)]
+    mode, low, high = CORRECTIONS[kind]
+    vllm = {"use_vllm": True, "vllm_importance_sampling_correction": True}
+    bounds = {"vllm_importance_sampling_clip_min": low, "vllm_importance_sampling_clip_max": high}
+    mode = {"vllm_importance_sampling_mode": f"{level}_{mode}"}
+    out = rolled_out(GRPOTrainer, torch.randn(SEQUENCES).double(), told, old=old, beta=0.0, **vllm, **bounds, **mode)
+    want = out["importance_sampling_ratio"]  # [B, L], or [B, 1]
+    held = Correction(kind, high, low or 0.0, high)
+    log_w = (old - torch.tensor(sampler.float().tolist(), dtype=torch.float64))[MASK]
+    whole = torch.zeros(SEQUENCES, dtype=torch.float64).index_add(0, ROWS, log_w)
+    got = held(log_w) if level == "token" else held(whole)
+    torch.testing.assert_close(got, want[MASK] if level == "token" else want[:, 0], rtol=1e-6, atol=1e-7)
+    assert ((got == 0) | (got == high)).any() and len(set(got.tolist())) > 2, "some are held, some are not"
+    batch = PolicyBatch(new[MASK], old[MASK], advantages[ROWS], ROWS, len(ROWS), SEQUENCES)
+    batch = replace(batch, log_w=log_w, correction=held)
+    loss = POLICY_GRADIENTS[name](batch, LOSSES[name][3])[0]
+    if level == "token":
+        full = theirs(name, new, old, advantages, importance_sampling_ratio=want, **vllm)
+    else:  # a minibatch whose sequences count as often as they weigh
+        full = theirs(name, new, old, advantages * got)
+    torch.testing.assert_close(loss, full, rtol=1e-6, atol=1e-8)
+    grads = [torch.autograd.grad(x, new)[0] for x in (loss, full)]
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.3])
@@ -197,11 +247,16 @@ def test_log_probabilities_at_a_temperature_and_grpos_gradient_in_the_weights_ar
 
 def rollout_advantages(trainer: Any, rewards: Tensor, **settings: Any) -> Tensor:
     """The advantages [B] that TRL's trainer gives responses with ``rewards`` [B], in its own rollout code."""
+    return rolled_out(trainer, rewards, **settings)["advantages"]
+
+
+def rolled_out(trainer: Any, rewards: Tensor, told: list[list[float]] | None = None, **settings: Any) -> dict[str, Any]:
+    """What TRL's rollout code gives to its loss; ``told``: the sampler's log-probabilities."""
     made = [[5] * n for n in LENGTHS]
     prompts, texts = [[1]] * SEQUENCES, ["x"] * SEQUENCES
     answer: Any = (prompts, made, texts)
-    if trainer is GRPOTrainer:  # also tools, the sampler's log-probabilities, fields of the user's and images: none
-        answer = (prompts, made, None, texts, None, {}, None, None)
+    if trainer is GRPOTrainer:  # also tools, fields of the user's and images: none
+        answer = (prompts, made, None, texts, told, {}, None, None)
     logs: dict[str, Any] = {k: [] for k in ("prompt", "completion", "advantages")}
     old = settings.pop("old", torch.zeros(SEQUENCES, LONGEST, dtype=torch.float64))
     reference = settings.pop("reference", None)
@@ -241,7 +296,7 @@ def rollout_advantages(trainer: Any, rewards: Tensor, **settings: Any) -> Tensor
         ),
     }
     stub = stand_in(torch.zeros(0), Clip(0.2, 0.2), None, None, **given | settings)
-    return trainer._generate_and_score_completions(stub, [{"prompt": "x"}] * SEQUENCES)["advantages"]
+    return trainer._generate_and_score_completions(stub, [{"prompt": "x"}] * SEQUENCES)
 
 
 @pytest.mark.parametrize("scale", ["group", "none"])

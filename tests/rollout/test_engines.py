@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 from lco_lite.errors import ModelError
 from lco_lite.models.language_model import LanguageModel, Role
-from lco_lite.models.loading import build_scratch, load_base, load_tokenizer
+from lco_lite.models.loading import build_scratch, byte_tokenizer, load_base, load_tokenizer
 from lco_lite.objectives.reference import optimal_logits
 from lco_lite.recipe.sections import Init, Lora, Model
-from lco_lite.rollout import paged
+from lco_lite.rollout import hf, paged
 from lco_lite.rollout.engine import (
     Engine,
     Response,
@@ -34,7 +36,7 @@ from lco_lite.rollout.hf import HFEngine
 from lco_lite.rollout.lockstep import draw, mixture, optimal_policy
 from lco_lite.rollout.paged import Way
 from lco_lite.sequences import Example, seeded
-from tests.models.families import FAMILIES, load, save
+from tests.models.families import COMMON, FAMILIES, load, save
 
 PROMPTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
 GREEDY = Sampling(temperature=0, top_p=1.0, max_new_tokens=6, batch=2)
@@ -274,9 +276,115 @@ def test_the_same_seed_gives_the_same_responses_and_leaves_other_draws_alone(mod
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# continuous batching
+# generate, whose batch shrinks
 
 MIXED = [[10 + (i * 7 + k) % 200 for k in range(1 + i * 5 % 17)] for i in range(16)]
+
+
+class Whole(HFEngine):
+    """As transformers has it: a row that has ended stays until all have."""
+
+    shrinks_from = 10**9
+
+
+class Always(HFEngine):
+    shrinks_from = 2
+
+
+def ends_apart(role: Role, sampling: Sampling, n: int = 16) -> set[int]:
+    """Stop tokens with which they have unlike lengths, at least three in four short of the limit: of each in turn the
+    token that comes first in it at the latest place."""
+    whole = [r.example.response for r in in_order(Whole(role, 3, role.model.head.rows).generate(MIXED[:n], sampling))]
+    stops = set[int]()
+    for ids in whole:
+        if sum(not stops & set(other) for other in whole) <= n // 4:
+            break
+        stops.add(max(ids, key=ids.index))
+    return stops
+
+
+def shrunk_and_whole(
+    role: Role, sampling: Sampling, monkeypatch, n: int = 16
+) -> tuple[list[list[Response]], list[int]]:
+    """What both make, and the rows of each call of generate of the one that shrinks."""
+    stops, rows, made = ends_apart(role, replace(sampling, stop=()), n), [], []
+    real = role.model.base.generate
+    for kind in (Whole, Always):
+        engine = kind(role, 3, role.model.head.rows)
+        engine.stop_ids = stops
+        rows.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(role.model.base, "generate", lambda **kw: rows.append(len(kw["input_ids"])) or real(**kw))
+            made.append(in_order(engine.generate(MIXED[:n], sampling)))
+    assert len({len(r.example.response) for r in made[0]}) > 1, "they end apart"
+    assert rows[0] == n and len(rows) > 1 and all(after <= before // 2 for before, after in pairwise(rows))
+    return made, rows
+
+
+LONG = Sampling(temperature=0, top_p=1.0, max_new_tokens=30, batch=16)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gemma3-vision", "mistral3", "opt", "gpt_neox"])
+def test_a_batch_that_shrinks_makes_the_tokens_of_one_that_does_not(tmp_path, monkeypatch, family):
+    """Past the sliding window of 16 of those that have one."""
+    made, _ = shrunk_and_whole(Role(load(save(family, tmp_path / "m"))), LONG, monkeypatch)
+    assert made[0] == made[1]
+
+
+def test_adapters_and_stop_strings_shrink_alike(model, monkeypatch):
+    for name in (None, "reward", "reference"):
+        made, _ = shrunk_and_whole(Role(model, name), LONG, monkeypatch)
+        assert made[0] == made[1]
+        text = model.tokenizer.decode(max((r.example.response for r in made[0]), key=len)[-2:])
+        made, _ = shrunk_and_whole(Role(model, name), replace(LONG, stop=(text, "never said")), monkeypatch)
+        assert made[0] == made[1]
+    assert model.active is None
+
+
+@pytest.mark.parametrize("kind", ["linear and full attention", "static", "the model's own"])
+def test_a_cache_of_another_kind_goes_along_or_is_made_again(tmp_path, monkeypatch, kind):
+    """States of linear attention are selected with the keys; of one without keys, or with a fixed number of rows, the
+    tokens are read again."""
+    if kind != "linear and full attention":
+        model = load(save("gemma3", tmp_path / "m"))
+        model.base.generation_config.cache_implementation = "static" if kind == "static" else None
+    else:
+        layers = ["linear_attention", "full_attention"]
+        tiny = {"head_dim": 8, "layer_types": layers, "num_experts": 0, "linear_num_value_heads": 2}
+        tiny |= {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        made = transformers.Qwen3NextConfig(**{**COMMON, **tiny})
+        torch.manual_seed(0)
+        base = transformers.Qwen3NextForCausalLM(made).eval()
+        with torch.no_grad():
+            for p in base.parameters():
+                if p.dim() > 1:
+                    p.normal_(std=0.2)
+        model = LanguageModel(base, byte_tokenizer(128))
+    calls, real = [], hf.only
+
+    def only(cache, rows):
+        calls.append(real(None if kind == "the model's own" else cache, rows))
+        return calls[-1]
+
+    monkeypatch.setattr(hf, "only", only)
+    made, _ = shrunk_and_whole(Role(model), LONG, monkeypatch)
+    assert made[0] == made[1]
+    assert {cache is not None for cache in calls} == {kind == "linear and full attention"}
+
+
+def test_a_batch_too_small_to_gain_does_not_shrink(model, monkeypatch):
+    rows, real = [], model.base.generate
+    monkeypatch.setattr(model.base, "generate", lambda **kw: rows.append(len(kw["input_ids"])) or real(**kw))
+    role = Role(model)
+    stops = ends_apart(role, LONG)
+    rows.clear()
+    engine = HFEngine(role, 3, model.head.rows)
+    engine.stop_ids = stops
+    in_order(engine.generate(MIXED, LONG))
+    assert rows[0] == 16 and min(rows[:-1]) >= HFEngine.shrinks_from > 2
+
+
+# continuous batching
 
 
 def test_of_auto_a_gpu_of_capability_8_samples_in_pages_and_the_rest_by_generate(monkeypatch):
@@ -323,7 +431,7 @@ def test_every_family_is_sampled_from_in_pages_as_by_generate(tmp_path, family):
     assert made[0] == made[1]
 
 
-def test_paged_greedy_is_that_of_generate_on_nf4(tmp_path):
+def test_greedy_is_the_same_on_nf4_in_pages_and_in_a_batch_that_shrinks(tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     build_scratch(Init(hidden_size=64, layers=2, heads=2, intermediate_size=128, std=0.3), tmp_path / "m", seed=1)
     weights = Model(path=str(tmp_path / "m"), quantization="nf4")
@@ -335,10 +443,14 @@ def test_paged_greedy_is_that_of_generate_on_nf4(tmp_path):
     for name in (None, "policy"):
         made = [in_order(opened(k, Role(model, name)).generate(MIXED, GREEDY)) for k in ("hf", "paged")]
         assert made[0] == made[1]
+        made, _ = shrunk_and_whole(Role(model, name), LONG, monkeypatch)
+        assert made[0] == made[1]
 
 
-def test_paged_samples_have_the_distribution_at_temperature_and_nucleus(model):
-    """chi-squared of both tokens of 4,000 responses against the product of plain forward passes."""
+@pytest.mark.parametrize("kind", ["hf", "paged"])
+def test_samples_have_the_distribution_at_temperature_and_nucleus(model, kind):
+    """chi-squared of both tokens of 4,000 responses against the product of plain forward passes. More than half end
+    with the first, so that of ``hf`` the second is of a batch that has shrunk."""
     role, prompt, n = Role(model), PROMPTS[0], 4000
 
     def exact(ids: list[int]) -> torch.Tensor:
@@ -348,15 +460,19 @@ def test_paged_samples_have_the_distribution_at_temperature_and_nucleus(model):
         return torch.zeros_like(p).index_copy(0, kept, p[kept] / p[kept].sum())
 
     first = exact(prompt)
+    order = first.argsort(descending=True).tolist()
+    ends = {3, *order[: int((first[order].cumsum(0) < 0.5).sum()) + 1]}  # half of the responses and more
     expected = {
         (a, b): n * first[a].item() * p
         for a in first.nonzero().flatten().tolist()
-        for b, p in (enumerate(exact([*prompt, a]).tolist()) if a != 3 else [(-1, 1.0)])
+        for b, p in (enumerate(exact([*prompt, a]).tolist()) if a not in ends else [(-1, 1.0)])
         if p > 0
     }
     with seeded(0, "draws"):
         sampling = Sampling(temperature=0.5, top_p=0.4, max_new_tokens=2, batch=1000)
-        made = in_order(opened("paged", role).generate([prompt] * n, sampling))
+        engine = opened(kind, role)
+        engine.stop_ids = ends
+        made = in_order(engine.generate([prompt] * n, sampling))
     drawn = Counter(tuple([*r.example.response, -1][:2]) for r in made)
     assert set(drawn) <= set(expected), "nothing outside the nucleus"
     cells = [cell for cell, mean in expected.items() if mean >= 5]

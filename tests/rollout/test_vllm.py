@@ -104,7 +104,9 @@ class LLM:
         self.did.append("generate")
         if LLM.fails:
             raise LLM.fails.pop(0)
-        return [self._one(p["prompt_token_ids"], s, lora_request) for p, s in zip(prompts, sampling_params, strict=True)]
+        return [
+            self._one(p["prompt_token_ids"], s, lora_request) for p, s in zip(prompts, sampling_params, strict=True)
+        ]
 
     def _logits(self, ids: list[int], adapter: LoRARequest | None) -> Tensor:
         tokens = torch.tensor([ids])
@@ -199,7 +201,9 @@ def test_greedy_is_that_of_hf_for_the_base_and_every_adapter_in_turn_by_one_vllm
         hf, vllm = both(Role(model, name), GREEDY)
         assert hf == vllm
     made = stand_in.made
-    assert [(llm.max_lora_rank, llm.alive) for llm in made] == [(8, False), (32, True)], "reopened for a larger rank only"
+    assert [(llm.max_lora_rank, llm.alive) for llm in made] == [(8, False), (32, True)], (
+        "reopened for a larger rank only"
+    )
     assert {llm.model for llm in made} == {str(model.base.name_or_path)}
     assert made[1].gpu_memory_utilization == 0.3 and made[1].max_model_len == 256 and made[1].dtype == "float32"
 
