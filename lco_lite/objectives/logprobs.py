@@ -50,8 +50,8 @@ def token_logprobs(
 
 @torch.no_grad()
 def sampled_from(hidden: Tensor, head: Head, actions: Tensor, temperature: float, top_p: float) -> Tensor:
-    """log-probabilities [T] with which a sampler of the policy draws ``actions``: at ``temperature``, within the nucleus
-    of ``top_p``, whose mass is taken off. Without a gradient; otherwise as ``token_logprobs``."""
+    """log-probabilities [T] with which a sampler of the policy draws ``actions``: at ``temperature``, within the
+    nucleus of ``top_p``, whose mass is taken off. Without a gradient; otherwise as ``token_logprobs``."""
     parts = []
     with torch.autocast(hidden.device.type, enabled=False):
         for part in spans(len(hidden), None, 3 * head.rows, hidden.device):  # sorting takes values and places more

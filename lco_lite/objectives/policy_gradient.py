@@ -1,9 +1,9 @@
 """The policy gradients that LCO is compared with, side by side. Each is a function of one micro-batch.
 
-ρ = π_θ/π_old, A the advantage. w = π_old/π_sampler, where an engine samples in other numerics than the trainer's, is held
-by ``Correction`` and multiplies the loss of what ρ is of: a token, or a whole response. The losses of the micro-batches
-of a minibatch add up to its own. Ratios differ from 1 only from the second update of a rollout on: with one update a
-phase the clip never acts.
+ρ = π_θ/π_old, A the advantage. w = π_old/π_sampler, where an engine samples in other numerics than the trainer's, is
+held by ``Correction`` and multiplies the loss of what ρ is of: a token, or a whole response. The losses of the
+micro-batches of a minibatch add up to its own. Ratios differ from 1 only from the second update of a rollout on: with
+one update a phase the clip never acts.
 """
 
 from collections.abc import Mapping

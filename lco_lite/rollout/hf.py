@@ -37,9 +37,8 @@ class HFEngine(Engine):
         with self.model.use(self.role.adapter):
             while running:
                 left = width + sampling.max_new_tokens - ids.shape[1]
-                stops = Stops(
-                    width, self.stop_ids, strings, len(ids) // 2 if len(ids) >= self.shrinks_from else 0, ids.device
-                )
+                least = len(ids) // 2 if len(ids) >= self.shrinks_from else 0
+                stops = Stops(width, torch.tensor(sorted(self.stop_ids), device=ids.device), strings, least)
                 config = self._config(replace(sampling, max_new_tokens=left))
                 config.return_dict_in_generate = True
                 out = model.generate(
@@ -78,9 +77,8 @@ class HFEngine(Engine):
 class Stops:
     """A stopping criterion: a row stops with a stop token or string, and all of them where at most ``least`` run on."""
 
-    def __init__(self, width: int, stop_ids: set[int], strings: StopStrings, least: int, device: torch.device) -> None:
-        self.width, self.strings, self.least = width, strings, least
-        self.stop_ids = torch.tensor(sorted(stop_ids), device=device)
+    def __init__(self, width: int, stop_ids: Tensor, strings: StopStrings, least: int) -> None:
+        self.width, self.stop_ids, self.strings, self.least = width, stop_ids, strings, least
         self.ended: Tensor | None = None  # [B]
 
     def __call__(self, ids: Tensor, scores: Any, **kw: Any) -> Tensor:
@@ -93,8 +91,8 @@ class Stops:
 
 
 def only(cache: Any, rows: Tensor) -> DynamicCache | None:
-    """These rows of the cache, whose other ones are gone; None for a kind that has no rows to take (a static one, states
-    of a model's own): ``generate`` then reads the tokens again."""
+    """These rows of the cache, whose other ones are gone; None for a kind of which none are taken (a static one, states
+    of the model's own): ``generate`` then reads the tokens again."""
     if not isinstance(cache, DynamicCache) or not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
         return None
     cache.reorder_cache(rows)  # type: ignore[arg-type]  # of every kind of layer, states of linear attention too

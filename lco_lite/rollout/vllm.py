@@ -1,4 +1,4 @@
-"""Sampling by vLLM in this process: its own copy of the base, and the adapter handed over as a PEFT folder, never merged.
+"""Sampling by vLLM in this process: its own copy of the base; the adapter is handed over as a folder, never merged.
 
 There is one vLLM, whatever the roles: each is an adapter with an id of its own. Outside its batches it sleeps: its
 weights wait in the host's memory, its cache is given up. Written against vLLM 0.30.
@@ -53,10 +53,10 @@ class VLLMEngine(Engine):
         if (reason := missing("nf4" if nf4 else "none")) is not None:
             raise ModelError(reason)
         if len(self.padding) > MOST_BIASED:
-            more = (
+            rows = (
                 f"{len(self.padding)} rows of its head are not to be drawn, and vLLM leaves out {MOST_BIASED} at most"
             )
-            raise ModelError(f"rollout.engine: vllm: {more}: take paged")
+            raise ModelError(f"rollout.engine: vllm: {rows}: take paged")
 
     def sync(self) -> None:
         """The adapter as it is now, under a new id; the base stands still."""
@@ -178,10 +178,8 @@ def awake(need: Needs, gpu_share: float) -> Iterator[Any]:
             raise
     if reason is not None:  # outside, so that it holds on to nothing of the pass
         close()
-        share = (
-            f"{need.slots} responses of up to {need.longest} tokens at once do not fit rollout.gpu_share {gpu_share:g}"
-        )
-        raise torch.OutOfMemoryError(f"vllm: {share}: {reason}")
+        what = f"{need.slots} responses of up to {need.longest} tokens at once"
+        raise torch.OutOfMemoryError(f"vllm: {what} do not fit rollout.gpu_share {gpu_share:g}: {reason}")
 
 
 def close() -> None:

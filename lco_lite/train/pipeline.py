@@ -32,8 +32,8 @@ def train(ctx: Context, stage: str, fresh: bool = False) -> None:
 
 
 def refuse_untrainable(recipe: Recipe) -> None:
-    """Raises UsageError where gradients would pass through float16, in which scores may be made, where a function of the
-    user's does not fit the feedback, and where the engine that samples is not installed."""
+    """Raises UsageError where gradients would pass through float16, in which scores may be made, where a function of
+    the user's does not fit the feedback, and where the engine that samples is not installed."""
     method_of(recipe.rl)
     if recipe.rollout.engine == "vllm" and (reason := missing(recipe.model.quantization)) is not None:
         raise UsageError(reason)

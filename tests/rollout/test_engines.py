@@ -291,23 +291,21 @@ class Always(HFEngine):
     shrinks_from = 2
 
 
-def ends_apart(role: Role, sampling: Sampling, n: int = 16) -> set[int]:
+def ends_apart(role: Role, sampling: Sampling) -> set[int]:
     """Stop tokens with which they have unlike lengths, at least three in four short of the limit: of each in turn the
     token that comes first in it at the latest place."""
-    whole = [r.example.response for r in in_order(Whole(role, 3, role.model.head.rows).generate(MIXED[:n], sampling))]
+    whole = [r.example.response for r in in_order(Whole(role, 3, role.model.head.rows).generate(MIXED, sampling))]
     stops = set[int]()
     for ids in whole:
-        if sum(not stops & set(other) for other in whole) <= n // 4:
+        if sum(not stops & set(other) for other in whole) <= len(MIXED) // 4:
             break
         stops.add(max(ids, key=ids.index))
     return stops
 
 
-def shrunk_and_whole(
-    role: Role, sampling: Sampling, monkeypatch, n: int = 16
-) -> tuple[list[list[Response]], list[int]]:
-    """What both make, and the rows of each call of generate of the one that shrinks."""
-    stops, rows, made = ends_apart(role, replace(sampling, stop=()), n), [], []
+def whole_and_shrunk(role: Role, sampling: Sampling, monkeypatch) -> list[list[Response]]:
+    """What both make of ``MIXED``, where the rows of each call of generate are at most half of those before."""
+    stops, rows, made = ends_apart(role, replace(sampling, stop=())), [], []
     real = role.model.base.generate
     for kind in (Whole, Always):
         engine = kind(role, 3, role.model.head.rows)
@@ -315,10 +313,10 @@ def shrunk_and_whole(
         rows.clear()
         with monkeypatch.context() as patch:
             patch.setattr(role.model.base, "generate", lambda **kw: rows.append(len(kw["input_ids"])) or real(**kw))
-            made.append(in_order(engine.generate(MIXED[:n], sampling)))
+            made.append(in_order(engine.generate(MIXED, sampling)))
     assert len({len(r.example.response) for r in made[0]}) > 1, "they end apart"
-    assert rows[0] == n and len(rows) > 1 and all(after <= before // 2 for before, after in pairwise(rows))
-    return made, rows
+    assert rows[0] == len(MIXED) and len(rows) > 1 and all(after <= before // 2 for before, after in pairwise(rows))
+    return made
 
 
 LONG = Sampling(temperature=0, top_p=1.0, max_new_tokens=30, batch=16)
@@ -327,16 +325,16 @@ LONG = Sampling(temperature=0, top_p=1.0, max_new_tokens=30, batch=16)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gemma3-vision", "mistral3", "opt", "gpt_neox"])
 def test_a_batch_that_shrinks_makes_the_tokens_of_one_that_does_not(tmp_path, monkeypatch, family):
     """Past the sliding window of 16 of those that have one."""
-    made, _ = shrunk_and_whole(Role(load(save(family, tmp_path / "m"))), LONG, monkeypatch)
+    made = whole_and_shrunk(Role(load(save(family, tmp_path / "m"))), LONG, monkeypatch)
     assert made[0] == made[1]
 
 
 def test_adapters_and_stop_strings_shrink_alike(model, monkeypatch):
     for name in (None, "reward", "reference"):
-        made, _ = shrunk_and_whole(Role(model, name), LONG, monkeypatch)
+        made = whole_and_shrunk(Role(model, name), LONG, monkeypatch)
         assert made[0] == made[1]
         text = model.tokenizer.decode(max((r.example.response for r in made[0]), key=len)[-2:])
-        made, _ = shrunk_and_whole(Role(model, name), replace(LONG, stop=(text, "never said")), monkeypatch)
+        made = whole_and_shrunk(Role(model, name), replace(LONG, stop=(text, "never said")), monkeypatch)
         assert made[0] == made[1]
     assert model.active is None
 
@@ -367,7 +365,7 @@ def test_a_cache_of_another_kind_goes_along_or_is_made_again(tmp_path, monkeypat
         return calls[-1]
 
     monkeypatch.setattr(hf, "only", only)
-    made, _ = shrunk_and_whole(Role(model), LONG, monkeypatch)
+    made = whole_and_shrunk(Role(model), LONG, monkeypatch)
     assert made[0] == made[1]
     assert {cache is not None for cache in calls} == {kind == "linear and full attention"}
 
@@ -443,7 +441,7 @@ def test_greedy_is_the_same_on_nf4_in_pages_and_in_a_batch_that_shrinks(tmp_path
     for name in (None, "policy"):
         made = [in_order(opened(k, Role(model, name)).generate(MIXED, GREEDY)) for k in ("hf", "paged")]
         assert made[0] == made[1]
-        made, _ = shrunk_and_whole(Role(model, name), LONG, monkeypatch)
+        made = whole_and_shrunk(Role(model, name), LONG, monkeypatch)
         assert made[0] == made[1]
 
 

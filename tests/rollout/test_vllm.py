@@ -1,5 +1,5 @@
-"""vLLM as an engine, on a stand-in with the parts of vLLM 0.30 that are used, which samples from the HF model; and, where
-it is installed on a machine with a GPU, on vLLM itself."""
+"""vLLM as an engine, on a stand-in with the parts of vLLM 0.30 that are used, which samples from the HF model; and on
+vLLM itself where it is installed and there is a GPU."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LoRARequest:
 
 @dataclass
 class LLM:
-    """Weights and adapters from their folders, by plain forward passes. ``did``: in which order what was asked of it."""
+    """Weights and adapters from their folders, by plain forward passes. ``did``: what was asked of it, in order."""
 
     model: str
     revision: str | None = None
