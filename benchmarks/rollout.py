@@ -5,10 +5,10 @@ so that they end apart, as in practice; prompts have from a quarter of ``--promp
 contenders take turns, the first turn warms up, and the median of the others is shown. Contenders:
 
     hf          transformers' generate, a batch that shrinks as its responses end: ``rollout.engine: hf``
-    hf whole    the same, where a row that has ended stays until all have
-    hf static   the same with a static cache, which transformers compiles on a GPU
+    generate    the same, where a row that has ended stays until all have
+    static      that with a static cache, which transformers compiles on a GPU
     paged       continuous batching: ``rollout.engine: paged``
-    vllm        where it is installed; of the base alone, without an adapter
+    vllm        where it is installed, waking up and falling asleep included: ``rollout.engine: vllm``
 
 On a GPU the model is a 3B in NF4 with an adapter, 64 responses at once, 128 + 512 tokens.
 """
@@ -37,6 +37,7 @@ from lco_lite.recipe.sections import Lora, Model
 from lco_lite.rollout.engine import Sampling, in_order
 from lco_lite.rollout.hf import HFEngine
 from lco_lite.rollout.paged import PagedEngine, way_of
+from lco_lite.rollout.vllm import VLLMEngine
 from lco_lite.sequences import seeded
 
 SHAPES = {  # d, layers, heads, key-value heads, feed-forward, V
@@ -44,7 +45,7 @@ SHAPES = {  # d, layers, heads, key-value heads, feed-forward, V
     "135m": (576, 30, 9, 3, 1536, 49152),
     "3b": (3072, 28, 24, 8, 8192, 128256),
 }
-CPU = {"shape": "20m", "quantization": "none", "prompts": 32, "slots": 8, "prompt": 32, "new": 64, "mean": 24}
+CPU = {"shape": "20m", "quantization": "none", "prompts": 32, "slots": 16, "prompt": 32, "new": 64, "mean": 24}
 GPU = {"shape": "3b", "quantization": "nf4", "prompts": 256, "slots": 64, "prompt": 128, "new": 512, "mean": 256}
 Contender = Callable[[], int]
 """Samples once; returns how many tokens were made, ends included."""
@@ -94,29 +95,12 @@ def build(folder: Path, options: argparse.Namespace) -> LanguageModel:
     return loaded
 
 
-def of_engine(engine: HFEngine, prompts: list[list[int]], sampling: Sampling, stops: list[int]) -> Contender:
+def of_engine(engine: Any, prompts: list[list[int]], sampling: Sampling, stops: list[int]) -> Contender:
     engine.stop_ids = set(stops)
 
     def sample() -> int:
         with seeded(0, "benchmark"):
             return sum(len(r.example.response) for r in in_order(engine.generate(prompts, sampling)))
-
-    return sample
-
-
-def of_vllm(folder: Path, prompts: list[list[int]], stops: list[int], options: argparse.Namespace) -> Contender:
-    import vllm  # type: ignore[import-not-found]
-
-    more = {"quantization": "bitsandbytes"} if options.quantization == "nf4" else {}
-    longest = options.prompt + options.new
-    llm = vllm.LLM(
-        str(folder), max_model_len=longest, max_num_seqs=options.slots, gpu_memory_utilization=0.4, seed=0, **more
-    )
-    sampling = vllm.SamplingParams(temperature=1.0, max_tokens=options.new, stop_token_ids=stops, detokenize=False)
-
-    def sample() -> int:
-        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return sum(len(made.outputs[0].token_ids) for made in llm.generate(asked, sampling, use_tqdm=False))
 
     return sample
 
@@ -129,9 +113,9 @@ def contenders(folder: Path, options: argparse.Namespace, console: Console) -> d
     prompts = [torch.randint(4, vocabulary, (n,), generator=generator).tolist() for n in lengths]
     sampling = Sampling(1.0, 1.0, options.new, options.slots)
     entries = {"hf": of_engine(HFEngine(role, 3, vocabulary), prompts, sampling, stops)}
-    entries["hf whole"] = of_engine(WholeHFEngine(role, 3, vocabulary), prompts, sampling, stops)
+    entries["generate"] = of_engine(WholeHFEngine(role, 3, vocabulary), prompts, sampling, stops)
     if options.device == "cuda":
-        entries["hf static"] = of_engine(StaticHFEngine(role, 3, vocabulary), prompts, sampling, stops)
+        entries["static"] = of_engine(StaticHFEngine(role, 3, vocabulary), prompts, sampling, stops)
     way = way_of(model, console.print)
     if way is None:
         raise SystemExit("paged does not run this model")
@@ -142,7 +126,7 @@ def contenders(folder: Path, options: argparse.Namespace, console: Console) -> d
     elif options.device == "cpu":
         console.print("vllm: left out, it is for GPUs here")
     else:
-        entries["vllm"] = of_vllm(folder, prompts, stops, options)
+        entries["vllm"] = of_engine(VLLMEngine(role, 3, vocabulary, 0.4), prompts, sampling, stops)
     return entries
 
 
@@ -163,7 +147,7 @@ def measure(entries: dict[str, Contender], options: argparse.Namespace) -> dict[
             "tokens_per_second": statistics.median(rates[name]),
             "lowest": min(rates[name]),
             "highest": max(rates[name]),
-            "to_hf": statistics.median(a / b for a, b in zip(rates[name], rates["hf"], strict=True)),
+            "to_generate": statistics.median(a / b for a, b in zip(rates[name], rates["generate"], strict=True)),
         }
         for name in entries
     }
@@ -207,10 +191,10 @@ def main() -> None:
         f"{options.slots} at once, {options.prompt} + {options.new} tokens · {device} · torch {torch.__version__}, "
     )
     title += f"transformers {transformers.__version__}"
-    table = Table("", "tokens", "tokens/s", "lowest", "highest", "tokens/s ÷ hf", title=title)
+    table = Table("", "tokens", "tokens/s", "lowest", "highest", "tokens/s ÷ generate", title=title)
     for name, row in results.items():
         rates = (f"{row[key]:,.1f}" for key in ("tokens_per_second", "lowest", "highest"))
-        table.add_row(name, f"{row['tokens']:,}", *rates, f"{row['to_hf']:.2f}")
+        table.add_row(name, f"{row['tokens']:,}", *rates, f"{row['to_generate']:.2f}")
     console.print(table)
     if options.json:
         asked = {name: value for name, value in vars(options).items() if name != "json"}

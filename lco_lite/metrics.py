@@ -28,7 +28,7 @@ METRICS: dict[str, str] = {
     "entropy": "entropy of the policy at temperature 1 a token, over all response tokens of the step's updates, nats",
     "sampled_prob": "mean probability of the sampled tokens at temperature 1, over all of the step's updates, 0 to 1",
     "clipped": "share of tokens, or of sequences (gspo, rloo), whose ratio the clip holds, 0 to 1",
-    "mismatch": "mean |log pi_old - log pi_sampler| a token, as the rollout engine tells the latter, nats",
+    "mismatch": "mean absolute difference of log pi_old and the rollout engine's log-probability a token, nats",
     "mismatch_kl": "KL(pi_sampler || pi_old) a token: w - 1 - log w, w = pi_old/pi_sampler, nats",
     "logit_grad_norm_pos": "2-norm of the gradient in the logits, tokens with advantage > 0",
     "logit_grad_norm_neg": "2-norm of the gradient in the logits, tokens with advantage < 0",

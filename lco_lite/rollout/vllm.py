@@ -53,10 +53,8 @@ class VLLMEngine(Engine):
         if (reason := missing("nf4" if nf4 else "none")) is not None:
             raise ModelError(reason)
         if len(self.padding) > MOST_BIASED:
-            rows = (
-                f"{len(self.padding)} rows of its head are not to be drawn, and vLLM leaves out {MOST_BIASED} at most"
-            )
-            raise ModelError(f"rollout.engine: vllm: {rows}: take paged")
+            padded = f"{len(self.padding)} rows of its head are not to be drawn"
+            raise ModelError(f"rollout.engine: vllm: {padded}, and vLLM leaves out {MOST_BIASED} at most: take paged")
 
     def sync(self) -> None:
         """The adapter as it is now, under a new id; the base stands still."""

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 
 from lco_lite.checkpoint import save_checkpoint
 from lco_lite.evaluation.evaluate import evaluate_stage, respond
 from lco_lite.evaluation.prompts import Question
+from lco_lite.files import JsonLines
 from lco_lite.metrics import METRICS, read_log
 from lco_lite.models.chat import ChatFormat
+from lco_lite.models.language_model import Role
 from lco_lite.models.loading import open_tokenizer
 from lco_lite.recipe import Rl
-from lco_lite.rollout.engine import Response
+from lco_lite.rollout import paged
+from lco_lite.rollout.engine import Engine, Response, Sampling, open_engine
 from lco_lite.rollout.hf import HFEngine
 from lco_lite.rollout.paged import PagedEngine
 from lco_lite.sequences import Example
 from lco_lite.tasks import load_task
+from lco_lite.train.pipeline import train
 from lco_lite.train.reward_model import pair_up
-from lco_lite.train.rollouts import Phase, Rollouts, plan_minibatches
+from lco_lite.train.rollouts import Phase, Rollouts, plan_minibatches, sample
 from lco_lite.train.training import StageTraining
+from tests.models.families import load, save
 from tests.train.test_chain import Killed, run_stage, same, start, trained
 
 FOUR_BATCHES = "rl.rollout_batch=2"  # of the eight responses of a phase
@@ -255,3 +263,98 @@ def test_the_chain_goes_through_paged_rollouts_and_goes_on_from_those_that_are_k
     assert score["settings"]["engine"] == "paged" and score["n"] == 8
     assert batches[0] == 2 * 4 + 2, "two passes over eight items, two at once"
     assert by_generate[0] == 0
+
+
+# the sampler's log-probabilities
+
+
+def told_by_paged(monkeypatch, shift: float) -> None:
+    """``paged``, as if it sampled in numerics that are off by ``shift`` nats a token."""
+    real = PagedEngine._generate_batch
+
+    def shifted(self, prompts, sampling):
+        made = real(self, prompts, sampling)
+        return [replace(r, logprobs=r.logprobs and [x + shift for x in r.logprobs]) for r in made]
+
+    monkeypatch.setattr(PagedEngine, "_generate_batch", shifted)
+
+
+GRPO = ["rl.objective=grpo", "rollout.engine=paged", "rl.responses_per_prompt=2", "rl.baseline=none", "rl.steps=1"]
+GRPO += ["rl.scale_rewards=false", "sft.max_steps=1", "rl.eval_every=0", "rl.prompts_per_step=4", "rl.warmup_steps=0"]
+
+
+@pytest.mark.slow
+def test_a_sampler_of_the_trainers_numerics_has_weights_of_one_and_another_is_measured_and_corrected(tiny, monkeypatch):
+    """At temperature 0.6 and top-p 0.95, whose nucleus is no mismatch. A token drawn with a quarter of its probability
+    counts four times, at most three; one drawn with twice of it counts half, too little for a mask from 0.6."""
+    rows = {}
+    for name, shift, *sets in (
+        ("alike", 0.0, "rl.mismatch=truncate"),
+        ("rarer", -math.log(4), "rl.mismatch=truncate"),
+        ("likelier", math.log(2), "rl.mismatch=mask", "rl.mismatch_low=0.6"),
+        ("uncorrected", math.log(2)),
+    ):
+        with monkeypatch.context() as patch:
+            told_by_paged(patch, shift)
+            ctx = run_stage(tiny, "rl-grpo", *GRPO, *sets, name=name)
+        rows[name] = read_log(ctx.run.stage("rl-grpo").path / "updates.jsonl")[0]
+    plain = rows["uncorrected"]["grad_norm"]
+    assert plain > 0 and rows["alike"]["grad_norm"] == pytest.approx(plain, rel=1e-3)
+    assert rows["alike"]["mismatch"] < 1e-4 and rows["alike"]["mismatch_kl"] < 1e-6
+    assert rows["rarer"]["grad_norm"] == pytest.approx(3 * plain, rel=1e-3)
+    assert rows["rarer"]["mismatch"] == pytest.approx(math.log(4), rel=1e-3)
+    assert rows["likelier"]["grad_norm"] == 0
+    assert rows["likelier"]["mismatch_kl"] == pytest.approx(0.5 - 1 + math.log(2), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_lco_is_told_of_the_mismatch_too(tiny):
+    sets = ["rl.steps=1", "rl.eval_every=0", "sft.max_steps=1", "train_rm.check_items=0", "rollout.engine=paged"]
+    (row,) = read_log(run_stage(tiny, "rl-kld", *sets).run.stage("rl-kld").metrics)
+    assert row["mismatch"] < 1e-4
+
+
+def test_that_hf_needs_no_correction_is_said(tiny):
+    said: list[str] = []
+    with start(tiny, *GRPO, "rollout.engine=hf", "rl.mismatch=mask") as ctx:
+        ctx.console.note = lambda text, **kw: said.append(text)  # type: ignore[method-assign]
+        train(ctx, "rl-grpo")
+    assert "rl.mismatch mask: hf samples in the trainer's own numerics, and every weight is 1" in said
+    assert "mismatch" not in read_log(ctx.run.stage("rl-grpo").metrics)[0]
+
+
+def test_responses_that_were_kept_without_log_probabilities_still_load(tiny, tmp_path):
+    kept = JsonLines(tmp_path / "step.jsonl")
+    lines = [[[5, 6], True], [[7, 3], False, [-0.5, -0.25]]]
+    kept.append({"sampled": "rollout:0", "places": [1, 0], "responses": lines, "rng": []})
+    with start(tiny) as ctx:
+        sampling = Sampling(1.0, 1.0, 4, 2, logprobs=True)
+        made = sample(ctx, Engine(), [[1], [2]], sampling, kept, ("rollout", 0), lambda: None)
+    assert [r.example for r in made] == [Example([1], [7, 3]), Example([2], [5, 6])]
+    assert [r.logprobs for r in made] == [[-0.5, -0.25], None] and [r.truncated for r in made] == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["cache", "pass"])
+def test_where_pages_or_a_pass_run_out_of_memory_smaller_batches_go_on(tiny, tmp_path, monkeypatch, where):
+    model = load(save("llama", tmp_path / "m"))
+    engine = open_engine([Role(model)], 3, asked="paged")
+    real, slots = paged.run, []
+
+    def out_of_memory(**kw):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def run(model, prompts, sampled, at_once, seed, way, **kw):
+        slots.append(at_once)
+        pages = 2**40 if at_once > 2 and where == "cache" else None
+        with monkeypatch.context() as patch:
+            if at_once > 2 and where == "pass":
+                patch.setattr(model.base, "forward", out_of_memory)
+            return real(model, prompts, sampled, at_once, seed, way, pages, **kw)
+
+    monkeypatch.setattr(paged, "run", run)
+    with start(tiny) as ctx:
+        kept, sampling = JsonLines(tmp_path / "kept.jsonl"), Sampling(1.0, 1.0, 4, 8, logprobs=True)
+        made = sample(ctx, engine, [[1 + i] for i in range(10)], sampling, kept, ("rollout", 0), lambda: None)
+    assert [r.example.prompt for r in made] == [[1 + i] for i in range(10)] and slots == [8, 4, 2, 2]
+    assert all(len(r.logprobs) == len(r.example.response) for r in made)
