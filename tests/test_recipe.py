@@ -401,6 +401,13 @@ def test_newlines_and_tabs_that_are_meant_are_kept(tmp_path):
     )
 
 
+def test_only_policy_gradients_are_corrected_for_another_sampler(tmp_path):
+    for objective, why in (("kld", "its responses only supply states"), ("minillm", "has a weight of its own")):
+        (line,) = problems(tmp_path, sets=[f"rl.objective={objective}", "rl.mismatch=truncate"])
+        assert why in line
+    assert load(tmp_path, sets=["rl.objective=grpo", "rl.mismatch=mask"]).rl.mismatch_cap == 3
+
+
 def test_an_engine_that_is_not_there_is_told_which_are(tmp_path):
     (line,) = problems(tmp_path, "rollout:\n  engine: vllm\n")
     assert line.endswith("should be 'auto', 'hf' or 'paged', found 'vllm'") and line.startswith("rollout.engine (line")

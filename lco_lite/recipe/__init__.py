@@ -85,9 +85,16 @@ class Recipe(Section):
                 yield f"data.preferences: `sampled` needs a task that grades, and {why}: name a file or hub set"
         if self.model.init is not None and not self.sft.enabled:
             yield "sft.enabled: a model from scratch has learnt nothing yet: it needs sft"
-        if self.rollout.engine == "vllm" and self.model.lora is None:
-            yield "rollout.engine: vllm samples from an adapter on a base that stands still, and model.lora is null"
-        if self.rollout.engine == "vllm" and self.model.quantization == "int8":
-            yield "rollout.engine: vllm does not quantise to int8 (bitsandbytes) as it loads: take nf4, none, or paged"
+        if self.rollout.engine == "vllm":
+            yield from self._wrong_for_vllm()
         if self.model.train_head and self.rl.variant.is_on:
             yield "rl.variant: needs a frozen head, and model.train_head is true"
+
+    def _wrong_for_vllm(self) -> Iterator[str]:
+        if self.model.lora is None:
+            yield "rollout.engine: vllm samples from an adapter on a base that stands still, and model.lora is null"
+        if self.model.quantization == "int8":
+            yield "rollout.engine: vllm does not quantise to int8 (bitsandbytes) as it loads: take nf4, none, or paged"
+        for name in ("rl", "train_rm", "eval"):
+            if (temperature := getattr(self, name).temperature) > 2:
+                yield f"rollout.engine: vllm takes temperatures up to 2, and {name}.temperature is {temperature:g}"

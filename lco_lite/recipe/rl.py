@@ -232,7 +232,8 @@ class Rl(Training):
         if not self.is_policy_gradient and self.kl_coef:
             yield f"kl_coef is for policy gradients: {name} stays near another model by itself"
         if self.mismatch != "none" and not self.is_policy_gradient:
-            yield f"mismatch corrects policy gradients: {name} needs no correction, its responses only supply states"
+            why = "has a weight of its own" if name == "minillm" else "needs none: its responses only supply states"
+            yield f"mismatch corrects policy gradients for another sampler: {name} {why}"
         if self.weighting != "mean" and name == "kld":
             yield f"weighting {self.weighting!r} has no meaning for kld: it is an expectation already (use mse or lch)"
         if self.on_policy < 1 and name != "gkd":

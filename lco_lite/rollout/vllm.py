@@ -52,6 +52,8 @@ class VLLMEngine(Engine):
         nf4 = getattr(self.model.base, "is_loaded_in_4bit", False)
         if (reason := missing("nf4" if nf4 else "none")) is not None:
             raise ModelError(reason)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise ModelError("rollout.engine: vllm runs in one process on one GPU: take paged on several")
         if len(self.padding) > MOST_BIASED:
             padded = f"{len(self.padding)} rows of its head are not to be drawn"
             raise ModelError(f"rollout.engine: vllm: {padded}, and vLLM leaves out {MOST_BIASED} at most: take paged")
@@ -171,8 +173,10 @@ def awake(need: Needs, gpu_share: float) -> Iterator[Any]:
                 close()
                 raise
             reason = " ".join(str(e).split())
-        except BaseException:
+        except BaseException as e:
             close()
+            if isinstance(e, ValueError):  # an adapter of modules that it does not adapt, say
+                raise ModelError(f"rollout.engine: vllm: {' '.join(str(e).split())[:400]}") from e
             raise
     if reason is not None:  # outside, so that it holds on to nothing of the pass
         close()

@@ -17,14 +17,16 @@ import typer
 from peft import PeftModel
 from torch import Tensor
 
-from lco_lite.errors import ModelError, UsageError
+from lco_lite.errors import ModelError, RecipeError, UsageError
 from lco_lite.models.language_model import LanguageModel, Role
 from lco_lite.models.loading import build_scratch, load_base, load_tokenizer
+from lco_lite.objectives.logprobs import sampled_from
+from lco_lite.recipe.file import load_recipe
 from lco_lite.recipe.sections import Init, Lora, Model
 from lco_lite.rollout import vllm as engine_file
 from lco_lite.rollout.engine import Sampling, in_order, open_engine
 from lco_lite.rollout.lockstep import draw
-from lco_lite.sequences import seeded
+from lco_lite.sequences import collate, seeded
 from tests.train.test_chain import run_stage
 
 PROMPTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
@@ -324,3 +326,46 @@ def test_every_path_samples_through_the_one_vllm(stand_in, tiny):
     assert len([llm for llm in stand_in.made if llm.alive]) == 1
     assert all(did == "sleep" for llm in stand_in.made for did in llm.did[-1:] if llm.alive)
     assert max(len(llm.adapters) for llm in stand_in.made) > 1, "policies of several steps, and φ"
+
+
+def test_what_vllm_does_not_take_is_refused_in_the_recipe(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("task: arithmetic\nmodel: {path: m, quantization: int8}\nrollout: {engine: vllm}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, ["rl.temperature=3", "train_rm.temperature=1"])
+    assert "does not quantise to int8" in str(caught.value)
+    assert "temperatures up to 2, and rl.temperature is 3" in str(caught.value)
+    with pytest.raises(RecipeError, match="a base that stands still, and model.lora is null"):
+        load_recipe(file, ["model.quantization=none", "model.lora=null"])
+
+
+def test_an_adapter_that_vllm_does_not_load_is_one_message(stand_in, model):
+    stand_in.fails.append(ValueError("lm_head is not supported"))
+    with pytest.raises(ModelError, match="rollout.engine: vllm: lm_head is not supported"):
+        in_order(open_engine([Role(model, "reward")], 3, asked="vllm").generate(PROMPTS, GREEDY))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None or not torch.cuda.is_available(), reason="needs vLLM and a GPU"
+)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_vllm_itself_samples_from_the_adapter_that_was_handed_over(tmp_path, quantization):
+    """Log-probabilities of greedy tokens are the trainer's, up to half precision; another adapter's are not."""
+    init = Init(hidden_size=256, layers=2, heads=4, intermediate_size=256, std=0.1)
+    build_scratch(init, tmp_path / "m", seed=1)
+    weights = Model(path=str(tmp_path / "m"), dtype="bfloat16", quantization=quantization)
+    model = LanguageModel(load_base(weights, torch.device("cuda")), load_tokenizer(weights))
+    model.add_adapter("policy", Lora(r=8), 0)
+    engine = open_engine([Role(model, "policy")], 3, asked="vllm", gpu_share=0.2)
+    try:
+        for seed in (0, 1):
+            change(model, "policy", seed)
+            engine.sync()
+            for response in in_order(engine.generate(PROMPTS, replace(GREEDY, logprobs=True))):
+                batch = collate([response.example], 0).to("cuda")
+                with torch.no_grad():
+                    hidden = Role(model, "policy").hidden(batch)
+                exact = sampled_from(hidden, model.head, batch.actions, 1.0, 1.0).cpu()
+                assert (torch.tensor(response.logprobs) - exact).abs().mean() < 0.1
+    finally:
+        engine_file.close()
