@@ -44,12 +44,15 @@ def limit_memory(device: torch.device, limit: str | None, console: Console) -> N
     torch.cuda.set_per_process_memory_fraction(held / there, device)
 
 
-def load_base(weights: Weights, device: torch.device, folder: Path | None = None) -> hf.PreTrainedModel:
-    """The model on ``device``, in eval mode, frozen; its own sampling defaults are dropped: the recipe's count."""
+def load_base(
+    weights: Weights, device: torch.device, folder: Path | None = None, on_host: bool = False
+) -> hf.PreTrainedModel:
+    """The model on ``device``, or for it ``on_host``, in eval mode, frozen; its own sampling defaults are dropped: the
+    recipe's count."""
     source, origin = str(folder or weights.path), _origin(weights)
     refuse_unusable_folder(Path(source))
     dtype = base_dtype(weights, device)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": "cpu" if on_host else device}}
     if weights.attention != "auto":
         options["attn_implementation"] = weights.attention
     if weights.quantization != "none":
