@@ -23,8 +23,8 @@ from torch.nn import Parameter
 
 from lco_lite.context import Context
 from lco_lite.models.chat import check_same_tokenizer
-from lco_lite.models.language_model import LanguageModel, Role
-from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_tokenizer
+from lco_lite.models.language_model import LanguageModel, Role, known_tokens
+from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_config, load_tokenizer
 from lco_lite.models.residency import FrozenWeights, make_room
 from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.run import StageFolder
@@ -82,6 +82,18 @@ def open_untrained_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
     assert isinstance(settings, RewardModel) and settings.lora is not None, "the recipe makes sure"
     own.model.add_adapter(REWARD, settings.lora, derive(ctx.recipe.seed, REWARD))
     return Role(own.model, REWARD), own
+
+
+def rows_of_reward_model(ctx: Context, start: Role) -> int:
+    """How many tokens the head of ``open_untrained_reward_model`` has, from config and tokenizer: no weights are
+    loaded, but for a GGUF file that is converted. Raises ModelError where its tokenizer is another."""
+    settings = ctx.recipe.reward_model
+    if not isinstance(settings, RewardModel):
+        return start.model.head.rows
+    folder = converted_gguf(settings, ctx.run.path / "base-rm")
+    tokenizer = load_tokenizer(settings, folder)
+    check_same_tokenizer(start.model.tokenizer, tokenizer)
+    return min(known_tokens(tokenizer), load_config(settings, folder).get_text_config().vocab_size)
 
 
 def open_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:

@@ -83,6 +83,10 @@ class LanguageModel:
     def max_length(self) -> int:
         return int(getattr(self.config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
 
+    @property
+    def is_streamed(self) -> bool:
+        return self.frozen is not None and self.frozen.streamed
+
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, L], [B, L] -> [B, L, d]: what the LM head receives. Positions count from each row's first real token."""
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -199,7 +203,7 @@ class LanguageModel:
         """Model and tokenizer as an ordinary folder, whole or not at all; a weight with a master is saved as that."""
         wide = {id(p): masters[name] for name, p in self.base.named_parameters() if name in masters}
         state = {key: wide.get(id(p), p).detach() for key, p in self.base.state_dict(keep_vars=True).items()}
-        with write_folder(folder) as new:
+        with self.on_device(), write_folder(folder) as new:
             self.base.save_pretrained(new, state_dict=state)
             self.tokenizer.save_pretrained(new)
 
@@ -269,9 +273,17 @@ class Role:
 
 
 @contextlib.contextmanager
-def _recomputed(
-    block: torch.nn.Module, kept: Callable[[], contextlib.AbstractContextManager[Any]]
-) -> Iterator[None]:
+def together(*roles: Role | None) -> Iterator[None]:
+    """Their bases are all on the device, for what asks them in turn."""
+    with contextlib.ExitStack() as stack:
+        for role in roles:
+            if role is not None:
+                stack.enter_context(role.model.on_device())
+        yield
+
+
+@contextlib.contextmanager
+def _recomputed(block: torch.nn.Module, kept: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
     """The block's activations are made again in the backward pass, from its input in ``kept``. Transformers' own way
     does that in train mode only, which brings dropout along."""
     own = vars(block).pop("forward", None)  # a hook's

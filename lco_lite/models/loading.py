@@ -52,7 +52,8 @@ def load_base(
     source, origin = str(folder or weights.path), _origin(weights)
     refuse_unusable_folder(Path(source))
     dtype = base_dtype(weights, device)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": "cpu" if on_host else device}}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    options["device_map"] = {"": "cpu" if on_host else device}
     if weights.attention != "auto":
         options["attn_implementation"] = weights.attention
     if weights.quantization != "none":
@@ -84,8 +85,11 @@ def load_base(
     return model.requires_grad_(False).eval()
 
 
-def load_config(weights: Weights) -> Any:
-    """What the weights' shapes follow from, without them. Raises ModelError where it cannot be had."""
+def load_config(weights: Weights, folder: Path | None = None) -> Any:
+    """What the weights' shapes follow from, without them; of ``folder`` if given. Raises ModelError where it cannot be
+    had."""
+    if folder is not None:
+        return hf.AutoConfig.from_pretrained(str(folder), **_origin(weights))
     if isinstance(weights, Model) and weights.init is not None:
         return _scratch_config(weights.init, byte_tokenizer(weights.init.max_length))
     file = {} if weights.gguf_file is None else {"gguf_file": weights.gguf_file}

@@ -134,7 +134,7 @@ class FrozenWeights:
                 _look_up_on_host(embedding, device)
             for tensor in (*head, *(t for t in frozen_tensors(decoder) if id(t) not in seen)):
                 tensor.data = tensor.data.to(device)
-            for state in (p.quant_state for p in decoder.parameters() if getattr(p, "quant_state", None) is not None):
+            for state in (getattr(weight, "quant_state", None) for weight in decoder.parameters()):
                 _put_tables(state, device)
             for i, block in enumerate(blocks):
                 self._take_turns(i, block)
@@ -244,9 +244,10 @@ def frozen_tensors(module: Module) -> Iterator[Tensor]:
 
 
 def _put_tables(state: Any, device: torch.device) -> None:
-    """What is left of NF4's state: of the tensor itself others may hold on to."""
-    state.code = state.code.to(device)
-    if state.nested:
+    """What is left of an NF4 weight's state. A new tensor: others may share the old one."""
+    if state is not None:
+        state.code = state.code.to(device)
+    if state is not None and state.nested:
         state.offset, state.state2.code = state.offset.to(device), state.state2.code.to(device)
 
 

@@ -108,9 +108,8 @@ class RewardModel(Weights):
 
     streaming: bool = setting(
         False,
-        "score and train it with one or two of its blocks on the GPU, the others in the host's memory; what is sampled "
-        "from it (its check, its score, π*) then takes all blocks over the bus for every token: train_rm.check_items: 0 "
-        "and eval.tasks leave that out",
+        "score and train it with two of its blocks on the GPU, the others in the host's memory. Sampling from it (its "
+        "check, its score, π*) copies all of them for every token: train_rm.check_items: 0 leaves the check out",
         "off: slower; lets 6 GB train a 7B",
     )
 
