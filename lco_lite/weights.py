@@ -18,11 +18,12 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import Parameter
 
+from lco_lite import ranks
 from lco_lite.context import Context
 from lco_lite.models.chat import check_same_tokenizer
 from lco_lite.models.language_model import LanguageModel, Role
 from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_tokenizer
-from lco_lite.recipe.sections import RewardModel, Weights
+from lco_lite.recipe.sections import Init, RewardModel, Weights
 from lco_lite.run import StageFolder
 from lco_lite.sequences import derive
 
@@ -39,8 +40,7 @@ def open_base(ctx: Context) -> LanguageModel:
     model, folder = ctx.recipe.model, ctx.run.path / "base"
     if model.init is None:
         return _load(ctx, model, converted_gguf(model, folder))
-    if not folder.exists():
-        build_scratch(model.init, folder, derive(ctx.recipe.seed, "weights"))
+    _built_once(model.init, folder, derive(ctx.recipe.seed, "weights"))
     return _load(ctx, model, folder)
 
 
@@ -131,6 +131,7 @@ def unrounded(ctx: Context, role: Role) -> dict[str, Tensor]:
     return dict(wide.named_parameters())
 
 
+@ranks.once
 def save(role: Role, stage: StageFolder, masters: Mapping[str, Tensor]) -> Path:
     """The stage's product: a plain PEFT adapter, or an ordinary model folder with what AdamW worked on."""
     if role.adapter is None:
@@ -138,6 +139,12 @@ def save(role: Role, stage: StageFolder, masters: Mapping[str, Tensor]) -> Path:
         return stage.model
     role.model.save_adapter(role.adapter, stage.adapter)
     return stage.adapter
+
+
+@ranks.once
+def _built_once(init: Init, folder: Path, seed: int) -> None:
+    if not folder.exists():
+        build_scratch(init, folder, seed)
 
 
 def _made_by(ctx: Context, stage: str, name: str, base: LanguageModel | None = None) -> Role:

@@ -17,6 +17,7 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from lco_lite import ranks
 from lco_lite.console import Console
 from lco_lite.errors import ModelError, UsageError
 from lco_lite.files import write_folder, write_json
@@ -24,10 +25,21 @@ from lco_lite.recipe.sections import Init, Model, RewardModel, Weights, size_in_
 
 
 def resolve_device(asked: str) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises UsageError where the recipe asks for CUDA and there is none."""
+    """``auto`` is CUDA where there is one; each of several processes has a GPU of its own. Raises UsageError where the
+    recipe asks for CUDA and there is none, or too few."""
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: cuda, and torch finds no CUDA device; use device: cpu or auto")
-    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+    if asked == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if (place := ranks.local_rank()) is None:
+        return torch.device("cuda")
+    if place >= torch.cuda.device_count():
+        raise UsageError(
+            f"{place + 1} processes or more on this machine, and torch finds {torch.cuda.device_count()} CUDA devices: "
+            "each process needs its own; start fewer, or use device: cpu"
+        )
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)
 
 
 def limit_memory(device: torch.device, limit: str | None, console: Console) -> None:
@@ -198,6 +210,7 @@ def open_tokenizer(model: Model, seed: int) -> Any:
         return load_tokenizer(model, Path(folder) / "model")
 
 
+@ranks.once
 def converted_gguf(weights: Weights, folder: Path) -> Path | None:
     """``folder`` with the GGUF's weights and tokenizer as an ordinary bfloat16 model, made the first time, whole or not
     at all; None where the weights are no GGUF. Raises UsageError where ``folder`` was made from another one."""
