@@ -18,8 +18,7 @@ def main() -> None:
     try:
         app(prog_name="lco-lite")
     except SystemExit as end:
-        if not end.code:
-            ranks.leave()
+        ranks.leave(well=not end.code)
         raise
 
 

@@ -54,12 +54,20 @@ def join() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def leave() -> None:
-    """The end of a process that did all it had to."""
-    if _world > 1:
+def leave(well: bool) -> None:
+    """The end of this process. As soon as one ends ill torchrun ends all; so rank 0, which may have to say what is wrong
+    with the command, goes first."""
+    if _world == 1:
+        return
+    if well:
         from torch import distributed
 
         distributed.destroy_process_group()
+    elif _rank == 0:
+        _store.set("rank 0 leaves", "")
+    else:
+        with contextlib.suppress(RuntimeError):
+            _store.wait(["rank 0 leaves"], datetime.timedelta(seconds=5))
 
 
 def world() -> int:
@@ -208,5 +216,5 @@ def _others() -> Iterator[None]:
     except RuntimeError as e:
         raise RankLost(
             f"one of the {_world} processes has ended, and so do the others; the same command goes on at the last "
-            f"checkpoint ({str(e).splitlines()[0]})"
+            f"checkpoint ({str(e).partition(". ")[0]})"
         ) from e
