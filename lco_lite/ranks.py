@@ -214,7 +214,8 @@ def _others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
+        reason = str(e).partition(". ")[0]
         raise RankLost(
             f"one of the {_world} processes has ended, and so do the others; the same command goes on at the last "
-            f"checkpoint ({str(e).partition(". ")[0]})"
+            f"checkpoint ({reason})"
         ) from e
