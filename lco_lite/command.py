@@ -106,12 +106,14 @@ def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -
     import torch
 
     from lco_lite.context import Context, out_of_memory
-    from lco_lite.models.loading import limit_memory, quiet_libraries, resolve_device
+    from lco_lite.models.loading import limit_memory, quiet_libraries, resolve_device, reward_device
 
     quiet_libraries()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = resolve_device(recipe.device)
+    if isinstance(recipe.reward_model, RewardModel):
+        reward_device(recipe.reward_model.device, device)  # one that is not there is said before any stage
     limit_memory(device, recipe.memory_limit, console)
     ctx = Context(run, recipe, console, device, adapter)
     try:

@@ -55,8 +55,8 @@ def join() -> None:
 
 
 def leave(well: bool) -> None:
-    """The end of this process. As soon as one ends ill torchrun ends all; so rank 0, which may have to say what is wrong
-    with the command, goes first."""
+    """The end of this process. As soon as one ends ill torchrun ends all; so rank 0, which may have to say what is
+    wrong with the command, goes first."""
     if _world == 1:
         return
     if well:

@@ -22,7 +22,7 @@ from lco_lite import ranks
 from lco_lite.context import Context
 from lco_lite.models.chat import check_same_tokenizer
 from lco_lite.models.language_model import LanguageModel, Role
-from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_tokenizer
+from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_tokenizer, reward_device
 from lco_lite.recipe.sections import Init, RewardModel, Weights
 from lco_lite.run import StageFolder
 from lco_lite.sequences import derive
@@ -168,5 +168,6 @@ def _own_reward_base(ctx: Context, start: Role) -> Role | None:
 
 
 def _load(ctx: Context, weights: Weights, folder: Path | None) -> LanguageModel:
-    base = load_base(weights, ctx.device, folder)
+    device = reward_device(weights.device, ctx.device) if isinstance(weights, RewardModel) else ctx.device
+    base = load_base(weights, device, folder)
     return LanguageModel(base, load_tokenizer(weights, folder), weights.gradient_checkpointing)

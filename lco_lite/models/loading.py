@@ -42,6 +42,23 @@ def resolve_device(asked: str) -> torch.device:
     return torch.device("cuda", place)
 
 
+def reward_device(asked: str | None, policy: torch.device) -> torch.device:
+    """Where a reward model of its own base is. Raises UsageError for a device that is not there, and where several
+    processes share the work."""
+    if asked is None:
+        return policy
+    device, found = torch.device(asked), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        there = ", ".join(f"cuda:{i}" for i in range(found)) or "none"
+        raise UsageError(f"reward_model.device: {asked} is not there; CUDA devices: {there}")
+    if ranks.world() > 1:
+        raise UsageError(
+            f"reward_model.device: {asked}: each of several processes has a GPU of its own for all models; leave it "
+            "out, or start one process"
+        )
+    return device
+
+
 def limit_memory(device: torch.device, limit: str | None, console: Console) -> None:
     """No more than ``limit`` (``11.5GiB``) is allocated on ``device`` by this process."""
     if limit is None:

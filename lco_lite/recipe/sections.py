@@ -102,6 +102,10 @@ class Model(Weights):
 class RewardModel(Weights):
     """φ_DPO on a base of its own; ``reward_model: self`` shares the policy's base instead."""
 
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] | None = setting(
+        None, "cuda:1: the second of two GPUs in one machine; null: the policy's", "one GPU"
+    )
+
     def _wrong(self) -> Iterator[str]:
         if self.path is None:
             yield "needs path (hub id or folder); write `reward_model: self` to share the policy's base"

@@ -150,14 +150,15 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
 
 def score_dense(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> MicroBatch:
     """eq 13, or eq 12 where there is no reference: a difference of hidden states is A over the whole vocabulary."""
-    reward_model = need(models.reward_model)
-    head, shift = reward_model.model.head, reward_model.hidden(micro.batch)
+    reward_model, device = need(models.reward_model), micro.old.device
+    shift = reward_model.hidden(micro.batch)
     before = None if models.reference is None else models.reference.hidden(micro.batch)
     if before is not None:
         shift = adv.dpo_shift(shift, before)
+    shift, head = shift.to(device), reward_model.model.head.on(device)
     base = None  # a soft cap asks where the shift begins
     if head.softcap is not None:
-        base = torch.zeros_like(shift) if before is None else before
+        base = torch.zeros_like(shift) if before is None else before.to(device)
     start = z_base(models, micro, rl, models.start.hidden(micro.batch) if rl.anchor else None)
     target = DenseTarget(micro.old, rl.beta, shift, shift_head=head, shift_base=base, **start)
     micro = replace(micro, advantages=adv.sampled_advantages(shift, head, micro.batch.actions, base))
@@ -261,12 +262,13 @@ def score_taught(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> Mic
     """The teacher's hidden states; the advantage of a sampled token is what MiniLLM's policy gradient makes of it, at
     temperature 1 like the divergence. The weight is of what was sampled, at the rollouts' temperature."""
     reward_model, batch, device = need(models.reward_model), micro.batch, micro.old.device
-    teacher = Teacher(reward_model.hidden(batch), reward_model.model.head)
-    old, says = logprobs(models.policy, batch, micro.old), logprobs(reward_model, batch, teacher.hidden).to(device)
+    hidden = reward_model.hidden(batch)
+    teacher = Teacher(hidden.to(device), reward_model.model.head.on(device))
+    old, says = logprobs(models.policy, batch, micro.old), logprobs(reward_model, batch, hidden).to(device)
     returns, t = adv.mean_reward_to_go((says - old).cpu(), batch.rows), compared_at(rl)
     if t != 1:
         old = logprobs(models.policy, batch, micro.old, t)
-        says = logprobs(reward_model, batch, teacher.hidden, t).to(device)
+        says = logprobs(reward_model, batch, hidden, t).to(device)
     per_token = {"old_logprobs": old, "importance": mixture_weights(old, says, rl.teacher_mix)}
     return replace(micro, advantages=returns, target=teacher, per_token=micro.per_token | per_token)
 

@@ -105,7 +105,7 @@ class Rollouts:
 
         asked = fitting(ctx, asked, model, rl.max_length, "prompts", room)
         self.prompts, self.ids = [prompt for prompt, _ in asked], [ids for _, ids in asked]
-        self.rewards = reward_source(rl, ctx.device)
+        self.rewards = reward_source(rl, ctx.device) if ranks.rank() == 0 else None  # which asks for all
 
     def phase(self, step: int, stop_if_asked: Callable[[], None]) -> Phase:
         """The step's responses, of the policy as it is now. With dynamic sampling (DAPO) groups without signal make
