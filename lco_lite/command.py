@@ -89,6 +89,10 @@ def command(
             preview(resolved, console)
             raise typer.Exit
         run = Run.open(runs, name)
+        if not all(ranks.gather(run.path.is_dir())):
+            raise UsageError(
+                f"{run.path} is not there for every process: name a folder that all machines share by --runs"
+            )
         with _locked(run), _context(run, resolved, console, adapter) as ctx:
             yield ctx
 

@@ -86,7 +86,9 @@ class Room:
                 torch.cuda.set_rng_state_all(gpus)
             too_much, self.size = found
             what = f"{self.ctx.clock.phase}: out of memory with {self.setting} {too_much}"
-            self.ctx.console.warn(f"{what}: done again, and from here on, with {self.size}{then}")
+            what += f": done again, and from here on, with {self.size}{then}"
+            self.ctx.console.warn(what)
+            ranks.aside(f"warning: {what}")
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -26,7 +26,7 @@ P = ParamSpec("P")
 Made = TypeVar("Made")
 
 PATIENCE = datetime.timedelta(days=7)  # rank 0 may grade or judge for hours; a process that ended is noticed at once
-BUCKET = 2**25  # numbers that are summed at once
+BUCKET = 2**23  # numbers that are summed at once
 
 _rank, _world = 0, 1
 _alone = False  # rank 0 does what the others wait for, or do not do
@@ -186,6 +186,12 @@ def sum_gradients(weights: Sequence[Any]) -> None:
             distributed.all_reduce(flat)
         for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
             grad.copy_(part.view_as(grad))
+
+
+def aside(text: str) -> None:
+    """What the user should know of another rank than 0, whose screen is."""
+    if _rank > 0:
+        print(f"rank {_rank}: {text}", file=sys.__stderr__)
 
 
 def stderr_of_the_first() -> TextIO | None:
