@@ -10,9 +10,16 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    from lco_lite import ranks
+
+    ranks.join()
     from lco_lite.cli import app
 
-    app(prog_name="lco-lite")
+    try:
+        app(prog_name="lco-lite")
+    except SystemExit as end:
+        ranks.leave(well=not end.code)
+        raise
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lco_lite import ranks
 from lco_lite.errors import UsageError
 from lco_lite.files import remove, write_folder, write_json
 
@@ -37,6 +38,7 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+@ranks.once
 def save_checkpoint(
     folder: Path, step: int, tensors: dict[str, Tensor], optimizer: Optimizer | None, state: dict[str, Any]
 ) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lco_lite import ranks
 from lco_lite.console import Console
 from lco_lite.errors import Interrupted, LcoError, MemoryExhausted, UsageError
 from lco_lite.files import write_text
@@ -33,14 +34,19 @@ def boundary() -> Iterator[None]:
     try:
         yield
     except LcoError as e:
-        typer.echo(str(e) if e.exit_code == Interrupted.exit_code else f"error: {e}", err=True)
+        _say(str(e) if e.exit_code == Interrupted.exit_code else f"error: {e}")
         raise typer.Exit(e.exit_code) from None
     except KeyboardInterrupt:
-        typer.echo("stopped at once; the same command goes on at the last checkpoint", err=True)
+        _say("stopped at once; the same command goes on at the last checkpoint")
         raise typer.Exit(Interrupted.exit_code) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more can be said
         raise typer.Exit(1) from None
+
+
+def _say(why: str) -> None:
+    if stderr := ranks.stderr_of_the_first():
+        typer.echo(why, file=stderr)
 
 
 @contextlib.contextmanager
@@ -83,8 +89,20 @@ def command(
             preview(resolved, console)
             raise typer.Exit
         run = Run.open(runs, name)
-        with run.lock(), _context(run, resolved, console, adapter) as ctx:
+        if not all(ranks.gather(run.path.is_dir())):
+            raise UsageError(
+                f"{run.path} is not there for every process: name a folder that all machines share by --runs"
+            )
+        with _locked(run), _context(run, resolved, console, adapter) as ctx:
             yield ctx
+
+
+@contextlib.contextmanager
+def _locked(run: Run) -> Iterator[None]:
+    """Rank 0 has the lock for all."""
+    with contextlib.ExitStack() as held:
+        ranks.once(lambda: held.enter_context(run.lock()))()
+        yield
 
 
 @contextlib.contextmanager
@@ -92,12 +110,14 @@ def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -
     import torch
 
     from lco_lite.context import Context, out_of_memory
-    from lco_lite.models.loading import limit_memory, quiet_libraries, resolve_device
+    from lco_lite.models.loading import limit_memory, quiet_libraries, resolve_device, reward_device
 
     quiet_libraries()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = resolve_device(recipe.device)
+    if isinstance(recipe.reward_model, RewardModel):
+        reward_device(recipe.reward_model.device, device)  # one that is not there is said before any stage
     limit_memory(device, recipe.memory_limit, console)
     ctx = Context(run, recipe, console, device, adapter)
     try:

@@ -18,6 +18,7 @@ from weakref import WeakSet
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from lco_lite import ranks
 from lco_lite.console import Console
 from lco_lite.recipe import Recipe
 from lco_lite.run import Run
@@ -87,7 +88,9 @@ class Room:
                 torch.cuda.set_rng_state_all(gpus)
             too_much, self.size = found
             what = f"{self.ctx.clock.phase}: out of memory with {self.setting} {too_much}"
-            self.ctx.console.warn(f"{what}: done again, and from here on, with {self.size}{then}")
+            what += f": done again, and from here on, with {self.size}{then}"
+            self.ctx.console.warn(what)
+            ranks.aside(f"warning: {what}")
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -99,6 +102,7 @@ def out_of_memory(error: Exception) -> bool:
 class InterruptGuard:
     """``with InterruptGuard() as guard``: the loop looks at ``guard.requested`` between batches.
 
+    Of several processes any may have got it: whoever looks asks ``ranks.any_of(guard.requested)``.
     The first SIGINT or SIGTERM sets it, a second raises KeyboardInterrupt. The handlers before come back at the end.
     Outside the main thread signals cannot be caught, and ``requested`` stays False.
     """
@@ -121,6 +125,8 @@ class InterruptGuard:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if ranks.world() > 1:
+            return  # torchrun says that it stops them
         # print is not safe here: the signal may have come in the middle of another print. And a stderr that was closed
         # must not keep the checkpoint from being written
         with contextlib.suppress(OSError):

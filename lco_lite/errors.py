@@ -40,6 +40,10 @@ class Diverged(LcoError):
     exit_code = 4
 
 
+class RankLost(LcoError):
+    """Another of the processes that share the work has ended."""
+
+
 class Interrupted(LcoError):
     """Stopped by the user after a checkpoint."""
 

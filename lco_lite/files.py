@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lco_lite import ranks
 from lco_lite.errors import DataError, LcoError, UsageError
 
 # .NAME.TOKEN.new is being written, .old stepped aside to be replaced, .gone is on its way out
@@ -86,6 +87,7 @@ def write_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@ranks.by_main
 def remove(path: Path) -> None:
     """Deletes a file or folder so that a kill half-way leaves no half of it under its name. Absent: nothing to do."""
     if not path.exists():
@@ -201,17 +203,25 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            write_bytes(path, whole)
-        self.rows = read_jsonl(path) if whole else []
+        self.rows = self._whole_lines()
 
     def append(self, row: dict[str, Any]) -> None:
+        self._write(row)
+        self.rows.append(row)
+
+    @ranks.once
+    def _whole_lines(self) -> list[dict[str, Any]]:
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            write_bytes(self.path, whole)
+        return read_jsonl(self.path) if whole else []
+
+    @ranks.by_main
+    def _write(self, row: dict[str, Any]) -> None:
         with write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _write_through(self.path, "ab", json_line(row))
-        self.rows.append(row)
 
 
 def json_line(value: dict[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lco_lite import ranks
 from lco_lite.files import json_line, write_bytes, write_errors
 
 METRICS: dict[str, str] = {
@@ -60,10 +61,12 @@ class JsonLog:
     A kill loses no line. A power cut may lose the last ones: no weight depends on them, so none waits for the disk.
     """
 
+    @ranks.by_main
     def __init__(self, path: Path, done: int) -> None:
         self.path = path
         write_bytes(path, b"".join(json_line(_finite(line)) for line in read_log(path) if line["step"] <= done))
 
+    @ranks.by_main
     def write(self, numbers: dict[str, Any]) -> None:
         if "step" not in numbers:
             raise ValueError(f"{self.path.name}: a line needs its step")
@@ -74,6 +77,7 @@ class JsonLog:
 class MetricsLog(JsonLog):
     """A JsonLog that takes only the names in METRICS; another raises ValueError."""
 
+    @ranks.by_main
     def write(self, numbers: dict[str, Any]) -> None:
         names = (numbers.keys() - {"seconds"}) | {f"seconds.{phase}" for phase in numbers.get("seconds", {})}
         if unknown := sorted(names - METRICS.keys()):
@@ -81,6 +85,7 @@ class MetricsLog(JsonLog):
         super().write(numbers)
 
 
+@ranks.once
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The objects of a metrics, updates or samples file; none where there is no file. Lines that a kill or a full disk
     cut short are passed over."""

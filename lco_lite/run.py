@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 
+from lco_lite import ranks
 from lco_lite.environment import environment
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.files import recover, remove, write_errors, write_json, write_text
@@ -39,9 +40,11 @@ class StageFolder:
         self.metrics, self.samples = path / "metrics.jsonl", path / "samples.jsonl"
         self._begun = time.monotonic()
 
+    @ranks.once
     def is_done(self) -> bool:
         return (self.path / "done.json").exists()
 
+    @ranks.once
     def begin(self, settings: dict[str, Any], upstream: dict[str, str]) -> None:
         """Starts the stage or lets it go on; ``upstream`` maps the stages it builds on to the ids of their results.
         UsageError with every difference where it was started with other settings or upstream results."""
@@ -57,11 +60,13 @@ class StageFolder:
             remedy = "Go back to that, start this stage again with --fresh (deletes it and what was built on it)"
             raise UsageError("\n  ".join(lines) + f"\n{remedy}, or start a new run with --name NAME.")
 
+    @ranks.once
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the stage done. ``result`` is JSON; later stages refer to a fresh id; seconds are this process's."""
         made = {"id": uuid.uuid4().hex[:12], "finished": _now(), "seconds": round(time.monotonic() - self._begun, 3)}
         write_json(self.path / "done.json", {**made, "result": result})
 
+    @ranks.once
     def id(self) -> str:
         """Changes whenever the stage is trained again. UsageError while it is not done."""
         if not self.is_done():
@@ -74,6 +79,7 @@ class Run:
     path: Path
 
     @classmethod
+    @ranks.once
     def open(cls, root: Path, name: str) -> Run:
         """``root/name``, made if it is not there. UsageError for a name that is no plain folder name."""
         if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -124,6 +130,7 @@ class Run:
             finally:
                 os.utime(holder)  # a run that ends after another began is the newer one
 
+    @ranks.once
     def has_recipe(self) -> bool:
         return (self.path / "recipe.yaml").exists()
 
@@ -137,6 +144,7 @@ class Run:
         except RecipeError as e:
             raise UsageError(f"the run's recipe is damaged or of another version; give one to go on.\n{e}") from e
 
+    @ranks.once
     def write_recipe(self, recipe: Recipe) -> None:
         """Beside it the environment it is to be run in."""
         write_text(self.path / "recipe.yaml", dump(recipe))
@@ -146,11 +154,13 @@ class Run:
         """``sft``, ``rm`` or ``rl-OBJECTIVE``; the folder need not be there yet."""
         return StageFolder(self.path / name)
 
+    @ranks.once
     def stages(self) -> list[StageFolder]:
         """Those that were begun, in the order they build on each other."""
         begun = [p.parent.name for p in self.path.glob("*/stage.json")]
         return [self.stage(name) for name in sorted(begun, key=_order)]
 
+    @ranks.once
     def newest_stage(self) -> str:
         """The policy that was trained last; ``base`` where none has been."""
         policies = [s for s in self.stages() if s.is_done() and s.name != "rm"]
@@ -160,6 +170,7 @@ class Run:
         """Where the score of ``stage`` on ``task`` is; its items lie beside it as .jsonl."""
         return self.path / "eval" / f"{task}--{stage}.json"
 
+    @ranks.once
     def discard_from(self, stage: str) -> list[str]:
         """Deletes ``stage``, the stages built on it, their scores and the bases made for them in the run; returns the
         names of the stages deleted: sft takes everything with it, rm every rl-*, an rl-* only itself."""
@@ -197,7 +208,7 @@ _RM = [*_SFT, "reward_model", "data.preferences", "data.columns.preferences", "t
 
 # last part of the key, wherever it stands
 _NO_MATTER = {"gradient_checkpointing", "attention", "trust_remote_code", "micro_batch_tokens", "rollout_batch"}
-_NO_MATTER |= {"streaming", "gpu_share"}
+_NO_MATTER |= {"device", "gpu_share", "streaming"}
 _NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard", "reward_timeout"}
 # left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
 _NEWER: dict[str, Any] = {"rl.settings": {}, "rl.target": None, "rl.whole_groups": False}

@@ -12,10 +12,13 @@ import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from lco_lite import ranks
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,24 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     return Batch(ids, mask, index, actions, rows)
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int, group: int = 1) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], max_tokens: int, group: int = 1, shares: int = 1) -> list[list[int]]:
     """Indices batched by length so that no batch's padded size passes ``max_tokens`` (a single long unit may).
 
-    A unit is ``group`` consecutive entries, which stay together; it is as long as the longest of them.
+    A unit is ``group`` consecutive entries, which stay together; it is as long as the longest of them. With ``shares``
+    units are dealt by length, and every so manyth batch is of one share, empty where another has more.
     """
     units = [range(len(lengths))[first : first + group] for first in range(0, len(lengths), group)]
     longest_first = sorted(units, key=lambda unit: (-max(lengths[i] for i in unit), unit[0]))
+    dealt = [_filled(longest_first[i::shares], lengths, max_tokens) for i in range(shares)]
+    return [batch for turn in zip_longest(*dealt, fillvalue=[]) for batch in turn]
+
+
+def own_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """This rank's share of them."""
+    return [batch for batch in ranks.share(micro_batches(lengths, max_tokens, shares=ranks.world())) if batch]
+
+
+def _filled(longest_first: Sequence[range], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
     longest = 0  # entry of the last batch
     for unit in longest_first:
@@ -113,7 +127,7 @@ def derive(seed: int, *names: object) -> int:
 def seeded(seed: int, *names: object, state: Sequence[str] | None = None) -> Iterator[None]:
     """torch's random numbers come from this seed inside, and go on as before outside. With a ``state`` of
     ``rng_state``, taken inside earlier, they go on from there."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(derive(seed, *names))
         states = [torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for text in state or ()]
         if states:

@@ -21,12 +21,13 @@ from weakref import WeakSet
 from torch import Tensor
 from torch.nn import Parameter
 
+from lco_lite import ranks
 from lco_lite.context import Context
 from lco_lite.models.chat import check_same_tokenizer
 from lco_lite.models.language_model import LanguageModel, Role, known_tokens
-from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_config, load_tokenizer
+from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_config, load_tokenizer, reward_device
 from lco_lite.models.residency import FrozenWeights, make_room
-from lco_lite.recipe.sections import RewardModel, Weights
+from lco_lite.recipe.sections import Init, RewardModel, Weights
 from lco_lite.run import StageFolder
 from lco_lite.sequences import derive
 
@@ -43,8 +44,7 @@ def open_base(ctx: Context) -> LanguageModel:
     model, folder = ctx.recipe.model, ctx.run.path / "base"
     if model.init is None:
         return _load(ctx, model, converted_gguf(model, folder))
-    if not folder.exists():
-        build_scratch(model.init, folder, derive(ctx.recipe.seed, "weights"))
+    _built_once(model.init, folder, derive(ctx.recipe.seed, "weights"))
     return _load(ctx, model, folder)
 
 
@@ -147,6 +147,7 @@ def unrounded(ctx: Context, role: Role) -> dict[str, Tensor]:
     return dict(wide.named_parameters())
 
 
+@ranks.once
 def save(role: Role, stage: StageFolder, masters: Mapping[str, Tensor]) -> Path:
     """The stage's product: a plain PEFT adapter, or an ordinary model folder with what AdamW worked on."""
     if role.adapter is None:
@@ -154,6 +155,12 @@ def save(role: Role, stage: StageFolder, masters: Mapping[str, Tensor]) -> Path:
         return stage.model
     role.model.save_adapter(role.adapter, stage.adapter)
     return stage.adapter
+
+
+@ranks.once
+def _built_once(init: Init, folder: Path, seed: int) -> None:
+    if not folder.exists():
+        build_scratch(init, folder, seed)
 
 
 def _made_by(ctx: Context, stage: str, name: str, base: LanguageModel | None = None) -> Role:
@@ -178,13 +185,16 @@ def _own_reward_base(ctx: Context, start: Role) -> Role | None:
 
 def _load(ctx: Context, weights: Weights, folder: Path | None) -> LanguageModel:
     """Where only what a phase needs is on the device, other bases leave before this one is there."""
-    streamed = isinstance(weights, RewardModel) and weights.streaming
+    device, streamed = ctx.device, False
+    if isinstance(weights, RewardModel):
+        device, streamed = reward_device(weights.device, ctx.device), weights.streaming
     by_phase = ctx.recipe.residency == "phase" or (ctx.recipe.residency == "auto" and ctx.device.type == "cuda")
+    by_phase = by_phase and device == ctx.device  # another device it has for itself
     if by_phase:
         gc.collect()  # a base that is no longer used need not be kept
         make_room(ctx.bases)
     frozen, others = None, ctx.bases if by_phase else WeakSet[FrozenWeights]()
     if by_phase or streamed:
-        frozen = partial(FrozenWeights, device=ctx.device, others=others, streamed=streamed, say=ctx.console.note)
-    base = load_base(weights, ctx.device, folder, on_host=streamed)
+        frozen = partial(FrozenWeights, device=device, others=others, streamed=streamed, say=ctx.console.note)
+    base = load_base(weights, device, folder, on_host=streamed)
     return LanguageModel(base, load_tokenizer(weights, folder), weights.gradient_checkpointing, frozen)

@@ -15,7 +15,7 @@ from operator import eq
 from pathlib import Path
 from typing import Any
 
-from lco_lite import weights
+from lco_lite import ranks, weights
 from lco_lite.console import Console
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.data.prompts import Prompt
@@ -132,11 +132,11 @@ def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
     file, usual = (
         ctx.run.eval_path(score_name(task.name, settings.scoring, grader), stage) for grader in (settings.grader, None)
     )
-    rows_file, started = file.with_suffix(".rows.jsonl"), file.with_suffix(".partial.jsonl")
+    started = file.with_suffix(".partial.jsonl")
     _refuse_meaningless(task, stage, settings)
     prompts = eval_prompts(ctx.recipe, task)
     asked = score_settings(ctx, task, stage, prompts)
-    known = {one: json.loads(one.read_text(encoding="utf-8")) for one in (file, usual) if one.exists()}
+    known = ranks.once(_read)(file, usual)
     if file in known and known[file]["settings"] == asked:
         console.note(f"{task.name}: {stage} has been scored already ({file})")
         return known[file]
@@ -144,13 +144,28 @@ def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
     passes: dict[int, list[Graded]] = {}  # by seed
     if answered := next((one for one in known if _same_responses(known[one]["settings"], asked)), None):
         console.note(f"{task.name}: {stage} has answered already; only the scores are made anew")
-        for row in graded_again(read_jsonl(answered.with_suffix(".rows.jsonl")), task, settings):
+        for row in ranks.once(graded_again)(answered.with_suffix(".rows.jsonl"), task, settings):
             passes.setdefault(row["seed"], []).append(row)
     else:
         passes = respond_to_all(ctx, task, stage, prompts, asked, started)
+    return _conclude(ctx, task, stage, len(prompts), asked, passes, file)
+
+
+@ranks.once
+def _conclude(
+    ctx: Context,
+    task: Task,
+    stage: str,
+    n: int,
+    asked: dict[str, Any],
+    passes: dict[int, list[Graded]],
+    file: Path,
+) -> dict[str, Any]:
+    """The score of these responses, on disk. A task that judges does it here."""
+    settings, rows_file = ctx.recipe.eval, file.with_suffix(".rows.jsonl")
     _write_rows(rows_file, passes)
     same = task.grader.same if isinstance(task.grader, MathGrader) else eq
-    scores = summarise(list(passes.values()), len(prompts), settings.samples, same)
+    scores = summarise(list(passes.values()), n, settings.samples, same)
     result = {"task": task.name, "stage": stage} | scores
     if settings.scoring == "likelihood":
         result |= main_first({"accuracy": result["metrics"]["pass@1"]})
@@ -161,8 +176,13 @@ def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
     if missing := result.get("missing"):  # another setting than is asked for: scored anew the next time
         result["settings"] = asked | {"scored_by": {**asked.get("scored_by", {}), "missing": missing}}
     write_json(file, result)
-    remove(started)
+    remove(file.with_suffix(".partial.jsonl"))
     return result
+
+
+def _read(*scores: Path) -> dict[Path, dict[str, Any]]:
+    """Those that are there."""
+    return {file: json.loads(file.read_text(encoding="utf-8")) for file in scores if file.exists()}
 
 
 def _same_responses(settings: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
@@ -173,10 +193,11 @@ def _same_responses(settings: Mapping[str, Any], asked: Mapping[str, Any]) -> bo
     return own == other
 
 
-def graded_again(rows: Sequence[Graded], task: Task, settings: Eval) -> list[Graded]:
+def graded_again(file: Path, task: Task, settings: Eval) -> list[Graded]:
     """The rows with the task's grades of their responses."""
+    rows = read_jsonl(file)
     if not task.graded or settings.scoring == "likelihood":
-        return list(rows)
+        return rows
     items = {item.id: item for item in task.items("test")}
     return [row | asdict(task.grade(row["response"], items[row["id"]])) for row in rows]
 
@@ -219,18 +240,23 @@ def respond_to_all(
         if done:
             ctx.console.note(f"{label}: goes on after {done} of {total} responses")
         with ctx.console.progress(total, label, done) as line:
-            for k, b in [(k, b) for k in range(n) for b in range(len(batches)) if (k, b) not in made]:
-                batch = [questions[i] for i, _ in batches[b]]
-                if by_likelihood:
-                    responses = likeliest(ctx, role, batch)
-                else:
-                    at_once = replace(sampling, batch=len(planned[b * engine.ahead]))
-                    responses = respond(ctx, engine, chat, task, batch, at_once, seed + k, b)
-                made[k, b] = [{"sample": j} | r for (_, j), r in zip(batches[b], responses, strict=True)]
-                lines.append({"pass": k, "batch": b, "rows": made[k, b]})
-                done += len(batch)
+            left = [(k, b) for k in range(n) for b in range(len(batches)) if (k, b) not in made]
+            for turn in (left[i : i + ranks.world()] for i in range(0, len(left), ranks.world())):
+                answered = {}
+                for k, b in ranks.share(turn):
+                    batch = [questions[i] for i, _ in batches[b]]
+                    if by_likelihood:
+                        responses = likeliest(ctx, role, batch)
+                    else:
+                        at_once = replace(sampling, batch=len(planned[b * engine.ahead]))
+                        responses = respond(ctx, engine, chat, task, batch, at_once, seed + k, b)
+                    answered[k, b] = [{"sample": j} | r for (_, j), r in zip(batches[b], responses, strict=True)]
+                for (k, b), rows in ((key, rows) for one in ranks.gather(answered) for key, rows in one.items()):
+                    made[k, b] = rows
+                    lines.append({"pass": k, "batch": b, "rows": rows})
+                    done += len(rows)
                 line.update(done)
-                if guard.requested:
+                if ranks.any_of(guard.requested):
                     made_so_far = f"stopped after {done} of {total} responses; they are in {file}"
                     raise Interrupted(f"{made_so_far}, and the same command goes on from there")
     passes = {}
@@ -272,8 +298,10 @@ def held_out_accuracy(ctx: Context, engine: Engine, chat: ChatFormat, task: Task
     """pass@1 of one pass over the prompts as they are trained on, for a look at the model; nothing is kept."""
     settings = ctx.recipe.eval
     task, questions = _graded(task, settings), [question(chat, p) for p in prompts]
-    responses = respond(ctx, engine, chat, task, questions, _sampling(settings, task), ctx.recipe.seed)
-    return sum(r["right"] for r in responses) / len(responses)
+    own = ranks.share(questions)
+    rank = [f"rank {ranks.rank()} of {ranks.world()}"] if ranks.world() > 1 else []
+    responses = respond(ctx, engine, chat, task, own, _sampling(settings, task), ctx.recipe.seed, *rank) if own else []
+    return ranks.total(sum(r["right"] for r in responses)) / len(questions)
 
 
 def respond(
@@ -284,7 +312,7 @@ def respond(
     questions: list[Question],
     sampling: Sampling,
     seed: int,
-    *batch: int,
+    *batch: int | str,
 ) -> list[Graded]:
     """One graded response a question, as many at once as ``eval.batch_tokens`` lets in and the memory holds. The random
     numbers are those of the seed, the task and the batch's number."""

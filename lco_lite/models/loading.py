@@ -17,6 +17,7 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from lco_lite import ranks
 from lco_lite.console import Console
 from lco_lite.errors import ModelError, UsageError
 from lco_lite.files import write_folder, write_json
@@ -24,10 +25,38 @@ from lco_lite.recipe.sections import Init, Model, RewardModel, Weights, size_in_
 
 
 def resolve_device(asked: str) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises UsageError where the recipe asks for CUDA and there is none."""
+    """``auto`` is CUDA where there is one; each of several processes has a GPU of its own. Raises UsageError where the
+    recipe asks for CUDA and there is none, or too few."""
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: cuda, and torch finds no CUDA device; use device: cpu or auto")
-    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+    if asked == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if (place := ranks.local_rank()) is None:
+        return torch.device("cuda")
+    if place >= torch.cuda.device_count():
+        raise UsageError(
+            f"{place + 1} processes or more on this machine, and torch finds {torch.cuda.device_count()} CUDA devices: "
+            "each process needs its own; start fewer, or use device: cpu"
+        )
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)
+
+
+def reward_device(asked: str | None, policy: torch.device) -> torch.device:
+    """Where a reward model of its own base is. Raises UsageError for a device that is not there, and where several
+    processes share the work."""
+    if asked is None:
+        return policy
+    device, found = torch.device(asked), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        there = ", ".join(f"cuda:{i}" for i in range(found)) or "none"
+        raise UsageError(f"reward_model.device: {asked} is not there; CUDA devices: {there}")
+    if ranks.world() > 1:
+        raise UsageError(
+            f"reward_model.device: {asked}: each of several processes has a GPU of its own for all models; leave it "
+            "out, or start one process"
+        )
+    return device
 
 
 def limit_memory(device: torch.device, limit: str | None, console: Console) -> None:
@@ -205,6 +234,7 @@ def open_tokenizer(model: Model, seed: int) -> Any:
         return load_tokenizer(model, Path(folder) / "model")
 
 
+@ranks.once
 def converted_gguf(weights: Weights, folder: Path) -> Path | None:
     """``folder`` with the GGUF's weights and tokenizer as an ordinary bfloat16 model, made the first time, whole or not
     at all; None where the weights are no GGUF. Raises UsageError where ``folder`` was made from another one."""

@@ -58,6 +58,13 @@ class Head:
         """The same head over its first ``rows`` tokens; the same object each time, so that what it remembers stays."""
         return self if rows == self.rows else self.remember(("prefix", rows), lambda: replace(self, rows=rows))
 
+    def on(self, device: torch.device) -> "Head":
+        """The same head there; a copy where it is elsewhere, made once: of weights that are not trained."""
+        if self.weight.device == device:
+            return self
+        bias = None if self.bias is None else self.bias.to(device)
+        return self.remember(("on", device), lambda: replace(self, weight=self.weight.to(device), bias=bias))
+
     def frozen(self) -> "Head":
         """A detached copy: what a trained head was when π_old acted."""
         bias = None if self.bias is None else self.bias.detach().clone()

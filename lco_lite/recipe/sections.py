@@ -112,6 +112,9 @@ class RewardModel(Weights):
         "check, its score, π*) copies all of them for every token: train_rm.check_items: 0 leaves the check out",
         "off: slower; lets 6 GB train a 7B",
     )
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] | None = setting(
+        None, "cuda:1: the second of two GPUs in one machine; null: the policy's", "one GPU"
+    )
 
     def _wrong(self) -> Iterator[str]:
         if self.path is None:

@@ -85,7 +85,7 @@ class LockstepEngine(Engine):
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]
-        return model.head.prefix(self.rows).logits(hidden)
+        return model.head.prefix(self.rows).logits(hidden).to(tokens.device)
 
 
 def draw(logits: Tensor, sampling: Sampling) -> Tensor:

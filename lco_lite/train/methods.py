@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lco_lite import ranks
 from lco_lite.errors import UsageError
 from lco_lite.feedback import advantages as adv
 from lco_lite.models.language_model import Role, together
@@ -146,7 +147,7 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
     with together(policy, models.start if rl.anchor or rl.kl_coef or asks_all else None):
         for minibatch in plan:
             tokens = sum(len(phase.examples[i].response) for places in minibatch for i in places)
-            for places in minibatch:
+            for places in filter(None, ranks.share(minibatch)):
                 batch = collate([phase.examples[i] for i in places], policy.model.pad_id)
                 responses, sequences = torch.tensor(places)[batch.rows], sum(map(len, minibatch))
                 micro = MicroBatch(batch, responses, tokens, sequences, policy.hidden(batch), old_head)
@@ -164,7 +165,7 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
                 micro.per_token["reward_model_logprobs"] = says.cpu()
             scored[i] = method.feedback(models, micro, rl).to("cpu")
     rest = iter(scored if method.compare is None else method.compare(models, phase, scored, rl))
-    return [[next(rest) for _ in minibatch] for minibatch in plan]
+    return [[next(rest) for places in ranks.share(minibatch) if places] for minibatch in plan]
 
 
 # LCO
@@ -187,7 +188,8 @@ def score_dense(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
     if head.softcap is not None:
         base = torch.zeros_like(shift) if before is None else before
     micro = replace(micro, advantages=adv.sampled_advantages(shift, head, micro.batch.actions, base))
-    target = DenseTarget(micro.old, rl.beta, shift, shift_head=head, shift_base=base, **z_base(models, micro, rl))
+    head, start = head.on(models.policy.model.device), z_base(models, micro, rl)
+    target = DenseTarget(micro.old, rl.beta, shift, shift_head=head, shift_base=base, **start)
     return with_target(models, micro, target, rl)
 
 
@@ -237,10 +239,13 @@ def score_sampled(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
 
 def group_advantages(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
     """A token's own where the feedback has one a token and compares no group, else its response's."""
-    rewards, owner = token_rewards(phase, scored, rl), torch.cat([micro.responses for micro in scored])
+    rewards, owner = token_rewards(phase, scored, rl), owners(scored)
     if rl.feedback == "dpo_sampled" and rl.baseline in ("none", "batch"):
-        return with_advantages(scored, rewards - rewards.mean() if rl.baseline == "batch" else rewards)
+        if rl.baseline == "batch":
+            rewards = rewards - torch.cat(phase.of_ranks(rewards)).mean()
+        return with_advantages(scored, rewards)
     whole = torch.zeros(len(phase.responses)).index_add(0, owner, rewards)
+    whole = torch.stack(phase.of_ranks(whole)).sum(0)
     advantages = adv.subtract_baseline(whole, rl.baseline, rl.responses_per_prompt)
     if rl.scale_rewards:
         advantages = adv.divide_by_group_std(advantages, whole, rl.responses_per_prompt)
@@ -249,12 +254,13 @@ def group_advantages(models: Models, phase: Phase, scored: list[MicroBatch], rl:
 
 def critic_advantages(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
     """Generalised advantage estimation, whitened over the phase; the critic learns the returns."""
-    values = torch.cat([micro.per_token["values"] for micro in scored])
-    owner = torch.cat([micro.responses for micro in scored])
-    advantages = adv.gae(token_rewards(phase, scored, rl), values, owner, rl.gamma, rl.gae_lambda)
+    values = joined(scored, lambda micro: micro.per_token["values"])
+    advantages = adv.gae(token_rewards(phase, scored, rl), values, owners(scored), rl.gamma, rl.gae_lambda)
     returns = (advantages + values).split([len(micro.responses) for micro in scored])
     scored = [replace(m, per_token=m.per_token | {"returns": r}) for m, r in zip(scored, returns, strict=True)]
-    return with_advantages(scored, adv.whiten(advantages))
+    everywhere = phase.of_ranks(advantages)
+    whitened = adv.whiten(torch.cat(everywhere)).split([len(part) for part in everywhere])
+    return with_advantages(scored, whitened[ranks.rank()])
 
 
 def policy_gradient(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
@@ -293,11 +299,12 @@ def score_taught(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
     """The teacher's hidden states; the advantage of a sampled token is what MiniLLM's policy gradient makes of it, at
     temperature 1. The weight is of what was sampled, at the rollouts' temperature."""
     reward_model, batch, per_token = need(models.reward_model), micro.batch, dict(micro.per_token)
-    teacher = Teacher(reward_model.hidden(batch), reward_model.model.head)
-    says, old, t = logprobs(reward_model, batch, teacher.hidden), per_token.pop("old_at_1"), compared_at(rl)
+    hidden = reward_model.hidden(batch)
+    teacher = Teacher(hidden, reward_model.model.head.on(models.policy.model.device))
+    says, old, t = logprobs(reward_model, batch, hidden), per_token.pop("old_at_1"), compared_at(rl)
     returns = adv.mean_reward_to_go((says - old.to(says.device)).cpu(), batch.rows)
     if t != 1:
-        says = logprobs(reward_model, batch, teacher.hidden, t)
+        says = logprobs(reward_model, batch, hidden, t)
     old = per_token["old_logprobs"].to(says.device)
     per_token["importance"] = mixture_weights(old, says, rl.teacher_mix)
     return replace(micro, advantages=returns, target=teacher, per_token=per_token)
@@ -337,12 +344,22 @@ METHODS = {
 def token_rewards(phase: Phase, scored: Iterable[MicroBatch], rl: Rl) -> Tensor:
     """[T of the phase]: φ's reward of each token, less the KL to the policy before RL, and at a response's last token
     what the feedback gives the whole of it."""
-    rewards = torch.cat([m.per_token["token_rewards"] - rl.kl_coef * m.per_token["kl"] for m in scored])
+    rewards = joined(scored, lambda micro: micro.per_token["token_rewards"] - rl.kl_coef * micro.per_token["kl"])
     whole = torch.tensor(phase.rewards or [0.0] * len(phase.responses))
     if rl.overlong_buffer:
         lengths = torch.tensor([float(len(e.response)) for e in phase.examples])
         whole = whole + adv.overlong_penalty(lengths, phase.limit, rl.overlong_buffer * phase.limit)
-    return rewards + adv.at_last_token(whole, torch.cat([m.responses for m in scored]))
+    return rewards + adv.at_last_token(whole, owners(scored))
+
+
+def owners(scored: Iterable[MicroBatch]) -> Tensor:
+    """[T]: the response that a token belongs to."""
+    return joined(scored, lambda micro: micro.responses, torch.long)
+
+
+def joined(scored: Iterable[MicroBatch], of: Callable[[MicroBatch], Tensor], dtype: Any = torch.float32) -> Tensor:
+    """[T of the phase], of this rank's share, which may be nothing."""
+    return torch.cat([torch.empty(0, dtype=dtype), *map(of, scored)])
 
 
 def with_advantages(scored: list[MicroBatch], advantages: Tensor) -> list[MicroBatch]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lco_lite import weights
+from lco_lite import ranks, weights
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.data.prompts import (
     Pair,
@@ -36,7 +36,7 @@ from lco_lite.objectives.logprobs import ChosenRejected, dpo_loss, token_logprob
 from lco_lite.recipe import TrainRm
 from lco_lite.rollout.engine import Response, Sampling, open_engine
 from lco_lite.run import StageFolder
-from lco_lite.sequences import Example, collate, endless, micro_batches
+from lco_lite.sequences import Example, collate, endless, own_micro_batches
 from lco_lite.tasks.base import Item, Task
 from lco_lite.train.rollouts import sample
 from lco_lite.train.training import StageTraining, fitting
@@ -68,7 +68,7 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
             chosen = [pairs[i] for i in endless(len(pairs), recipe.seed, step * rm.batch_size, rm.batch_size)]
             with ctx.clock("update"):
                 lengths = [[len(pair) for pair in chosen]]
-                metrics = training.within_memory(accumulate, lengths, reward_model, reference, rm, chosen)
+                metrics = ranks.total(training.within_memory(accumulate, lengths, reward_model, reference, rm, chosen))
                 metrics |= training.update()
             training.keep(step, metrics)
     weights.save(reward_model, stage, training.masters)
@@ -77,7 +77,8 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
     if held:
         with ctx.clock("score"):
             measure, lengths = partial(accumulate, train=False), [[len(pair) for pair in held]]
-            accuracy = training.within_memory(measure, lengths, reward_model, reference, rm, held)["accuracy"]
+            measured = ranks.total(training.within_memory(measure, lengths, reward_model, reference, rm, held))
+            accuracy = measured["accuracy"]
         ctx.console.note(f"implicit reward: {accuracy:.3f} of {len(held)} held-out pairs are in the right order")
         result |= {"pair_accuracy": accuracy, "held_out_pairs": len(held)}
     stage.finish(result | score_as_policy(ctx, start, reward_model, chat))
@@ -99,11 +100,12 @@ def hold_out(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair
 def accumulate(
     reward_model: Role, reference: Role, rm: TrainRm, pairs: Sequence[Pair], micro_batch_tokens: int, train: bool = True
 ) -> dict[str, float]:
-    """Adds the gradient of mean DPO loss + sft_weight · mean over the chosen responses' tokens of -log φ; with
-    ``train`` off only measures. ``margin``: of the implicit reward β log φ_DPO/φ_ref; ``accuracy``: where it is > 0."""
+    """Adds the gradient of mean DPO loss + sft_weight · mean over the chosen responses' tokens of -log φ, each rank its
+    share; with ``train`` off only measures. ``margin``: of the implicit reward β log φ_DPO/φ_ref; ``accuracy``: where
+    it is > 0."""
     chosen_tokens = sum(len(p.chosen.response) for p in pairs)
     totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-    for places in micro_batches([len(p) for p in pairs], micro_batch_tokens):
+    for places in own_micro_batches([len(p) for p in pairs], micro_batch_tokens):
         with torch.set_grad_enabled(train):
             logps, ref_logps = pair_logprobs(reward_model, reference, [pairs[i] for i in places])
             losses, margins = dpo_loss(logps, ref_logps, rm.beta)
@@ -162,7 +164,7 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
     recipe, rm, task = ctx.recipe, ctx.recipe.train_rm, rewarding_task(ctx.recipe)
     assert task is not None, "the recipe makes sure"
     file = stage.path / "pairs.jsonl"
-    if file.exists():
+    if ranks.from_main(file.exists()):
         return load_pairs(file)
     longest = longest_response(recipe)
     sampling = Sampling(rm.temperature, rm.top_p, longest, recipe.rl.rollout_batch)
@@ -179,21 +181,21 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
     with InterruptGuard() as interrupt:
 
         def stop_if_asked() -> None:
-            if interrupt.requested:
+            if ranks.any_of(interrupt.requested):
                 raise Interrupted(
                     f"stopped while sampling pairs; what is sampled is in {kept.path}, and the same "
                     "command goes on from there"
                 )
 
         responses = sample(ctx, engine, ids, sampling, kept, ("pairs",), stop_if_asked)
-    pairs = pair_up(chat, task, [prompt for prompt, _ in asked], responses, rm)
+    pairs = ranks.once(pair_up)(chat, task, [prompt for prompt, _ in asked], responses, rm)
     if len(pairs) < 2:
         raise DataError(
             f"{total} responses to {len(asked)} prompts gave {len(pairs)} pairs of right and wrong: raise "
             "train_rm.samples_per_prompt or train_rm.prompts, let sft train longer, or set "
             "train_rm.demonstrations_as_chosen: true"
         )
-    save_pairs(file, pairs, chat)
+    ranks.once(save_pairs)(file, pairs, chat)
     remove(kept.path)
     return pairs
 

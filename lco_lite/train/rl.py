@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lco_lite import weights
+from lco_lite import ranks, weights
 from lco_lite.context import Context
 from lco_lite.data.prompts import held_out
 from lco_lite.evaluation.evaluate import held_out_accuracy
@@ -76,7 +76,8 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                     update_log.write({"step": step + 1, **report.update(training.update())})
                     training.line.update(step, **report.updates[-1])
             with ctx.clock("score"):
-                report.kl_to_old = training.within_memory(kl_to_old, lengths, models, rl, minibatch, group=rl.unit)
+                kl = training.within_memory(kl_to_old, lengths, models, rl, minibatch, group=rl.unit)
+                report.kl_to_old = ranks.total(kl)
             if rl.eval_every and (step + 1) % rl.eval_every == 0:
                 report.eval = evaluate(ctx, models, rollouts)
             metrics = report.metrics(ctx.clock.seconds, history[-1]["samples_seen"] if history else 0)
@@ -144,12 +145,12 @@ def accumulate(
 
 @torch.no_grad()
 def kl_to_old(models: Models, rl: Rl, minibatch: list[MicroBatch], micro_batch_tokens: int) -> float:
-    """KL(π_θ ‖ π_old) a token of this minibatch, nats."""
+    """KL(π_θ ‖ π_old) a token of this minibatch, nats; of several ranks each has its share of the sum."""
     policy, total = models.policy, 0.0
     for micro in on_device(models, rl, minibatch, micro_batch_tokens):
         hidden = policy.hidden(micro.batch)
         total += kl_divergence(hidden, micro.old, policy.model.head, micro.old_head).sum().item()
-    return total / minibatch[0].tokens
+    return total / minibatch[0].tokens if minibatch else 0.0
 
 
 def evaluate(ctx: Context, models: Models, rollouts: Rollouts) -> float | None:
@@ -185,9 +186,10 @@ class Report:
         self._tokens.append({name: value.cpu() for name, value in seen.items()} | {"A": micro.advantages.cpu()})
 
     def update(self, step_of_optimiser: dict[str, float]) -> dict[str, float]:
-        """The update that ``add`` has seen all of: means over its tokens."""
-        names = dict.fromkeys(name for tokens in self._tokens for name in tokens)
-        seen = {name: torch.cat([tokens[name] for tokens in self._tokens if name in tokens]) for name in names}
+        """The update that ``add`` has seen all of: means over its tokens, those of other ranks too."""
+        parts, loss = sum(ranks.gather(self._tokens), []), ranks.total(self._loss)
+        names = dict.fromkeys(name for tokens in parts for name in tokens)
+        seen = {name: torch.cat([tokens[name] for tokens in parts if name in tokens]) for name in names}
         advantages, norm = seen.pop("A"), seen.pop("logit_grad_norm", None)
         seen.pop("loss", None)  # that of the whole minibatch is told
         if "logprob" in seen:
@@ -198,7 +200,7 @@ class Report:
             by_sign = {"pos": norm[advantages > 0], "neg": norm[advantages < 0]}
             seen |= {f"logit_grad_norm_{sign}": part for sign, part in by_sign.items() if len(part)}
         means = {name: value.mean().item() for name, value in seen.items() if len(value)}
-        self.updates.append({"update": len(self.updates) + 1, "loss": self._loss} | means | step_of_optimiser)
+        self.updates.append({"update": len(self.updates) + 1, "loss": loss} | means | step_of_optimiser)
         return self.updates[-1]
 
     def metrics(self, seconds: dict[str, float], samples_before: int) -> dict[str, Any]:

@@ -9,12 +9,13 @@ Legend: N responses, G of them to a prompt, in a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lco_lite import ranks
 from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, longest_response, rewarding_task, rl_prompts
 from lco_lite.errors import DataError
@@ -46,6 +47,7 @@ class Phase:
     rewards: list[float] | None
     shown: list[bool]
     drawn: int
+    _told: list[Tensor] = field(default_factory=list)
 
     @property
     def examples(self) -> list[Example]:
@@ -56,6 +58,14 @@ class Phase:
         """[N]: the rewards, else the grades."""
         scores = self.grades if self.rewards is None else self.rewards
         return None if scores is None else torch.tensor(scores)
+
+    def of_ranks(self, values: Tensor) -> list[Tensor]:
+        """What each rank has of the phase. Told once: one whose memory ran out scores again without the others."""
+        if ranks.world() == 1:
+            return [values]
+        if not self._told:
+            self._told.extend(ranks.gather(values))
+        return self._told
 
     def only(self, places: Sequence[int], group: int) -> Phase:
         """The groups at these places."""
@@ -95,7 +105,7 @@ class Rollouts:
 
         asked = fitting(ctx, asked, model, rl.max_length, "prompts", room)
         self.prompts, self.ids = [prompt for prompt, _ in asked], [ids for _, ids in asked]
-        self.rewards = reward_source(rl, ctx.device)
+        self.rewards = reward_source(rl, ctx.device) if ranks.rank() == 0 else None  # which asks for all
 
     def phase(self, step: int, stop_if_asked: Callable[[], None]) -> Phase:
         """The step's responses, of the policy as it is now. With dynamic sampling (DAPO) groups without signal make
@@ -133,7 +143,7 @@ class Rollouts:
         ]
         judged = next((line for line in kept.rows if line.get("judged") == again), None)
         if judged is None:
-            judged = {"judged": again} | self._judge([self.prompts[i] for i in places], responses)
+            judged = {"judged": again} | ranks.once(self._judge)([self.prompts[i] for i in places], responses)
             kept.append(judged)  # a reward function is asked once
         grades, rewards, longest = judged["grades"], judged["rewards"], self.sampling.max_new_tokens
         return Phase(chosen, longest, responses, grades, rewards, shown, shown.count(False))
@@ -180,7 +190,8 @@ def sample(
 
     ``names`` say what the random numbers are for (``seeded``), and tell these lines from others in the file.
     ``stop_if_asked`` is called between batches and may raise. Where memory runs out, what is left is made in smaller
-    batches.
+    batches. Several ranks make a batch each, with numbers that depend on who makes it and on what is there already; a
+    line has those of all.
     """
     label = ":".join(map(str, names))
     responses: dict[int, Response] = {}
@@ -192,23 +203,28 @@ def sample(
             state = line["rng"]
     room, size, left = ctx.room("rl.rollout_batch", sampling.batch), 0, list[int]()
     batches: Iterator[Made] = iter(())
+    own = [place for place in range(len(prompts)) if place not in responses]
+    if ranks.world() > 1:
+        own = ranks.share(sorted(own, key=lambda place: (len(prompts[place]), place)))
 
     def next_batch(at_once: int) -> tuple[list[int], list[Response], list[str]]:
         nonlocal size, batches, left
         if at_once != size:
-            left, size = [place for place in range(len(prompts)) if place not in responses], at_once
+            left, size = [place for place in own if place not in responses], at_once
             batches = engine.generate([prompts[place] for place in left], replace(sampling, batch=at_once))
-        with seeded(ctx.recipe.seed, *names, state=state):
-            chosen, made = next(batches)
+        mine = () if ranks.world() == 1 else (f"rank {ranks.rank()} of {ranks.world()}", len(responses))
+        with seeded(ctx.recipe.seed, *names, *mine, state=None if mine else state):
+            chosen, made = next(batches, ([], []))
             return [left[i] for i in chosen], made, rng_state()
 
     def half(at_once: int) -> tuple[int, int] | None:
-        at_once = min(at_once, len(prompts) - len(responses))
+        at_once = min(at_once, sum(place not in responses for place in own))
         return (at_once, at_once // 2) if at_once > 1 else None
 
     with ctx.clock("rollout"), ctx.console.progress(len(prompts), str(names[0]), len(responses)) as progress:
         while len(responses) < len(prompts):
-            places, made, state = room.do(next_batch, half, OTHER_NUMBERS)
+            batch = ranks.gather(room.do(next_batch, half, OTHER_NUMBERS))
+            places, made, state = sum((b[0] for b in batch), []), sum((b[1] for b in batch), []), batch[0][2]
             responses.update(zip(places, made, strict=True))
             ids = [[r.example.response, r.truncated] + [r.logprobs] * (r.logprobs is not None) for r in made]
             kept.append({"sampled": label, "places": places, "responses": ids, "rng": state})
@@ -220,8 +236,8 @@ def sample(
 def plan_minibatches(
     examples: Sequence[Example], rl: Rl, seed: int, step: int, micro_batch_tokens: int | None = None
 ) -> list[list[list[int]]]:
-    """Response indices: minibatches of micro-batches. Every response is in exactly one; with ``rl.whole_groups`` the
-    responses to a prompt are in the same."""
+    """Response indices: minibatches of micro-batches, of several ranks every N-th each. Every response is in exactly
+    one; with ``rl.whole_groups`` the responses to a prompt are in the same."""
     group = rl.unit
     generator = torch.Generator().manual_seed(derive(seed, "minibatches", step))
     units = torch.randperm(len(examples) // group, generator=generator).tolist()
@@ -231,7 +247,7 @@ def plan_minibatches(
         [
             [chosen[k] for k in places]
             for places in micro_batches(
-                [len(examples[i]) for i in chosen], micro_batch_tokens or rl.micro_batch_tokens, group
+                [len(examples[i]) for i in chosen], micro_batch_tokens or rl.micro_batch_tokens, group, ranks.world()
             )
         ]
         for chosen in minibatches

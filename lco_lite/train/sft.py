@@ -8,14 +8,14 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
-from lco_lite import weights
+from lco_lite import ranks, weights
 from lco_lite.context import Context
 from lco_lite.data.prompts import recipe_task, sft_examples
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role
 from lco_lite.objectives.logprobs import token_logprobs
 from lco_lite.run import StageFolder
-from lco_lite.sequences import Example, collate, endless, micro_batches
+from lco_lite.sequences import Example, collate, endless, own_micro_batches
 from lco_lite.train.training import StageTraining, fitting
 
 
@@ -36,7 +36,7 @@ def train_sft(ctx: Context, stage: StageFolder) -> None:
         for step in training.steps():
             chosen = [examples[i] for i in endless(len(examples), recipe.seed, step * sft.batch_size, sft.batch_size)]
             with ctx.clock("update"):
-                metrics = training.within_memory(accumulate, [[len(e) for e in chosen]], policy, chosen)
+                metrics = ranks.total(training.within_memory(accumulate, [[len(e) for e in chosen]], policy, chosen))
                 metrics |= training.update()
             training.keep(step, metrics)
     weights.save(policy, stage, training.masters)
@@ -44,14 +44,16 @@ def train_sft(ctx: Context, stage: StageFolder) -> None:
 
 
 def accumulate(policy: Role, examples: Sequence[Example], micro_batch_tokens: int) -> dict[str, float]:
-    """Adds the gradient of the mean of -log π over all response tokens; returns loss, entropy and tokens."""
-    tokens = sum(len(e.response) for e in examples)
+    """Adds the gradient of the mean of -log π over all response tokens; returns loss, entropy and tokens. Of several
+    ranks each adds its share."""
+    tokens, own = sum(len(e.response) for e in examples), 0
     loss = entropy = 0.0
-    for places in micro_batches([len(e) for e in examples], micro_batch_tokens):
+    for places in own_micro_batches([len(e) for e in examples], micro_batch_tokens):
         batch = collate([examples[i] for i in places], policy.model.pad_id).to(policy.model.device)
         logprobs, seen = token_logprobs(policy.hidden(batch), policy.model.head, batch.actions)
         part = -logprobs.sum() / tokens
         part.backward()
+        own += len(batch.actions)
         loss += part.item()
         entropy += seen["entropy"].sum().item() / tokens
-    return {"loss": loss, "entropy": entropy, "response_tokens": tokens}
+    return {"loss": loss, "entropy": entropy, "response_tokens": own}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lco_lite import ranks
 from lco_lite.checkpoint import checkpoints, load_latest, save_checkpoint
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.errors import DataError, Diverged, Interrupted, UsageError
@@ -108,9 +109,16 @@ class StageTraining:
 
         def anew(tokens: int) -> Made:
             self.drop_gradients()
-            return work(*given, tokens)
+            with self.own_random_numbers():
+                return work(*given, tokens)
 
         return self.room.do(anew, lambda tokens: halved(minibatches, tokens, group))
+
+    def own_random_numbers(self) -> contextlib.AbstractContextManager[None]:
+        """Several ranks drop out of different sequences by different numbers, which those before do not decide."""
+        if ranks.world() == 1:
+            return contextlib.nullcontext()
+        return seeded(self.ctx.recipe.seed, self.stage.name, self.updates, ranks.rank(), ranks.world())
 
     def drop_gradients(self) -> None:
         for parameter in (*self.parameters.values(), *self.masters.values()):
@@ -130,7 +138,7 @@ class StageTraining:
         def attempt(tokens: int) -> None:
             accumulate(longest[: max(1, tokens // length // group) * group], tokens)
 
-        with self.ctx.clock("preflight"), seeded(self.ctx.recipe.seed, "preflight"):
+        with ranks.apart(), self.ctx.clock("preflight"), seeded(self.ctx.recipe.seed, "preflight"):
             states = self.states_to_come()
             self.within_memory(attempt, [[length] * len(longest)], group=group)
         self.drop_gradients()
@@ -170,11 +178,12 @@ class StageTraining:
         self.updates_planned = self.updates + updates + left * self.updates_a_step
 
     def update(self) -> dict[str, float]:
-        """One step of AdamW on the gradients there are. ``grad_norm``, and of a critic ``critic_grad_norm``, are
-        measured before clipping.
+        """One step of AdamW on the gradients there are, summed over ranks. ``grad_norm``, and of a critic
+        ``critic_grad_norm``, are measured before clipping.
 
         Raises Diverged where one is not finite.
         """
+        ranks.sum_gradients(list(self.masters.values()))
         limit, norms = self.settings.max_grad_norm, dict[str, float]()
         critic = [p for name, p in self.masters.items() if name.startswith("critic.")]
         policy = [p for name, p in self.masters.items() if not name.startswith("critic.")]
@@ -207,6 +216,7 @@ class StageTraining:
         self.done, self.inside_step = step + 1, False
         self.metrics.write({"step": step + 1, **metrics, "seconds": self.ctx.clock.lap(), "peak_mib": peak_mib()})
         self.line.update(step + 1, **metrics)
+        warnings = ranks.from_main(warnings)  # all stop, or none
         for warning in warnings:
             self.ctx.console.warn(f"step {step + 1}: {warning}")
         stopped_by_guard = bool(warnings) and self.ctx.recipe.rl.guard == "stop"
@@ -224,7 +234,7 @@ class StageTraining:
 
     def stop_if_asked(self) -> None:
         """Raises Interrupted after Ctrl-C. Between two steps nothing is lost; inside one its updates are made again."""
-        if not self.interrupt.requested:
+        if not ranks.any_of(self.interrupt.requested):
             return
         if not self.inside_step and self.saved != self.done:
             self.save()

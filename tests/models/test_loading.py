@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lco_lite import ranks
 from lco_lite.errors import ModelError, UsageError
 from lco_lite.models.chat import ChatFormat, check_same_tokenizer
 from lco_lite.models.loading import (
@@ -22,6 +23,7 @@ from lco_lite.models.loading import (
     load_base,
     load_tokenizer,
     resolve_device,
+    reward_device,
 )
 from lco_lite.recipe.sections import Init, Model
 from tests.models.families import load, save
@@ -134,6 +136,18 @@ def test_cuda_without_a_cuda_device_is_refused():
     with pytest.raises(UsageError, match="CUDA"):
         resolve_device("cuda")
     assert resolve_device("auto").type == "cpu"
+
+
+def test_a_reward_models_device_is_there_and_is_not_asked_for_beside_other_processes(monkeypatch):
+    assert reward_device(None, CPU) == reward_device("cpu", CPU) == CPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="reward_model.device: cuda:1 is not there; CUDA devices: cuda:0"):
+        reward_device("cuda:1", CPU)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert reward_device("cuda:1", CPU) == torch.device("cuda:1")
+    monkeypatch.setattr(ranks, "_world", 2)
+    with pytest.raises(UsageError, match="each of several processes has a GPU of its own"):
+        reward_device("cuda:1", CPU)
 
 
 def test_auto_is_never_float16_in_which_nothing_is_trained(monkeypatch):
