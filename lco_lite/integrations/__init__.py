@@ -1,0 +1,1 @@
+"""How does the loss run in other trainers?"""
