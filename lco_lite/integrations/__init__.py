@@ -1,1 +1,1 @@
-"""How does the loss run in other trainers?"""
+"""LCO in other trainers: a file each, which alone imports that trainer."""

@@ -127,12 +127,14 @@ class LCOTrainer(GRPOTrainer):
         args = GRPOConfig("lco") if args is None else args
         for name, value in NEUTRAL.items():
             if getattr(args, name) != value:
-                raise UsageError(f"args.{name}: {getattr(args, name)} is of GRPO's loss, not of LCO's: leave it {value}")
+                raise UsageError(f"args.{name}: {getattr(args, name)} is for GRPO's loss, not LCO's: leave it {value}")
         if args.steps_per_generation % args.gradient_accumulation_steps:
             raise UsageError(
                 f"args.steps_per_generation: {args.steps_per_generation} is no multiple of gradient_accumulation_steps "
                 f"({args.gradient_accumulation_steps}): an update is a mean over its response tokens, sampled before it"
             )
+        if not is_peft_model(model) and trl.get("peft_config") is None and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # the head works outside of the forward pass: DDP would miss it
         unrounded = trained_weights(model) if is_peft_model(model) else {}
         super().__init__(model, no_reward if reward_funcs is None else reward_funcs, args, **trl)
         if self._is_vlm:
@@ -144,8 +146,9 @@ class LCOTrainer(GRPOTrainer):
         self.objective, self.weighting, self.standardise = objective, weighting, standardise
         self.lco_beta, self.anchor = beta, anchor
         if getattr(base_of(self.model), "is_quantized", False):  # TRL rounds to bfloat16, on which small steps are lost
-            for name, parameter in trained_weights(self.model).items():
-                parameter.data = unrounded.get(name, parameter).float()
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.data = unrounded.get(name, parameter.data).float()
         without_dropout(self.model)
         self.head = self._proved(self.model)
         if is_peft_model(self.model) and self.head.is_trained:
@@ -159,7 +162,7 @@ class LCOTrainer(GRPOTrainer):
         base, tokens = base_of(model), max(self._tokenizer.get_vocab().values()) + 1
         head = head_of(base, tokens)
         if head.rows < tokens:
-            raise UsageError(f"{type(base).__name__}: a head of {head.rows} rows, but the tokenizer has {tokens} tokens")
+            raise UsageError(f"{type(base).__name__}: a head of {head.rows} rows; the tokenizer has {tokens} tokens")
         prove_head(base, head)
         return head
 
@@ -179,7 +182,7 @@ class LCOTrainer(GRPOTrainer):
             return scorer, None
         if reference is None or isinstance(reference, str):
             if not is_peft_model(scorer.model):
-                raise UsageError(f"reference: {type(scorer.model).__name__}, the reward model, has no adapters: give φ_ref")
+                raise UsageError("reference: the reward model has no adapters to take off: give φ_ref")
             named = reference and self._adapter_of(scorer.model, reference, "reference")
             return scorer, Scorer(scorer.model, scorer.head, named)
         other = Scorer(placed := self._placed(reference), self._proved(placed))
@@ -237,7 +240,11 @@ class LCOTrainer(GRPOTrainer):
                 before = None if self.phi_ref is None else self.phi_ref.hidden(batch)
                 if self.start is not None:
                     reference_head = None if old_head is None else self.start.head
-                    more = {"anchor": self.anchor, "reference": self.start.hidden(batch), "reference_head": reference_head}
+                    more = {
+                        "anchor": self.anchor,
+                        "reference": self.start.hidden(batch),
+                        "reference_head": reference_head,
+                    }
             if before is not None:
                 shift = dpo_shift(shift, before)
             if through.softcap is not None:  # it asks where the shift begins
@@ -264,7 +271,9 @@ class LCOTrainer(GRPOTrainer):
             loss = loss * (self.accelerator.num_processes * len(hidden) / inputs["num_items_in_batch"])
         values = {name: seen[name] for name in ("entropy", "logit_grad_norm")}
         values |= {"sampled_prob": seen["logprob"].exp(), "advantage": inputs["advantages"]}
-        sums = torch.stack([*(value.sum().double() for value in values.values()), hidden.new_tensor(len(hidden)).double()])
+        sums = torch.stack(
+            [*(value.sum().double() for value in values.values()), hidden.new_tensor(len(hidden)).double()]
+        )
         *totals, tokens = self.accelerator.reduce(sums, "sum").tolist()
         for name, total in zip(values, totals, strict=True):
             self._metrics["train" if self.model.training else "eval"][name].append(total / max(tokens, 1.0))
