@@ -9,7 +9,8 @@ Models of the stated shapes with random weights are written as ordinary folders 
 the trainers' own, with ``--set`` for any field of the recipe. Every sequence is as long as the recipe lets in, and a
 random policy ends no response before its limit. On a GPU the peak is torch's, allocated and reserved, from the
 beginning of each phase; on a CPU the bytes of living tensors are counted, which slows it. Phases that are done in
-several parts show the largest. Seconds are of the last time a phase ran.
+several parts show the largest. Seconds are of the last time a phase ran. Where ``memory_limit`` is too little for a
+micro-batch, the trainers halve it, as they would anywhere, and the size that was left is shown.
 
 ``longest`` trains a model with an adapter on one sequence (forward, loss, backward; activations are made again) and
 looks for the longest that fits: with LCO-KLD, and with what its peers have for it, a KL between two sources.
@@ -244,7 +245,7 @@ def phases(options: argparse.Namespace, folder: Path, console: Console) -> dict[
                 train(ctx, "sft")  # of the pairs' run; the others are done by now
             with watched(stage, options.device) as seen:
                 train(ctx, ctx.recipe.rl.stage if stage == "rl" else stage)
-            resolved = ctx.recipe
+            resolved, rooms = ctx.recipe, {room.setting: room.size for room in ctx._rooms.values()}
         del ctx
         mine = {
             phase: row
@@ -253,7 +254,10 @@ def phases(options: argparse.Namespace, folder: Path, console: Console) -> dict[
         }
         said = peaks(resolved, stage, options.device == "cuda", prompt)[0] if mine else {}
         for phase, row in mine.items():
-            found[phase] = row | {"planned": sum(said[phase].values()), "columns": said[phase]}
+            section = {"sft": "sft", "rm": "train_rm"}.get(stage, "rl")
+            size = rooms.get(f"{section}.micro_batch_tokens", options.micro)  # smaller where memory ran out
+            row |= {"planned": sum(said[phase].values()), "columns": said[phase], "micro_batch_tokens": size}
+            found[phase] = row
             console.print(f"{phase}: {row['allocated'] / GIB:.3f} GiB, planned {found[phase]['planned'] / GIB:.3f}")
     return found
 
@@ -404,6 +408,7 @@ def main() -> None:
             reserved = f"{row['reserved'] / GIB:.3f}" if "reserved" in row else ""
             ratio = row["allocated"] / row["planned"]
             numbers = (f"{row['allocated'] / GIB:.3f}", reserved, f"{row['planned'] / GIB:.3f}", f"{ratio:.2f}")
+            numbers = (*numbers, str(row["micro_batch_tokens"]))
             table.add_row(phase, *numbers, f"{row['seconds']:.1f}")
     else:
         limit = f"in {options.limit or 'all memory'}"
