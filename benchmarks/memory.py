@@ -194,7 +194,6 @@ def watched(stage: str, device: str) -> Iterator[dict[str, dict[str, float]]]:
             torch.cuda.reset_peak_memory_stats()
         else:
             count_what_lives(live)
-            live.restart()
         start = time.perf_counter()
         with clock(self, phase):
             yield
@@ -202,7 +201,7 @@ def watched(stage: str, device: str) -> Iterator[dict[str, dict[str, float]]]:
             if live is None:
                 peak = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
             else:
-                peak = {"allocated": live.peak}
+                peak = {"allocated": peak_of(live)}
             before = found.get(name, {})
             found[name] = {key: max(float(value), before.get(key, 0.0)) for key, value in peak.items()}
             found[name]["seconds"] = time.perf_counter() - start
@@ -215,16 +214,21 @@ def watched(stage: str, device: str) -> Iterator[dict[str, dict[str, float]]]:
         Clock.__call__ = clock  # type: ignore[method-assign]
 
 
+def peak_of(live: LiveBytes) -> int:
+    return getattr(live, "here", live).peak
+
+
 def count_what_lives(live: LiveBytes) -> None:
     """Tensors that were made out of sight, as a loader's are."""
-    for one in gc.get_objects():
-        if isinstance(one, torch.Tensor):
-            live._add(one)
-            if (state := getattr(one, "quant_state", None)) is not None:
-                nested = (state.state2.absmax, state.state2.code) if state.state2 else ()
-                for held in (state.absmax, state.code, state.offset, *nested):
-                    if held is not None:
-                        live._add(held)
+    add = getattr(live, "add", None) or live._add
+    for one in [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]:
+        add(one)
+        if (state := getattr(one, "quant_state", None)) is not None:
+            nested = (state.state2.absmax, state.state2.code) if state.state2 else ()
+            for held in (state.absmax, state.code, state.offset, *nested):
+                if held is not None:
+                    add(held)
+    live.restart()
 
 
 def phases(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, dict[str, Any]]:
@@ -256,7 +260,8 @@ def phases(options: argparse.Namespace, folder: Path, console: Console) -> dict[
         for phase, row in mine.items():
             section = {"sft": "sft", "rm": "train_rm"}.get(stage, "rl")
             size = rooms.get(f"{section}.micro_batch_tokens", options.micro)  # smaller where memory ran out
-            row |= {"planned": sum(said[phase].values()), "columns": said[phase], "micro_batch_tokens": size}
+            columns = {column: size for column, size in said[phase].items() if column != "host"}
+            row |= {"planned": sum(columns.values()), "columns": columns, "micro_batch_tokens": size}
             found[phase] = row
             console.print(f"{phase}: {row['allocated'] / GIB:.3f} GiB, planned {found[phase]['planned'] / GIB:.3f}")
     return found
@@ -318,7 +323,6 @@ def longest(options: argparse.Namespace, folder: Path, console: Console) -> dict
                     torch.cuda.reset_peak_memory_stats()
                 else:
                     count_what_lives(live)
-                    live.restart()
                 loss(role.hidden(batch), model.head).backward()
                 if live is None:
                     torch.cuda.synchronize()
@@ -328,7 +332,7 @@ def longest(options: argparse.Namespace, folder: Path, console: Console) -> dict
             return None
         finally:
             base.zero_grad()
-        peak = live.peak if live is not None else torch.cuda.max_memory_allocated()
+        peak = peak_of(live) if live is not None else torch.cuda.max_memory_allocated()
         return {"bytes": peak, "seconds": time.perf_counter() - start} if peak <= limit else None
 
     for name, (loss, package) in CONTENDERS.items():
