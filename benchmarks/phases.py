@@ -30,12 +30,15 @@ def main(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     name: Annotated[str, typer.Option(help="The run's name.")] = "phases",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
 ) -> None:
     with command(recipe, runs, name, sets, {}, quiet=True) as ctx:
         stage = f"rl-{ctx.recipe.rl.objective}"
         train(ctx, stage)
         rows = read_log(ctx.run.stage(stage).metrics)
         found = summary(rows) | {"recipe": recipe, "sets": sets or [], "environment": environment()}
+        if out is not None:
+            out.write_text(json.dumps(found) + "\n")
         if as_json:
             typer.echo(json.dumps(found))
         else:

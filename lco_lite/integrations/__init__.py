@@ -1,0 +1,1 @@
+"""LCO in other trainers: a file each, which alone imports that trainer."""
