@@ -167,10 +167,11 @@ def rebel(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
 def tpo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
     """KL(q ‖ p) over a prompt's responses, p ∝ π_θ, q ∝ π_old exp(A/β), mean over prompts. Kaddour 2026, eqs 1 to 3."""
     assert b.logprobs is not None and b.old_logprobs is not None
-    log_p, log_old = (b.by_prompt(b.per_sequence(x)[0]).log_softmax(-1) for x in (b.logprobs, b.old_logprobs))
-    log_q = (log_old + b.by_prompt(whole(b)) / b.beta).log_softmax(-1)
-    each = (log_q.exp() * (log_q - log_p)).sum(-1)
-    return each.sum() * log_p.shape[1] / b.sequences, {}
+    now, old = (b.by_prompt(b.per_sequence(x)[0]) for x in (b.logprobs, b.old_logprobs))
+    log_p, log_q = now.log_softmax(-1), (old + b.by_prompt(whole(b)) / b.beta).log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    each = q * (log_q - log_p) + p - q  # the sums of p and q are 1: with them the gradient is 0 exactly where p = q
+    return each.sum() * now.shape[1] / b.sequences, {}
 
 
 def misfit(b: PolicyBatch) -> Tensor:

@@ -6,8 +6,8 @@ differs between the two, and is held fixed here:
 - TRL averages each micro-batch of GRPO, GSPO and RLOO over its own sequences and then over micro-batches; ours divides
   by the minibatch's sequences. The same where micro-batches have as many sequences each.
 - TRL's CISPO takes as ``epsilon_high`` the largest weight, ours as ``clip_high`` what it is more than 1.
-- TRL divides DAPO and CISPO by the rollout's tokens times the share of it in one update; ours by those of the update itself. The
-  same for one update a rollout.
+- TRL divides DAPO and CISPO by the rollout's tokens times the share of it in one update; ours by those of the update
+  itself. The same for one update a rollout.
 - TRL masks padding of [B, L]; ours has response tokens only, [T].
 - TRL's GKD needs two logits of one width; ours takes the rows that both heads share, so here heads are of one width.
 """
