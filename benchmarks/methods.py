@@ -28,7 +28,7 @@ from lco_lite.recipe.rl import LCO, METHOD_DEFAULTS
 from lco_lite.tasks import load_task
 from lco_lite.train.pipeline import train
 
-RATES = {"gkd": (1e-3, 3e-3)}  # a divergence, as LCO-KLD
+RATES = {"opd": (1e-3, 3e-3), "gkd": (1e-3, 3e-3)}  # a divergence, as LCO-KLD
 RATES_OF_POLICY_GRADIENTS = (3e-4, 1e-3)
 RESPONSES = 640  # a phase, however they are spread over prompts
 

@@ -401,7 +401,7 @@ def _rl(trial: Trial) -> None:
     plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False, "overlong_buffer": 0.0})
 
     def scored(examples: list[Example]) -> Any:
-        n, split = len(examples), [micro_batches([len(e) for e in examples], rl.micro_batch_tokens)]
+        n, split = len(examples), [micro_batches([len(e) for e in examples], rl.micro_batch_tokens, rl.unit)]
         phase = Phase([], longest, [Response(e, True) for e in examples], None, [0.0] * n, [False] * n, n)
         return score(models, phase, split, plain)[0]
 

@@ -63,7 +63,8 @@ def gae(rewards: Tensor, values: Tensor, response: Tensor, gamma: float, lam: fl
 def mean_reward_to_go(rewards: Tensor, response: Tensor) -> Tensor:
     """[T] -> [T]: the mean reward of the tokens that follow in the same response, 0 for its last (MiniLLM's
     length-normalised return)."""
-    total, last = rewards.double().cumsum(0), response.bincount().cumsum(0) - 1
+    lengths = response.new_zeros(int(response.max()) + 1).index_add(0, response, torch.ones_like(response))
+    total, last = rewards.double().cumsum(0), lengths.cumsum(0) - 1
     left = last[response] - torch.arange(len(response), device=response.device)
     return ((total[last][response] - total) / left.clamp_min(1)).to(rewards.dtype)
 

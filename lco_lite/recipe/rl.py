@@ -16,6 +16,8 @@ TRL, TRL_PPO, PAPER = "TRL 1.16", "TRL 1.10, its last PPO", "arXiv 2603.00963"
 
 _GRADIENT: dict[str, tuple[Any, str]] = {"feedback": ("rule", "its reward is a response's"), "lr": (1e-6, TRL)}
 _GROUPED = {**_GRADIENT, "baseline": ("group", "Shao et al. 2024"), "responses_per_prompt": (4, PAPER)}
+_REGRESSION = {"beta": (1.0, "as LCO's; public code differs: docs/methods.md")}
+_COMPARES = (True, "its loss compares the responses to a prompt")
 _TEACHER = ("dpo", "the reward model is the teacher: " + PAPER)
 
 # objective -> field of the recipe's rl section -> (value, source)
@@ -53,12 +55,52 @@ METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
         "clip_low": (3e-4, "Zheng et al. 2025, section 5.1"),
         "clip_high": (4e-4, "Zheng et al. 2025, section 5.1"),
     },
+    "dr_grpo": {**_GROUPED, "scale_rewards": (False, "Liu et al. 2025")},
+    "cispo": {
+        **_GROUPED,
+        "scale_rewards": (True, "MiniMax-M1 2025, as GRPO"),
+        "clip_high": (4.0, "weights up to 5: Khatri et al. 2025, recommended by TRL 1.16"),
+    },
+    "dppo": {
+        **_GROUPED,
+        "scale_rewards": (False, "Qi et al. 2026, as Dr. GRPO"),
+        "clip_low": (0.15, "Qi et al. 2026, their script in verl: of a probability, not of its ratio"),
+        "clip_high": (0.15, "Qi et al. 2026, their script in verl"),
+    },
+    "raft": {
+        **_GRADIENT,
+        "baseline": ("none", "right is a reward above 0; with the group's mean, above that"),
+        "responses_per_prompt": (4, "Xiong et al. 2025"),
+    },
+    "dro": {**_GROUPED, **_REGRESSION},
+    "pmd": {**_GROUPED, **_REGRESSION, "baseline": ("group", "Kimi k1.5 2025: r̄ in place of β log Z")},
+    "rebel": {
+        **_GROUPED,
+        **_REGRESSION,
+        "baseline": ("group", "takes no part: it cancels in a difference"),
+        "responses_per_prompt": (2, "Gao et al. 2024"),
+        "whole_groups": _COMPARES,
+    },
+    "tpo": {
+        **_GROUPED,
+        "scale_rewards": (True, "Kaddour 2026, appendix A"),
+        "beta": (1.0, "Kaddour 2026: η"),
+        "whole_groups": _COMPARES,
+    },
+    "opd": {
+        "feedback": _TEACHER,
+        "lr": (1e-6, TRL + ": DistillationConfig"),
+        "jsd_beta": (1.0, TRL + ": DistillationConfig's beta"),
+        "on_policy": (1.0, "the policy's own responses alone"),
+    },
     "gkd": {"feedback": _TEACHER, "lr": (2e-5, TRL), "on_policy": (0.5, TRL + ": lmbda")},
     "minillm": {"feedback": _TEACHER, "lr": (1e-6, "TRL 1.10, its last"), "teacher_mix": (0.2, "Gu et al. 2024, 2.2")},
 }
 
 LCO = ("kld", "lch", "mse")
-DISTILLATION = ("gkd", "minillm")
+DISTILLATION = ("opd", "gkd", "minillm")
+REGRESSIONS = ("dro", "pmd", "rebel", "tpo")  # of log-ratios to A/β, as LCO's of logits
+COMPARISONS = ("rebel", "tpo")  # of the responses to a prompt
 
 
 def defaults_of(objective: str) -> dict[str, tuple[Any, str]]:
@@ -188,6 +230,11 @@ class Rl(Training):
         return self.objective in LCO
 
     @property
+    def has_beta(self) -> bool:
+        """Whether the loss has a β: it pulls towards π_old exp(A/β)."""
+        return self.is_lco or self.objective in REGRESSIONS
+
+    @property
     def is_own(self) -> bool:
         """Whether the objective is the user's; under dense feedback it is then one over the vocabulary."""
         return self.objective not in METHOD_DEFAULTS
@@ -231,14 +278,14 @@ class Rl(Training):
             yield f"weighting and anchor belong to kld, lch and mse, not to {name}"
         if not self.is_policy_gradient and self.kl_coef:
             yield f"kl_coef is for policy gradients: {name} stays near another model by itself"
-        if self.mismatch != "none" and not self.is_policy_gradient:
+        if self.mismatch != "none" and (not self.is_policy_gradient or name in REGRESSIONS):
             why = "has a weight of its own" if name == "minillm" else "needs none: its responses only supply states"
             yield f"mismatch corrects policy gradients for another sampler: {name} {why}"
         if self.weighting != "mean" and name == "kld":
             yield f"weighting {self.weighting!r} has no meaning for kld: it is an expectation already (use mse or lch)"
         if self.on_policy < 1 and name != "gkd":
             yield f"on_policy belongs to gkd: {name} learns from the policy's own responses"
-        if self.logprob_temperature is not None and (self.is_lco or name == "gkd"):
+        if self.logprob_temperature is not None and (self.is_lco or name in ("opd", "gkd")):
             yield f"logprob_temperature is for policy gradients and minillm: {name} compares logits, not samples"
         if self.teacher_mix and name != "minillm":
             yield f"teacher_mix belongs to minillm: {name} does not correct for another sampler"
@@ -259,6 +306,8 @@ class Rl(Training):
             yield f"baseline {self.baseline}, scale_rewards, dynamic_sampling need responses_per_prompt of at least 2"
         if self.whole_groups and self.minibatch % size:
             yield f"whole_groups: minibatch {self.minibatch} is not a multiple of responses_per_prompt {size}"
+        if self.objective in COMPARISONS and not (self.whole_groups and size > 1):
+            yield f"{self.objective} compares a prompt's responses: responses_per_prompt at least 2, whole_groups: true"
         if self.dynamic_sampling and self.feedback in ("dpo", "dpo_sampled", "logprob"):
             yield f"dynamic_sampling looks at rewards of whole responses, and feedback {self.feedback} has none"
         if self.standardise and (not self.is_dense or not self.is_lco):

@@ -56,7 +56,7 @@ class MicroBatch:
     ``responses`` [T]: which response of the phase a token belongs to. ``tokens`` and ``sequences`` count the whole
     minibatch, over which the loss is a mean. ``old`` [T, d] is h_old; ``old_head``: a copy of π_old's head, if it is
     trained. ``advantages`` [T] are those of the sampled tokens. ``target`` is what LCO fits, or a teacher.
-    ``per_token`` has the other numbers that a family keeps, [T] each.
+    ``per_token`` has the other numbers that a family keeps, [T] each. No response is over ``limit`` tokens long.
     """
 
     batch: Batch
@@ -68,6 +68,7 @@ class MicroBatch:
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     target: Any = None
     per_token: dict[str, Tensor] = field(default_factory=dict)
+    limit: int = 1
 
     def to(self, device: torch.device | str) -> MicroBatch:
         old = self.old.to(device)
@@ -100,6 +101,7 @@ class MicroBatch:
         more: dict[str, Any] = {name: self.per_token.get(name) for name in names}
         more |= {"actions": self.batch.actions, "responses": self.responses}
         more |= {"groups": self.responses // rl.responses_per_prompt, "settings": rl.settings}
+        more |= {"beta": rl.beta, "limit": self.limit}
         if (log_w := self.per_token.get("log_w")) is not None and rl.mismatch != "none":
             held = Correction(rl.mismatch, rl.mismatch_cap, rl.mismatch_low, rl.mismatch_high)
             more |= {"log_w": log_w.nan_to_num(nan=0.0), "correction": held}  # w is 1 where the engine did not tell
@@ -150,7 +152,8 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
             for places in filter(None, ranks.share(minibatch)):
                 batch = collate([phase.examples[i] for i in places], policy.model.pad_id)
                 responses, sequences = torch.tensor(places)[batch.rows], sum(map(len, minibatch))
-                micro = MicroBatch(batch, responses, tokens, sequences, policy.hidden(batch), old_head)
+                old = policy.hidden(batch)
+                micro = MicroBatch(batch, responses, tokens, sequences, old, old_head, limit=phase.limit)
                 if phase.scores is not None:
                     micro.per_token["rewards"] = phase.scores[responses]
                 if any(phase.responses[i].logprobs is not None for i in places):
@@ -311,7 +314,7 @@ def score_taught(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
 
 
 def gkd(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
-    """Agarwal et al. 2024."""
+    """Agarwal et al. 2024; at β = 1, KL(π_θ ‖ φ), on the policy's own responses it is on-policy distillation."""
     loss, seen = jsd_loss(hidden, models.policy.model.head, micro.target, rl.jsd_beta, actions=micro.batch.actions)
     return loss * (len(hidden) / micro.tokens), seen
 
@@ -328,11 +331,12 @@ METHODS = {
     "dense lco": Method(anchored, score_dense, lco),
     # the same, A at the sampled token alone (eq 11)
     "sparse lco": Method(sampled, score_sampled, lco, sparse_targets),
-    # rewards to advantages by a baseline; REINFORCE, RLOO, GRPO, DAPO, GSPO, or the user's
+    # rewards to advantages by a baseline; the rest of POLICY_GRADIENTS, or the user's
     "policy gradient": Method(sampled, score_sampled, policy_gradient, group_advantages),
     # rewards to advantages by a critic, which learns beside the policy
     "ppo": Method(sampled, score_sampled, ppo, critic_advantages),
     # the teacher's hidden states; a divergence from it, and of MiniLLM a policy gradient of what follows too
+    "opd": Method(pupil, score_taught, gkd),
     "gkd": Method(pupil, score_taught, gkd),
     "minillm": Method(pupil, score_taught, taught),
 }

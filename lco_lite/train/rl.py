@@ -47,7 +47,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
         rollouts = Rollouts(ctx, policy.model, engine, chat, stage)
     updates = rl.steps * rl.inner_epochs * -(-rl.prompts_per_step * rl.responses_per_prompt // rl.minibatch)
     what = f"{rl.steps} steps of {rl.prompts_per_step} prompts, feedback {rl.feedback}"
-    ctx.console.stage(stage.name, what + (f", β {rl.beta:g}" if rl.is_lco else ""))
+    ctx.console.stage(stage.name, what + (f", β {rl.beta:g}" if rl.has_beta else ""))
     training = StageTraining(ctx, stage, parameters, rl, rl.steps, updates, weights.unrounded(ctx, policy))
     with training:
         samples, update_log = training.log(stage.samples, JsonLog), training.log(stage.path / "updates.jsonl")

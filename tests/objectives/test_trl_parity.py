@@ -5,8 +5,9 @@ differs between the two, and is held fixed here:
 
 - TRL averages each micro-batch of GRPO, GSPO and RLOO over its own sequences and then over micro-batches; ours divides
   by the minibatch's sequences. The same where micro-batches have as many sequences each.
-- TRL divides DAPO by the rollout's tokens times the share of it in one update; ours by those of the update itself. The
-  same for one update a rollout.
+- TRL's CISPO takes as ``epsilon_high`` the largest weight, ours as ``clip_high`` what it is more than 1.
+- TRL divides DAPO and CISPO by the rollout's tokens times the share of it in one update; ours by those of the update
+  itself. The same for one update a rollout.
 - TRL masks padding of [B, L]; ours has response tokens only, [T].
 - TRL's GKD needs two logits of one width; ours takes the rows that both heads share, so here heads are of one width.
 """
@@ -37,7 +38,7 @@ from trl import GRPOTrainer, RLOOTrainer  # noqa: E402
 from trl.experimental.gkd import GKDTrainer  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
-GROUP, LENGTHS = 4, [3, 1, 6, 2, 5, 5, 1, 4]
+GROUP, LENGTHS, LIMIT = 4, [3, 1, 6, 2, 5, 5, 1, 4], 9
 LONGEST, SEQUENCES = max(LENGTHS), len(LENGTHS)
 MASK = torch.arange(LONGEST) < torch.tensor(LENGTHS)[:, None]  # [B, L]
 ROWS = MASK.nonzero()[:, 0]
@@ -45,6 +46,8 @@ ROWS = MASK.nonzero()[:, 0]
 LOSSES: dict[str, tuple[Any, str | None, str | None, Clip]] = {
     "grpo": (GRPOTrainer, "grpo", "token", Clip(0.2, 0.2)),
     "dapo": (GRPOTrainer, "dapo", "token", Clip(0.2, 0.28)),
+    "dr_grpo": (GRPOTrainer, "dr_grpo", "token", Clip(0.2, 0.2)),
+    "cispo": (GRPOTrainer, "cispo", "token", Clip(0.2, 0.28)),
     "gspo": (GRPOTrainer, "grpo", "sequence", Clip(3e-4, 4e-4)),
     "rloo": (RLOOTrainer, None, None, Clip(0.2, 0.2)),
 }
@@ -75,7 +78,8 @@ def stand_in(new: Tensor, clip: Clip, loss_type: str | None, level: str | None, 
         "loss_type": loss_type,
         "importance_sampling_level": level,
         "epsilon_low": clip.low,
-        "epsilon_high": clip.high,
+        "epsilon_high": clip.high + (loss_type == "cispo"),
+        "max_completion_length": LIMIT,
         "beta": 0.0,
         "current_gradient_accumulation_steps": 1,
         "top_entropy_quantile": 1.0,
@@ -125,7 +129,9 @@ def ours(name: str, new: Tensor, old: Tensor, advantages: Tensor, part: slice = 
     """(our loss, which tokens or sequences the clip holds)."""
     mask = MASK[part]
     rows = mask.nonzero()[:, 0]
-    batch = PolicyBatch(new[part][mask], old[part][mask], advantages[part][rows], rows, len(ROWS), SEQUENCES)
+    batch = PolicyBatch(
+        new[part][mask], old[part][mask], advantages[part][rows], rows, len(ROWS), SEQUENCES, limit=LIMIT
+    )
     loss, found = POLICY_GRADIENTS[name](batch, LOSSES[name][3])
     return loss, found["clipped"]
 

@@ -14,7 +14,7 @@ from lco_lite.metrics import read_log
 from lco_lite.objectives import policy_gradient as pg
 from lco_lite.recipe import Rl
 from lco_lite.recipe.file import load_recipe
-from lco_lite.recipe.rl import DISTILLATION, LCO, METHOD_DEFAULTS
+from lco_lite.recipe.rl import DISTILLATION, LCO, METHOD_DEFAULTS, REGRESSIONS
 from lco_lite.tasks.arithmetic import Arithmetic
 from lco_lite.train import methods
 from lco_lite.train import rl as rl_stage
@@ -22,6 +22,7 @@ from lco_lite.train.pipeline import train
 from tests.train.test_chain import killed_after, run_stage, same, start, trained
 
 GRADIENTS = tuple(name for name in METHOD_DEFAULTS if name not in LCO + DISTILLATION)
+CLIPPED = tuple(name for name in GRADIENTS if name not in ("reinforce", "raft", *REGRESSIONS))
 
 
 def sets(objective: str, feedback: str) -> list[str]:
@@ -53,7 +54,8 @@ def warm(tmp_path_factory):
 @pytest.mark.parametrize(
     ("objective", "feedback"),
     [(o, f) for o in LCO for f in ("dpo_sampled", "logprob", "rule")]
-    + [(o, f) for o in GRADIENTS for f in ("dpo_sampled", "rule")]
+    + [(o, "dpo_sampled") for o in GRADIENTS]
+    + [(o, "rule") for o in ("reinforce", "ppo", "rloo", "grpo", "dapo", "gspo", "raft", "tpo")]
     + [(o, f) for o in DISTILLATION for f in ("dpo", "logprob")],
 )
 def test_every_objective_takes_every_feedback_that_makes_sense(warm, objective, feedback):
@@ -62,8 +64,32 @@ def test_every_objective_takes_every_feedback_that_makes_sense(warm, objective, 
     rows = read_log(ctx.run.stage(f"rl-{objective}").metrics)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["loss"] is not None and row["entropy"] > 0 for row in rows)
-    if objective in GRADIENTS and objective != "reinforce":
-        assert "clipped" in rows[0]
+    assert ("clipped" in rows[0]) == (objective in CLIPPED or objective == "minillm")
+
+
+REWARD = "def early(prompts, responses, rows): return [sum(map(ord, r)) / max(1, len(r)) / 100 - 1 for r in responses]"
+
+
+@pytest.mark.parametrize("objective", ["dr_grpo", "dppo", "raft", *REGRESSIONS])
+def test_the_loss_of_the_same_responses_falls(warm, objective):
+    """cispo is not among them: its gradient is not that of its loss, whose weights stand still."""
+    file = warm.parent / "early.py"
+    file.write_text(REWARD)
+    group = Rl.model_validate({"objective": objective}).responses_per_prompt
+    one = {"steps": 1, "inner_epochs": 12, "lr": 1e-2, "minibatch": 16, "prompts_per_step": 16 // group}
+    one |= {"eval_every": 0, "feedback": "function", "reward_function": f"{file}:early"}
+    with start(warm, f"rl.objective={objective}", *(f"rl.{key}={value}" for key, value in one.items())) as ctx:
+        train(ctx, f"rl-{objective}", fresh=True)
+    loss = [row["loss"] for row in read_log(ctx.run.stage(f"rl-{objective}").path / "updates.jsonl")]
+    assert len(loss) == 12 and loss[-1] < loss[6] < loss[0]
+    assert objective not in REGRESSIONS or loss[-1] >= 0
+
+
+def test_on_policy_distillation_is_gkds_reverse_kl_on_the_policys_own_responses(warm):
+    gkd = ["rl.objective=gkd", "rl.jsd_beta=1", "rl.on_policy=1", "rl.lr=1e-3"]
+    both = [(["rl.objective=opd", "rl.lr=1e-3"], "rl-opd"), (gkd, "rl-gkd")]
+    opd, gkd = (trained(run_stage(warm, stage, *sets, fresh=True), stage) for sets, stage in both)
+    assert same(opd, gkd)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +98,12 @@ def test_every_objective_takes_every_feedback_that_makes_sense(warm, objective, 
         ({"objective": "grpo", "feedback": "dpo"}, "dpo_sampled, rule"),
         ({"objective": "gkd", "feedback": "rule"}, "follows a teacher"),
         ({"objective": "kld", "on_policy": 0.5}, "on_policy belongs to gkd"),
+        ({"objective": "opd", "on_policy": 0.5}, "on_policy belongs to gkd"),
+        ({"objective": "opd", "feedback": "rule"}, "follows a teacher"),
+        ({"objective": "opd", "logprob_temperature": 1}, "compares logits"),
+        ({"objective": "tpo", "whole_groups": False}, "compares a prompt's responses"),
+        ({"objective": "rebel", "responses_per_prompt": 1}, "compares a prompt's responses"),
+        ({"objective": "pmd", "anchor": 0.5}, "belong to kld"),
         ({"objective": "gkd", "teacher_mix": 0.5}, "belongs to minillm"),
         ({"objective": "kld", "feedback": "function"}, "go together"),
         ({"objective": "kld", "reward_classifier": "x"}, "go together"),
