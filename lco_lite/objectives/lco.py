@@ -12,11 +12,11 @@ from torch import Tensor
 from lco_lite.objectives.chunks import Gradients, Values, fused, joined, spans
 from lco_lite.objectives.head import Head, row_covariance
 from lco_lite.objectives.logprobs import entropy_and_logprob, gradient_values, policy_values, token_logprobs
-from lco_lite.objectives.targets import DenseTarget, MixedTarget, SparseTarget
+from lco_lite.objectives.targets import DenseTarget, SparseTarget
 
 OBJECTIVES = ("kld", "lch", "mse")
 WEIGHTINGS = ("mean", "sum", "policy")
-AnyTarget = DenseTarget | SparseTarget | MixedTarget
+AnyTarget = DenseTarget | SparseTarget  # a MixedTarget is both
 Curve = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -189,24 +189,25 @@ def mse_by_moments(
     """
     u = head.scale * target.drift(hidden, head)
     mean_row, n = head.mean_row.to(u.dtype), head.rows
-    w, heads, mean = u, (head,), u @ mean_row
+    heads: tuple[Head, ...] = (head,)
+    w, mean = u, u @ mean_row
+    sparse = target if isinstance(target, SparseTarget) else None
     if isinstance(target, DenseTarget):
         through = target.through(head)
         v = through.scale * target.step(head, standardise).to(u.dtype)
         w, heads = (u + v, heads) if through is head else (torch.cat([u, v], dim=-1), (head, through))
     slope = w @ row_covariance(*heads).to(u.dtype)
     loss = mean.square() + (w * slope).sum(-1)
-    x = target.tilt(u) if isinstance(target, SparseTarget) else None
-    if x is not None:
-        rows = centred_rows(heads, target.actions, u.dtype)
+    if sparse is not None:
+        x, rows = sparse.tilt(u), centred_rows(heads, sparse.actions, u.dtype)
         loss += (x * (2 * (w * rows).sum(-1, keepdim=True) + x * (1 - 1 / n)) / n).squeeze(-1)
         slope += rows * (x / n)
     grad = slope[:, : u.shape[1]] + torch.outer(mean, mean_row)
     values = {"loss": loss, "logit_grad_norm": 2 * (loss.clamp_min(0) / n).sqrt()}
     if actions is not None:  # r at the action, from one row of each head
         sampled = mean + (w * centred_rows(heads, actions, u.dtype)).sum(-1)
-        if x is not None:
-            sampled += x.squeeze(-1) * ((target.actions == actions).to(x.dtype) - 1 / n)
+        if sparse is not None:
+            sampled += x.squeeze(-1) * ((sparse.actions == actions).to(x.dtype) - 1 / n)
         values["logit_grad_sampled"] = 2 / n * sampled.abs()
     return {name: factor * value for name, value in values.items()}, grad.mul_(-2 * head.scale)
 
