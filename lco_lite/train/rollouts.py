@@ -37,7 +37,8 @@ class Phase:
     """Responses in the order of their prompts, which stand at ``chosen`` among all; none is over ``limit`` tokens long.
 
     Of each: its grade of ±1 where a task can tell, its reward by each part of the feedback that is a number a response,
-    and whether it is a demonstration ``shown`` to the policy, not its own. ``drawn``: how many were sampled, dropped ones too."""
+    and whether it is a demonstration ``shown`` to the policy, not its own. ``drawn``: how many were sampled, dropped
+    ones too."""
 
     chosen: list[int]
     limit: int
