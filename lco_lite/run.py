@@ -27,7 +27,7 @@ from lco_lite.errors import RecipeError, UsageError
 from lco_lite.files import recover, remove, write_errors, write_json, write_text
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump, flat, load_recipe
-from lco_lite.recipe.rl import REWARDS, Reward
+from lco_lite.recipe.rl import REWARDS, RewardPart
 
 
 class StageFolder:
@@ -203,7 +203,7 @@ _NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard",
 # left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
 _NEWER: dict[str, Any] = {"rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
 _NEWER |= {"rl.evaluated": True, "rollout.engine": "auto"}
-_NEWER |= {f"rl.rewards.{name}.{key}": v for name in REWARDS for key, v in Reward().model_dump().items()}
+_NEWER |= {f"rl.rewards.{name}.{key}": v for name in REWARDS for key, v in RewardPart().model_dump().items()}
 _NEWER |= dict.fromkeys(("sft.optimizer", "train_rm.optimizer", "rl.optimizer"), "adamw")
 _NEWER |= dict.fromkeys(("sft.adam_eps", "train_rm.adam_eps", "rl.adam_eps"))
 

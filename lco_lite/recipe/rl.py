@@ -106,7 +106,7 @@ def known_feedback(text: str) -> str:
     return " + ".join(names)
 
 
-class Reward(Section):
+class RewardPart(Section):
     weight: float = setting(
         1.0,
         "A is this times reward less baseline; in A's own unit, so nats at β 1",
@@ -121,9 +121,9 @@ class Reward(Section):
 class Rewards(Section):
     """What each reward of ``feedback`` counts."""
 
-    rule: Reward = setting(Reward(), "+1 right, -1 wrong", "see Reward")
-    function: Reward = setting(Reward(), "what reward_function gives", "see Reward")
-    reward_model: Reward = setting(Reward(), "what reward_classifier gives", "see Reward")
+    rule: RewardPart = setting(RewardPart(), "+1 right, -1 wrong", "see RewardPart")
+    function: RewardPart = setting(RewardPart(), "what reward_function gives", "see RewardPart")
+    reward_model: RewardPart = setting(RewardPart(), "what reward_classifier gives", "see RewardPart")
 
 
 class Variant(Section):
@@ -158,7 +158,7 @@ class Rl(Training):
         "paper",
     )
     rewards: Rewards = setting(
-        Rewards(), "weight and sign of each reward: {rule: {weight: 4, sign: positive}}", "see Reward"
+        Rewards(), "weight and sign of each reward: {rule: {weight: 4, sign: positive}}", "see RewardPart"
     )
     evaluated: bool = setting(
         True, "rule, sampled pairs: as eval.evaluated", "36 of MATH500's 500 answers can be copied from the question"
@@ -261,7 +261,7 @@ class Rl(Training):
         return next((name for name in feedbacks(self.feedback) if name in DENSE), None)
 
     @property
-    def reward_parts(self) -> dict[str, Reward]:
+    def reward_parts(self) -> dict[str, RewardPart]:
         """The parts of the feedback that are a number a response, and what each counts."""
         return {name: getattr(self.rewards, name) for name in feedbacks(self.feedback) if name in REWARDS}
 
@@ -330,7 +330,7 @@ class Rl(Training):
                 yield f"feedback {feedback} and {field} go together"
         for reward in REWARDS:
             given = getattr(self.rewards, reward)
-            if given != Reward() and reward not in self.reward_parts:
+            if given != RewardPart() and reward not in self.reward_parts:
                 yield f"rewards.{reward} is set, and feedback {self.feedback} has no {reward}"
             if given.sign != "both" and self.objective == "ppo":
                 yield f"rewards.{reward}.sign is both for ppo, whose critic learns what is below the baseline too"

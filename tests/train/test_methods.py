@@ -200,7 +200,7 @@ def test_a_mixed_target_has_the_reward_models_advice_and_the_responses_advantage
     sets += ["rewards.function.weight=0.5", f"rewards.function.sign={sign}"]
     with start(warm, *(f"rl.{one}" for one in sets)) as ctx:
         train(ctx, "rl-kld", fresh=True)
-    assert all(looked) and len(looked) > 8
+    assert all(looked) and len(looked) > 4, "minibatches in parts"
     for row in read_log(ctx.run.stage("rl-kld").metrics):
         assert row["rewards"] == {"function": row["reward"]} and row["reward"] > 0 <= row["accuracy"]
 
