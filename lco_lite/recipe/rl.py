@@ -110,11 +110,13 @@ class RewardPart(Section):
     weight: float = setting(
         1.0,
         "A is this times reward less baseline; in A's own unit, so nats at β 1",
-        "1; rule beside dpo, logprob: 4",
+        "1: paper; of rule beside dpo or logprob 4: prototype",
         gt=0,
     )
     sign: Literal["both", "positive"] = setting(
-        "both", "positive: only what is above the baseline counts", "both: paper; beside dpo, logprob: positive"
+        "both",
+        "positive: only what is above the baseline counts",
+        "both: paper; beside dpo or logprob positive: prototype",
     )
 
 
@@ -331,7 +333,7 @@ class Rl(Training):
         for reward in REWARDS:
             given = getattr(self.rewards, reward)
             if given != RewardPart() and reward not in self.reward_parts:
-                yield f"rewards.{reward} is set, and feedback {self.feedback} has no {reward}"
+                yield f"rewards.{reward} is set, and feedback has no {reward}: {self.feedback} + {reward}"
             if given.sign != "both" and self.objective == "ppo":
                 yield f"rewards.{reward}.sign is both for ppo, whose critic learns what is below the baseline too"
 

@@ -56,8 +56,9 @@ class Phase:
         """[N]: the rewards, of several the mean by their weights, else the grades."""
         if not self.rewards:
             return None if self.grades is None else torch.tensor(self.grades)
-        weights = torch.tensor([rl.reward_parts[name].weight for name in self.rewards])
-        return (weights / weights.sum()) @ torch.tensor(list(self.rewards.values()))
+        parts, total = rl.reward_parts, sum(part.weight for part in rl.reward_parts.values())
+        weighted = [parts[name].weight / total * torch.tensor(values) for name, values in self.rewards.items()]
+        return torch.stack(weighted).sum(0)
 
     def only(self, places: Sequence[int], group: int) -> Phase:
         """The groups at these places."""
