@@ -41,7 +41,7 @@ def lco_loss(
     The diagnostics are detached, [T] each: ``loss``; ``logit_grad_norm``, the norm over V of the gradient of a token's
     loss with respect to its logits, and ``logit_grad_sampled``, its size at the action; ``entropy`` of π_θ and
     ``logprob`` = log π_θ(action). Without ``actions`` only those that cost no product with the head. ``kl_to_old`` =
-    KL(π_θ ‖ π_old) comes with kld of a sparse target without anchor.
+    KL(π_θ ‖ π_old) comes with kld of a SparseTarget without anchor.
 
     Raises ValueError for unknown names, for sizes that do not fit, and for a target that lacks what the head needs.
     """
