@@ -135,7 +135,9 @@ def rl(
     recipe: RecipeOrNewest = None,
     objective: Annotated[str | None, Option(help=_OBJECTIVES, callback=_objective)] = None,
     beta: Annotated[float | None, Option(help="Strength of the KL regulariser.")] = None,
-    feedback: Annotated[str | None, Option(help="dpo, dpo_sampled, logprob, rule, function or reward_model.")] = None,
+    feedback: Annotated[
+        str | None, Option(help="dpo, logprob, dpo_sampled, rule, function, reward_model; 'dpo + rule'.")
+    ] = None,
     steps: Annotated[int | None, Option(help="Rollout phases.")] = None,
 ) -> None:
     """Policy optimisation by LCO or another objective; stages it needs are trained first if missing."""

@@ -21,7 +21,10 @@ METRICS: dict[str, str] = {
     "grad_norm": "2-norm of the gradient before clipping, without a critic's, mean over the step's updates",
     "critic_grad_norm": "the same of PPO's critic, which is clipped by itself",
     "value_loss": "loss of PPO's critic before rl.value_coef, mean over the step's updates",
-    "reward": "mean reward a response, in the feedback's own unit (rule: +1 right, -1 wrong)",
+    "reward": "mean reward a response, in the feedback's own unit (rule: +1 right, -1 wrong); of several by weight",
+    "rewards.rule": "where rl.feedback has several parts: mean reward a response by rule, +1 right, -1 wrong",
+    "rewards.function": "the same by rl.reward_function, in its own unit",
+    "rewards.reward_model": "the same by rl.reward_classifier, in its own unit",
     "accuracy": "share of responses that are right (rl), of pairs whose chosen response is the likelier (rm), 0 to 1",
     "margin": "mean implicit reward of chosen minus rejected, nats times beta (rm)",
     "dead_groups": "share of groups whose responses all have the same reward and so teach nothing, 0 to 1",
@@ -79,7 +82,8 @@ class MetricsLog(JsonLog):
 
     @ranks.by_main
     def write(self, numbers: dict[str, Any]) -> None:
-        names = (numbers.keys() - {"seconds"}) | {f"seconds.{phase}" for phase in numbers.get("seconds", {})}
+        inner = {name: value for name, value in numbers.items() if isinstance(value, dict)}
+        names = (numbers.keys() - inner.keys()) | {f"{name}.{key}" for name in inner for key in inner[name]}
         if unknown := sorted(names - METRICS.keys()):
             raise ValueError(f"no such metric: {', '.join(unknown)} (METRICS in lco_lite/metrics.py lists them)")
         super().write(numbers)

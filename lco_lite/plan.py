@@ -402,7 +402,8 @@ def _rl(trial: Trial) -> None:
 
     def scored(examples: list[Example]) -> Any:
         n, split = len(examples), [micro_batches([len(e) for e in examples], rl.micro_batch_tokens, rl.unit)]
-        phase = Phase([], longest, [Response(e, True) for e in examples], None, [0.0] * n, [False] * n, n)
+        rewards = {name: [0.0] * n for name in rl.reward_parts}
+        phase = Phase([], longest, [Response(e, True) for e in examples], None, rewards, [False] * n, n)
         return score(models, phase, split, plain)[0]
 
     def update(minibatch: Any) -> None:

@@ -27,7 +27,8 @@ from lco_lite.environment import environment
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.files import recover, remove, write_errors, write_json, write_text
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.file import dump, load_recipe
+from lco_lite.recipe.file import dump, flat, load_recipe
+from lco_lite.recipe.rl import REWARDS, RewardPart
 
 
 class StageFolder:
@@ -214,6 +215,7 @@ _NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard",
 _NEWER: dict[str, Any] = {"rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
 _NEWER |= {"rl.evaluated": True, "rollout.engine": "auto"}
 _NEWER |= {"rl.mismatch": "none", "rl.mismatch_cap": 3.0, "rl.mismatch_low": 0.5, "rl.mismatch_high": 5.0}
+_NEWER |= {f"rl.rewards.{name}.{key}": v for name in REWARDS for key, v in RewardPart().model_dump().items()}
 _NEWER |= dict.fromkeys(("sft.optimizer", "train_rm.optimizer", "rl.optimizer"), "adamw")
 _NEWER |= dict.fromkeys(("sft.adam_eps", "train_rm.adam_eps", "rl.adam_eps"))
 
@@ -226,7 +228,7 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage == "rm" and recipe.data.preferences == "sampled":
         roots = [*roots, "rollout"]
     if stage.startswith("rl-"):
-        judge = ["reward_model"] if recipe.rl.feedback == "logprob" else []  # its base is φ
+        judge = ["reward_model"] if recipe.rl.dense == "logprob" else []  # its base is φ
         roots = [*roots, *judge, "data.prompts", "data.columns.prompts", "rollout", "rl"]
 
     def decides(key: str, value: Any) -> bool:
@@ -244,14 +246,3 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """One line a setting that differs: ``rl.beta: 1.0 → 0.5``."""
     pairs = {key: (before.get(key, "unset"), after.get(key, "unset")) for key in [*before, *after]}
     return [f"{key}: {old} → {new}" for key, (old, new) in pairs.items() if old != new]
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots; an empty mapping stays as a value."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves |= flat(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves

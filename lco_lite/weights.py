@@ -109,7 +109,7 @@ def open_feedback_models(ctx: Context, start: Role) -> tuple[Role | None, Role |
     """(φ, φ_ref) as the recipe's feedback needs them: those of DPO; for ``logprob`` the reward model's base alone."""
     if ctx.recipe.rl.needs_reward_model:
         return open_reward_model(ctx, start)
-    if ctx.recipe.rl.feedback != "logprob":
+    if ctx.recipe.rl.dense != "logprob":
         return None, None
     return _own_reward_base(ctx, start) or start, None
 

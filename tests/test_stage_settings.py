@@ -104,6 +104,13 @@ def test_settings_of_ones_own_count_under_any_name():
 def test_a_setting_that_older_recipes_did_not_have_counts_once_it_is_set():
     names = set(stage_settings(Recipe.model_validate(BASE), "rl-kld"))
     assert not names & {"rl.settings", "rl.target", "rl.whole_groups", "rollout.engine"}
+    assert not any(name.startswith("rl.rewards") for name in names)
+    mixed = [Recipe.model_validate({**BASE, "rl": {"feedback": f}}) for f in ("dpo", "dpo + rule")]
+    assert differences(*(stage_settings(one, "rl-kld") for one in mixed)) == [
+        "rl.feedback: dpo → dpo + rule",
+        "rl.rewards.rule.weight: unset → 4.0",
+        "rl.rewards.rule.sign: unset → positive",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -134,8 +141,9 @@ def test_differences_name_each_key_with_both_values_also_where_one_is_absent():
     assert differences(before, after) == ["a: 1.0 → 0.5", "b: self → unset", "b.path: unset → x"]
 
 
-def test_with_the_log_probabilities_of_a_model_as_feedback_that_model_counts():
-    rl = {"rl": {"feedback": "logprob"}}
+@pytest.mark.parametrize("feedback", ["logprob", "logprob + rule"])
+def test_with_the_log_probabilities_of_a_model_as_feedback_that_model_counts(feedback):
+    rl = {"rl": {"feedback": feedback}}
     before, after = (
         stage_settings(Recipe.model_validate({**BASE, **rl, "reward_model": {"path": path}}), "rl-kld")
         for path in ("small", "large")

@@ -20,7 +20,8 @@ from lco_lite.errors import UsageError
 from lco_lite.evaluation.prompts import score_name
 from lco_lite.evaluation.summary import Graded
 from lco_lite.files import read_jsonl
-from lco_lite.run import Run, differences, flat
+from lco_lite.recipe.file import flat
+from lco_lite.run import Run, differences
 from lco_lite.tasks import load_task
 
 RESAMPLES = 10_000

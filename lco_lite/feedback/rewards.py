@@ -20,17 +20,20 @@ RewardSource = Callable[[Conversations, DataRows, Sequence[str], Tensor | None],
 BATCH = 32  # responses that a function is given at a time
 
 
-def reward_source(rl: Rl, device: torch.device) -> RewardSource | None:
-    """Where the recipe's rewards come from; None for feedback on tokens."""
-    if rl.feedback == "rule":
-        return rule
+def reward_sources(rl: Rl, device: torch.device) -> dict[str, RewardSource]:
+    """Where each reward of the feedback comes from, by its name; none for feedback on tokens alone."""
+    sources: dict[str, RewardSource] = {}
+    if "rule" in rl.reward_parts:
+        sources["rule"] = rule
     if rl.reward_function is not None:
         function = RewardFunction(rl.reward_function, rl.reward_timeout)
-        return lambda prompts, rows, texts, grades: function([p[-1]["content"] for p in prompts], texts, rows)
+        sources["function"] = lambda prompts, rows, texts, grades: function(
+            [p[-1]["content"] for p in prompts], texts, rows
+        )
     if rl.reward_classifier is not None:
         classifier = SequenceClassifier(rl.reward_classifier, device)
-        return lambda prompts, rows, texts, grades: classifier(prompts, texts)
-    return None
+        sources["reward_model"] = lambda prompts, rows, texts, grades: classifier(prompts, texts)
+    return sources
 
 
 def rule(prompts: Conversations, rows: DataRows, texts: Sequence[str], grades: Tensor | None) -> Tensor:

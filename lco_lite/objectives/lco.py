@@ -16,7 +16,7 @@ from lco_lite.objectives.targets import DenseTarget, SparseTarget
 
 OBJECTIVES = ("kld", "lch", "mse")
 WEIGHTINGS = ("mean", "sum", "policy")
-AnyTarget = DenseTarget | SparseTarget
+AnyTarget = DenseTarget | SparseTarget  # a MixedTarget is both
 Curve = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -35,13 +35,13 @@ def lco_loss(
     ``hidden`` [T, d]: final hidden states of the policy at the tokens that are trained on, and at no others. ``head``:
     the policy's. ``weighting`` over V: "mean" (the paper's), "sum" or "policy"; kld has none and ignores it.
     ``chunk``: tokens at a time, None for what memory allows. ``standardise``: divide a dense advantage by its
-    deviation over V at each token. ``actions`` [T]: the sampled token ids. Gradients reach ``hidden``, and the weight
-    and bias of a trained head.
+    deviation over V at each token; a mixed target's sparse one stays as it is. ``actions`` [T]: the sampled token ids.
+    Gradients reach ``hidden``, and the weight and bias of a trained head.
 
     The diagnostics are detached, [T] each: ``loss``; ``logit_grad_norm``, the norm over V of the gradient of a token's
     loss with respect to its logits, and ``logit_grad_sampled``, its size at the action; ``entropy`` of π_θ and
     ``logprob`` = log π_θ(action). Without ``actions`` only those that cost no product with the head. ``kl_to_old`` =
-    KL(π_θ ‖ π_old) comes with kld of a sparse target without anchor.
+    KL(π_θ ‖ π_old) comes with kld of a SparseTarget without anchor.
 
     Raises ValueError for unknown names, for sizes that do not fit, and for a target that lacks what the head needs.
     """
@@ -53,7 +53,7 @@ def lco_loss(
         raise ValueError(f"hidden must be [T, d] with at least one token, got {list(hidden.shape)}")
     if len(target) != len(hidden):
         raise ValueError(f"hidden has {len(hidden)} tokens, the target {len(target)}")
-    if standardise and isinstance(target, SparseTarget):
+    if standardise and not isinstance(target, DenseTarget):
         raise ValueError("standardise needs a dense target: at one action it would only erase the size of A")
     head, target = target.fit(head)
     rows = head.rows
@@ -75,7 +75,7 @@ def lco_loss(
                 grads.put(part, grad, size * grads.scale)
             else:
                 logits = head.logits(h) if objective == "kld" or not linear else None
-                if objective == "kld" and isinstance(goal, SparseTarget):
+                if objective == "kld" and not isinstance(goal, DenseTarget):
                     r = goal.gap(h, head, logits)
                     values, grad = fused(sparse_kld, logits, r, goal.actions, goal.tilt(r), taken, dtype)
                 else:
@@ -185,35 +185,33 @@ def mse_by_moments(
 ) -> tuple[Values, Tensor]:
     """factor · mean over V of r², and its gradient with respect to ``hidden`` [C, d], short of the factor.
 
-    The mean of (W·u)² is (w̄·u)² + u·Σ·u (docs/hidden-space.md); a sparse x = A/β adds a rank-one term.
+    The mean of (W·w)² is (w̄·u)² + w·Σ·w, w = u + v (docs/hidden-space.md); a sparse x = A/β adds a rank-one term.
     """
     u = head.scale * target.drift(hidden, head)
     mean_row, n = head.mean_row.to(u.dtype), head.rows
-    mean = u @ mean_row
-    grad = torch.outer(mean, mean_row)
+    heads: tuple[Head, ...] = (head,)
+    w, mean = u, u @ mean_row
+    sparse = target if isinstance(target, SparseTarget) else None
     if isinstance(target, DenseTarget):
         through = target.through(head)
         v = through.scale * target.step(head, standardise).to(u.dtype)
-        w, others = (u + v, ()) if through is head else (torch.cat([u, v], dim=-1), (through,))
-        slope = w @ row_covariance(head, *others).to(u.dtype)
-        loss = mean.square() + (w * slope).sum(-1)
-        grad.add_(slope[:, : u.shape[1]])
-        if actions is not None:  # r at the action, from one row of each head
-            sampled = _row_dot(head, actions, u) + _row_dot(through, actions, v) - v @ through.mean_row.to(v.dtype)
-    else:
-        x = target.tilt(u)
-        slope = u @ row_covariance(head).to(u.dtype)
-        action = (head.vocabulary[target.actions].to(u.dtype) - mean_row).mul_(x / n)
-        loss = mean.square() + (u * (slope + 2 * action)).sum(-1) + (x.square() * (1 - 1 / n) / n).squeeze(-1)
-        grad.add_(slope).add_(action)
-        if actions is not None:
-            sampled = _row_dot(head, actions, u) + x.squeeze(-1) * ((target.actions == actions).to(x.dtype) - 1 / n)
+        w, heads = (u + v, heads) if through is head else (torch.cat([u, v], dim=-1), (head, through))
+    slope = w @ row_covariance(*heads).to(u.dtype)
+    loss = mean.square() + (w * slope).sum(-1)
+    if sparse is not None:
+        x, rows = sparse.tilt(u), centred_rows(heads, sparse.actions, u.dtype)
+        loss += (x * (2 * (w * rows).sum(-1, keepdim=True) + x * (1 - 1 / n)) / n).squeeze(-1)
+        slope += rows * (x / n)
+    grad = slope[:, : u.shape[1]] + torch.outer(mean, mean_row)
     values = {"loss": loss, "logit_grad_norm": 2 * (loss.clamp_min(0) / n).sqrt()}
-    if actions is not None:
+    if actions is not None:  # r at the action, from one row of each head
+        sampled = mean + (w * centred_rows(heads, actions, u.dtype)).sum(-1)
+        if sparse is not None:
+            sampled += x.squeeze(-1) * ((sparse.actions == actions).to(x.dtype) - 1 / n)
         values["logit_grad_sampled"] = 2 / n * sampled.abs()
     return {name: factor * value for name, value in values.items()}, grad.mul_(-2 * head.scale)
 
 
-def _row_dot(head: Head, actions: Tensor, x: Tensor) -> Tensor:
-    """w_a·x of each token's action, [C], for ``x`` [C, d]."""
-    return (head.vocabulary[actions].to(x.dtype) * x).sum(-1)
+def centred_rows(heads: tuple[Head, ...], actions: Tensor, dtype: torch.dtype) -> Tensor:
+    """w_a − w̄ of each token's action, [C, Σd], the heads side by side."""
+    return torch.cat([h.vocabulary[actions].to(dtype) - h.mean_row.to(dtype) for h in heads], dim=-1)

@@ -17,7 +17,7 @@ from lco_lite.objectives.head import Head, row_covariance, wide
 
 @dataclass(eq=False)
 class Target:
-    """What both kinds of target share: ``target[index]`` is that of some tokens (indices, a mask or a slice over T).
+    """What all kinds of target share: ``target[index]`` is that of some tokens (indices, a mask or a slice over T).
 
     ``old`` [T, d]: h_old. ``anchor`` λ with ``reference`` [T, d]: h of the policy before RL. ``old_head`` and
     ``reference_head``: frozen copies, needed with a trained head. Every tensor is per token and may be kept on the CPU.
@@ -169,8 +169,23 @@ class SparseTarget(Target):
 
     def residual(self, hidden: Tensor, head: Head, logits: Tensor | None, standardise: bool) -> tuple[Tensor, Tensor]:
         r = self.gap(hidden, head, logits)
-        tilt = self.tilt(r)
-        return r.scatter_add_(-1, self.actions.unsqueeze(-1), tilt), tilt / head.rows
+        return self.tilted(r, r.new_zeros(len(r), 1))
+
+    def tilted(self, residual: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """``residual`` [T, V], which is overwritten, and ``mean`` [T, 1] with A/β at the actions in them."""
+        tilt = self.tilt(residual)
+        return residual.scatter_add_(-1, self.actions.unsqueeze(-1), tilt), mean + tilt / residual.shape[-1]
+
+
+@dataclass(eq=False)
+class MixedTarget(DenseTarget, SparseTarget):
+    """z* = z_base + A_dense/β + A_sparse/β: a dense advantage, and at the sampled action a sparse one on top of it.
+
+    ``standardise`` is of the dense part alone.
+    """
+
+    def residual(self, hidden: Tensor, head: Head, logits: Tensor | None, standardise: bool) -> tuple[Tensor, Tensor]:
+        return self.tilted(*super().residual(hidden, head, logits, standardise))
 
 
 def inverse_root(variance: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class Recipe(Section):
             yield f"rl.on_policy: {share}, and those of data.prompts have none: set rl.on_policy: 1"
         if self.task is None or self.task in UNGRADED:
             why = f"{self.task} grades no response right or wrong" if self.task else "task is null"
-            if self.rl.feedback == "rule":
+            if "rule" in self.rl.reward_parts:
                 yield f"rl.feedback: rule needs a task that grades, and {why}"
             if self.rl.needs_reward_model and self.data.preferences == "sampled":
                 yield f"data.preferences: `sampled` needs a task that grades, and {why}: name a file or hub set"

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.rl import defaults_of
+from lco_lite.recipe.rl import defaults_of, feedbacks
 
 KeyPath = tuple[Any, ...]
 Say = Callable[[str], object]
@@ -58,10 +58,11 @@ def overridden(
 ) -> Recipe:
     """``data`` under ``--set`` items and flags as a recipe; for the rest see ``load_recipe`` and ``validate``."""
     recipe, before = validate(override(data, sets, flags), origin, places), makes_room(data, sets, flags)
-    now = {field: getattr(recipe.rl, field) for field in before}
-    changed = [f"{field} {old} → {now[field]}" for field, old in before.items() if old != now[field]]
+    now = flat(recipe.rl.model_dump(mode="json"))
+    changed = [f"{field} {old} → {now.get(field)}" for field, old in flat(before).items() if old != now.get(field)]
     if changed:
-        say(f"{recipe.rl.objective} brings its own defaults in place of the recipe's, unless set: {', '.join(changed)}")
+        who = f"{recipe.rl.objective} of {recipe.rl.feedback}" if "rewards" in before else recipe.rl.objective
+        say(f"{who} brings its own defaults in place of the recipe's, unless set: {', '.join(changed)}")
     return recipe
 
 
@@ -76,14 +77,19 @@ def override(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any]
 
 def makes_room(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any] | None) -> dict[str, Any]:
     """The fields of ``data``'s rl section that were written for its objective, where the overrides name another one:
-    those with a default of their own in either, unless overridden themselves. A reward that has a source keeps it."""
+    those with a default of their own in either, unless overridden themselves. A reward that has a source keeps it.
+    ``rewards`` were written for the feedback, and go with it."""
     rl, given = data.get("rl", {}), {path: value for path, value, _ in _overrides(sets, flags)}
-    new = str(given.get(("rl", "objective"), ""))
-    if not isinstance(rl, dict) or ("rl",) in given or new in ("", old := str(rl.get("objective", "kld"))):
+    if not isinstance(rl, dict) or ("rl",) in given:
         return {}
-    theirs = {*defaults_of(old), *defaults_of(new)}
+    theirs, old = set[str](), str(rl.get("objective", "kld"))
+    if (new := str(given.get(("rl", "objective"), old))) != old:
+        theirs = {*defaults_of(old), *defaults_of(new)}
     if rl.get("reward_function") or rl.get("reward_classifier"):
         theirs.discard("feedback")
+    before = str(rl.get("feedback", "dpo"))
+    if "feedback" in theirs or feedbacks(str(given.get(("rl", "feedback"), before))) != feedbacks(before):
+        theirs.add("rewards")
     return {field: value for field, value in rl.items() if field in theirs and ("rl", field) not in given}
 
 
@@ -100,6 +106,17 @@ def validate(data: dict[str, Any], origin: str, places: Mapping[KeyPath, str] | 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out; reads back to the same recipe."""
     return write_yaml(recipe.model_dump(mode="json"))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots; an empty mapping stays as a value."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
 
 
 def _overrides(sets: list[str] | None, flags: dict[str, Any] | None) -> list[tuple[KeyPath, Any, str]]:

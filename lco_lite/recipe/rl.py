@@ -97,6 +97,12 @@ METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
     "minillm": {"feedback": _TEACHER, "lr": (1e-6, "TRL 1.10, its last"), "teacher_mix": (0.2, "Gu et al. 2024, 2.2")},
 }
 
+DENSE = ("dpo", "logprob")  # an advantage for every token of the vocabulary
+REWARDS = ("rule", "function", "reward_model")  # a number a response
+FEEDBACK = (*DENSE, "dpo_sampled", *REWARDS)
+# what a reward starts with beside dense feedback; measured with KLD and an anchor of 0.5 on the quickstart task
+MIXED: dict[str, dict[str, Any]] = {name: {"sign": "positive"} for name in REWARDS}
+MIXED["rule"]["weight"] = 4.0
 LCO = ("kld", "lch", "mse")
 DISTILLATION = ("opd", "gkd", "minillm")
 REGRESSIONS = ("dro", "pmd", "rebel", "tpo")  # of log-ratios to A/β, as LCO's of logits
@@ -115,6 +121,53 @@ def known_objective(name: str) -> str:
     near = get_close_matches(name, METHOD_DEFAULTS, 1)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise ValueError(f"unknown objective {name!r}{hint} Accepted: {', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME")
+
+
+def feedbacks(text: str) -> list[str]:
+    """``rule+dpo`` -> dpo, rule: dense feedback first, then rewards in the order of ``REWARDS``."""
+    names = [name.strip() for name in text.split("+")]
+    return sorted(names, key=lambda name: FEEDBACK.index(name) if name in FEEDBACK else len(FEEDBACK))
+
+
+def known_feedback(text: str) -> str:
+    """``rule+dpo`` -> ``dpo + rule``. Raises ValueError for unknown names and those that do not go together."""
+    names, several = feedbacks(text), "one of dpo, logprob and any rewards go together: dpo + rule"
+    for name in names:
+        if name not in FEEDBACK:
+            near = get_close_matches(name, FEEDBACK, 1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ValueError(f"unknown feedback {name!r}{hint} Accepted: {', '.join(FEEDBACK)}; {several}")
+        if names.count(name) > 1:
+            raise ValueError(f"{name} stands twice in {text!r}")
+    if set(DENSE) <= set(names):
+        raise ValueError(f"{' and '.join(DENSE)} are both advantages over the whole vocabulary; {several}")
+    if len(names) > 1 and "dpo_sampled" in names:
+        raise ValueError(
+            f"dpo_sampled stands alone: its baseline is that of tokens, a reward's that of responses; {several}"
+        )
+    return " + ".join(names)
+
+
+class RewardPart(Section):
+    weight: float = setting(
+        1.0,
+        "A is this times reward less baseline; in A's own unit, so nats at β 1",
+        "1: paper; of rule beside dpo or logprob 4: prototype",
+        gt=0,
+    )
+    sign: Literal["both", "positive"] = setting(
+        "both",
+        "positive: only what is above the baseline counts",
+        "both: paper; beside dpo or logprob positive: prototype",
+    )
+
+
+class Rewards(Section):
+    """What each reward of ``feedback`` counts."""
+
+    rule: RewardPart = setting(RewardPart(), "+1 right, -1 wrong", "see RewardPart")
+    function: RewardPart = setting(RewardPart(), "what reward_function gives", "see RewardPart")
+    reward_model: RewardPart = setting(RewardPart(), "what reward_classifier gives", "see RewardPart")
 
 
 class Variant(Section):
@@ -141,11 +194,15 @@ class Rl(Training):
     target: str | None = setting(None, "kld, lch, mse: FILE.py:NAME that changes z* (docs/extending.md)", "paper: eq 7")
     settings: dict[str, Any] = setting({}, "of your own objective or target, in its `batch.settings`", "yours")
     beta: float = setting(1.0, "strength of the KL regulariser, in units of the advantage", "paper", gt=0)
-    feedback: Literal["dpo", "dpo_sampled", "logprob", "rule", "function", "reward_model"] = setting(
+    feedback: Annotated[str, AfterValidator(known_feedback)] = setting(
         "dpo",
         "dpo: dense, eq 13; dpo_sampled: that of the sampled token; logprob: dense, eq 12; rule: +1 right, -1 wrong; "
-        "function: yours; reward_model: a sequence classifier. For gkd and minillm φ of dpo or logprob is the teacher",
+        "function: yours; reward_model: a sequence classifier. For gkd and minillm φ of dpo or logprob is the teacher. "
+        "Several: `dpo + rule`, one of dpo and logprob for kld, lch, mse, and rewards",
         "paper",
+    )
+    rewards: Rewards = setting(
+        Rewards(), "weight and sign of each reward: {rule: {weight: 4, sign: positive}}", "see RewardPart"
     )
     evaluated: bool = setting(
         True, "rule, sampled pairs: as eval.evaluated", "36 of MATH500's 500 answers can be copied from the question"
@@ -213,6 +270,11 @@ class Rl(Training):
         usual = {field: value for field, (value, _) in defaults_of(str(given.get("objective", "kld"))).items()}
         if given.get("feedback") == "dpo_sampled":
             usual.pop("dynamic_sampling", None)  # sums of log-ratios never tie: every group has a signal
+        names, rewards = feedbacks(str(given.get("feedback", "dpo"))), given.get("rewards", {})
+        if names[0] in DENSE and isinstance(rewards, dict):
+            beside = {name: rewards.get(name, {}) for name in names if name in REWARDS}
+            usual["rewards"] = rewards | {n: MIXED[n] | own for n, own in beside.items() if isinstance(own, dict)}
+            given = {field: value for field, value in given.items() if field != "rewards"}
         return {**usual, **given}
 
     @property
@@ -252,9 +314,23 @@ class Rl(Training):
         return (self.temperature or 1.0) if self.logprob_temperature is None else self.logprob_temperature
 
     @property
+    def dense(self) -> str | None:
+        """The part of the feedback that is an advantage for every token of the vocabulary."""
+        return next((name for name in feedbacks(self.feedback) if name in DENSE), None)
+
+    @property
+    def reward_parts(self) -> dict[str, RewardPart]:
+        """The parts of the feedback that are a number a response, and what each counts."""
+        return {name: getattr(self.rewards, name) for name in feedbacks(self.feedback) if name in REWARDS}
+
+    @property
     def is_dense(self) -> bool:
-        """Whether the feedback is an advantage for every token of the vocabulary."""
-        return self.feedback in ("dpo", "logprob")
+        """Whether the feedback, or a part of it, is an advantage for every token of the vocabulary."""
+        return self.dense is not None
+
+    @property
+    def is_mixed(self) -> bool:
+        return self.is_dense and bool(self.reward_parts)
 
     @property
     def eps(self) -> float:
@@ -265,14 +341,14 @@ class Rl(Training):
     @property
     def needs_reward_model(self) -> bool:
         """Whether the feedback is the φ_DPO that train-rm makes."""
-        return self.feedback in ("dpo", "dpo_sampled")
+        return self.dense == "dpo" or self.feedback == "dpo_sampled"
 
     def _wrong(self) -> Iterator[str]:
         name = self.objective
         if self.is_policy_gradient and self.is_dense:
             sparse = "that of sampled tokens: dpo_sampled, rule, function or reward_model"
-            yield f"feedback {self.feedback} is an advantage over the whole vocabulary, and {name} takes {sparse}"
-        if name in DISTILLATION and not self.is_dense:
+            yield f"feedback {self.dense} is an advantage over the whole vocabulary, and {name} takes {sparse}"
+        if name in DISTILLATION and self.feedback not in DENSE:
             yield f"{name} follows a teacher: feedback dpo (φ_DPO) or logprob, not {self.feedback}"
         if not self.is_lco and (self.weighting != "mean" or self.anchor):
             yield f"weighting and anchor belong to kld, lch and mse, not to {name}"
@@ -302,22 +378,30 @@ class Rl(Training):
     def _wrong_for_the_feedback(self) -> Iterator[str]:
         size = self.responses_per_prompt
         grouped = self.baseline in ("group", "leave_one_out") or self.scale_rewards or self.dynamic_sampling
-        if not self.is_dense and grouped and size < 2:
+        if (self.reward_parts or not self.is_dense) and grouped and size < 2:
             yield f"baseline {self.baseline}, scale_rewards, dynamic_sampling need responses_per_prompt of at least 2"
         if self.whole_groups and self.minibatch % size:
             yield f"whole_groups: minibatch {self.minibatch} is not a multiple of responses_per_prompt {size}"
         if self.objective in COMPARISONS and not (self.whole_groups and size > 1):
             yield f"{self.objective} compares a prompt's responses: responses_per_prompt at least 2, whole_groups: true"
-        if self.dynamic_sampling and self.feedback in ("dpo", "dpo_sampled", "logprob"):
+        if self.dynamic_sampling and not self.reward_parts:
             yield f"dynamic_sampling looks at rewards of whole responses, and feedback {self.feedback} has none"
         if self.standardise and (not self.is_dense or not self.is_lco):
             yield "standardise needs kld, lch or mse with the dense advantages of feedback dpo or logprob"
         for feedback, field in (("function", "reward_function"), ("reward_model", "reward_classifier")):
-            if (self.feedback == feedback) != (getattr(self, field) is not None):
+            if (feedback in self.reward_parts) != (getattr(self, field) is not None):
                 yield f"feedback {feedback} and {field} go together"
+        for reward in REWARDS:
+            given = getattr(self.rewards, reward)
+            if given != RewardPart() and reward not in self.reward_parts:
+                yield f"rewards.{reward} is set, and feedback has no {reward}: {self.feedback} + {reward}"
+            if given.sign != "both" and self.objective == "ppo":
+                yield f"rewards.{reward}.sign is both for ppo, whose critic learns what is below the baseline too"
 
     def _wrong_variant(self) -> Iterator[str]:
         v = self.variant
+        if v.is_on and self.is_mixed:
+            yield f"variant is of the public code, which takes one feedback, not {self.feedback}"
         if v.is_on and not self.is_lco:
             yield f"variant belongs to kld, lch and mse, not to {self.objective}"
         if v.top_k and (self.anchor or self.weighting != "mean" or self.standardise):

@@ -27,7 +27,7 @@ from lco_lite.objectives.head import Head
 from lco_lite.objectives.lco import lco_loss
 from lco_lite.objectives.logprobs import sampled_from, token_logprobs
 from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, Correction, PolicyBatch, ValueHead, value_loss
-from lco_lite.objectives.targets import DenseTarget, SparseTarget
+from lco_lite.objectives.targets import DenseTarget, MixedTarget, SparseTarget
 from lco_lite.recipe import Rl
 from lco_lite.sequences import Batch, collate, micro_batches
 from lco_lite.train.rollouts import Phase
@@ -124,10 +124,10 @@ def method_of(rl: Rl) -> Method:
     """The row of the table. Raises UsageError for a function of the user's that does not fit the feedback."""
     own = load_function(rl.objective) if names_function(rl.objective) else None
     if rl.is_lco or (own and next(iter(inspect.signature(own).parameters), "") == "hidden"):
-        return METHODS["dense lco" if rl.is_dense else "sparse lco"]
+        return METHODS["mixed lco" if rl.is_mixed else "dense lco" if rl.is_dense else "sparse lco"]
     if own and rl.is_dense:
         raise UsageError(
-            f"rl.feedback: {rl.feedback} is an advantage over the whole vocabulary, and {rl.objective} takes that of "
+            f"rl.feedback: {rl.dense} is an advantage over the whole vocabulary, and {rl.objective} takes that of "
             "sampled tokens: dpo_sampled, rule, function or reward_model; or write it as a loss on hidden states, with "
             "`hidden` as its first parameter"
         )
@@ -145,7 +145,7 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
     method, policy = method_of(rl), models.policy
     asks_all = names_function(rl.objective) or rl.target is not None
     old_head = policy.model.head.frozen() if policy.model.head.is_trained else None
-    scored = []
+    scored, scores = [], phase.scores(rl)
     with together(policy, models.start if rl.anchor or rl.kl_coef or asks_all else None):
         for minibatch in plan:
             tokens = sum(len(phase.examples[i].response) for places in minibatch for i in places)
@@ -154,8 +154,8 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
                 responses, sequences = torch.tensor(places)[batch.rows], sum(map(len, minibatch))
                 old = policy.hidden(batch)
                 micro = MicroBatch(batch, responses, tokens, sequences, old, old_head, limit=phase.limit)
-                if phase.scores is not None:
-                    micro.per_token["rewards"] = phase.scores[responses]
+                if scores is not None:
+                    micro.per_token["rewards"] = scores[responses]
                 if any(phase.responses[i].logprobs is not None for i in places):
                     micro.per_token["log_w"] = log_mismatch(models, phase, micro, places, rl)
                 if asks_all:
@@ -193,7 +193,7 @@ def score_dense(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
     micro = replace(micro, advantages=adv.sampled_advantages(shift, head, micro.batch.actions, base))
     head, start = head.on(models.policy.model.device), z_base(models, micro, rl)
     target = DenseTarget(micro.old, rl.beta, shift, shift_head=head, shift_base=base, **start)
-    return with_target(models, micro, target, rl)
+    return replace(micro, target=target) if rl.is_mixed else with_target(models, micro, target, rl)
 
 
 def sparse_targets(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
@@ -201,6 +201,17 @@ def sparse_targets(models: Models, phase: Phase, scored: list[MicroBatch], rl: R
     targeted = []
     for micro in group_advantages(models, phase, scored, rl):
         target = SparseTarget(micro.old, rl.beta, micro.batch.actions, micro.advantages, **z_base(models, micro, rl))
+        targeted.append(with_target(models, micro, target, rl).to("cpu"))
+    return targeted
+
+
+def mixed_targets(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
+    """The dense advantage, and at the sampled token that of the response on top of it."""
+    targeted, of_responses = [], response_advantages(whole_rewards(phase, rl), phase, rl)
+    for micro in scored:
+        sparse = of_responses[micro.responses]
+        target = MixedTarget(**vars(micro.target), actions=micro.batch.actions, advantages=sparse)
+        micro = replace(micro, advantages=micro.advantages + sparse)
         targeted.append(with_target(models, micro, target, rl).to("cpu"))
     return targeted
 
@@ -249,10 +260,7 @@ def group_advantages(models: Models, phase: Phase, scored: list[MicroBatch], rl:
         return with_advantages(scored, rewards)
     whole = torch.zeros(len(phase.responses)).index_add(0, owner, rewards)
     whole = torch.stack(phase.of_ranks(whole)).sum(0)
-    advantages = adv.subtract_baseline(whole, rl.baseline, rl.responses_per_prompt)
-    if rl.scale_rewards:
-        advantages = adv.divide_by_group_std(advantages, whole, rl.responses_per_prompt)
-    return with_advantages(scored, advantages[owner])
+    return with_advantages(scored, response_advantages(whole, phase, rl)[owner])
 
 
 def critic_advantages(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
@@ -331,6 +339,8 @@ METHODS = {
     "dense lco": Method(anchored, score_dense, lco),
     # the same, A at the sampled token alone (eq 11)
     "sparse lco": Method(sampled, score_sampled, lco, sparse_targets),
+    # both: A over the vocabulary, and the rewards' at the sampled token on top of it
+    "mixed lco": Method(anchored, score_dense, lco, mixed_targets),
     # rewards to advantages by a baseline; the rest of POLICY_GRADIENTS, or the user's
     "policy gradient": Method(sampled, score_sampled, policy_gradient, group_advantages),
     # rewards to advantages by a critic, which learns beside the policy
@@ -349,11 +359,30 @@ def token_rewards(phase: Phase, scored: Iterable[MicroBatch], rl: Rl) -> Tensor:
     """[T of the phase]: φ's reward of each token, less the KL to the policy before RL, and at a response's last token
     what the feedback gives the whole of it."""
     rewards = joined(scored, lambda micro: micro.per_token["token_rewards"] - rl.kl_coef * micro.per_token["kl"])
-    whole = torch.tensor(phase.rewards or [0.0] * len(phase.responses))
+    return rewards + adv.at_last_token(whole_rewards(phase, rl), owners(scored))
+
+
+def whole_rewards(phase: Phase, rl: Rl) -> Tensor:
+    """[N]: what a response gets as a whole, apart from rewards that count on one side of their baseline only."""
+    whole = sum(weighted(phase, rl, "both"), torch.zeros(len(phase.responses)))
     if rl.overlong_buffer:
         lengths = torch.tensor([float(len(e.response)) for e in phase.examples])
         whole = whole + adv.overlong_penalty(lengths, phase.limit, rl.overlong_buffer * phase.limit)
-    return rewards + adv.at_last_token(whole, owners(scored))
+    return whole
+
+
+def response_advantages(whole: Tensor, phase: Phase, rl: Rl) -> Tensor:
+    """[N] -> [N]: ``whole`` less its baseline, and of one-sided rewards what is above theirs."""
+    advantages = adv.subtract_baseline(whole, rl.baseline, rl.responses_per_prompt)
+    for reward in weighted(phase, rl, "positive"):
+        advantages = advantages + adv.subtract_baseline(reward, rl.baseline, rl.responses_per_prompt).clamp(min=0)
+        whole = whole + reward
+    return adv.divide_by_group_std(advantages, whole, rl.responses_per_prompt) if rl.scale_rewards else advantages
+
+
+def weighted(phase: Phase, rl: Rl, sign: str) -> list[Tensor]:
+    """[N] each: the rewards of this sign, times their weights."""
+    return [p.weight * torch.tensor(phase.rewards[name]) for name, p in rl.reward_parts.items() if p.sign == sign]
 
 
 def owners(scored: Iterable[MicroBatch]) -> Tensor:

@@ -168,7 +168,7 @@ class Report:
     """The numbers of one step, gathered micro-batch by micro-batch and update by update. All response tokens count."""
 
     def __init__(self, phase: Phase, rl: Rl) -> None:
-        self.phase, self.group = phase, rl.responses_per_prompt
+        self.phase, self.rl = phase, rl
         self.updates: list[dict[str, float]] = []
         self.kl_to_old: float | None = None
         self.eval: float | None = None
@@ -205,7 +205,8 @@ class Report:
 
     def metrics(self, seconds: dict[str, float], samples_before: int) -> dict[str, Any]:
         """Of the whole step: means over the updates, what the rollouts were like, and what it took."""
-        phase, names = self.phase, dict.fromkeys(name for update in self.updates for name in update)
+        phase, group, scores = self.phase, self.rl.responses_per_prompt, self.phase.scores(self.rl)
+        names = dict.fromkeys(name for update in self.updates for name in update)
         metrics: dict[str, Any] = {n: fmean(u[n] for u in self.updates if n in u) for n in names if n != "update"}
         metrics |= {"lr": self.updates[-1]["lr"], "kl_to_old": self.kl_to_old}
         metrics["response_tokens"] = sum(len(example.response) for example in phase.examples)
@@ -214,10 +215,12 @@ class Report:
             sampled = [response for response, shown in zip(phase.responses, phase.shown, strict=True) if not shown]
             metrics["mean_response_tokens"] = fmean(len(response.example.response) for response in sampled)
             metrics["truncated"] = fmean(response.truncated for response in sampled)
-            if phase.scores is not None:
-                metrics["reward"] = phase.scores[own].mean().item()
-                if self.group > 1:
-                    metrics["dead_groups"] = 1 - live_groups(phase.scores, self.group).float().mean().item()
+            if scores is not None:
+                metrics["reward"] = scores[own].mean().item()
+                if group > 1:
+                    metrics["dead_groups"] = 1 - live_groups(scores, group).float().mean().item()
+            if phase.rewards and "+" in self.rl.feedback:
+                metrics["rewards"] = {n: torch.tensor(r)[own].mean().item() for n, r in phase.rewards.items()}
             if phase.grades is not None:
                 metrics["accuracy"] = (torch.tensor(phase.grades)[own] > 0).float().mean().item()
         if self.eval is not None:
@@ -229,12 +232,13 @@ class Report:
 
 def readable(phase: Phase, rollouts: Rollouts, rl: Rl) -> list[dict[str, Any]]:
     """The first responses of a step, as rows for samples.jsonl."""
+    scores = phase.scores(rl)
     return [
         {
             "prompt": rollouts.prompts[phase.chosen[i // rl.responses_per_prompt]].messages[-1]["content"],
             "response": rollouts.chat.text(response.example.response),
             "truncated": response.truncated,
-            "reward": None if phase.scores is None else phase.scores[i].item(),
+            "reward": None if scores is None else scores[i].item(),
         }
         for i, response in enumerate(phase.responses[:SAMPLES_A_STEP])
     ]
@@ -243,7 +247,8 @@ def readable(phase: Phase, rollouts: Rollouts, rl: Rl) -> list[dict[str, Any]]:
 def try_out(models: Models, rl: Rl, examples: list[Example], micro_batch_tokens: int) -> None:
     """Scores these, and adds the gradient of an update on them."""
     n = len(examples)
-    phase = Phase([], 1, [Response(e, True) for e in examples], None, [0.0] * n, [False] * n, n)
+    rewards = {name: [0.0] * n for name in rl.reward_parts}
+    phase = Phase([], 1, [Response(e, True) for e in examples], None, rewards, [False] * n, n)
     plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False, "overlong_buffer": 0.0})
     (minibatch,) = score(models, phase, [[list(range(len(examples)))]], plain)
     with models.policy.model.training_mode():

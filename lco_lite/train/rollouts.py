@@ -20,7 +20,7 @@ from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, longest_response, rewarding_task, rl_prompts
 from lco_lite.errors import DataError
 from lco_lite.feedback.advantages import live_groups
-from lco_lite.feedback.rewards import reward_source
+from lco_lite.feedback.rewards import reward_sources
 from lco_lite.files import JsonLines, remove
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import LanguageModel
@@ -37,14 +37,15 @@ DYNAMIC_ROUNDS = 3  # how often a step samples again for groups without signal; 
 class Phase:
     """Responses in the order of their prompts, which stand at ``chosen`` among all; none is over ``limit`` tokens long.
 
-    Of each: its grade of ±1 where a task can tell, its reward where the feedback is one number a response, and whether
-    it is a demonstration ``shown`` to the policy, not its own. ``drawn``: how many were sampled, dropped ones too."""
+    Of each: its grade of ±1 where a task can tell, its reward by each part of the feedback that is a number a response,
+    and whether it is a demonstration ``shown`` to the policy, not its own. ``drawn``: how many were sampled, dropped
+    ones too."""
 
     chosen: list[int]
     limit: int
     responses: list[Response]
     grades: list[float] | None
-    rewards: list[float] | None
+    rewards: dict[str, list[float]]
     shown: list[bool]
     drawn: int
     _told: list[Tensor] = field(default_factory=list)
@@ -53,11 +54,13 @@ class Phase:
     def examples(self) -> list[Example]:
         return [response.example for response in self.responses]
 
-    @property
-    def scores(self) -> Tensor | None:
-        """[N]: the rewards, else the grades."""
-        scores = self.grades if self.rewards is None else self.rewards
-        return None if scores is None else torch.tensor(scores)
+    def scores(self, rl: Rl) -> Tensor | None:
+        """[N]: the rewards, of several the mean by their weights, else the grades."""
+        if not self.rewards:
+            return None if self.grades is None else torch.tensor(self.grades)
+        parts, total = rl.reward_parts, sum(part.weight for part in rl.reward_parts.values())
+        weighted = [parts[name].weight / total * torch.tensor(values) for name, values in self.rewards.items()]
+        return torch.stack(weighted).sum(0)
 
     def of_ranks(self, values: Tensor) -> list[Tensor]:
         """What each rank has of the phase. Told once: one whose memory ran out scores again without the others."""
@@ -74,13 +77,15 @@ class Phase:
             return None if values is None else [values[i * group + k] for i in places for k in range(group)]
 
         chosen, responses, shown = [self.chosen[i] for i in places], of(self.responses), of(self.shown)
-        return Phase(chosen, self.limit, responses, of(self.grades), of(self.rewards), shown, self.drawn)
+        rewards = {name: of(values) for name, values in self.rewards.items()}
+        return Phase(chosen, self.limit, responses, of(self.grades), rewards, shown, self.drawn)
 
     def and_also(self, other: Phase) -> Phase:
         def both(mine: Any, theirs: Any) -> Any:
             return None if mine is None or theirs is None else mine + theirs
 
-        grades, rewards = both(self.grades, other.grades), both(self.rewards, other.rewards)
+        grades = both(self.grades, other.grades)
+        rewards = {name: values + other.rewards[name] for name, values in self.rewards.items()}
         responses, shown = self.responses + other.responses, self.shown + other.shown
         chosen, drawn = self.chosen + other.chosen, self.drawn + other.drawn
         return Phase(chosen, self.limit, responses, grades, rewards, shown, drawn)
@@ -105,7 +110,7 @@ class Rollouts:
 
         asked = fitting(ctx, asked, model, rl.max_length, "prompts", room)
         self.prompts, self.ids = [prompt for prompt, _ in asked], [ids for _, ids in asked]
-        self.rewards = reward_source(rl, ctx.device) if ranks.rank() == 0 else None  # which asks for all
+        self.rewards = reward_sources(rl, ctx.device) if ranks.rank() == 0 else {}  # which asks for all
 
     def phase(self, step: int, stop_if_asked: Callable[[], None]) -> Phase:
         """The step's responses, of the policy as it is now. With dynamic sampling (DAPO) groups without signal make
@@ -114,8 +119,9 @@ class Rollouts:
         group = rl.responses_per_prompt
         phase = self._round(step, 0, kept, stop_if_asked)
         for again in range(1, DYNAMIC_ROUNDS + 1) if rl.dynamic_sampling else ():
-            assert phase.scores is not None, "the recipe makes sure of rewards"
-            live = live_groups(phase.scores, group).nonzero().flatten().tolist()
+            scores = phase.scores(rl)
+            assert scores is not None, "the recipe makes sure of rewards"
+            live = live_groups(scores, group).nonzero().flatten().tolist()
             phase = phase.only(live or range(len(phase.chosen)), group)  # all of them where none has a signal
             if len(phase.chosen) >= rl.prompts_per_step:
                 break
@@ -145,20 +151,22 @@ class Rollouts:
         if judged is None:
             judged = {"judged": again} | ranks.once(self._judge)([self.prompts[i] for i in places], responses)
             kept.append(judged)  # a reward function is asked once
-        grades, rewards, longest = judged["grades"], judged["rewards"], self.sampling.max_new_tokens
+        grades, rewards, longest = judged["grades"], judged["rewards"] or {}, self.sampling.max_new_tokens
+        if isinstance(rewards, list):  # a phase that version 0.3 began
+            rewards = {recipe.rl.feedback: rewards}
         return Phase(chosen, longest, responses, grades, rewards, shown, shown.count(False))
 
-    def _judge(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> dict[str, list[float] | None]:
-        """``grades`` by the task, ``rewards`` by the feedback, [N] each; None where there is none."""
+    def _judge(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> dict[str, Any]:
+        """``grades`` by the task, or None; ``rewards`` by each part of the feedback that gives them, [N] each."""
         texts = [self.chat.text(response.example.response) for response in responses]
         items = [p.item for p in prompts if p.item is not None]
-        grades = rewards = None
+        grades = None
         with self.ctx.clock("score"):
             if self.task is not None and self.task.graded and len(items) == len(prompts):
                 right = [self.task.grade(text, item).right for text, item in zip(texts, items, strict=True)]
                 grades = torch.tensor([1.0 if r else -1.0 for r in right])
-            if self.rewards is not None:
-                rewards = self.rewards([p.messages for p in prompts], [p.row for p in prompts], texts, grades).tolist()
+            asked = [p.messages for p in prompts], [p.row for p in prompts], texts, grades
+            rewards = {name: source(*asked).tolist() for name, source in self.rewards.items()}
         return {"grades": None if grades is None else grades.tolist(), "rewards": rewards}
 
     def _shown(self, step: int, n: int) -> list[bool]:

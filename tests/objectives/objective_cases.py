@@ -12,7 +12,10 @@ from torch import Tensor
 
 from lco_lite.objectives import reference
 from lco_lite.objectives.head import Head
-from lco_lite.objectives.targets import DenseTarget, SparseTarget
+from lco_lite.objectives.lco import AnyTarget
+from lco_lite.objectives.targets import DenseTarget, MixedTarget, SparseTarget
+
+KINDS = ("dense", "sparse", "mixed")
 
 
 @dataclass
@@ -21,7 +24,7 @@ class Case:
 
     head: Head
     hidden: Tensor
-    target: DenseTarget | SparseTarget
+    target: AnyTarget
     actions: Tensor
     rows: int
     old_logits: Tensor
@@ -45,7 +48,7 @@ class Case:
 
 def make_case(
     seed: int = 0,
-    sparse: bool = False,
+    kind: str = "dense",
     tokens: int = 5,
     width: int = 4,
     vocabulary: int = 9,
@@ -76,27 +79,29 @@ def make_case(
     frozen = head.frozen()
     own = head_of(width + 2, vocabulary - 2, padding + 1) if own_head or trained else None
     through = own or frozen
-    rows = vocabulary if sparse else through.rows
+    rows = vocabulary if kind == "sparse" else through.rows
     hidden, old, before = normal(tokens, width), normal(tokens, width), normal(tokens, width)
     base = normal(tokens, through.weight.shape[1])
     shift = normal(tokens, through.weight.shape[1], size=spread)
     actions = torch.randint(rows, (tokens,), generator=generator)
     base_of: dict[str, Any] = {"anchor": anchor, "reference": before}
     base_of |= {"old_head": frozen, "reference_head": frozen} if trained else {}
-    target: DenseTarget | SparseTarget
-    if sparse:
-        sampled = normal(tokens, size=spread)
-        advantages = reference.sparse_advantages(actions, sampled.double(), rows)
-        target = SparseTarget(old, beta, actions, sampled, **base_of)
-    else:
+    sampled = normal(tokens, size=spread)
+    advantages = reference.sparse_advantages(actions, sampled.double(), rows)
+    target: AnyTarget = SparseTarget(old, beta, actions, sampled, **base_of)
+    if kind != "sparse":
         reward, ref = (wide_logits(through, h)[:, :rows] for h in (base.double() + shift.double(), base))
-        advantages = torch.log_softmax(reward, -1) - torch.log_softmax(ref, -1)
+        dense = torch.log_softmax(reward, -1) - torch.log_softmax(ref, -1)
         if standardise:
-            advantages = advantages / advantages.std(-1, correction=0, keepdim=True)
-        target = DenseTarget(old, beta, shift, own, base, **base_of)
+            dense = dense / dense.std(-1, correction=0, keepdim=True)
+        mixed = {"actions": actions, "advantages": sampled, "shift": shift, "shift_head": own, "shift_base": base}
+        target = MixedTarget(old, beta, **mixed, **base_of)
+        advantages = advantages + dense
+    if kind == "dense":
+        advantages, target = dense, DenseTarget(old, beta, shift, own, base, **base_of)
     old_logits, start_logits = (wide_logits(frozen, h)[:, :rows] for h in (old, before))
-    mixed = (1 - anchor) * old_logits + anchor * start_logits
-    target_logits = reference.optimal_logits(mixed, advantages, beta)
+    anchored = (1 - anchor) * old_logits + anchor * start_logits
+    target_logits = reference.optimal_logits(anchored, advantages, beta)
     hidden.requires_grad_()
     for parameter in (head.weight, head.bias) if trained else ():
         if parameter is not None:
@@ -115,7 +120,7 @@ def cases(draw: st.DrawFn, **fixed: object) -> Case:
     """Any case: all shapes, targets and kinds of head, unless ``fixed``."""
     drawn = {
         "seed": st.integers(0, 2**31),
-        "sparse": st.booleans(),
+        "kind": st.sampled_from(KINDS),
         "tokens": st.integers(1, 7),
         "width": st.integers(1, 6),
         "vocabulary": st.integers(4, 24),

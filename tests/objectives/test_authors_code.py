@@ -142,7 +142,7 @@ def test_where_both_find_the_sampled_token_likely_its_step_is_a_hundredth():
 
 @pytest.mark.parametrize("objective", ["kld", "mse", "lch"])
 def test_negative_advantages_alone_are_divided(objective):
-    case = make_case(3, sparse=True, tokens=7)
+    case = make_case(3, kind="sparse", tokens=7)
     a = case.target.advantages
     assert 0 < (a > 0).sum() < 7
     divided = SparseTarget(case.target.old, case.target.beta, case.actions, torch.where(a > 0, a, a / 100))

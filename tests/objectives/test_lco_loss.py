@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective_cases import Case, cases, make_case, wide_logits
+from objective_cases import KINDS, Case, cases, make_case, wide_logits
 from torch import Tensor
 
 from lco_lite.objectives import reference
 from lco_lite.objectives.head import Head
 from lco_lite.objectives.lco import OBJECTIVES, WEIGHTINGS, lco_loss
-from lco_lite.objectives.targets import DenseTarget, SparseTarget
+from lco_lite.objectives.targets import DenseTarget, MixedTarget, SparseTarget
 
 objectives, weightings, chunks = st.sampled_from(OBJECTIVES), st.sampled_from(WEIGHTINGS), st.sampled_from([None, 1, 3])
 
@@ -64,24 +64,33 @@ def test_diagnostics_equal_the_oracle(
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_without_actions_diagnostics_are_there_exactly_where_they_are_free(objective: str) -> None:
     always, formed, known = {"loss", "logit_grad_norm"}, {"entropy", "logprob"}, {"logit_grad_sampled"}
-    dense, sparse, anchored = make_case(), make_case(sparse=True), make_case(sparse=True, anchor=0.5)
-    capped = make_case(softcap=5.0)
+    dense, sparse, anchored = make_case(), make_case(kind="sparse"), make_case(kind="sparse", anchor=0.5)
+    capped, mixed = make_case(softcap=5.0), make_case(kind="mixed")
     expected = {
         "dense": always | ({"entropy"} if objective == "kld" else set()),
         "sparse": always | known | (formed | {"kl_to_old"} if objective == "kld" else set()),
         "anchored": always | known | (formed if objective == "kld" else set()),
         "capped": always | {"entropy"},
+        "mixed": always | known | (formed if objective == "kld" else set()),
     }
-    for (name, keys), case in zip(expected.items(), (dense, sparse, anchored, capped), strict=True):
+    for (name, keys), case in zip(expected.items(), (dense, sparse, anchored, capped, mixed), strict=True):
         assert set(lco_loss(objective, case.hidden, case.head, case.target)[1]) == keys, name
 
 
 @settings(max_examples=100)
-@given(st.integers(0, 2**31), objectives, weightings, st.booleans(), st.sampled_from([None, 4.0]))
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(["dense", "mixed"]),
+    objectives,
+    weightings,
+    st.booleans(),
+    st.sampled_from([None, 4.0]),
+)
 def test_standardised_advantages_equal_the_oracle(
-    seed: int, objective: str, weighting: str, own_head: bool, softcap: float | None
+    seed: int, kind: str, objective: str, weighting: str, own_head: bool, softcap: float | None
 ) -> None:
-    case = make_case(seed, own_head=own_head, softcap=softcap, scale=0.5, standardise=True)
+    """Of a mixed target the dense part alone."""
+    case = make_case(seed, kind, own_head=own_head, softcap=softcap, scale=0.5, standardise=True)
     loss, seen = lco_loss(
         objective, case.hidden, case.head, case.target, weighting, standardise=True, actions=case.actions
     )
@@ -113,13 +122,13 @@ def test_a_constant_added_to_the_advantage_changes_nothing(
     torch.testing.assert_close(gradients(other, case), gradients(loss, case))
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_advantage_means_no_gradient_while_the_policy_is_the_old_one(
-    objective: str, weighting: str, sparse: bool
+    objective: str, weighting: str, kind: str
 ) -> None:
-    case = make_case(sparse=sparse, spread=0.0, dtype=torch.float32)
+    case = make_case(kind=kind, spread=0.0, dtype=torch.float32)
     hidden = case.target.old.clone().requires_grad_()
     loss, seen = lco_loss(objective, hidden, case.head, case.target, weighting, actions=case.actions)
     loss.backward()
@@ -127,24 +136,28 @@ def test_no_advantage_means_no_gradient_while_the_policy_is_the_old_one(
     assert loss.abs() < 1e-6 and hidden.grad.abs().max() < 1e-6 and seen["logit_grad_norm"].max() < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["dense", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_at_the_first_update_the_residual_is_the_advantage_exactly(dtype: torch.dtype) -> None:
-    case = make_case(dtype=dtype, beta=0.5, tokens=6, width=8)
+def test_at_the_first_update_the_residual_is_the_advantage_exactly(dtype: torch.dtype, kind: str) -> None:
+    case = make_case(kind=kind, dtype=dtype, beta=0.5, tokens=6, width=8)
     target = case.target
     residual, mean = target.residual(target.old, case.head, None, False)
-    assert torch.equal(residual, case.head.project(target.shift.float() / 0.5))
+    expected = case.head.project(target.shift.float() / 0.5)  # type: ignore[union-attr]
+    if isinstance(target, MixedTarget):
+        expected[torch.arange(6), target.actions] += target.advantages.float() / 0.5
+    assert torch.equal(residual, expected)
     advantage = case.target_logits - case.old_logits
     torch.testing.assert_close((residual - mean).double(), advantage, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_half_precision_keeps_three_digits_of_the_gradient(
-    objective: str, weighting: str, sparse: bool, dtype: torch.dtype
+    objective: str, weighting: str, kind: str, dtype: torch.dtype
 ) -> None:
-    case = make_case(1, sparse, tokens=16, width=32, vocabulary=300, scale=0.2, dtype=dtype, spread=0.3)
+    case = make_case(1, kind, tokens=16, width=32, vocabulary=300, scale=0.2, dtype=dtype, spread=0.3)
     loss, _ = lco_loss(objective, case.hidden, case.head, case.target, weighting)
     (got,) = torch.autograd.grad(loss, case.hidden)
     assert got.dtype == dtype
@@ -174,7 +187,7 @@ def test_the_residual_form_is_far_more_accurate_than_half_precision_logits() -> 
 @settings(max_examples=60)
 @given(st.integers(0, 2**31), st.sampled_from([-8.0, -1.0, 0.3, 2.0, 30.0]))
 def test_sparse_kld_starts_as_a_policy_gradient_with_a_bounded_weight(seed: int, advantage: float) -> None:
-    case = make_case(seed, sparse=True)
+    case = make_case(seed, kind="sparse")
     target = SparseTarget(case.target.old, 0.5, case.actions, torch.full((5,), advantage).double())
     hidden = target.old.clone().requires_grad_()
     loss, seen = lco_loss("kld", hidden, case.head, target)
@@ -196,9 +209,10 @@ def test_sparse_kld_starts_as_a_policy_gradient_with_a_bounded_weight(seed: int,
     st.floats(-40, 40),
     st.integers(0, 2**31),
     st.floats(0, 2),
+    st.booleans(),
 )
-def test_sparse_kld_keeps_its_digits_in_single_precision_however_sure_the_policy_is(
-    p: float | None, tilt: float, seed: int, drift: float
+def test_sparse_and_mixed_kld_keep_their_digits_in_single_precision_however_sure_the_policy_is(
+    p: float | None, tilt: float, seed: int, drift: float, mixed: bool
 ) -> None:
     """``p`` of the sampled token; None: 1 − 1e-45. What the others have is not 1 − p once p has been rounded."""
     g = torch.Generator().manual_seed(seed)
@@ -209,11 +223,14 @@ def test_sparse_kld_keeps_its_digits_in_single_precision_however_sure_the_policy
     old = (z + drift * torch.randn(12, generator=g, dtype=torch.float64)).float()
     hidden, head = z.float().unsqueeze(0).requires_grad_(), Head(torch.eye(12))  # logits are the states
     actions = torch.tensor([3])
+    shift = torch.randn(1, 12, generator=g) if mixed else torch.zeros(1, 12)
     target = SparseTarget(old.unsqueeze(0), 1.0, actions, torch.tensor([tilt]))
+    if mixed:
+        target = MixedTarget(**vars(target), shift=shift)
     loss, seen = lco_loss("kld", hidden, head, target)
     (got,) = torch.autograd.grad(loss, hidden)
     wide = hidden.detach().double().requires_grad_()
-    advantages = reference.sparse_advantages(actions, target.advantages.double(), 12)
+    advantages = reference.sparse_advantages(actions, target.advantages.double(), 12) + shift
     exact = reference.kld(wide, reference.optimal_logits(old.double().unsqueeze(0), advantages, 1.0))
     (want,) = torch.autograd.grad(exact.sum(), wide)
     assert abs(loss.item() - exact.item()) < 1e-5 * exact.item() + 2e-6
@@ -221,10 +238,26 @@ def test_sparse_kld_keeps_its_digits_in_single_precision_however_sure_the_policy
     assert all(value.isfinite().all() for value in seen.values())
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_extreme_targets_stay_finite(objective: str, sparse: bool) -> None:
-    case = make_case(sparse=sparse, beta=0.001, spread=3.0, dtype=torch.float32)
+def test_without_a_sparse_advantage_a_mixed_target_is_the_dense_one_to_the_last_bit(
+    objective: str, weighting: str
+) -> None:
+    case = make_case(dtype=torch.float32)
+    silent = MixedTarget(**vars(case.target), actions=case.actions, advantages=torch.zeros(5))
+    losses = [
+        lco_loss(objective, case.hidden, case.head, target, weighting, actions=case.actions)
+        for target in (case.target, silent)
+    ]
+    (dense, seen), (mixed, also_seen) = losses
+    assert torch.equal(dense, mixed) and torch.equal(gradients(dense, case)[0], gradients(mixed, case)[0])
+    assert seen.keys() == also_seen.keys() and all(torch.equal(seen[name], also_seen[name]) for name in seen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_extreme_targets_stay_finite(objective: str, kind: str) -> None:
+    case = make_case(kind=kind, beta=0.001, spread=3.0, dtype=torch.float32)
     loss, seen = lco_loss(objective, case.hidden, case.head, case.target)
     (grad,) = torch.autograd.grad(loss, case.hidden)
     assert loss.isfinite() and grad.isfinite().all()
@@ -288,7 +321,7 @@ def test_wrong_arguments_are_refused_by_name(change: dict[str, object], message:
 
 
 def test_standardising_one_action_is_refused() -> None:
-    case = make_case(sparse=True)
+    case = make_case(kind="sparse")
     with pytest.raises(ValueError, match="dense"):
         lco_loss("mse", case.hidden, case.head, case.target, standardise=True)
 
@@ -318,3 +351,5 @@ def test_targets_refuse_what_cannot_be_meant() -> None:
         DenseTarget(h, 1.0, h, anchor=1.5, reference=h)
     with pytest.raises(ValueError, match="actions has 2 tokens, old has 3"):
         SparseTarget(h, 1.0, torch.zeros(2, dtype=torch.long), torch.zeros(3))
+    with pytest.raises(ValueError, match="advantages has 2 tokens, old has 3"):
+        MixedTarget(h, 1.0, torch.zeros(3, dtype=torch.long), torch.zeros(2), shift=h)

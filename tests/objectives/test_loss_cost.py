@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from objective_cases import Case, make_case
+from objective_cases import KINDS, Case, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,49 +43,48 @@ def loss_of(case: Case, objective: str, weighting: str = "mean", chunk: int | No
     return lambda: lco_loss(objective, case.hidden, case.head, case.target, weighting, chunk)[0].backward()
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("objective", "weighting", "expected"),
     [("kld", "mean", 3), ("lch", "mean", 2), ("lch", "policy", 3), ("mse", "policy", 3), ("lch", "sum", 2)],
 )
-def test_a_loss_makes_as_many_products_as_its_floor(
-    objective: str, weighting: str, expected: int, sparse: bool
-) -> None:
-    case = make_case(sparse=sparse, **SHAPE)  # type: ignore[arg-type]
+def test_a_loss_makes_as_many_products_as_its_floor(objective: str, weighting: str, expected: int, kind: str) -> None:
+    case = make_case(kind=kind, **SHAPE)  # type: ignore[arg-type]
     assert products(loss_of(case, objective, weighting)) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighting", ["mean", "sum"])
-def test_mse_makes_no_product_with_the_vocabulary_once_it_has_the_covariance(sparse: bool, weighting: str) -> None:
-    case = make_case(sparse=sparse, **SHAPE)  # type: ignore[arg-type]
+def test_mse_makes_no_product_with_the_vocabulary_once_it_has_the_covariance(kind: str, weighting: str) -> None:
+    case = make_case(kind=kind, **SHAPE)  # type: ignore[arg-type]
     once = products(lambda: row_covariance(case.head))
     assert once == pytest.approx(D / T, rel=0.02)
     assert products(loss_of(case, "mse", weighting)) < 0.05
 
 
 def test_a_second_head_costs_one_more_product_and_sparse_kld_one_fewer_at_the_first_update() -> None:
-    own = make_case(own_head=True, **SHAPE)  # type: ignore[arg-type]
-    assert products(loss_of(own, "kld")) == pytest.approx(3 + (D + 2) / D, rel=0.02)
-    first = make_case(sparse=True, **SHAPE)  # type: ignore[arg-type]
+    for kind in ("dense", "mixed"):
+        own = make_case(kind=kind, own_head=True, **SHAPE)  # type: ignore[arg-type]
+        assert products(loss_of(own, "kld")) == pytest.approx(3 + (D + 2) / D, rel=0.02)
+    first = make_case(kind="sparse", **SHAPE)  # type: ignore[arg-type]
     first.hidden = first.target.old.clone().requires_grad_()
     assert products(loss_of(first, "kld")) == pytest.approx(2, rel=0.02)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("objective", "weighting", "more"),
     [("kld", "mean", 0), ("lch", "mean", 1), ("lch", "policy", 1), ("mse", "mean", 1), ("mse", "policy", 1)],
 )
 def test_all_diagnostics_cost_one_product_where_the_loss_forms_no_logits(
-    objective: str, weighting: str, more: int, sparse: bool
+    objective: str, weighting: str, more: int, kind: str
 ) -> None:
-    case = make_case(sparse=sparse, **SHAPE)  # type: ignore[arg-type]
+    case = make_case(kind=kind, **SHAPE)  # type: ignore[arg-type]
     given = (objective, case.hidden, case.head, case.target, weighting, 8)
     products(lambda: row_covariance(case.head))
     with_actions = products(lambda: lco_loss(*given, actions=case.actions)[0].backward())
     assert with_actions - products(loss_of(case, objective, weighting)) == pytest.approx(more, abs=1e-6)
-    capped = make_case(sparse=sparse, softcap=5.0, **SHAPE)  # type: ignore[arg-type]
+    capped = make_case(kind=kind, softcap=5.0, **SHAPE)  # type: ignore[arg-type]
     given = (objective, capped.hidden, capped.head, capped.target, weighting, 8)
     assert products(lambda: lco_loss(*given, actions=capped.actions)) == products(lambda: lco_loss(*given))
 
@@ -97,7 +96,9 @@ def test_logprobs_make_two_products_and_one_without_a_gradient() -> None:
         assert products(lambda: token_logprobs(case.hidden, case.head, case.actions, 8)) == 1
 
 
-@pytest.mark.parametrize("changes", [{}, {"sparse": True}, {"own_head": True}, {"softcap": 5.0}, {"trained": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"kind": "sparse"}, {"kind": "mixed"}, {"own_head": True}, {"softcap": 5.0}, {"trained": True}]
+)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_tensor_exceeds_a_chunk_of_logits(objective: str, weighting: str, changes: dict[str, Any]) -> None:

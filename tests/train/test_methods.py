@@ -19,6 +19,7 @@ from lco_lite.tasks.arithmetic import Arithmetic
 from lco_lite.train import methods
 from lco_lite.train import rl as rl_stage
 from lco_lite.train.pipeline import train
+from lco_lite.train.rollouts import Phase
 from tests.train.test_chain import killed_after, run_stage, same, start, trained
 
 GRADIENTS = tuple(name for name in METHOD_DEFAULTS if name not in LCO + DISTILLATION)
@@ -53,7 +54,7 @@ def warm(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("objective", "feedback"),
-    [(o, f) for o in LCO for f in ("dpo_sampled", "logprob", "rule")]
+    [(o, f) for o in LCO for f in ("dpo_sampled", "logprob", "rule", "dpo + rule")]
     + [(o, "dpo_sampled") for o in GRADIENTS]
     + [(o, "rule") for o in ("reinforce", "ppo", "rloo", "grpo", "dapo", "gspo", "raft", "tpo")]
     + [(o, f) for o in DISTILLATION for f in ("dpo", "logprob")],
@@ -65,6 +66,8 @@ def test_every_objective_takes_every_feedback_that_makes_sense(warm, objective, 
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["loss"] is not None and row["entropy"] > 0 for row in rows)
     assert ("clipped" in rows[0]) == (objective in CLIPPED or objective == "minillm")
+    for row in rows:
+        assert row.get("rewards") == ({"rule": row["reward"]} if "+" in feedback else None)
 
 
 REWARD = "def early(prompts, responses, rows): return [sum(map(ord, r)) / max(1, len(r)) / 100 - 1 for r in responses]"
@@ -97,6 +100,23 @@ def test_on_policy_distillation_is_gkds_reverse_kl_on_the_policys_own_responses(
     [
         ({"objective": "grpo", "feedback": "dpo"}, "dpo_sampled, rule"),
         ({"objective": "gkd", "feedback": "rule"}, "follows a teacher"),
+        ({"objective": "grpo", "feedback": "dpo + rule"}, "feedback dpo is an advantage over the whole"),
+        ({"objective": "gkd", "feedback": "dpo + rule"}, r"follows a teacher.*not dpo \+ rule"),
+        (
+            {"feedback": "dpo + rul"},
+            r"rl\.feedback.*unknown feedback 'rul'; did you mean rule\? Accepted: dpo, logprob",
+        ),
+        ({"feedback": "dpo + logprob"}, "both advantages over the whole vocabulary"),
+        ({"feedback": "dpo_sampled + rule"}, "dpo_sampled stands alone"),
+        ({"feedback": "rule + dpo + rule"}, "rule stands twice"),
+        ({"feedback": "dpo + function"}, "feedback function and reward_function go together"),
+        ({"feedback": "dpo + rule", "baseline": "group"}, "at least 2"),
+        ({"feedback": "dpo + rule", "variant.top_k": 5}, r"takes one feedback, not dpo \+ rule"),
+        ({"rewards.rule.weight": 4}, r"rewards\.rule is set, and feedback has no rule: dpo \+ rule"),
+        ({"feedback": "dpo + rule", "rewards.rule": 4}, r"rl\.rewards\.rule .*should be a mapping"),
+        ({"feedback": "dpo + rule", "rewards.rule.wieght": 4}, "did you mean 'weight'"),
+        ({"feedback": "dpo + rule", "rewards.rule.weight": 0}, "greater than 0"),
+        ({"objective": "ppo", "rewards.rule.sign": "positive"}, "whose critic learns what is below"),
         ({"objective": "kld", "on_policy": 0.5}, "on_policy belongs to gkd"),
         ({"objective": "opd", "on_policy": 0.5}, "on_policy belongs to gkd"),
         ({"objective": "opd", "feedback": "rule"}, "follows a teacher"),
@@ -128,6 +148,31 @@ def test_combinations_that_make_no_sense_are_refused_with_the_reason(tiny, given
         load_recipe(tiny, [f"rl.{key}={value}" for key, value in given.items()])
 
 
+def test_rewards_beside_dense_feedback_start_as_measured_and_give_way_with_it(tiny):
+    said = []
+
+    def load(*given, **flags):
+        said.clear()
+        sets = [f"rl.{one}" for one in given]
+        return load_recipe(tiny, sets, {f"rl.{name}": value for name, value in flags.items()}, said.append).rl
+
+    assert load(feedback="rule+dpo").feedback == "dpo + rule"
+    assert load(feedback="dpo + rule").rewards.rule.model_dump() == {"weight": 4.0, "sign": "positive"}
+    assert load("rewards.rule.sign=both", feedback="dpo + rule").rewards.rule.model_dump() == {
+        "weight": 4,
+        "sign": "both",
+    }
+    assert load(feedback="rule").rewards.rule.model_dump() == {"weight": 1.0, "sign": "both"}
+    tiny.write_text(
+        tiny.read_text().replace("rl:\n", "rl:\n  feedback: dpo + rule\n  rewards: {rule: {weight: 2.0}}\n")
+    )
+    assert load().rewards.rule.model_dump() == {"weight": 2.0, "sign": "positive"}
+    assert load(feedback="dpo + rule").rewards == load("objective=mse").rewards == load().rewards and not said
+    assert load(feedback="rule").rewards.rule.weight == 1 and "rewards.rule.weight 2.0 → 1.0" in said[0]
+    assert load(feedback="dpo").rewards == load(objective="gkd").rewards == load(objective="grpo").rewards
+    assert load("rewards.rule.weight=3", feedback="rule").rewards.rule.model_dump() == {"weight": 3, "sign": "both"}
+
+
 def test_another_objective_on_a_run_brings_its_own_defaults(warm):
     from lco_lite.command import command
 
@@ -136,6 +181,77 @@ def test_another_objective_on_a_run_brings_its_own_defaults(warm):
         assert ctx.recipe.rl.steps == 2, "what the recipe set itself stays"
     with command(None, warm.parent / "runs", "tiny", ["rl.lr=1e-4"], {"rl.objective": "grpo"}, quiet=True) as ctx:
         assert ctx.recipe.rl.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("signs", "expected"),
+    [
+        (("both", "both"), [3.5, -3.5, -2, 2]),
+        (("positive", "positive"), [3.5, 0, 0, 2]),
+        (("positive", "both"), [3.5, -0.5, -2, 2]),
+    ],
+)
+def test_rewards_are_added_up_by_weight_each_on_its_side_of_its_own_baseline(signs, expected):
+    """Of two prompts with two responses each."""
+    rule, function = [1.0, -1.0, -1.0, -1.0], [3.0, 1.0, 0.0, 8.0]
+    phase = Phase([0, 1], 9, [], rule, {"rule": rule, "function": function}, [False] * 4, 4)
+    phase.responses.extend([None] * 4)  # type: ignore[list-item]
+    rewards = {name: {"weight": w, "sign": s} for name, w, s in zip(phase.rewards, (3, 0.5), signs, strict=True)}
+    given = {"feedback": "rule + function", "reward_function": "a.py:f", "rewards": rewards, "baseline": "group"}
+    for scaled in (False, True):
+        rl = Rl(objective="grpo", responses_per_prompt=2, scale_rewards=scaled, **given)
+        advantages = methods.response_advantages(methods.whole_rewards(phase, rl), phase, rl)
+        deviation = torch.tensor([3 * 2 + 0.5 * 2, 0.5 * 8]).repeat_interleave(2) / 2**0.5 + 1e-4  # of the sum
+        torch.testing.assert_close(advantages, torch.tensor(expected) / (deviation if scaled else 1))
+        torch.testing.assert_close(phase.scores(rl), (3 * torch.tensor(rule) + 0.5 * torch.tensor(function)) / 3.5)
+
+
+@pytest.mark.parametrize("sign", ["positive", "both"])
+def test_a_mixed_target_has_the_reward_models_advice_and_the_responses_advantage(warm, monkeypatch, sign):
+    file = warm.parent / "lengths.py"
+    file.write_text("def long(prompts, responses, rows): return [float(len(r)) for r in responses]")
+    looked, score = [], methods.score
+
+    def looking(models, phase, plan, rl):
+        scored = score(models, phase, plan, rl)
+        dense = score(models, replace(phase, rewards={}), plan, rl.model_copy(update={"feedback": "dpo"}))
+        reward = torch.tensor(phase.rewards["function"])
+        advantage = 0.5 * (reward - reward.mean())
+        advantage = advantage.clamp(min=0) if sign == "positive" else advantage
+        for micro, plain in zip(sum(scored, []), sum(dense, []), strict=True):
+            assert torch.equal(micro.target.shift, plain.target.shift)
+            assert torch.equal(micro.target.reference, plain.target.reference) and "reference" not in micro.per_token
+            assert torch.equal(micro.target.actions, micro.batch.actions)
+            torch.testing.assert_close(micro.target.advantages, advantage[micro.responses])
+            torch.testing.assert_close(micro.advantages, plain.advantages + advantage[micro.responses])
+            looked.append(advantage.max() > 0)
+        return scored
+
+    monkeypatch.setattr(rl_stage, "score", looking)
+    sets = ["feedback=dpo + function", f"reward_function={file}:long", "anchor=0.5", "micro_batch_tokens=60"]
+    sets += ["rewards.function.weight=0.5", f"rewards.function.sign={sign}"]
+    with start(warm, *(f"rl.{one}" for one in sets)) as ctx:
+        train(ctx, "rl-kld", fresh=True)
+    assert all(looked) and len(looked) > 4, "minibatches in parts"
+    for row in read_log(ctx.run.stage("rl-kld").metrics):
+        assert row["rewards"] == {"function": row["reward"]} and row["reward"] > 0 <= row["accuracy"]
+
+
+def test_mixed_feedback_with_a_target_of_ones_own_goes_on_to_the_same_bits(warm, monkeypatch):
+    file = warm.parent / "halved.py"
+    file.write_text(
+        "from dataclasses import replace\n"
+        "def long(prompts, responses, rows): return [float(len(r)) for r in responses]\n"
+        "def half(target, head, batch): return replace(target, advantages=target.advantages / 2)\n"
+    )
+    sets = ["rl.feedback=dpo + rule + function", f"rl.reward_function={file}:long", f"rl.target={file}:half"]
+    whole = trained(run_stage(warm, "rl-kld", *sets, fresh=True), "rl-kld")
+    with killed_after(monkeypatch, "rl-kld", 1):
+        run_stage(warm, "rl-kld", *sets, fresh=True)
+    cut = run_stage(warm, "rl-kld", *sets)
+    assert same(whole, trained(cut, "rl-kld"))
+    for row in read_log(cut.run.stage("rl-kld").metrics):
+        assert row["reward"] == pytest.approx((4 * row["rewards"]["rule"] + row["rewards"]["function"]) / 5)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_of_a_response_that_was_cut_the_grade_decides_alike_in_rewards_scores_an
 
         made = [response(text, cut) for text in (right, wrong) for cut in (False, True)]
         judged = rollouts._judge([prompt] * 4, made)
-        assert judged["grades"] == judged["rewards"] == [1, 1, -1, -1]
+        assert judged["grades"] == judged["rewards"]["rule"] == [1, 1, -1, -1]
         engine = SimpleNamespace(generate=lambda prompts, sampling: iter([(list(range(4)), made)]))
         rows = respond(ctx, engine, chat, task, [Question(prompt.item, [], [])] * 4, rollouts.sampling, 0)  # type: ignore[arg-type]
         assert [row["right"] for row in rows] == [True, True, False, False]
@@ -161,7 +161,9 @@ def test_of_a_response_that_was_cut_the_grade_decides_alike_in_rewards_scores_an
         assert (pair.chosen, pair.rejected) == (made[0].example, made[3].example)
 
 
-def test_a_reward_function_is_asked_once_for_a_phase(tiny, monkeypatch):
+@pytest.mark.parametrize("version", ["now", "0.3"])
+def test_a_reward_function_is_asked_once_for_a_phase(tiny, monkeypatch, version):
+    """Version 0.3 kept the rewards of the one feedback without its name."""
     file = tiny.parent / "rewards.py"
     file.write_text(
         "import random\n"
@@ -175,6 +177,12 @@ def test_a_reward_function_is_asked_once_for_a_phase(tiny, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_in_call(patch, StageTraining, "update", 2, "killed")
         run_stage(tiny, "rl-reinforce", *sets)
+    (kept,) = tiny.parent.glob("runs/tiny/rl-reinforce/rollouts/step-000001.jsonl")
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    for line in lines if version == "0.3" else ():
+        if "rewards" in line:
+            line["rewards"] = line["rewards"]["function"]
+    kept.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     ctx = run_stage(tiny, "rl-reinforce", *sets)
     assert (tiny.parent / "rewards.py.calls").read_text() == "xx", "once a phase"
     assert len(read_log(ctx.run.stage("rl-reinforce").metrics)) == 2
@@ -234,11 +242,13 @@ def test_whole_groups_stay_together_in_a_minibatch_and_in_a_micro_batch():
 
 
 def test_a_phase_keeps_the_groups_that_are_asked_for():
-    phase = Phase([5, 7, 9], 4, list(range(6)), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], None, [False] * 6, 6)  # type: ignore[arg-type]
+    numbers = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    phase = Phase([5, 7, 9], 4, list(range(6)), numbers, {"function": numbers}, [False] * 6, 6)  # type: ignore[arg-type]
     kept = phase.only([2, 0], 2)
     assert kept.chosen == [9, 5] and kept.responses == [4, 5, 0, 1] and kept.drawn == 6
-    assert kept.grades == [4, 5, 0, 1] and kept.rewards is None
-    assert kept.and_also(phase).chosen == [9, 5, 5, 7, 9] and kept.and_also(phase).drawn == 12
+    assert kept.grades == kept.rewards["function"] == [4, 5, 0, 1]
+    both = kept.and_also(phase)
+    assert both.chosen == [9, 5, 5, 7, 9] and both.drawn == 12 and both.rewards["function"] == [4, 5, 0, 1, *numbers]
 
 
 @pytest.mark.slow
