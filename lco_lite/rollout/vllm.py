@@ -52,7 +52,8 @@ class VLLMEngine(Engine):
         nf4 = getattr(self.model.base, "is_loaded_in_4bit", False)
         if (reason := missing("nf4" if nf4 else "none")) is not None:
             raise ModelError(reason)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        dist = torch.distributed  # which vLLM opens too, for itself alone
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ModelError("rollout.engine: vllm runs in one process on one GPU: take paged on several")
         if len(self.padding) > MOST_BIASED:
             padded = f"{len(self.padding)} rows of its head are not to be drawn"
