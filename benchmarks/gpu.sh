@@ -45,21 +45,22 @@ run() {
 }
 
 rollout() {
-    run 480 rollout "$PYTHON" benchmarks/rollout.py $ROLLOUT --repeats 1 \
+    run 420 rollout "$PYTHON" benchmarks/rollout.py $ROLLOUT --repeats 1 \
         --contenders generate,static,hf,paged,vllm --json "$OUT/rollout.json"
 }
 
 memory() {
-    run 150 memory "$PYTHON" benchmarks/memory.py $MEMORY $FIRST --set residency=all \
+    local later=(--phase train-rm --phase "rl rollout" --phase "rl score" --phase "rl update" --models "$MODELS")
+    run 240 memory "$PYTHON" benchmarks/memory.py $MEMORY $FIRST --set residency=all \
         --models "$MODELS" --json "$OUT/memory.json"
-    run 120 memory-residency "$PYTHON" benchmarks/memory.py $MEMORY $SECOND --set residency=phase \
-        --models "$MODELS" --json "$OUT/memory-residency.json"
+    run 150 memory-residency "$PYTHON" benchmarks/memory.py $MEMORY $SECOND --set residency=phase \
+        "${later[@]}" --json "$OUT/memory-residency.json"
     run 150 memory-streamed "$PYTHON" benchmarks/memory.py $MEMORY $THIRD --set residency=phase \
-        --set reward_model.streaming=true --models "$MODELS" --json "$OUT/memory-streamed.json"
+        --set reward_model.streaming=true "${later[@]}" --json "$OUT/memory-streamed.json"
 }
 
 longest() {
-    run 180 longest "$PYTHON" benchmarks/memory.py longest $LONGEST --models "$MODELS" --json "$OUT/longest.json"
+    run 150 longest "$PYTHON" benchmarks/memory.py longest $LONGEST --models "$MODELS" --json "$OUT/longest.json"
 }
 
 loss() {
@@ -68,7 +69,7 @@ loss() {
 
 # the share of sampling in a step: 64 prompts, 512 new tokens each
 phases() {
-    run 60 phases-models "$PYTHON" benchmarks/memory.py write $STEP --steps 2 --models "$MODELS" --out "$OUT/step"
+    run 30 phases-models "$PYTHON" benchmarks/memory.py write $STEP --steps 2 --models "$MODELS" --out "$OUT/step"
     rm -rf "$OUT/step/runs"
     run 150 phases "$PYTHON" benchmarks/phases.py "$OUT/step/recipe.yaml" --runs "$OUT/step/runs" --out "$OUT/phases.json"
 }
