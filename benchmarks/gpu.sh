@@ -41,7 +41,7 @@ run() {
     tail -n 30 "$OUT/$name.log"
     printf '{"name": "%s", "status": %d, "seconds": %d, "limit": %d}\n' \
         "$name" "$status" $((SECONDS - start)) "$limit" >"$OUT/$name.status.json"
-    [ $status -eq 0 ] || failed+=("$name ($([ $status -eq 124 ] && echo time limit || echo "exit $status"))")
+    [ $status -eq 0 ] || failed+=("$name ($([[ $status = 124 || $status = 137 ]] && echo time limit || echo "exit $status"))")
 }
 
 rollout() {
