@@ -391,6 +391,8 @@ def main() -> None:
     options, console = parse(), Console()
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, living tensors counted"
     about = f"{device} · torch {torch.__version__}, transformers {transformers.__version__}"
+    if options.device == "cuda":
+        torch.cuda.init()  # its counters are asked before anything is there
     if options.what == "write":
         options.out.mkdir(parents=True, exist_ok=True)
         print(write_recipe(options.out.resolve(), options))
