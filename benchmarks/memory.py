@@ -239,7 +239,7 @@ def phases(options: argparse.Namespace, folder: Path, console: Console) -> dict[
     last = max(order.index(stage) for (stage, _), phase in PHASES.items() if phase in wanted)
     runs: list[tuple[str, str, list[str], int]] = []
     if "pair sampling" in wanted:
-        runs.append(("pairs", "rm", [*SAMPLED, f"train_rm.prompts={options.slots // 2}"], ARITHMETIC_PROMPT))
+        runs.append(("pairs", "rm", [*SAMPLED, f"train_rm.prompts={options.slots}"], ARITHMETIC_PROMPT))
     if wanted != {"pair sampling"}:
         runs += [("memory", stage, [], filled) for stage in order[: last + 1]]
     for name, stage, more, prompt in runs:
@@ -391,6 +391,8 @@ def main() -> None:
     options, console = parse(), Console()
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, living tensors counted"
     about = f"{device} · torch {torch.__version__}, transformers {transformers.__version__}"
+    if options.device == "cuda":
+        torch.cuda.init()  # its counters are asked before anything is there
     if options.what == "write":
         options.out.mkdir(parents=True, exist_ok=True)
         print(write_recipe(options.out.resolve(), options))
@@ -402,18 +404,13 @@ def main() -> None:
             raise SystemExit(e.exit_code) from None
     if options.what == "phases":
         shape = f"{options.policy} + {options.reward_model} · {options.quantization} + LoRA r {options.rank} · "
-        shape += (
-            f"{options.length} tokens, micro-batches of {options.micro}, {options.slots} at once {options.set or ''}"
-        )
-        table = Table(
-            "", "allocated, GiB", "reserved", "planned", "allocated ÷ planned", "s", title=f"{shape} · {about}"
-        )
+        shape += f"{options.length} tokens, {options.slots} at once" + "".join(f" · {item}" for item in options.set)
+        heads = ("", "allocated, GiB", "reserved", "planned", "÷ planned", "micro-batch", "s")
+        table = Table(*heads, title=f"{shape} · {about}")
         for phase, row in results.items():
-            reserved = f"{row['reserved'] / GIB:.3f}" if "reserved" in row else ""
-            ratio = row["allocated"] / row["planned"]
-            numbers = (f"{row['allocated'] / GIB:.3f}", reserved, f"{row['planned'] / GIB:.3f}", f"{ratio:.2f}")
-            numbers = (*numbers, str(row["micro_batch_tokens"]))
-            table.add_row(phase, *numbers, f"{row['seconds']:.1f}")
+            sizes = [f"{row[key] / GIB:.3f}" if key in row else "" for key in ("allocated", "reserved", "planned")]
+            ratio = f"{row['allocated'] / row['planned']:.2f}"
+            table.add_row(phase, *sizes, ratio, str(row["micro_batch_tokens"]), f"{row['seconds']:.1f}")
     else:
         limit = f"in {options.limit or 'all memory'}"
         shape = f"{options.shape} · {options.quantization} + LoRA r {options.rank}, one sequence, {limit}"

@@ -89,13 +89,14 @@ def page(folder: Path) -> str:
     git = facts["git"]
     parts = [f"# GPU figures\n\n{where}" + (f" · commit {git['commit'][:10]}" if git else "")]
     parts.append("## Goals\n\n" + markdown(["figure", "goal", "measured", "met"], list(goals(folder))))
-    if (rollout := read(folder, "rollout")) is not None:
-        rows = [
-            [name, f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}", f"{row.get('peak_gib', 0):.2f}"]
-            for name, row in rollout["results"].items()
-        ]
-        heads = ["", "tokens/s", "÷ the first", "GiB allocated (0: not seen)"]
-        parts.append(f"## Rollouts\n\n{rollout['title']}\n\n" + markdown(heads, rows))
+    for report in (read(folder, name) for name in ("rollout", "rollout-others")):
+        if report is not None:
+            rows = [
+                [name, f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}", f"{row.get('peak_gib', 0):.2f}"]
+                for name, row in report["results"].items()
+            ]
+            heads = ["", "tokens/s", "÷ the first", "GiB allocated (0: not seen)"]
+            parts.append(f"## Rollouts\n\n{report['title']}\n\n" + markdown(heads, rows))
     for name, what in MEMORY.items():
         if (report := read(folder, name)) is not None:
             rows = [

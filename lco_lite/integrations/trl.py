@@ -263,17 +263,16 @@ class LCOTrainer(GRPOTrainer):
         batch, target = PaddedBatch.of(inputs), inputs["target"]
         hidden = batch.select(whole := model(**batch.forward, hidden_only=True))  # [T, d]
         seen = dict.fromkeys(("entropy", "logprob", "logit_grad_norm"), hidden.new_zeros(0))
-        loss = 0.0 * whole.sum()  # of no response: every process has a backward pass
-        if len(hidden):
+        if not len(hidden):  # DDP waits for every weight that is trained, the head's too
+            loss: Any = 0.0 * sum(x.sum() for x in (whole, self.head.weight, self.head.bias) if x is not None)
+        else:
             how: dict[str, Any] = {"standardise": self.standardise, "actions": batch.actions}
             target = target.to(hidden.device)
             loss, seen = lco_loss(self.objective, hidden, self.head, target, self.weighting, **how)
             loss = loss * (self.accelerator.num_processes * len(hidden) / inputs["num_items_in_batch"])
         values = {name: seen[name] for name in ("entropy", "logit_grad_norm")}
         values |= {"sampled_prob": seen["logprob"].exp(), "advantage": inputs["advantages"]}
-        sums = torch.stack(
-            [*(value.sum().double() for value in values.values()), hidden.new_tensor(len(hidden)).double()]
-        )
+        sums = torch.stack([value.sum().float() for value in (*values.values(), torch.ones_like(batch.actions))])
         *totals, tokens = self.accelerator.reduce(sums, "sum").tolist()
         for name, total in zip(values, totals, strict=True):
             self._metrics["train" if self.model.training else "eval"][name].append(total / max(tokens, 1.0))

@@ -229,6 +229,19 @@ def test_each_generation_batch_is_scored_by_the_policy_that_sampled_it_in_the_sh
     assert sum(tokens[:8:4]) == sum(len(target) for target in targets[:8])
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["adapters", "whole model"])
+def test_where_every_response_was_cut_and_cut_ones_are_masked_nothing_is_learned_and_every_weight_has_a_gradient(
+    tmp_path, whole
+):
+    caught, phi = Gradients(), adapted(base(1))
+    how: dict[str, Any] = {"settings": {"mask_truncated_completions": True}, "callbacks": [caught]}
+    trainer = trainer_of(tmp_path, base() if whole else adapted(base()), phi, rollout_func=given_responses, **how)
+    trainer.train()
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert caught.found.keys() == trained and not any(gradient.any() for gradient in caught.found.values())
+    assert trainer.state.log_history[0]["loss"] == 0
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
