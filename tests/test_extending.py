@@ -41,12 +41,12 @@ def call(*words: str):
 
 
 def test_the_objective_of_the_page_is_one_short_file_and_trains_a_policy(folder):
-    (command,) = [c for c in COMMANDS if "cispo.py:cispo" in c]
-    assert len(FILES["cispo.py"].splitlines()) <= 40
+    (command,) = [c for c in COMMANDS if "sapo.py:sapo" in c]
+    assert len(FILES["sapo.py"].splitlines()) <= 40
     call(*command, "-s", "rl.prompts_per_step=4", "-s", "rl.minibatch=8")
-    rows = read_log(Run.newest(Path("runs")).stage("rl-cispo").metrics)
+    rows = read_log(Run.newest(Path("runs")).stage("rl-sapo").metrics)
     assert len(rows) == 2 and all(row["grad_norm"] is not None and "clipped" in row for row in rows)
-    call("eval", "arithmetic", "--policy", "rl-cispo")
+    call("eval", "arithmetic", "--policy", "rl-sapo")
 
 
 def test_the_loss_over_the_vocabulary_of_the_page_trains_a_policy(folder):
@@ -100,7 +100,7 @@ def test_an_objective_of_the_users_is_told_what_ours_are(folder):
 
 
 def test_a_policy_gradient_of_the_users_refuses_dense_feedback_before_anything_is_trained(folder):
-    result = CliRunner().invoke(app, ["rl", "--objective", "cispo.py:cispo", "--feedback", "dpo"])
+    result = CliRunner().invoke(app, ["rl", "--objective", "sapo.py:sapo", "--feedback", "dpo"])
     assert result.exit_code == 2 and "first parameter" in result.stderr
     assert not Run.newest(Path("runs")).stage("rm").path.exists()
 
@@ -115,14 +115,14 @@ def test_the_reward_of_the_page_is_what_the_run_is_rewarded_with(folder):
 def test_on_policy_the_objective_of_the_page_has_the_gradient_of_reinforce(folder):
     logprobs = (-torch.rand(6)).requires_grad_()
     batch = PolicyBatch(logprobs, logprobs.detach(), torch.randn(6), torch.tensor([0, 0, 0, 1, 1, 1]), 6, 2)
-    losses = load_function("cispo.py:cispo"), POLICY_GRADIENTS["reinforce"]
+    losses = load_function("sapo.py:sapo"), POLICY_GRADIENTS["reinforce"]
     ours, plain = (torch.autograd.grad(loss(batch, Clip(0.2, 0.2))[0], logprobs)[0] for loss in losses)
     torch.testing.assert_close(ours, plain)
 
 
 @pytest.mark.parametrize(
     ("objective", "message"),
-    [("absent.py:f", "no such file"), ("cispo.py:f", "has no function"), ("cispo.txt:f", "unknown objective")],
+    [("absent.py:f", "no such file"), ("sapo.py:f", "has no function"), ("sapo.txt:f", "unknown objective")],
 )
 def test_a_file_or_name_that_is_not_there_is_said_in_one_message(folder, objective, message):
     result = CliRunner().invoke(app, ["rl", "--objective", objective])

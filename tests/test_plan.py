@@ -114,6 +114,12 @@ def test_planned_peaks_are_those_that_are_counted_while_the_trainers_run(
     assert all(abs(share) < 0.07 for share in off.values()), off
 
 
+@pytest.mark.parametrize("objective", ["tpo", "opd"])
+def test_a_loss_over_whole_groups_and_a_teachers_are_planned_too(tiny, objective):
+    found, _, _ = peaks(load_recipe(tiny, [f"rl.objective={objective}"]), "rl", False, only="rl update")
+    assert found["rl update"]["activations"] > 0
+
+
 def run_plan(*words: str) -> Any:
     return CliRunner().invoke(app, ["plan", *words])
 

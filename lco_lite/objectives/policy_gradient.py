@@ -148,7 +148,7 @@ def dr_grpo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
 
 
 def cispo(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
-    """min(ρ, 1 + clip.high) as the weight of log π_θ · A, mean over tokens. MiniMax-M1 2025, eq 4; TRL 1.16."""
+    """min(ρ, 1 + clip.high) as the weight of log π_θ · A, mean over tokens. MiniMax-M1 2025, 3.1; TRL 1.16."""
     assert b.logprobs is not None
     ratio = b.log_ratio.exp().detach()
     gain = ratio.clamp(max=1 + clip.high) * b.advantages * b.logprobs
@@ -189,7 +189,7 @@ def pmd(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
 
 
 def rebel(b: PolicyBatch, clip: Clip) -> tuple[Tensor, Values]:
-    """(x_i − x_j)²/4β, x = A − β log ρ of two responses to a prompt, mean over all pairs. Gao et al. 2024, eq 1."""
+    """(x_i − x_j)²/4β, x = A − β log ρ of two responses to a prompt, mean over all pairs. Gao et al. 2024."""
     x = b.by_prompt(misfit(b))
     return x.var(1).sum() * x.shape[1] / (2 * b.beta * b.sequences), {}  # the mean over pairs is twice the variance
 

@@ -72,7 +72,7 @@ METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
         "baseline": ("none", "right is a reward above 0; with the group's mean, above that"),
         "responses_per_prompt": (4, "Xiong et al. 2025"),
     },
-    "dro": {**_GROUPED, **_REGRESSION},
+    "dro": {**_GROUPED, **_REGRESSION, "baseline": ("group", "in place of V(x), which Richemond et al. 2024 learn")},
     "pmd": {**_GROUPED, **_REGRESSION, "baseline": ("group", "Kimi k1.5 2025: r̄ in place of β log Z")},
     "rebel": {
         **_GROUPED,
@@ -91,7 +91,7 @@ METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
         "feedback": _TEACHER,
         "lr": (1e-6, TRL + ": DistillationConfig"),
         "jsd_beta": (1.0, TRL + ": DistillationConfig's beta"),
-        "on_policy": (1.0, "the policy's own responses alone"),
+        "on_policy": (1.0, "by definition"),
     },
     "gkd": {"feedback": _TEACHER, "lr": (2e-5, TRL), "on_policy": (0.5, TRL + ": lmbda")},
     "minillm": {"feedback": _TEACHER, "lr": (1e-6, "TRL 1.10, its last"), "teacher_mix": (0.2, "Gu et al. 2024, 2.2")},
@@ -215,8 +215,12 @@ class Rl(Training):
     )
     scale_rewards: bool = setting(False, "divide by the deviation of the prompt's rewards", "off: paper; on: GRPO")
     kl_coef: float = setting(0.0, "policy gradients: weight of log π/π_ref, taken off the reward", "paper: none", ge=0)
-    clip_low: float = setting(0.2, "policy gradients: the ratio's lower clip, 1 less this", "TRL 1.16", gt=0, lt=1)
-    clip_high: float = setting(0.2, "policy gradients: the ratio's upper clip, 1 plus this", "TRL 1.16", gt=0)
+    clip_low: float = setting(
+        0.2, "policy gradients: the ratio's lower clip, 1 less this; dppo: most that π may fall", "TRL 1.16", gt=0, lt=1
+    )
+    clip_high: float = setting(
+        0.2, "policy gradients: the ratio's upper clip, 1 plus this; dppo: most that π may rise", "TRL 1.16", gt=0
+    )
     gamma: float = setting(1.0, "ppo: discount per token", "TRL 1.10", gt=0, le=1)
     gae_lambda: float = setting(0.95, "ppo: GAE's λ", "TRL 1.10", ge=0, le=1)
     value_coef: float = setting(0.1, "ppo: weight of the value loss", "TRL 1.10", gt=0)
@@ -232,7 +236,9 @@ class Rl(Training):
     mismatch_cap: float = setting(3.0, "mismatch truncate: C, the largest weight", "TRL 1.16", ge=1)
     mismatch_low: float = setting(0.5, "mismatch mask: α, the smallest weight that counts", "IcePop", gt=0, le=1)
     mismatch_high: float = setting(5.0, "mismatch mask: β, the largest weight that counts", "IcePop", ge=1)
-    jsd_beta: float = setting(0.5, "gkd: β of the divergence; 0: KL(φ ‖ π_θ), 1: KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1)
+    jsd_beta: float = setting(
+        0.5, "gkd, opd: β of the divergence; 0: KL(φ ‖ π_θ), 1: KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1
+    )
     on_policy: float = setting(1.0, "gkd: share answered by the policy, not a demonstration", "GKD 0.5", ge=0, le=1)
     logprob_temperature: float | None = setting(
         None, "policy gradients, minillm: logits are divided by this; null: temperature, 1 if greedy", "TRL 1.16", gt=0

@@ -217,6 +217,13 @@ def test_raft_is_reinforce_with_1_for_a_positive_advantage_and_0_for_any_other()
     assert (gradient("raft", new, old, advantages)[advantages < 0] == 0).all()
 
 
+def test_at_the_first_update_raft_is_raft_plus_plus():
+    """Xiong et al. 2025: ratio and clip of PPO."""
+    new, old, advantages = case(4, on_policy=True)
+    right = (advantages > 0).double()
+    torch.testing.assert_close(gradient("raft", new, old, advantages), gradient("ppo", new, old, right))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_dros_gradient_is_that_of_lco_mse_at_the_sampled_entry(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -237,6 +244,14 @@ def test_dro_is_verls_loss_up_to_a_constant():
     new, old, advantages = case(5, spread=False)
     verl = -(new * advantages - BETA / 2 * (new - old).square()).mean()
     torch.testing.assert_close(gradient("dro", new, old, advantages), torch.autograd.grad(verl, new)[0])
+
+
+def test_pmds_gradient_is_kimis():
+    new, old, advantages = case(5)
+    now, before = (torch.zeros(4).double().index_add(0, ROWS, x) for x in (new, old))
+    a = advantages[[ROWS.tolist().index(i) for i in range(4)]]
+    kimi = -(a * now - BETA / 2 * (now - before).square()).mean()
+    torch.testing.assert_close(gradient("pmd", new, old, advantages), torch.autograd.grad(kimi, new)[0])
 
 
 def test_of_responses_of_one_token_pmd_is_dro():
