@@ -197,6 +197,25 @@ def test_a_parked_base_is_gone_from_the_device_but_for_its_head_and_adapters(fol
         first.base(input_ids=torch.tensor([[1, 2]]))  # nobody asked for it: an error, no wrong numbers
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_where_memory_runs_out_on_the_way_the_rest_comes_the_next_time(folders, monkeypatch, streamed):
+    model, real, calls = opened(folders("llama"), streamed), Bundle.fill, [0]
+    plain, batch = Role(model, "policy").hidden(collate(EXAMPLES, 0)).detach(), collate(EXAMPLES, 0)
+    assert model.frozen is not None
+    model.frozen.leave()
+
+    def fill(self, aside=None):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise torch.OutOfMemoryError
+        return real(self, aside)
+
+    monkeypatch.setattr(Bundle, "fill", fill)
+    with pytest.raises(torch.OutOfMemoryError):
+        Role(model, "policy").hidden(batch)
+    assert torch.equal(Role(model, "policy").hidden(batch), plain)
+
+
 def test_bases_that_are_held_together_stay_and_the_others_leave(folders):
     group, said = weakref.WeakSet(), list[str]()
     policy, teacher, third = (opened(folders("llama"), False, group, said.append) for _ in range(3))
