@@ -190,8 +190,8 @@ def _load(ctx: Context, weights: Weights, folder: Path | None) -> LanguageModel:
         device, streamed = reward_device(weights.device, ctx.device), weights.streaming
     by_phase = ctx.recipe.residency == "phase" or (ctx.recipe.residency == "auto" and ctx.device.type == "cuda")
     by_phase = by_phase and device == ctx.device  # another device it has for itself
-    if by_phase:
-        gc.collect()  # a base that is no longer used need not be kept
+    if by_phase and ctx.bases:
+        gc.collect()  # one that is no longer used need not be kept
         make_room(ctx.bases)
     frozen, others = None, ctx.bases if by_phase else WeakSet[FrozenWeights]()
     if by_phase or streamed:

@@ -276,7 +276,7 @@ def open_policy(ctx: Context, stage: str) -> tuple[Role, ChatFormat, Engine]:
         engine = open_engine([role], chat.end, asked=rollout.engine, say=say, gpu_share=rollout.gpu_share)
         return role, chat, engine
     roles = [role, *weights.open_reward_model(ctx, role)]
-    return role, chat, open_engine(roles, chat.end, optimal_policy(ctx.recipe.rl.beta))
+    return role, chat, open_engine(roles, chat.end, optimal_policy(ctx.recipe.rl.beta), say=ctx.console.note)
 
 
 def plan_batches(ids: Sequence[list[int]], settings: Eval, new_tokens: int) -> list[list[tuple[int, int]]]:

@@ -109,7 +109,7 @@ def rollout_engine(ctx: Context, models: Models, end: int) -> Engine:
     policy, teacher, rl = models.policy, models.reward_model, ctx.recipe.rl
     if rl.teacher_mix:
         assert teacher is not None, "distillation has a teacher"
-        return open_engine([policy, teacher], end, mixture(rl.teacher_mix))
+        return open_engine([policy, teacher], end, mixture(rl.teacher_mix), say=ctx.console.note)
     rows = None if teacher is None else teacher.model.head.rows
     if rl.mismatch != "none" and engine_for(ctx.recipe.rollout.engine, policy.model.device) == "hf":
         ctx.console.note(f"rl.mismatch {rl.mismatch}: hf samples in the trainer's own numerics, and every weight is 1")
