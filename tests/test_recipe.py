@@ -410,7 +410,9 @@ def test_only_policy_gradients_are_corrected_for_another_sampler(tmp_path):
 
 def test_an_engine_that_is_not_there_is_told_which_are(tmp_path):
     (line,) = problems(tmp_path, "rollout:\n  engine: sglang\n")
-    assert line.endswith("should be 'auto', 'hf', 'paged' or 'vllm', found 'sglang'") and line.startswith("rollout.engine (line")
+    assert line.endswith("should be 'auto', 'hf', 'paged' or 'vllm', found 'sglang'") and line.startswith(
+        "rollout.engine (line"
+    )
 
 
 def test_a_stop_string_has_letters(tmp_path):
