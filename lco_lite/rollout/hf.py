@@ -29,12 +29,13 @@ class HFEngine(Engine):
 
     @torch.no_grad()
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
-        ids, mask = (padded.to(self.model.device) for padded in left_padded(prompts, self.model.pad_id))
+        ids, mask = left_padded(prompts, self.model.pad_id)
         width, strings = ids.shape[1], StopStrings(self.model.tokenizer, sampling.stop)
         model: Any = self.model.base
         responses: dict[int, Response] = {}
         running, cache = list(range(len(prompts))), None
         with self.model.use(self.role.adapter):
+            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
             while running:
                 left = width + sampling.max_new_tokens - ids.shape[1]
                 least = len(ids) // 2 if len(ids) >= self.shrinks_from else 0

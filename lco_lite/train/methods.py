@@ -445,7 +445,8 @@ def log_mismatch(models: Models, phase: Phase, micro: MicroBatch, places: Sequen
     heads = [role.model.head for role in (models.policy, models.reward_model) if role is not None]
     head = heads[0].prefix(min(head.rows for head in heads))  # what is drawn has a row in all of them
     t, top_p = (rl.temperature, rl.top_p) if rl.temperature else (1.0, 1.0)
-    return sampled_from(micro.old, head, micro.batch.actions, t, top_p) - torch.tensor(told, device=micro.old.device)
+    actions, told_there = (x.to(micro.old.device) for x in (micro.batch.actions, torch.tensor(told)))
+    return sampled_from(micro.old, head, actions, t, top_p) - told_there
 
 
 def compared_at(rl: Rl) -> float:

@@ -78,9 +78,10 @@ class LLM:
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)  # as vLLM does
-        settings = Model(path=self.model, dtype=self.dtype, quantization="nf4" if self.quantization else "none")
-        self.base: Any = load_base(settings, torch.device("cpu"))
-        self.tokenizer = load_tokenizer(settings)
+        stored = "nf4" if self.quantization == "bitsandbytes" else "none"
+        self.settings = Model(path=self.model, dtype=self.dtype, quantization=stored)
+        self.base: Any = load_base(self.settings, torch.device("cpu"))
+        self.tokenizer = load_tokenizer(self.settings)
         self.adapters: dict[int, Any] = {}
         self.did, self.asleep, self.alive = ["opened"], False, True
         self.llm_engine = types.SimpleNamespace(engine_core=types.SimpleNamespace(shutdown=self._shutdown))
@@ -116,7 +117,7 @@ class LLM:
             return self.base(input_ids=tokens).logits[0, -1]
         assert self.enable_lora and adapter.lora_int_id > 0
         if adapter.lora_int_id not in self.adapters:  # an id is read once
-            whole = load_base(Model(path=self.model), torch.device("cpu"))
+            whole = load_base(self.settings, torch.device("cpu"))
             self.adapters[adapter.lora_int_id] = PeftModel.from_pretrained(whole, adapter.lora_path)
             assert self.adapters[adapter.lora_int_id].peft_config["default"].r <= self.max_lora_rank
         return self.adapters[adapter.lora_int_id](input_ids=tokens).logits[0, -1]
@@ -208,6 +209,17 @@ def test_greedy_is_that_of_hf_for_the_base_and_every_adapter_in_turn_by_one_vllm
     )
     assert {llm.model for llm in made} == {str(model.base.name_or_path)}
     assert made[1].gpu_memory_utilization == 0.3 and made[1].max_model_len == 256 and made[1].dtype == "float32"
+
+
+def test_an_nf4_base_is_nf4_there_too(stand_in, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build_scratch(Init(hidden_size=64, layers=1, heads=2, intermediate_size=64, std=0.3), tmp_path / "m", seed=1)
+    weights = Model(path=str(tmp_path / "m"), quantization="nf4")
+    model = LanguageModel(load_base(weights, torch.device("cpu")), load_tokenizer(weights))
+    model.add_adapter("policy", Lora(r=2), 0)
+    change(model, "policy", 0)
+    hf, vllm = both(Role(model, "policy"), GREEDY)
+    assert hf == vllm and stand_in.made[0].quantization == "bitsandbytes"
 
 
 def test_the_adapter_is_sampled_from_as_it_was_when_it_was_handed_over(stand_in, model):
