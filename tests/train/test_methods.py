@@ -262,9 +262,7 @@ def test_of_a_reward_model_elsewhere_the_states_and_a_copy_of_the_head_come_to_t
         )
 
     phi = role(elsewhere)
-    models = methods.Models(
-        policy=role(Head(torch.zeros(7, 4, device=policy))), start=None, reward_model=phi, reference=phi
-    )
+    models = methods.Models(role(Head(torch.zeros(7, 4, device=policy))), None, phi, phi)
     scored = [
         methods.score_dense(models, None, methods.MicroBatch(batch, batch.rows, 3, 2, old), Rl()) for _ in range(2)
     ]
