@@ -102,9 +102,9 @@ def out_of_memory(error: Exception) -> bool:
 class InterruptGuard:
     """``with InterruptGuard() as guard``: the loop looks at ``guard.requested`` between batches.
 
-    Of several processes any may have got it: whoever looks asks ``ranks.any_of(guard.requested)``.
     The first SIGINT or SIGTERM sets it, a second raises KeyboardInterrupt. The handlers before come back at the end.
-    Outside the main thread signals cannot be caught, and ``requested`` stays False.
+    Outside the main thread signals cannot be caught, and ``requested`` stays False. Of several processes any may have
+    got it: ``ranks.any_of(guard.requested)``.
     """
 
     def __init__(self) -> None:

@@ -2,8 +2,8 @@
 
 ``torchrun -m lco_lite …`` or ``accelerate launch -m lco_lite …`` starts them; a process's number is its rank. All do
 the same in the same order, each with whole models in memory, but for three things: of prompts, sequences and batches
-each takes its share; gradients are summed before the optimiser's step; rank 0 alone speaks and writes. So
-the weights are the same everywhere, and what lies in a run folder knows nothing of how many there were.
+each takes its share; gradients are summed before the optimiser's step; rank 0 alone speaks and writes. So the weights
+are the same everywhere, and what lies in a run folder knows nothing of how many there were.
 
 With one process every function here hands back what it is given. Where one of several ends, the others end as soon as
 they wait for it. Nothing that may be done again for lack of memory (``Room.do``) waits for others inside.

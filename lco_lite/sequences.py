@@ -80,8 +80,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
 def micro_batches(lengths: Sequence[int], max_tokens: int, group: int = 1, shares: int = 1) -> list[list[int]]:
     """Indices batched by length so that no batch's padded size passes ``max_tokens`` (a single long unit may).
 
-    A unit is ``group`` consecutive entries, which stay together; it is as long as the longest of them. With ``shares``
-    units are dealt by length, and every so manyth batch is of one share, empty where another has more.
+    A unit is ``group`` consecutive entries, which stay together; it is as long as the longest of them. For several
+    ``shares`` units are dealt by length: batches i, i + shares, … are share i, empty at the end where another has more.
     """
     units = [range(len(lengths))[first : first + group] for first in range(0, len(lengths), group)]
     longest_first = sorted(units, key=lambda unit: (-max(lengths[i] for i in unit), unit[0]))

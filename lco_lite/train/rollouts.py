@@ -215,24 +215,30 @@ def sample(
     if ranks.world() > 1:
         own = ranks.share(sorted(own, key=lambda place: (len(prompts[place]), place)))
 
+    def unmade() -> list[int]:
+        return [place for place in own if place not in responses]
+
     def next_batch(at_once: int) -> tuple[list[int], list[Response], list[str]]:
         nonlocal size, batches, left
+        if not unmade():
+            return [], [], []  # other ranks have some left
         if at_once != size:
-            left, size = [place for place in own if place not in responses], at_once
+            left, size = unmade(), at_once
             batches = engine.generate([prompts[place] for place in left], replace(sampling, batch=at_once))
         mine = () if ranks.world() == 1 else (f"rank {ranks.rank()} of {ranks.world()}", len(responses))
         with seeded(ctx.recipe.seed, *names, *mine, state=None if mine else state):
-            chosen, made = next(batches, ([], []))
+            chosen, made = next(batches)
             return [left[i] for i in chosen], made, rng_state()
 
     def half(at_once: int) -> tuple[int, int] | None:
-        at_once = min(at_once, sum(place not in responses for place in own))
+        at_once = min(at_once, len(unmade()))
         return (at_once, at_once // 2) if at_once > 1 else None
 
     with ctx.clock("rollout"), ctx.console.progress(len(prompts), str(names[0]), len(responses)) as progress:
         while len(responses) < len(prompts):
-            batch = ranks.gather(room.do(next_batch, half, OTHER_NUMBERS))
-            places, made, state = sum((b[0] for b in batch), []), sum((b[1] for b in batch), []), batch[0][2]
+            of_ranks = ranks.gather(room.do(next_batch, half, OTHER_NUMBERS))
+            places, made = [p for b in of_ranks for p in b[0]], [r for b in of_ranks for r in b[1]]
+            state = of_ranks[0][2]
             responses.update(zip(places, made, strict=True))
             ids = [[r.example.response, r.truncated] + [r.logprobs] * (r.logprobs is not None) for r in made]
             kept.append({"sampled": label, "places": places, "responses": ids, "rng": state})

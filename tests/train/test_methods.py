@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from lco_lite.errors import RecipeError
 from lco_lite.feedback.advantages import mean_reward_to_go
 from lco_lite.metrics import read_log
 from lco_lite.objectives import policy_gradient as pg
+from lco_lite.objectives.head import Head
 from lco_lite.recipe import Rl
 from lco_lite.recipe.file import load_recipe
 from lco_lite.recipe.rl import DISTILLATION, LCO, METHOD_DEFAULTS, REGRESSIONS
+from lco_lite.sequences import Example, collate
 from lco_lite.tasks.arithmetic import Arithmetic
 from lco_lite.train import methods
 from lco_lite.train import rl as rl_stage
@@ -393,3 +396,27 @@ def test_a_language_model_is_no_sequence_classifier(warm, capsys):
     with pytest.raises(typer.Exit), start(warm, *sets) as ctx:
         train(ctx, "rl-reinforce", fresh=True)
     assert "is LlamaForCausalLM; a sequence-classification model is needed" in capsys.readouterr().err
+
+
+def test_of_a_reward_model_elsewhere_the_states_and_a_copy_of_the_head_come_to_the_policys_device():
+    """The policy is on a device without numbers: whatever stayed behind would not go together with it."""
+    policy, elsewhere = torch.device("meta"), Head(torch.randn(7, 4), softcap=5.0)
+    batch = collate([Example([1, 2], [3, 4]), Example([1], [5])], 0)
+    old = torch.zeros(len(batch.actions), 4, device=policy)
+
+    def role(head: Head) -> SimpleNamespace:
+        return SimpleNamespace(
+            model=SimpleNamespace(head=head, device=head.weight.device), hidden=lambda b: torch.randn(len(b.actions), 4)
+        )
+
+    phi = role(elsewhere)
+    models = methods.Models(role(Head(torch.zeros(7, 4, device=policy))), None, phi, phi)
+    scored = [
+        methods.score_dense(models, None, methods.MicroBatch(batch, batch.rows, 3, 2, old), Rl()) for _ in range(2)
+    ]
+    for micro in scored:
+        target = micro.target
+        places = (target.shift, target.shift_base, target.shift_head.weight, micro.advantages)
+        assert all(tensor.device == policy for tensor in places)
+    assert scored[0].target.shift_head is scored[1].target.shift_head, "one copy"
+    assert elsewhere.weight.device.type == "cpu"
