@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("trl", minversion="1.16", reason="needs TRL 1.16: pip install 'lco-lite[trl]'")
+
 import torch
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing import start_processes
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from trl import GRPOConfig
 
 from lco_lite.errors import UsageError
+from lco_lite.integrations.trl import LCOTrainer, PaddedBatch
 from lco_lite.models.language_model import LanguageModel, Role
 from lco_lite.models.loading import byte_tokenizer, load_base
 from lco_lite.recipe import Rl
@@ -28,13 +34,6 @@ from lco_lite.sequences import Example, collate
 from lco_lite.train import rl as ours
 from lco_lite.train.methods import Models, score
 from lco_lite.train.rollouts import Phase
-
-pytest.importorskip("trl", minversion="1.16", reason="needs TRL 1.16: pip install 'lco-lite[trl]'")
-
-from datasets import Dataset
-from trl import GRPOConfig
-
-from lco_lite.integrations.trl import LCOTrainer, PaddedBatch
 
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", lora_dropout=0.3)
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
