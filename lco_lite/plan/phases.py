@@ -1,0 +1,137 @@
+"""The stages' phases, by the trainers' own code, on the largest micro-batches that the recipe lets in."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lco_lite import weights
+from lco_lite.data.prompts import Pair, longest_response, recipe_task
+from lco_lite.errors import UsageError
+from lco_lite.feedback import advantages
+from lco_lite.plan.counting import standing_in
+from lco_lite.plan.sampling import eval_sampling, sample
+from lco_lite.plan.trial import Trial
+from lco_lite.recipe import Rl
+from lco_lite.recipe.sections import RewardModel, Training
+from lco_lite.rollout.engine import Response, Sampling
+from lco_lite.rollout.lockstep import mixture
+from lco_lite.sequences import Example, micro_batches
+from lco_lite.train import reward_model, sft
+from lco_lite.train.methods import score
+from lco_lite.train.rl import accumulate, kl_to_old, open_models
+from lco_lite.train.rollouts import Phase
+
+
+def longest_examples(settings: Training, window: int, most: int, response: int, size: int = 1) -> list[Example]:
+    """Two of the largest micro-batches, or ``most`` examples: of units of ``size`` sequences of at most ``max_length``
+    tokens, whichever number of them leaves the least room."""
+    limit = min(settings.max_length, window)
+    fits = max(1, settings.micro_batch_tokens // (size * limit))
+    more = settings.micro_batch_tokens // (size * (fits + 1))
+    rows, length = max((fits, limit), (fits + 1, more), key=lambda shape: math.prod(shape))
+    made = min(response, length - 1)
+    return [Example([0] * (length - made), [0] * made)] * min(2 * rows, most)
+
+
+def _sft(trial: Trial) -> None:
+    settings, policy = trial.recipe.sft, weights.open_sft(trial.ctx)
+    training = trial.training(policy, weights.trainable(trial.ctx, policy, "sft"), settings)
+    examples = longest_examples(settings, policy.model.max_length, settings.batch_size, settings.max_length)
+    with policy.model.training_mode(dropout=True):
+        trial.train("sft", training, lambda: sft.accumulate(policy, examples, settings.micro_batch_tokens))
+
+
+def _rm(trial: Trial) -> None:
+    recipe, rm, longest = trial.recipe, trial.recipe.train_rm, longest_response(trial.recipe)
+    start = weights.open_start(trial.ctx)
+    phi, reference = weights.open_untrained_reward_model(trial.ctx, start)
+    if recipe.data.preferences == "sampled":
+        drawn = Sampling(rm.temperature, rm.top_p, longest, recipe.rl.rollout_batch)
+        sample(trial, "pair sampling", [start], drawn, rm.max_length)
+    training = trial.training(phi, weights.trainable(trial.ctx, phi, "rm"), rm)
+    pairs = [Pair(e, e) for e in longest_examples(rm, start.model.max_length, rm.batch_size, longest, size=2)]
+    with phi.model.training_mode():
+        trial.train(
+            "train-rm",
+            training,
+            lambda: reward_model.accumulate(phi, reference, rm, pairs, rm.micro_batch_tokens),
+        )
+    if rm.check_items and (task := recipe_task(recipe)) is not None and task.graded:
+        drawn = eval_sampling(recipe, min(recipe.eval.batch, rm.check_items))
+        sample(trial, "φ check", [phi], drawn, recipe.rl.max_length)
+
+
+def _rl(trial: Trial) -> None:
+    recipe, rl, longest = trial.recipe, trial.recipe.rl, longest_response(trial.recipe)
+    models, parameters = open_models(trial.ctx)
+    policy = models.policy
+    training = trial.training(policy, parameters, rl)
+    drawn = Sampling(rl.temperature, rl.top_p, longest, rl.rollout_batch)
+    if rl.teacher_mix and models.reward_model is not None:
+        sample(trial, "rl rollout", [policy, models.reward_model], drawn, rl.max_length, mixture(rl.teacher_mix))
+    else:
+        sample(trial, "rl rollout", [policy], drawn, rl.max_length)
+    if trial.looks_at("rl score", "rl update"):
+        examples = longest_examples(rl, policy.model.max_length, rl.minibatch, longest)
+        plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False, "overlong_buffer": 0.0})
+        n, split = len(examples), [micro_batches([len(e) for e in examples], rl.micro_batch_tokens)]
+        phase = Phase([], longest, [Response(e, True) for e in examples], None, [0.0] * n, [False] * n, n)
+        before = trial.live.host if trial.on_card else trial.live.now
+        with _without_numbers(rl):
+            with trial.moment("rl score", trial.trained):
+                minibatch = score(models, phase, split, plain)[0]
+            gc.collect()
+            now = trial.live.host if trial.on_card else trial.live.now
+            trial.kept = (now - before) / sum(len(e.response) for e in examples)
+            minibatch = minibatch[:1] * len(minibatch)  # they come from the host one by one
+            with policy.model.training_mode():
+                trial.train(
+                    "rl update", training, lambda: accumulate(models, plain, None, minibatch, rl.micro_batch_tokens)
+                )
+            with trial.moment("rl score", trial.trained):
+                kl_to_old(models, rl, minibatch, rl.micro_batch_tokens)
+        minibatch.clear()
+    if rl.eval_every and (task := recipe_task(recipe)) is not None and task.graded:
+        sample(
+            trial, "rl eval", [policy], eval_sampling(recipe, min(recipe.eval.batch, rl.eval_items)), rl.max_length
+        )
+
+
+@contextlib.contextmanager
+def _without_numbers(rl: Rl) -> Any:
+    """What looks at single numbers on the host stands aside; a function of the user's that does cannot be planned."""
+
+    def of_no_tokens(rewards: Tensor, *given: Any) -> Tensor:
+        return torch.zeros_like(rewards)
+
+    with standing_in(advantages, "gae", of_no_tokens), standing_in(advantages, "mean_reward_to_go", of_no_tokens):
+        try:
+            yield
+        except UsageError:
+            raise
+        except Exception as e:  # whatever a function of the user's does with numbers that are not there
+            if not (rl.is_own or rl.target):
+                raise
+            own = rl.objective if rl.is_own else rl.target
+            raise UsageError(f"plan: {own} does not run on tensors without numbers: it is not planned: {e}") from e
+
+
+def _eval(trial: Trial) -> None:
+    """The reward model decoded as a policy where there is one on a base of its own: it is the larger."""
+    recipe = trial.recipe
+    own = recipe.rl.needs_reward_model and isinstance(recipe.reward_model, RewardModel)
+    role = weights.open_stage(trial.ctx, "rm" if own else recipe.rl.stage)
+    length = min(recipe.rl.max_length, role.model.max_length)
+    width = length if trial.prompt is None else trial.prompt + eval_sampling(recipe, 1).max_new_tokens
+    rows = max(1, min(recipe.eval.batch, recipe.eval.batch_tokens // width))
+    sample(trial, "eval", [role], eval_sampling(recipe, rows), length)
+
+
+STAGES: dict[str, Callable[[Trial], None]] = {"sft": _sft, "rm": _rm, "rl": _rl, "eval": _eval}
