@@ -65,12 +65,12 @@ def counted(file: Path, stage: str, monkeypatch: pytest.MonkeyPatch, *sets: str)
         gc.collect()
         for one in gc.get_objects():
             if isinstance(one, torch.Tensor):
-                live._add(one)
+                live.add(one)
                 state = getattr(one, "quant_state", None)
                 for held in (
                     (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code) if state else ()
                 ):
-                    live._add(held)
+                    live.add(held)
         live.restart()
         with clock(self, phase):
             yield

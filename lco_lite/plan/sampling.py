@@ -20,7 +20,7 @@ from lco_lite.rollout.engine import Combine, Sampling, engine_for
 from lco_lite.rollout.lockstep import draw
 from lco_lite.rollout.paged import PAGE, PASS_TOKENS
 
-FLASH = "planned_flash"  # an attention that takes what a flash kernel takes over pages
+PAGES = "planned_pages"  # an attention that takes what a flash kernel takes over pages
 
 
 def sample(
@@ -111,10 +111,10 @@ def _flash_over_pages(base: Any, slots: int, width: int) -> Iterator[None]:
         del keys, values
         return made, None
 
-    AttentionInterface.register(FLASH, attend)
-    AttentionMaskInterface.register(FLASH, lambda *args, **kw: None)
+    AttentionInterface.register(PAGES, attend)
+    AttentionMaskInterface.register(PAGES, lambda *args, **kw: None)
     before = base.config._attn_implementation
-    base.set_attn_implementation(FLASH)
+    base.set_attn_implementation(PAGES)
     try:
         yield
     finally:
