@@ -122,7 +122,10 @@ def _remedies(ctx: Context) -> list[str]:
     name = {"sft": "sft", "rm": "train_rm"}.get(ctx.stage, "rl")
     section, trains = getattr(recipe, name), phase in ("update", "preflight")
     samples, weights = phase in ("rollout", "eval"), recipe.model
-    own_base = isinstance(recipe.reward_model, RewardModel) and recipe.reward_model.quantization == "none"
+    own = recipe.reward_model if isinstance(recipe.reward_model, RewardModel) else None
+    trained = own if own is not None and name == "train_rm" else weights
+    part, on_gpu = "reward_model" if trained is own else "model", ctx.device.type == "cuda"
+    whole = own is not None and not own.streaming and on_gpu
     new_tokens = {"eval": "eval.max_new_tokens", "rollout": "rl.max_new_tokens"}.get(phase, "rl.max_new_tokens")
     remedies = {
         f"memory_limit (now {recipe.memory_limit}): a higher one": recipe.memory_limit is not None,
@@ -130,13 +133,16 @@ def _remedies(ctx: Context) -> list[str]:
         f"{name}.max_length (now {section.max_length}): longer sequences are left out": phase
         not in ("loading", "eval"),
         "eval.few_shot: fewer worked examples": phase == "eval" and recipe.eval.few_shot > 0,
-        "model.gradient_checkpointing: true": trains and not weights.gradient_checkpointing,
+        "residency: phase": recipe.residency == "all" and own is not None and name != "sft" and on_gpu,
+        f"{part}.gradient_checkpointing: true": trains and not trained.gradient_checkpointing,
+        f"{part}.gradient_checkpointing: offload": trains and trained.gradient_checkpointing is True,
         f"rl.prompts_per_step (now {recipe.rl.prompts_per_step}): fewer hidden states lie in the host's memory": (
             phase == "score" and name == "rl"
         ),
         f"{name}.optimizer: adamw_8bit, or paged_adamw_8bit": trains and section.optimizer == "adamw",
         "model.quantization: nf4": weights.quantization == "none" and weights.lora is not None and weights.init is None,
-        "reward_model.quantization: nf4": own_base and name != "sft",
+        "reward_model.quantization: nf4": own is not None and own.quantization == "none" and name != "sft",
+        "reward_model.streaming: true": whole and (name == "train_rm" or phase in ("loading", "score")),
         "close what else uses the device": True,
         "a smaller model": True,
     }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -53,6 +54,7 @@ class Context:
     adapter: Path | None = None  # scored on the base instead of a stage's
     clock: Clock = field(default_factory=Clock)
     stage: str = ""  # the one that is trained
+    bases: WeakSet[Any] = field(default_factory=WeakSet)  # that share the device (models/residency.py)
     _rooms: dict[str, Room] = field(default_factory=dict)
 
     def room(self, setting: str, size: int) -> Room:

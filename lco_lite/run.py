@@ -197,6 +197,7 @@ _RM = [*_SFT, "reward_model", "data.preferences", "data.columns.preferences", "t
 
 # last part of the key, wherever it stands
 _NO_MATTER = {"gradient_checkpointing", "attention", "trust_remote_code", "micro_batch_tokens", "rollout_batch"}
+_NO_MATTER |= {"streaming"}
 _NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard", "reward_timeout"}
 # left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
 _NEWER: dict[str, Any] = {"rl.settings": {}, "rl.target": None, "rl.whole_groups": False}

@@ -12,16 +12,20 @@ reference       what the reward model started from       start
 A model from scratch is trained whole by sft; from there on it is a base like any other.
 """
 
+import gc
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from weakref import WeakSet
 
 from torch import Tensor
 from torch.nn import Parameter
 
 from lco_lite.context import Context
 from lco_lite.models.chat import check_same_tokenizer
-from lco_lite.models.language_model import LanguageModel, Role
-from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_tokenizer
+from lco_lite.models.language_model import LanguageModel, Role, known_tokens
+from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_config, load_tokenizer
+from lco_lite.models.residency import FrozenWeights, make_room
 from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.run import StageFolder
 from lco_lite.sequences import derive
@@ -78,6 +82,18 @@ def open_untrained_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
     assert isinstance(settings, RewardModel) and settings.lora is not None, "the recipe makes sure"
     own.model.add_adapter(REWARD, settings.lora, derive(ctx.recipe.seed, REWARD))
     return Role(own.model, REWARD), own
+
+
+def rows_of_reward_model(ctx: Context, start: Role) -> int:
+    """How many tokens the head of ``open_untrained_reward_model`` has, from config and tokenizer: no weights are
+    loaded, but for a GGUF file that is converted. Raises ModelError where its tokenizer is another."""
+    settings = ctx.recipe.reward_model
+    if not isinstance(settings, RewardModel):
+        return start.model.head.rows
+    folder = converted_gguf(settings, ctx.run.path / "base-rm")
+    tokenizer = load_tokenizer(settings, folder)
+    check_same_tokenizer(start.model.tokenizer, tokenizer)
+    return min(known_tokens(tokenizer), load_config(settings, folder).get_text_config().vocab_size)
 
 
 def open_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
@@ -161,5 +177,14 @@ def _own_reward_base(ctx: Context, start: Role) -> Role | None:
 
 
 def _load(ctx: Context, weights: Weights, folder: Path | None) -> LanguageModel:
-    base = load_base(weights, ctx.device, folder)
-    return LanguageModel(base, load_tokenizer(weights, folder), weights.gradient_checkpointing)
+    """Where only what a phase needs is on the device, other bases leave before this one is there."""
+    streamed = isinstance(weights, RewardModel) and weights.streaming
+    by_phase = ctx.recipe.residency == "phase" or (ctx.recipe.residency == "auto" and ctx.device.type == "cuda")
+    if by_phase:
+        gc.collect()  # a base that is no longer used need not be kept
+        make_room(ctx.bases)
+    frozen, others = None, ctx.bases if by_phase else WeakSet[FrozenWeights]()
+    if by_phase or streamed:
+        frozen = partial(FrozenWeights, device=ctx.device, others=others, streamed=streamed, say=ctx.console.note)
+    base = load_base(weights, ctx.device, folder, on_host=streamed)
+    return LanguageModel(base, load_tokenizer(weights, folder), weights.gradient_checkpointing, frozen)

@@ -9,7 +9,6 @@ score that was stopped anywhere goes on with the next batch and ends in the same
 """
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from operator import eq
@@ -285,8 +284,8 @@ def respond(
     seed: int,
     *batch: int,
 ) -> list[Graded]:
-    """One graded response a question, as many at once as the memory holds. The random numbers are those of the seed,
-    the task and the batch's number."""
+    """One graded response a question, as many at once as ``eval.batch_tokens`` lets in and the memory holds. The random
+    numbers are those of the seed, the task and the batch's number."""
 
     def generate(at_once: int) -> list[Response]:
         with seeded(seed, "eval", task.name, *batch):
@@ -322,7 +321,7 @@ def _within_memory(
         at_once = max(1, min(batch, n, tokens // width))
         return (at_once * width, at_once * width // 2) if at_once > 1 else None
 
-    room = ctx.room("eval.batch_tokens", sys.maxsize)
+    room = ctx.room("eval.batch_tokens", ctx.recipe.eval.batch_tokens)
     return room.do(lambda tokens: work(max(1, min(batch, tokens // width))), half, then)
 
 

@@ -6,8 +6,7 @@ left changes nothing.
 
 import contextlib
 import copy
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,15 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import Linear, Parameter
+from torch.autograd.graph import save_on_cpu
+from torch.nn import Linear, Module, Parameter
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lco_lite.errors import ModelError
 from lco_lite.files import write_folder
+from lco_lite.models.residency import FrozenWeights
 from lco_lite.objectives.head import Head
 from lco_lite.recipe.sections import Lora
 from lco_lite.sequences import Batch
@@ -33,15 +34,24 @@ class LanguageModel:
     """One base in memory, any number of adapters on it, one or none of them active.
 
     ``head`` is the LM head as the losses see it; ``eos_ids`` end a response; ``max_length`` is the context window in
-    tokens. ``checkpointing`` recomputes activations during updates, and only there: rollouts keep a KV cache.
+    tokens. ``checkpointing`` recomputes activations during updates, and only there: rollouts keep a KV cache;
+    "offload": what they are recomputed from waits on the host. ``frozen``: the base's weights come and go.
     """
 
-    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        checkpointing: bool | str = False,
+        frozen: Callable[[PreTrainedModel, Module, list[Module]], FrozenWeights] | None = None,
+    ) -> None:
         self.base, self.tokenizer, self.checkpointing = base, tokenizer, checkpointing
         self.config = base.config.get_text_config()
         self.decoder = decoder_of(base)
-        self.head = head_of(base, max(tokenizer.get_vocab().values()) + 1)
-        self._prove()
+        self.frozen = None if frozen is None else frozen(base, self.decoder, self._blocks())
+        self.head = head_of(base, known_tokens(tokenizer))
+        with self.on_device():
+            self._prove()
         inside = set(self.decoder.modules()) - {base.get_output_embeddings()}
         # asked before any adapter wraps them: name -> is it part of the language model
         self._linear = {name: m in inside for name, m in base.named_modules() if isinstance(m, Linear)}
@@ -73,11 +83,21 @@ class LanguageModel:
     def max_length(self) -> int:
         return int(getattr(self.config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
 
+    @property
+    def is_streamed(self) -> bool:
+        return self.frozen is not None and self.frozen.streamed
+
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, L], [B, L] -> [B, L, d]: what the LM head receives. Positions count from each row's first real token."""
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         out = self.decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
         return out.last_hidden_state
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """All that computes with the base does so in here, or in ``use``; several models may be there together."""
+        with contextlib.nullcontext() if self.frozen is None else self.frozen.held():
+            yield
 
     def add_adapter(self, name: str, lora: Lora, seed: int) -> None:
         """A new adapter, equal to the base until it is trained; its weights depend on ``seed`` alone."""
@@ -132,12 +152,13 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """``activate`` for the length of the block."""
+        """``on_device`` with this adapter, or none, active."""
         before = self.active
         if name != before:
             self.activate(name)
         try:
-            yield
+            with self.on_device():
+                yield
         finally:
             if name != before:
                 self.activate(before)
@@ -154,7 +175,10 @@ class LanguageModel:
         self.base.requires_grad_(True)
         if freeze_head:
             self.base.get_output_embeddings().requires_grad_(False)
-        return [(key, p) for key, p in self.base.named_parameters() if p.requires_grad]
+        trained = [(key, p) for key, p in self.base.named_parameters() if p.requires_grad]
+        if self.frozen is not None:
+            self.frozen.exclude(p for _, p in trained)
+        return trained
 
     def adapter_state(self, name: str) -> dict[str, Tensor]:
         """Weights by PEFT's portable names, copied."""
@@ -179,7 +203,7 @@ class LanguageModel:
         """Model and tokenizer as an ordinary folder, whole or not at all; a weight with a master is saved as that."""
         wide = {id(p): masters[name] for name, p in self.base.named_parameters() if name in masters}
         state = {key: wide.get(id(p), p).detach() for key, p in self.base.state_dict(keep_vars=True).items()}
-        with write_folder(folder) as new:
+        with self.on_device(), write_folder(folder) as new:
             self.base.save_pretrained(new, state_dict=state)
             self.tokenizer.save_pretrained(new)
 
@@ -191,13 +215,19 @@ class LanguageModel:
             self.base.train()
             for frozen in self._int8:
                 frozen.eval()
-        with contextlib.ExitStack() as recomputed:
+        with self.on_device(), contextlib.ExitStack() as recomputed:
             for block in self._blocks() if self.checkpointing else []:
-                recomputed.enter_context(_recomputed(block))
+                recomputed.enter_context(_recomputed(block, self._kept))
             try:
                 yield
             finally:
                 self.base.eval()
+
+    def _kept(self) -> contextlib.AbstractContextManager[Any]:
+        """Where a block's input waits for the backward pass."""
+        if self.checkpointing != "offload":
+            return contextlib.nullcontext()
+        return save_on_cpu(pin_memory=self.device.type == "cuda")
 
     def _blocks(self) -> list[torch.nn.Module]:
         """The decoder's transformer blocks; of code that came with the weights its largest list of modules."""
@@ -243,11 +273,27 @@ class Role:
 
 
 @contextlib.contextmanager
-def _recomputed(block: torch.nn.Module) -> Iterator[None]:
-    """The block's activations are made again in the backward pass. Transformers' own way does that in train mode only,
-    which brings dropout along."""
+def together(*roles: Role | None) -> Iterator[None]:
+    """Their bases are all on the device, for what asks them in turn."""
+    with contextlib.ExitStack() as stack:
+        for role in roles:
+            if role is not None:
+                stack.enter_context(role.model.on_device())
+        yield
+
+
+@contextlib.contextmanager
+def _recomputed(block: torch.nn.Module, kept: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """The block's activations are made again in the backward pass, from its input in ``kept``. Transformers' own way
+    does that in train mode only, which brings dropout along."""
     own = vars(block).pop("forward", None)  # a hook's
-    vars(block)["forward"] = functools.partial(checkpoint, own or block.forward, use_reentrant=False)
+    run = own or block.forward
+
+    def forward(*args: Any, **kw: Any) -> Any:
+        with kept():
+            return checkpoint(run, *args, use_reentrant=False, **kw)
+
+    vars(block)["forward"] = forward
     try:
         yield
     finally:
@@ -271,6 +317,11 @@ load the base in {stored}, or score the adapter again where it will run.
 
 # relative, of logits; bfloat16's rounding may differ by some percent from one shape of batch to another
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+def known_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many rows of a head are tokens; those behind them pad it."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def head_of(base: PreTrainedModel, vocabulary: int | None = None) -> Head:

@@ -44,12 +44,16 @@ def limit_memory(device: torch.device, limit: str | None, console: Console) -> N
     torch.cuda.set_per_process_memory_fraction(held / there, device)
 
 
-def load_base(weights: Weights, device: torch.device, folder: Path | None = None) -> hf.PreTrainedModel:
-    """The model on ``device``, in eval mode, frozen; its own sampling defaults are dropped: the recipe's count."""
+def load_base(
+    weights: Weights, device: torch.device, folder: Path | None = None, on_host: bool = False
+) -> hf.PreTrainedModel:
+    """The model on ``device``, or for it ``on_host``, in eval mode, frozen; its own sampling defaults are dropped: the
+    recipe's count."""
     source, origin = str(folder or weights.path), _origin(weights)
     refuse_unusable_folder(Path(source))
     dtype = base_dtype(weights, device)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    options["device_map"] = {"": "cpu" if on_host else device}
     if weights.attention != "auto":
         options["attn_implementation"] = weights.attention
     if weights.quantization != "none":
@@ -81,8 +85,11 @@ def load_base(weights: Weights, device: torch.device, folder: Path | None = None
     return model.requires_grad_(False).eval()
 
 
-def load_config(weights: Weights) -> Any:
-    """What the weights' shapes follow from, without them. Raises ModelError where it cannot be had."""
+def load_config(weights: Weights, folder: Path | None = None) -> Any:
+    """What the weights' shapes follow from, without them; of ``folder`` if given. Raises ModelError where it cannot be
+    had."""
+    if folder is not None:
+        return hf.AutoConfig.from_pretrained(str(folder), **_origin(weights))
     if isinstance(weights, Model) and weights.init is not None:
         return _scratch_config(weights.init, byte_tokenizer(weights.init.max_length))
     file = {} if weights.gguf_file is None else {"gguf_file": weights.gguf_file}

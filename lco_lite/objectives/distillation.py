@@ -25,7 +25,7 @@ class Teacher:
         return replace(self, hidden=self.hidden[index])
 
     def to(self, device: torch.device | str) -> Self:
-        return replace(self, hidden=self.hidden.to(device, non_blocking=True))
+        return replace(self, hidden=self.hidden.to(device))
 
 
 def jsd_loss(

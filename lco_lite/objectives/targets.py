@@ -50,7 +50,7 @@ class Target:
 
     def to(self, device: torch.device | str) -> Self:
         """Heads stay where their models are."""
-        return self._map(Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(Tensor, lambda tensor: tensor.to(device))
 
     def fit(self, head: Head) -> tuple[Head, Self]:
         """``head`` and target over the tokens that every head has: heads of one tokenizer differ in padding rows only.

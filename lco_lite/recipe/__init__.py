@@ -34,6 +34,11 @@ class Recipe(Section):
     memory_limit: Annotated[str, AfterValidator(known_size)] | None = setting(
         None, "most that is allocated on the GPU, e.g. 11.5GiB; the driver's own share comes on top", "all of it"
     )
+    residency: Literal["auto", "phase", "all"] = setting(
+        "auto",
+        "bases on the GPU: those of the phase, while the others lie in the host's memory; or all. auto: phase on a GPU",
+        "they never work together",
+    )
     task: str | None = setting(None, "prompts, grader and held-out items; null: your data only", "none")
     model: Model
     reward_model: Literal["self"] | RewardModel = setting(

@@ -81,7 +81,11 @@ class Weights(Section):
         "auto", "weights and compute; auto: bfloat16 on a GPU, float32 on a CPU", "bfloat16 where it is fast"
     )
     lora: Lora | None = setting(Lora(), "the adapter; null trains all weights but the LM head", "keeps the head frozen")
-    gradient_checkpointing: bool = setting(False, "recompute activations: slower, less memory", "off on small models")
+    gradient_checkpointing: bool | Literal["offload"] = setting(
+        False,
+        "recompute activations: slower, less memory; offload: what they start from waits in the host's memory",
+        "off on small models",
+    )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting("auto", "attention kernel", "the model")
     trust_remote_code: bool = setting(False, "run Python that comes with the weights", "off: safe by default")
 
@@ -101,6 +105,13 @@ class Model(Weights):
 
 class RewardModel(Weights):
     """φ_DPO on a base of its own; ``reward_model: self`` shares the policy's base instead."""
+
+    streaming: bool = setting(
+        False,
+        "score and train it with two of its blocks on the GPU, the others in the host's memory. Sampling from it (its "
+        "check, its score, π*) copies all of them for every token: train_rm.check_items: 0 leaves the check out",
+        "off: slower; lets 6 GB train a 7B",
+    )
 
     def _wrong(self) -> Iterator[str]:
         if self.path is None:

@@ -83,7 +83,8 @@ def open_engine(
 
     ``end`` closes a response besides the model's own EOS ids. Only the first ``rows`` tokens are drawn, where a model
     with fewer of them will read the responses; rows that only pad a head are never drawn. ``asked`` is the recipe's
-    ``rollout.engine``, for one role; ``say`` is told where it falls back. Raises ModelError where it cannot.
+    ``rollout.engine``, for one role that is not streamed, whose weights do not stand still; ``say`` is told where it
+    falls back. Raises ModelError where it cannot.
     """
     from lco_lite.rollout.hf import HFEngine
     from lco_lite.rollout.lockstep import LockstepEngine
@@ -92,10 +93,14 @@ def open_engine(
     if combine is not None:
         return LockstepEngine(roles, combine, end, rows)
     (role,) = roles
-    if engine_for(asked, role.model.device) == "paged":
+    if role.model.is_streamed:
+        say("sampling from a streamed model is slow: all its blocks are copied for every token")
+    elif engine_for(asked, role.model.device) == "paged":
         from lco_lite.rollout.paged import PagedEngine, way_of
 
-        if (way := way_of(role.model, say)) is not None:
+        with role.model.on_device():
+            way = way_of(role.model, say)
+        if way is not None:
             return PagedEngine(role, end, rows, way=way)
         if asked == "paged":
             raise ModelError(f"rollout.engine: paged does not run {type(role.model.base).__name__}: use hf")

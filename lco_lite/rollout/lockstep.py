@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, TopPLogitsWarper
 
-from lco_lite.models.language_model import Role
+from lco_lite.models.language_model import Role, together
 from lco_lite.rollout.engine import Combine, Engine, Response, Sampling, StopStrings, finished, left_padded
 
 
@@ -49,6 +49,10 @@ class LockstepEngine(Engine):
 
     @torch.no_grad()
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
+        with together(*self.roles):
+            return self._in_step(prompts, sampling)
+
+    def _in_step(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
         device, strings = self.roles[0].model.device, StopStrings(self.tokenizer, sampling.stop)
         tokens, mask = (padded.to(device) for padded in left_padded(prompts, self.pad_id))
         stops, running = torch.tensor(sorted(self.stop_ids), device=device), mask.any(-1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lco_lite.errors import UsageError
 from lco_lite.feedback import advantages as adv
-from lco_lite.models.language_model import Role
+from lco_lite.models.language_model import Role, together
 from lco_lite.objectives import authors_code
 from lco_lite.objectives.distillation import Teacher, jsd_loss, minillm, mixture_weights
 from lco_lite.objectives.head import Head
@@ -68,9 +68,11 @@ class MicroBatch:
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        names = ("batch", "responses", "old", "advantages", *([] if self.target is None else ["target"]))
-        per_token = {name: value.to(device) for name, value in self.per_token.items()}
-        return replace(self, per_token=per_token, **{name: getattr(self, name).to(device) for name in names})
+        old = self.old.to(device)
+        moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in ("batch", "responses", "advantages")}
+        moved["target"] = None if self.target is None else self._target_of(self.target, old).to(device)
+        moved["per_token"] = {name: value.to(device) for name, value in self.per_token.items()}
+        return replace(self, old=old, **moved)
 
     def within(self, max_tokens: int, group: int) -> list[MicroBatch]:
         """Itself where its padded size is in ``max_tokens``, else parts that are, in units of ``group`` sequences."""
@@ -81,9 +83,13 @@ class MicroBatch:
         mine = torch.isin(self.batch.rows, torch.tensor(rows))
         kept: dict[str, Any] = {name: getattr(self, name)[mine] for name in ("responses", "old")}
         kept["advantages"] = self.advantages[mine] if len(self.advantages) else self.advantages
-        kept["target"] = None if self.target is None else self.target[mine]
+        kept["target"] = None if self.target is None else self._target_of(self.target[mine], kept["old"])
         per_token = {name: value[mine] for name, value in self.per_token.items()}
         return replace(self, batch=self.batch.only(rows), per_token=per_token, **kept)
+
+    def _target_of(self, target: Any, old: Tensor) -> Any:
+        """``target`` shares h_old with its micro-batch: one tensor, copied once."""
+        return replace(target, old=old) if getattr(self.target, "old", None) is self.old else target
 
     def policy_batch(self, rl: Rl, logprobs: Tensor | None = None) -> PolicyBatch:
         """What an objective sees of it beside hidden states."""
@@ -97,10 +103,12 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Method:
-    """``score`` adds to a fresh micro-batch what its own tokens need; ``compare``, where there is one, then looks at
-    all micro-batches of the phase together. ``loss`` is this micro-batch's part of the minibatch's mean."""
+    """``policy`` adds to a fresh micro-batch what the policy's base says of its tokens, ``feedback`` then what the
+    reward model's says; ``compare``, where there is one, looks at all micro-batches of the phase together. ``loss`` is
+    this micro-batch's part of the minibatch's mean."""
 
-    score: Callable[[Models, Phase, MicroBatch, Rl], MicroBatch]
+    policy: Callable[[Models, MicroBatch, Rl], MicroBatch]
+    feedback: Callable[[Models, MicroBatch, Rl], MicroBatch]
     loss: Callable[[Models, MicroBatch, Tensor, Rl], tuple[Tensor, Seen]]
     compare: Callable[[Models, Phase, list[MicroBatch], Rl], list[MicroBatch]] | None = None
 
@@ -124,22 +132,31 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
     """The phase's minibatches (``plan``: response indices of their micro-batches), scored by the policy as it is now.
 
     Each micro-batch is scored in the very shape in which it is trained on, so that h_θ = h_old, and with it r = A/β,
-    holds to the last bit at the first update. It leaves the device at once.
+    holds to the last bit at the first update. It leaves the device at once. The policy's base is asked about all of
+    them before the reward model's: the device need not hold both.
     """
     method, policy = method_of(rl), models.policy
+    asks_all = names_function(rl.objective) or rl.target is not None
     old_head = policy.model.head.frozen() if policy.model.head.is_trained else None
     scored = []
-    for minibatch in plan:
-        tokens = sum(len(phase.examples[i].response) for places in minibatch for i in places)
-        for places in minibatch:
-            batch = collate([phase.examples[i] for i in places], policy.model.pad_id)
-            responses, sequences = torch.tensor(places)[batch.rows], sum(map(len, minibatch))
-            micro = MicroBatch(batch, responses, tokens, sequences, policy.hidden(batch), old_head)
-            if phase.scores is not None:
-                micro.per_token["rewards"] = phase.scores[responses]
-            if names_function(rl.objective) or rl.target:
-                micro.per_token.update(sampled_logprobs(models, micro, compared_at(rl)))
-            scored.append(method.score(models, phase, micro, rl).to("cpu"))
+    with together(policy, models.start if rl.anchor or rl.kl_coef or asks_all else None):
+        for minibatch in plan:
+            tokens = sum(len(phase.examples[i].response) for places in minibatch for i in places)
+            for places in minibatch:
+                batch = collate([phase.examples[i] for i in places], policy.model.pad_id)
+                responses, sequences = torch.tensor(places)[batch.rows], sum(map(len, minibatch))
+                micro = MicroBatch(batch, responses, tokens, sequences, policy.hidden(batch), old_head)
+                if phase.scores is not None:
+                    micro.per_token["rewards"] = phase.scores[responses]
+                if asks_all:
+                    micro.per_token.update(policy_logprobs(models, micro, compared_at(rl)))
+                scored.append(method.policy(models, micro, rl).to("cpu"))
+    with together(models.reward_model, models.reference):
+        for i, micro in enumerate(scored):
+            if asks_all and models.reward_model is not None:
+                says = logprobs(models.reward_model, micro.batch, temperature=compared_at(rl))
+                micro.per_token["reward_model_logprobs"] = says.cpu()
+            scored[i] = method.feedback(models, micro, rl).to("cpu")
     rest = iter(scored if method.compare is None else method.compare(models, phase, scored, rl))
     return [[next(rest) for _ in minibatch] for minibatch in plan]
 
@@ -147,7 +164,13 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
 # LCO
 
 
-def score_dense(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> MicroBatch:
+def anchored(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
+    """With an anchor the hidden states of the policy before RL, [T, d]."""
+    more = {"reference": models.start.hidden(micro.batch)} if rl.is_lco and rl.anchor else {}
+    return replace(micro, per_token=micro.per_token | more)
+
+
+def score_dense(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
     """eq 13, or eq 12 where there is no reference: a difference of hidden states is A over the whole vocabulary."""
     reward_model = need(models.reward_model)
     head, shift = reward_model.model.head, reward_model.hidden(micro.batch)
@@ -157,19 +180,17 @@ def score_dense(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> Micr
     base = None  # a soft cap asks where the shift begins
     if head.softcap is not None:
         base = torch.zeros_like(shift) if before is None else before
-    start = z_base(models, micro, rl, models.start.hidden(micro.batch) if rl.anchor else None)
-    target = DenseTarget(micro.old, rl.beta, shift, shift_head=head, shift_base=base, **start)
     micro = replace(micro, advantages=adv.sampled_advantages(shift, head, micro.batch.actions, base))
-    return replace(micro, target=own_target(models, micro, target, rl))
+    target = DenseTarget(micro.old, rl.beta, shift, shift_head=head, shift_base=base, **z_base(models, micro, rl))
+    return with_target(models, micro, target, rl)
 
 
 def sparse_targets(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
     """eq 11: A at the sampled token, 0 elsewhere."""
     targeted = []
     for micro in group_advantages(models, phase, scored, rl):
-        start = z_base(models, micro, rl, micro.per_token.get("reference"))
-        target = SparseTarget(micro.old, rl.beta, micro.batch.actions, micro.advantages, **start)
-        targeted.append(replace(micro, target=own_target(models, micro, target, rl)).to("cpu"))
+        target = SparseTarget(micro.old, rl.beta, micro.batch.actions, micro.advantages, **z_base(models, micro, rl))
+        targeted.append(with_target(models, micro, target, rl).to("cpu"))
     return targeted
 
 
@@ -187,22 +208,25 @@ def lco(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
 # policy gradients
 
 
-def score_sampled(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> MicroBatch:
-    """What models say of the sampled tokens: log-probabilities and KL to the policy before RL at the temperature that
-    policies are compared at, and φ's reward of each at temperature 1: it is eq 13, however the responses were drawn."""
-    batch, device, t = micro.batch, micro.old.device, compared_at(rl)
+def sampled(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
+    """Log-probabilities of the sampled tokens and the KL to the policy before RL, at the temperature that policies are
+    compared at; the critic's values."""
+    batch, t = micro.batch, compared_at(rl)
     old = logprobs(models.policy, batch, micro.old, t)
     per_token = {"old_logprobs": old, "token_rewards": torch.zeros_like(old), "kl": torch.zeros_like(old)}
-    if rl.feedback == "dpo_sampled":
-        liked, before = logprobs(need(models.reward_model), batch), logprobs(need(models.reference), batch)
-        per_token["token_rewards"] = (liked - before).to(device)
     if rl.kl_coef:
-        per_token["kl"] = old - logprobs(models.start, batch, temperature=t).to(device)
+        per_token["kl"] = old - logprobs(models.start, batch, temperature=t).to(old.device)
     if models.critic is not None:
         per_token["values"] = models.critic(micro.old)
-    if rl.is_lco and rl.anchor:
-        per_token["reference"] = models.start.hidden(batch)
-    return replace(micro, per_token=micro.per_token | per_token)
+    return anchored(models, replace(micro, per_token=micro.per_token | per_token), rl)
+
+
+def score_sampled(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
+    """φ's reward of each sampled token, at temperature 1: it is eq 13, however the responses were drawn."""
+    if rl.feedback != "dpo_sampled":
+        return micro
+    liked, before = (logprobs(need(role), micro.batch) for role in (models.reward_model, models.reference))
+    return replace(micro, per_token=micro.per_token | {"token_rewards": liked - before})
 
 
 def group_advantages(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
@@ -252,18 +276,25 @@ def ppo(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
 # distillation
 
 
-def score_taught(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> MicroBatch:
+def pupil(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
+    """log π_old of the sampled tokens at temperature 1, like the divergence, and as they are compared."""
+    at_1, t = logprobs(models.policy, micro.batch, micro.old), compared_at(rl)
+    at_t = at_1 if t == 1 else logprobs(models.policy, micro.batch, micro.old, t)
+    return replace(micro, per_token=micro.per_token | {"old_at_1": at_1, "old_logprobs": at_t})
+
+
+def score_taught(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
     """The teacher's hidden states; the advantage of a sampled token is what MiniLLM's policy gradient makes of it, at
-    temperature 1 like the divergence. The weight is of what was sampled, at the rollouts' temperature."""
-    reward_model, batch, device = need(models.reward_model), micro.batch, micro.old.device
+    temperature 1. The weight is of what was sampled, at the rollouts' temperature."""
+    reward_model, batch, per_token = need(models.reward_model), micro.batch, dict(micro.per_token)
     teacher = Teacher(reward_model.hidden(batch), reward_model.model.head)
-    old, says = logprobs(models.policy, batch, micro.old), logprobs(reward_model, batch, teacher.hidden).to(device)
-    returns, t = adv.mean_reward_to_go((says - old).cpu(), batch.rows), compared_at(rl)
+    says, old, t = logprobs(reward_model, batch, teacher.hidden), per_token.pop("old_at_1"), compared_at(rl)
+    returns = adv.mean_reward_to_go((says - old.to(says.device)).cpu(), batch.rows)
     if t != 1:
-        old = logprobs(models.policy, batch, micro.old, t)
-        says = logprobs(reward_model, batch, teacher.hidden, t).to(device)
-    per_token = {"old_logprobs": old, "importance": mixture_weights(old, says, rl.teacher_mix)}
-    return replace(micro, advantages=returns, target=teacher, per_token=micro.per_token | per_token)
+        says = logprobs(reward_model, batch, teacher.hidden, t)
+    old = per_token["old_logprobs"].to(says.device)
+    per_token["importance"] = mixture_weights(old, says, rl.teacher_mix)
+    return replace(micro, advantages=returns, target=teacher, per_token=per_token)
 
 
 def gkd(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
@@ -281,16 +312,16 @@ def taught(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[T
 
 METHODS = {
     # z* = z_old + A/β, A over the vocabulary; KLD, LCH or MSE to it (eqs 8 to 10)
-    "dense lco": Method(score_dense, lco),
+    "dense lco": Method(anchored, score_dense, lco),
     # the same, A at the sampled token alone (eq 11)
-    "sparse lco": Method(score_sampled, lco, sparse_targets),
+    "sparse lco": Method(sampled, score_sampled, lco, sparse_targets),
     # rewards to advantages by a baseline; REINFORCE, RLOO, GRPO, DAPO, GSPO, or the user's
-    "policy gradient": Method(score_sampled, policy_gradient, group_advantages),
+    "policy gradient": Method(sampled, score_sampled, policy_gradient, group_advantages),
     # rewards to advantages by a critic, which learns beside the policy
-    "ppo": Method(score_sampled, ppo, critic_advantages),
+    "ppo": Method(sampled, score_sampled, ppo, critic_advantages),
     # the teacher's hidden states; a divergence from it, and of MiniLLM a policy gradient of what follows too
-    "gkd": Method(score_taught, gkd),
-    "minillm": Method(score_taught, taught),
+    "gkd": Method(pupil, score_taught, gkd),
+    "minillm": Method(pupil, score_taught, taught),
 }
 
 
@@ -313,12 +344,18 @@ def with_advantages(scored: list[MicroBatch], advantages: Tensor) -> list[MicroB
     return [replace(micro, advantages=part) for micro, part in zip(scored, parts, strict=True)]
 
 
-def z_base(models: Models, micro: MicroBatch, rl: Rl, reference: Tensor | None) -> dict[str, Any]:
+def z_base(models: Models, micro: MicroBatch, rl: Rl) -> dict[str, Any]:
     """What a target starts from besides h_old: the copy of a trained head, and with an anchor ``reference`` [T, d]."""
     if not rl.anchor:
         return {"old_head": micro.old_head}
-    head = None if micro.old_head is None else models.start.model.head
+    head, reference = None if micro.old_head is None else models.start.model.head, micro.per_token["reference"]
     return {"old_head": micro.old_head, "anchor": rl.anchor, "reference": reference, "reference_head": head}
+
+
+def with_target(models: Models, micro: MicroBatch, target: DenseTarget | SparseTarget, rl: Rl) -> MicroBatch:
+    """``reference`` is the target's from here on."""
+    per_token = {name: value for name, value in micro.per_token.items() if name != "reference"}
+    return replace(micro, target=own_target(models, micro, target, rl), per_token=per_token)
 
 
 def own_target(models: Models, micro: MicroBatch, target: DenseTarget | SparseTarget, rl: Rl) -> Any:
@@ -337,13 +374,10 @@ def own_loss(rl: Rl) -> Callable[..., tuple[Tensor, Seen]] | None:
     return authors_code.loss_hook(rl) if rl.variant.is_on else None
 
 
-def sampled_logprobs(models: Models, micro: MicroBatch, temperature: float) -> dict[str, Tensor]:
-    """log π(a) [T] of the sampled tokens by π_old, by π_ref (the policy before RL) and, where there is one, by φ."""
-    says = {"old_logprobs": logprobs(models.policy, micro.batch, micro.old, temperature)}
-    for name, role in {"reference_logprobs": models.start, "reward_model_logprobs": models.reward_model}.items():
-        if role is not None:
-            says[name] = logprobs(role, micro.batch, temperature=temperature)
-    return says
+def policy_logprobs(models: Models, micro: MicroBatch, temperature: float) -> dict[str, Tensor]:
+    """log π(a) [T] of the sampled tokens by π_old and by π_ref, the policy before RL."""
+    old = logprobs(models.policy, micro.batch, micro.old, temperature)
+    return {"old_logprobs": old, "reference_logprobs": logprobs(models.start, micro.batch, temperature=temperature)}
 
 
 def compared_at(rl: Rl) -> float:

@@ -31,7 +31,7 @@ from lco_lite.errors import DataError, Interrupted
 from lco_lite.evaluation.evaluate import held_out_accuracy
 from lco_lite.files import JsonLines, read_jsonl, remove, write_text
 from lco_lite.models.chat import ChatFormat
-from lco_lite.models.language_model import Role
+from lco_lite.models.language_model import Role, together
 from lco_lite.objectives.logprobs import ChosenRejected, dpo_loss, token_logprobs
 from lco_lite.recipe import TrainRm
 from lco_lite.rollout.engine import Response, Sampling, open_engine
@@ -48,11 +48,12 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
     with ctx.clock("loading"):
         start = weights.open_start(ctx)
         chat = ChatFormat(start.model.tokenizer, recipe.chat.template_args, ctx.console.warn)
-        reward_model, reference = weights.open_untrained_reward_model(ctx, start)
     if recipe.data.preferences == "sampled":
-        pairs = sampled_pairs(ctx, stage, start, chat, reward_model.model.head.rows)
+        pairs = sampled_pairs(ctx, stage, start, chat, weights.rows_of_reward_model(ctx, start))
     else:
         pairs = file_pairs(recipe, recipe_task(recipe), chat)
+    with ctx.clock("loading"):
+        reward_model, reference = weights.open_untrained_reward_model(ctx, start)
     pairs = fitting(ctx, pairs, start.model, rm.max_length, "pairs", Pair.longest)
     held, pairs = hold_out(pairs, rm.held_out)
     if round(len(pairs) * rm.held_out) and not held:
@@ -61,7 +62,7 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
     parameters = weights.trainable(ctx, reward_model, "rm")
     ctx.console.stage("train-rm", f"{len(pairs)} pairs, {updates} updates of {rm.batch_size}")
     training = StageTraining(ctx, stage, parameters, rm, updates, updates, weights.unrounded(ctx, reward_model))
-    with training, reward_model.model.training_mode():
+    with training, together(reference, reward_model), reward_model.model.training_mode():
         training.try_longest(pairs, partial(accumulate, reward_model, reference, rm))
         for step in training.steps():
             chosen = [pairs[i] for i in endless(len(pairs), recipe.seed, step * rm.batch_size, rm.batch_size)]
@@ -71,6 +72,7 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
                 metrics |= training.update()
             training.keep(step, metrics)
     weights.save(reward_model, stage, training.masters)
+    training.let_go()
     result: dict[str, float] = {"updates": updates, "pairs": len(pairs)}
     if held:
         with ctx.clock("score"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -151,6 +152,13 @@ class StageTraining:
             for _ in range(2)
         ]
 
+    def let_go(self) -> None:
+        """The weights are saved: the optimiser's states, masters and gradients make room for what follows."""
+        self.drop_gradients()
+        self.masters.clear()
+        self.adamw.state.clear()
+        self.adamw.param_groups.clear()
+
     def steps(self) -> range:
         """The steps that are left, from 0."""
         return range(self.done, self.steps_planned)
@@ -230,9 +238,11 @@ class StageTraining:
 def master_of(parameter: Parameter, value: Tensor) -> Parameter:
     """``value`` in fp32, to which the parameter, its rounding, hands every gradient that it gets."""
     master = Parameter(value.detach().float())
+    held = weakref.ref(master)  # the weight outlives it
 
     def hand_on(parameter: Tensor) -> None:
-        assert parameter.grad is not None
+        master = held()
+        assert parameter.grad is not None and master is not None
         master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
         parameter.grad = None
 
