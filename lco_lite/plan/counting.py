@@ -1,4 +1,4 @@
-"""What lives: a counter of storages, and the parts that a phase's peak is made of."""
+"""What lives: a counter of storages, by what they are and of which model, on the device and in host memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import contextlib
 import gc
 import math
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
 from inspect import getattr_static
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +20,76 @@ from torch.utils._pytree import tree_leaves
 CARD = "meta"  # the device of fake tensors that stands in for a card
 
 
+class Tag(NamedTuple):
+    """A column of the table, and the model whose depth it grows with; None: with none."""
+
+    column: str
+    model: int | None = None
+
+
+LOSS = Tag("loss")
+
+
+class Held:
+    """Bytes that live in one memory: ``now``, the most since ``restart``, and what those were (``at_peak``)."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self.tags, self.at_peak = Counter[Tag](), Counter[Tag]()
+
+    def restart(self) -> None:
+        self.peak, self.at_peak = self.now, self.tags.copy()
+
+    def change(self, size: int, tag: Tag) -> None:
+        self.now += size
+        self.tags[tag] += size
+        self.reach(self.now)
+
+    def of(self, column: str) -> int:
+        return sum(size for tag, size in self.tags.items() if tag.column == column)
+
+    def reach(self, size: int) -> None:
+        if size > self.peak:
+            self.peak, self.at_peak = size, self.tags.copy()
+
+
+class Record:
+    """A storage, in its memory."""
+
+    def __init__(self, held: Held, tag: Tag) -> None:
+        self.held, self.tag, self.size = held, tag, 0
+
+    def resize(self, size: int) -> None:
+        size, before = -(-size // 512) * 512, self.size  # as CUDA's allocator rounds
+        self.size = size
+        self.held.change(size - before, self.tag)
+
+
 class LiveBytes(TorchDispatchMode):
-    """``now``: bytes of the storages on ``device`` that live, of those made inside; ``peak``: the most since
-    ``restart``, ``chunks`` of them in tensors over the ``vocabulary``; ``host``: of a card's trial what lives in host
-    memory. A number read from a fake tensor is 1, a truth False."""
+    """Counts the storages made inside: ``here``, those on ``device``; ``host``, of a card's trial those on the CPU.
+
+    Buffers as wide as the ``vocabulary`` are the loss's; all else is what ``tagged`` says. A number read from a fake
+    tensor is 1, a truth False.
+    """
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__()
-        self.device, self.vocabulary = device, 0
-        self.now = self.peak = self.chunks = self.host = self._wide = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.device, self.vocabulary, self.tag = device, 0, Tag("activations")
+        self.here, self.host = Held(), Held()
+        self._records: weakref.WeakKeyDictionary[Any, Record] = weakref.WeakKeyDictionary()
 
     def restart(self) -> None:
         gc.collect()
-        self.peak, self.chunks = self.now, 0
+        self.here.restart()
+        self.host.restart()
+
+    @contextlib.contextmanager
+    def tagged(self, tag: Tag) -> Iterator[None]:
+        before, self.tag = self.tag, tag
+        try:
+            yield
+        finally:
+            self.tag = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -43,52 +99,32 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, FakeTensor) or (isinstance(tensor, Tensor) and tensor.device.type != CARD):
                 self.add(tensor)
         if "gemm_4bit" in str(func):  # the weight in 16 bits, inside the product
-            self._reach(self.now + math.prod(args[2]) * out.element_size())
+            self.here.reach(self.here.now + math.prod(args[2]) * out.element_size())
         return out
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage in self._seen:
+        if storage in self._records:
             return
-        self._seen.add(storage)
-        size = -(-storage.nbytes() // 512) * 512  # as CUDA's allocator rounds
-        if tensor.device.type != self.device:
-            change, sizes = self._change_host, (size,)
-        else:
-            wide = tensor.dim() == 2 and tensor.shape[1] >= self.vocabulary > 0
-            change, sizes = self._change, (size, size * wide)
-        weakref.finalize(storage, change, *(-n for n in sizes))
-        change(*sizes)
+        wide = tensor.dim() == 2 and tensor.shape[1] >= self.vocabulary > 0
+        tag = LOSS if wide and self.tag.column == "activations" else self.tag
+        record = Record(self.here if tensor.device.type == self.device else self.host, tag)
+        self._records[storage] = record
+        weakref.finalize(storage, record.resize, 0)
+        record.resize(storage.nbytes())
 
-    def _change(self, size: int, wide: int) -> None:
-        self.now, self._wide = self.now + size, self._wide + wide
-        self._reach(self.now)
+    def tag_of(self, tensor: Tensor) -> Tag:
+        return self._records[tensor.untyped_storage()].tag
 
-    def _change_host(self, size: int) -> None:
-        self.host += size
+    def resizing(self) -> Callable[[Any, int], Any]:
+        """In place of the storages' own ``resize_``: a fake one that is counted is only counted otherwise."""
+        own = torch.UntypedStorage.resize_
 
-    def _reach(self, size: int) -> None:
-        if size > self.peak:
-            self.peak, self.chunks = size, self._wide
+        def resize(storage: Any, size: int) -> Any:
+            record = self._records.get(storage)
+            return own(storage, size) if record is None else record.resize(size)
 
-
-@dataclass(frozen=True)
-class Part:
-    """Bytes in a model cut down to ``layers`` of its ``of``."""
-
-    column: str
-    bytes: float
-    layers: int
-    of: int
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A phase's peak: ``parts`` make it up; ``chunks`` of its activations are buffers of the loss at any depth."""
-
-    phase: str
-    parts: list[Part]
-    chunks: float
+        return resize
 
 
 @contextlib.contextmanager

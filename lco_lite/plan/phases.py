@@ -15,6 +15,7 @@ from lco_lite import weights
 from lco_lite.data.prompts import Pair, longest_response, recipe_task
 from lco_lite.errors import UsageError
 from lco_lite.feedback import advantages
+from lco_lite.models.language_model import together
 from lco_lite.plan.counting import standing_in
 from lco_lite.plan.sampling import eval_sampling, sample
 from lco_lite.plan.trial import Trial
@@ -24,9 +25,10 @@ from lco_lite.rollout.engine import Response, Sampling
 from lco_lite.rollout.lockstep import mixture
 from lco_lite.sequences import Example, micro_batches
 from lco_lite.train import reward_model, sft
-from lco_lite.train.methods import score
+from lco_lite.train.methods import Models, score
 from lco_lite.train.rl import accumulate, kl_to_old, open_models
 from lco_lite.train.rollouts import Phase
+from lco_lite.train.training import StageTraining
 
 
 def longest_examples(settings: Training, window: int, most: int, response: int, size: int = 1) -> list[Example]:
@@ -51,21 +53,22 @@ def _sft(trial: Trial) -> None:
 def _rm(trial: Trial) -> None:
     recipe, rm, longest = trial.recipe, trial.recipe.train_rm, longest_response(trial.recipe)
     start = weights.open_start(trial.ctx)
-    phi, reference = weights.open_untrained_reward_model(trial.ctx, start)
     if recipe.data.preferences == "sampled":
         drawn = Sampling(rm.temperature, rm.top_p, longest, recipe.rl.rollout_batch)
         sample(trial, "pair sampling", [start], drawn, rm.max_length)
+    phi, reference = weights.open_untrained_reward_model(trial.ctx, start)
     training = trial.training(phi, weights.trainable(trial.ctx, phi, "rm"), rm)
     pairs = [Pair(e, e) for e in longest_examples(rm, start.model.max_length, rm.batch_size, longest, size=2)]
-    with phi.model.training_mode():
+    with together(reference, phi), phi.model.training_mode():
         trial.train(
             "train-rm",
             training,
             lambda: reward_model.accumulate(phi, reference, rm, pairs, rm.micro_batch_tokens),
         )
+    training.let_go()
     if rm.check_items and (task := recipe_task(recipe)) is not None and task.graded:
-        drawn = eval_sampling(recipe, min(recipe.eval.batch, rm.check_items))
-        sample(trial, "φ check", [phi], drawn, recipe.rl.max_length)
+        for role in (start, phi):
+            sample(trial, "φ check", [role], eval_sampling(trial, role, rm.check_items), recipe.rl.max_length)
 
 
 def _rl(trial: Trial) -> None:
@@ -79,29 +82,31 @@ def _rl(trial: Trial) -> None:
     else:
         sample(trial, "rl rollout", [policy], drawn, rl.max_length)
     if trial.looks_at("rl score", "rl update"):
-        examples = longest_examples(rl, policy.model.max_length, rl.minibatch, longest)
-        plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False, "overlong_buffer": 0.0})
-        n, split = len(examples), [micro_batches([len(e) for e in examples], rl.micro_batch_tokens)]
-        phase = Phase([], longest, [Response(e, True) for e in examples], None, [0.0] * n, [False] * n, n)
-        before = trial.live.host if trial.on_card else trial.live.now
-        with _without_numbers(rl):
-            with trial.moment("rl score", trial.trained):
-                minibatch = score(models, phase, split, plain)[0]
-            gc.collect()
-            now = trial.live.host if trial.on_card else trial.live.now
-            trial.kept = (now - before) / sum(len(e.response) for e in examples)
-            minibatch = minibatch[:1] * len(minibatch)  # they come from the host one by one
-            with policy.model.training_mode():
-                trial.train(
-                    "rl update", training, lambda: accumulate(models, plain, None, minibatch, rl.micro_batch_tokens)
-                )
-            with trial.moment("rl score", trial.trained):
-                kl_to_old(models, rl, minibatch, rl.micro_batch_tokens)
-        minibatch.clear()
+        _learn(trial, models, training, longest)
     if rl.eval_every and (task := recipe_task(recipe)) is not None and task.graded:
-        sample(
-            trial, "rl eval", [policy], eval_sampling(recipe, min(recipe.eval.batch, rl.eval_items)), rl.max_length
-        )
+        sample(trial, "rl eval", [policy], eval_sampling(trial, policy, rl.eval_items), rl.max_length)
+
+
+def _learn(trial: Trial, models: Models, training: StageTraining, longest: int) -> None:
+    rl, policy = trial.recipe.rl, models.policy
+    held = trial.live.host if trial.on_card else trial.live.here
+    examples = longest_examples(rl, policy.model.max_length, rl.minibatch, longest)
+    plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False, "overlong_buffer": 0.0})
+    n, split = len(examples), [micro_batches([len(e) for e in examples], rl.micro_batch_tokens)]
+    phase = Phase([], longest, [Response(e, True) for e in examples], None, [0.0] * n, [False] * n, n)
+    before = held.of("activations")
+    with _without_numbers(rl):
+        with trial.moment("rl score", trial.trained):
+            minibatch = score(models, phase, split, plain)[0]
+        gc.collect()
+        trial.kept = (held.of("activations") - before) / sum(len(e.response) for e in examples)
+        minibatch = minibatch[:1] * len(minibatch)  # they come from the host one by one
+        with policy.model.training_mode():
+            trial.train(
+                "rl update", training, lambda: accumulate(models, plain, None, minibatch, rl.micro_batch_tokens)
+            )
+        with trial.moment("rl score", trial.trained):
+            kl_to_old(models, rl, minibatch, rl.micro_batch_tokens)
 
 
 @contextlib.contextmanager
@@ -128,10 +133,7 @@ def _eval(trial: Trial) -> None:
     recipe = trial.recipe
     own = recipe.rl.needs_reward_model and isinstance(recipe.reward_model, RewardModel)
     role = weights.open_stage(trial.ctx, "rm" if own else recipe.rl.stage)
-    length = min(recipe.rl.max_length, role.model.max_length)
-    width = length if trial.prompt is None else trial.prompt + eval_sampling(recipe, 1).max_new_tokens
-    rows = max(1, min(recipe.eval.batch, recipe.eval.batch_tokens // width))
-    sample(trial, "eval", [role], eval_sampling(recipe, rows), length)
+    sample(trial, "eval", [role], eval_sampling(trial, role), recipe.rl.max_length)
 
 
 STAGES: dict[str, Callable[[Trial], None]] = {"sft": _sft, "rm": _rm, "rl": _rl, "eval": _eval}

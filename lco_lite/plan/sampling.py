@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lco_lite.data.prompts import longest_response, recipe_task
-from lco_lite.models.language_model import Role
-from lco_lite.plan.counting import Part
+from lco_lite.models.language_model import Role, together
+from lco_lite.plan.counting import Tag
 from lco_lite.plan.trial import Trial
 from lco_lite.recipe import Recipe
 from lco_lite.rollout.engine import Combine, Sampling, engine_for
@@ -38,7 +37,7 @@ def sample(
     prompt = trial.prompt or max(1, window - sampling.max_new_tokens)
     engine = engine_for(trial.recipe.rollout.engine, torch.device("cuda" if trial.on_card else "cpu"))
     with torch.no_grad():
-        if engine == "paged" and combine is None:
+        if engine == "paged" and combine is None and not roles[0].model.is_streamed:
             _paged(trial, phase, roles[0], sampling, prompt)
         else:
             _together(trial, phase, roles, sampling, prompt, combine or (lambda logits: logits[0]))
@@ -48,7 +47,7 @@ def _together(
     trial: Trial, phase: str, roles: Sequence[Role], sampling: Sampling, prompt: int, combine: Combine
 ) -> None:
     """A fixed batch: the prompts' pass, and that of the last token with all keys and values in the cache."""
-    depth, past = roles[0].model.depth, prompt + sampling.max_new_tokens - 1  # type: ignore[attr-defined]
+    past = prompt + sampling.max_new_tokens - 1
 
     def forward(role: Role, new: int, cache: Any = None, past: int = 0) -> Any:
         ids = torch.zeros(sampling.batch, new, dtype=torch.long, device=trial.device)
@@ -60,21 +59,26 @@ def _together(
             )
 
     for first in (True, False):
-        gc.collect()
-        before = trial.live.now
-        caches = [None if first else forward(role, past).past_key_values for role in roles]
-        with trial.moment(phase, depth) as more:
-            made = [
-                forward(role, prompt) if first else forward(role, 1, cache, past)
-                for role, cache in zip(roles, caches, strict=True)
-            ]
-            logits = [out.logits[:, -1].float() / (sampling.temperature or 1) for out in made]
-            draw(combine(logits), sampling)
-            caches = [out.past_key_values for out in made]
-            del made, logits
-            gc.collect()
-            more.append(Part("cache", trial.live.now - before, *depth))
-        del caches
+        with together(*roles):
+            caches = [None if first else forward(role, past).past_key_values for role in roles]
+            with trial.moment(phase, _number(roles[0])) as told:
+                made = [
+                    forward(role, prompt) if first else forward(role, 1, cache, past)
+                    for role, cache in zip(roles, caches, strict=True)
+                ]
+                logits = [out.logits[:, -1].float() / (sampling.temperature or 1) for out in made]
+                draw(combine(logits), sampling)
+                told["cache"] = sum(map(_nbytes, (out.past_key_values for out in made)))
+        del caches, made, logits
+
+
+def _nbytes(cache: Any) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _number(role: Role) -> int:
+    model: Any = role.model
+    return int(model.number)
 
 
 def _paged(trial: Trial, phase: str, role: Role, sampling: Sampling, prompt: int) -> None:
@@ -87,17 +91,16 @@ def _paged(trial: Trial, phase: str, role: Role, sampling: Sampling, prompt: int
     def ids(n: int) -> Tensor:
         return torch.zeros(1, n, dtype=torch.long, device=trial.device)
 
-    with model.use(role.adapter), trial.moment(phase, model.depth) as more:
-        one: Any = model.base(input_ids=ids(1), use_cache=True).past_key_values
-        a_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in one.layers)
-        del one
-        trial.live.restart()
-        pages = torch.empty(slots * width + 2 * PAGE, a_token, dtype=torch.uint8, device=trial.device)  # two for padding
-        more.append(Part("cache", pages.nbytes, *model.depth))
-        with _flash_over_pages(model.base, slots, width):
-            last = torch.zeros(slots, dtype=torch.long, device=trial.device)
-            out = model.base(input_ids=ids(tokens), position_ids=ids(tokens), use_cache=False, logits_to_keep=last)
-        draw(out.logits[0].float() / (sampling.temperature or 1), sampling)
+    with model.use(role.adapter):
+        a_token = _nbytes(model.base(input_ids=ids(1), use_cache=True).past_key_values)
+        with trial.moment(phase, model.number):
+            with trial.live.tagged(Tag("cache", model.number)):
+                pages = torch.empty((slots * width + 2 * PAGE) * a_token, dtype=torch.uint8, device=trial.device)
+            with _flash_over_pages(model.base, slots, width):
+                last = torch.zeros(slots, dtype=torch.long, device=trial.device)
+                out = model.base(input_ids=ids(tokens), position_ids=ids(tokens), use_cache=False, logits_to_keep=last)
+            draw(out.logits[0].float() / (sampling.temperature or 1), sampling)
+        del pages
 
 
 @contextlib.contextmanager
@@ -121,7 +124,17 @@ def _flash_over_pages(base: Any, slots: int, width: int) -> Iterator[None]:
         base.set_attn_implementation(before)
 
 
-def eval_sampling(recipe: Recipe, rows: int) -> Sampling:
+def eval_sampling(trial: Trial, role: Role, most: int | None = None) -> Sampling:
+    """As many at once as ``eval.batch`` and ``eval.batch_tokens`` let in, of ``most`` items."""
+    settings, longest = trial.recipe.eval, checked_response(trial.recipe)
+    width = min(trial.recipe.rl.max_length, role.model.max_length)
+    if trial.prompt is not None:
+        width = trial.prompt + longest
+    rows = max(1, min(settings.batch, most or settings.batch, settings.batch_tokens // width))
+    return Sampling(settings.temperature, settings.top_p, longest, rows)
+
+
+def checked_response(recipe: Recipe) -> int:
+    """Tokens of the longest response of an evaluation."""
     task = recipe_task(recipe)
-    longest = recipe.eval.max_new_tokens or (task.max_new_tokens if task else longest_response(recipe))
-    return Sampling(recipe.eval.temperature, recipe.eval.top_p, longest, rows)
+    return recipe.eval.max_new_tokens or (task.max_new_tokens if task else longest_response(recipe))

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import gc
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +17,17 @@ import torch
 from bitsandbytes.functional import QuantState
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from lco_lite import weights
 from lco_lite.console import Console
 from lco_lite.context import Context
 from lco_lite.errors import UsageError
+from lco_lite.models import language_model, residency
 from lco_lite.models.language_model import LanguageModel, Role
 from lco_lite.models.loading import base_dtype, language_model_class, load_config
 from lco_lite.objectives import chunks, head
-from lco_lite.plan.counting import CARD, LiveBytes, Moment, Part, standing_in
+from lco_lite.plan.counting import CARD, LiveBytes, Tag, standing_in
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Training, Weights
 from lco_lite.run import Run, StageFolder
@@ -39,12 +39,9 @@ PAGED_FROM = 100_000  # numbers of a weight whose moments bitsandbytes pages out
 class Shapes(LanguageModel):
     """A model without numbers, so that there is nothing to prove or to load."""
 
-    def __init__(self, trial: Trial, base: Any, settings: Weights, depth: tuple[int, int]) -> None:
-        self.trial, self.lora, self.depth, self.parts = trial, settings.lora, depth, list[Part]()
-        rows, window = len(base.get_output_embeddings().weight), base.config.get_text_config().max_position_embeddings
-        ids = {"pad_token_id": 0, "eos_token_id": 0, "model_max_length": window}
-        tokenizer: Any = SimpleNamespace(get_vocab=lambda: {"": rows - 1}, **ids)
-        super().__init__(base, tokenizer, settings.gradient_checkpointing)
+    def __init__(self, base: Any, tokenizer: Any, checkpointing: Any, frozen: Any = None) -> None:
+        self.trial, self.number, self.lora = base.planned
+        super().__init__(base, tokenizer, checkpointing, frozen)
 
     def _prove(self) -> None: ...
 
@@ -57,8 +54,17 @@ class Shapes(LanguageModel):
 
     def _attach(self, name: str, config: Any) -> None:
         stay = standing_in(torch.nn.Module, "to", lambda module, *a, **kw: module)  # fakes cannot be swapped
-        with self.trial.part("adapters", self.depth, self.parts), stay, self.trial.device:
+        with self.trial.live.tagged(Tag("adapters", self.number)), stay, self.trial.device:
             super()._attach(name, config)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A phase's peak, by what makes it up, on the device and, of a card, in host memory."""
+
+    phase: str
+    here: dict[Tag, float]
+    host: dict[Tag, float]
 
 
 @dataclass
@@ -70,12 +76,10 @@ class Trial:
     deep: bool  # the larger of the two depths
     prompt: int | None = None  # tokens of the longest; None: what the recipe lets in
     only: str | None = None  # the phase that is looked at
-    models: list[weakref.ref[Shapes]] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)  # that belong to no model
+    depths: list[tuple[int, int]] = field(default_factory=list)  # of each model: its layers here, and really
     moments: list[Moment] = field(default_factory=list)
-    trained: tuple[int, int] = (1, 1)
-    numbers: Part = Part("trained", 0, 1, 1)
-    paged: Part = Part("paged", 0, 1, 1)  # of the optimiser, in host memory
+    trained: int = 0  # the model
+    numbers: int = 0  # that are trained
     kept: float = 0.0  # bytes a response token that stay on the host until the phase ends
 
     def __post_init__(self) -> None:
@@ -83,22 +87,16 @@ class Trial:
         self.live = LiveBytes(self.device.type)
 
     def run(self, stage: Callable[[Trial], None]) -> Trial:
+        recipe = self.recipe
+        if self.on_card and recipe.residency == "auto":
+            recipe = recipe.model_copy(update={"residency": "phase"})
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            self.ctx = Context(Run(folder), self.recipe, Console(quiet=True), self.device)
-            stack.enter_context(standing_in(weights, "_load", self._load))
+            self.ctx = Context(Run(folder), recipe, Console(quiet=True), self.device)
             for what in ("converted_gguf", "build_scratch", "check_same_tokenizer"):
                 stack.enter_context(standing_in(weights, what, lambda *a, **kw: None))
-            stack.enter_context(
-                standing_in(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *a, **kw: None)
-            )
-            if self.on_card:
-                stack.enter_context(standing_in(torch.cuda, "get_device_capability", lambda device: (8, 0)))
-                stack.enter_context(standing_in(torch, "autocast", lambda *a, **kw: contextlib.nullcontext()))
-                stack.enter_context(standing_in(torch.nn.functional, "scaled_dot_product_attention", _attention_on_cuda))
-                stack.enter_context(standing_in(chunks, "chunk_size", _chunk_on_cuda))
-                stack.enter_context(standing_in(head, "_unblocked_product", _product_on_cuda))
-                stack.enter_context(standing_in(head.Head, "operand_dtype", torch.bfloat16))
+            for owner, name, value in (*self._unloaded(), *(self._card() if self.on_card else ())):
+                stack.enter_context(standing_in(owner, name, value))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(self.live)
             gc.collect()
@@ -107,7 +105,31 @@ class Trial:
             stage(self)
         return self
 
-    def _load(self, ctx: Context, settings: Weights, folder: Path | None) -> Shapes:
+    def _unloaded(self) -> Iterator[tuple[Any, str, Any]]:
+        """What would load weights makes them without numbers; bases that come and go are counted where they are."""
+        yield weights, "load_base", self._base
+        yield weights, "load_tokenizer", lambda settings, folder: self._tokenizer
+        yield weights, "LanguageModel", Shapes
+        yield language_model, "known_tokens", lambda tokenizer: 10**9
+        yield BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *a, **kw: None
+        yield FakeTensor, "data_ptr", lambda tensor: tensor.untyped_storage()._cdata
+        yield torch.UntypedStorage, "resize_", self.live.resizing()
+        yield residency, "PIECE", 2**62
+        yield residency, "_look_up_on_host", self._look_up_on_host
+        for name in ("leave", "come"):
+            yield residency.Bundle, name, self._as_weights(getattr(residency.Bundle, name))
+
+    _tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=0, model_max_length=2**30)
+
+    def _card(self) -> Iterator[tuple[Any, str, Any]]:
+        yield torch.cuda, "get_device_capability", lambda device: (8, 0)
+        yield torch, "autocast", lambda *a, **kw: contextlib.nullcontext()
+        yield torch.nn.functional, "scaled_dot_product_attention", _attention_on_cuda
+        yield chunks, "chunk_size", _chunk_on_cuda
+        yield head, "_unblocked_product", _product_on_cuda
+        yield head.Head, "operand_dtype", torch.bfloat16
+
+    def _base(self, settings: Weights, device: torch.device, folder: Path | None, on_host: bool = False) -> Any:
         if settings.quantization == "int8":
             raise UsageError("plan: what LLM.int8 takes depends on the numbers: it is not planned. nf4 and none are")
         config = copy.deepcopy(load_config(settings))
@@ -123,35 +145,48 @@ class Trial:
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
         if settings.attention in ("sdpa", "eager"):  # flash attention's memory is sdpa's
             options["attn_implementation"] = settings.attention
-        made: list[Part] = []
-        with self.part("weights", (layers, of), made), self.device:
+        self.depths.append((layers, of))
+        number = len(self.depths) - 1
+        with self.live.tagged(Tag("weights", number)), self.device:
             base = language_model_class(config).from_config(config, **options).requires_grad_(False).eval()
             if settings.quantization == "nf4":
                 _quantise(base, dtype)
-        self.live.vocabulary = min(self.live.vocabulary or of * 10**9, len(base.get_output_embeddings().weight))
-        model = Shapes(self, base, settings, (layers, of))
-        model.parts += made
-        self.models.append(weakref.ref(model))
-        return model
+        self.live.vocabulary = min(self.live.vocabulary or 10**9, len(base.get_output_embeddings().weight))
+        base.planned = self, number, settings.lora
+        return base
+
+    def _as_weights(self, own: Callable[[residency.Bundle], None]) -> Callable[[residency.Bundle], None]:
+        """A bundle that moves: what it makes are weights still, of the same model."""
+
+        def moved(bundle: residency.Bundle) -> None:
+            with self.live.tagged(self.live.tag_of(bundle.tensors[0])):
+                own(bundle)
+
+        return moved
+
+    def _look_up_on_host(self, embedding: Any, device: torch.device) -> None:
+        weight = embedding.weight
+        with self.live.tagged(self.live.tag_of(weight)):
+            rows = torch.empty_like(weight, device="cpu")
+            weight.data = torch.empty(0, dtype=rows.dtype, device=device)
+
+        def forward(ids: Tensor) -> Tensor:
+            return torch.empty(*ids.shape, rows.shape[1], dtype=rows.dtype, device=device)
+
+        vars(embedding)["forward"] = forward
 
     @contextlib.contextmanager
-    def part(self, column: str, depth: tuple[int, int], parts: list[Part]) -> Iterator[None]:
-        gc.collect()
-        before = self.live.now
-        yield
-        gc.collect()
-        parts.append(Part(column, self.live.now - before, *depth))
-
-    @contextlib.contextmanager
-    def moment(self, phase: str, depth: tuple[int, int]) -> Iterator[list[Part]]:
-        """What the block takes at most beyond the parts; it may tell parts of that."""
-        more: list[Part] = []
-        self.live.restart()
-        yield more
-        parts = [part for model in map(weakref.ref.__call__, self.models) if model for part in model.parts]
-        parts += [*self.parts, *more]
-        rest = self.live.peak - sum(part.bytes for part in parts)
-        self.moments.append(Moment(phase, [*parts, Part("activations", rest, *depth)], self.live.chunks))
+    def moment(self, phase: str, model: int) -> Iterator[dict[str, float]]:
+        """What lives at most in the block; it may tell how many bytes of the activations are something else."""
+        told: dict[str, float] = {}
+        with self.live.tagged(Tag("activations", model)):
+            self.live.restart()
+            yield told
+        here = self.live.here.at_peak.copy()
+        for column, size in told.items():
+            here[Tag(column, model)] += size
+            here[Tag("activations", model)] -= size
+        self.moments.append(Moment(phase, dict(here), dict(self.live.host.at_peak)))
 
     def looks_at(self, *phases: str) -> bool:
         return self.only is None or self.only in phases
@@ -159,9 +194,8 @@ class Trial:
     def training(self, role: Role, parameters: Any, settings: Training) -> StageTraining:
         """Its optimiser as it is after the first update, and 32-bit masters of 16-bit weights."""
         assert isinstance(role.model, Shapes)
-        self.trained = role.model.depth
-        self.numbers = Part("trained", sum(p.numel() for _, p in parameters), *self.trained)
-        with self.part("optimiser", self.trained, self.parts):
+        self.trained, self.numbers = role.model.number, sum(p.numel() for _, p in parameters)
+        with self.live.tagged(Tag("optimiser", self.trained)):
             training = StageTraining(self.ctx, StageFolder(self.ctx.run.path / "none"), parameters, settings, 1, 1)
             masters = list(training.masters.values())
             if settings.optimizer == "adamw":
@@ -171,12 +205,11 @@ class Trial:
                     training.adamw.state[p] = state | {"exp_avg_sq": next(moments)}
                 for group in training.adamw.param_groups:
                     group["foreach"] = self.on_card
-            else:  # its kernels work in place
+            else:  # in 8 bits, and its kernels work in place
                 pages = self.on_card and settings.optimizer.startswith("paged")
-                host = [p for p in masters if pages and p.numel() >= PAGED_FROM]
-                self.paged = Part("paged", 2.0 * sum(p.numel() for p in host), *self.trained)
-                there = [p for p in masters if not pages or p.numel() < PAGED_FROM]
-                self.moments_in_8_bits = [torch.empty_like(p, dtype=torch.uint8) for p in there for _ in range(2)]
+                for p in masters:
+                    where = "cpu" if pages and p.numel() >= PAGED_FROM else self.device
+                    training.adamw.state[p] = {n: torch.empty(p.shape, dtype=torch.uint8, device=where) for n in "mv"}
                 training.adamw.step = lambda *a, **kw: None  # type: ignore[method-assign]
         return training
 
@@ -184,11 +217,10 @@ class Trial:
         """An update after the first: forward and backward, then the optimiser's step."""
         if not self.looks_at(phase):
             return
-        with self.moment(phase, self.trained) as more:
+        with self.moment(phase, self.trained) as told:
             accumulate()
             weights = {id(p): p for p in (*training.parameters.values(), *training.masters.values())}
-            gradients = sum(p.grad.nbytes for p in weights.values() if p.grad is not None)
-            more.append(Part("optimiser", gradients, *self.trained))
+            told["optimiser"] = sum(p.grad.nbytes for p in weights.values() if p.grad is not None)
         with self.moment(phase, self.trained):
             training.update()
 
