@@ -23,31 +23,38 @@ from lco_lite.recipe import Rl
 from lco_lite.recipe.sections import RewardModel, Training
 from lco_lite.rollout.engine import Response, Sampling
 from lco_lite.rollout.lockstep import mixture
-from lco_lite.sequences import Example, micro_batches
+from lco_lite.sequences import Example
 from lco_lite.train import reward_model, sft
 from lco_lite.train.methods import Models, score
 from lco_lite.train.rl import accumulate, kl_to_old, open_models
 from lco_lite.train.rollouts import Phase
 from lco_lite.train.training import StageTraining
 
+SHORT = Example([0], [0, 0])  # goes first: its gradients are there when the largest micro-batch comes
 
-def longest_examples(settings: Training, window: int, most: int, response: int, size: int = 1) -> list[Example]:
-    """Two of the largest micro-batches, or ``most`` examples: of units of ``size`` sequences of at most ``max_length``
-    tokens, whichever number of them leaves the least room."""
+
+def largest(settings: Training, window: int, most: int, response: int, size: int = 1) -> list[Example]:
+    """The largest micro-batch, or ``most`` examples: of units of ``size`` sequences of at most ``max_length`` tokens,
+    whichever number of them leaves the least room."""
     limit = min(settings.max_length, window)
     fits = max(1, settings.micro_batch_tokens // (size * limit))
     more = settings.micro_batch_tokens // (size * (fits + 1))
     rows, length = max((fits, limit), (fits + 1, more), key=lambda shape: math.prod(shape))
     made = min(response, length - 1)
-    return [Example([0] * (length - made), [0] * made)] * min(2 * rows, most)
+    return [Example([0] * (length - made), [0] * made)] * min(rows, most)
 
 
 def _sft(trial: Trial) -> None:
     settings, policy = trial.recipe.sft, weights.open_sft(trial.ctx)
     training = trial.training(policy, weights.trainable(trial.ctx, policy, "sft"), settings)
-    examples = longest_examples(settings, policy.model.max_length, settings.batch_size, settings.max_length)
+    examples = largest(settings, policy.model.max_length, settings.batch_size, settings.max_length)
+
+    def update() -> None:
+        for some in ([SHORT], examples):
+            sft.accumulate(policy, some, settings.micro_batch_tokens)
+
     with policy.model.training_mode(dropout=True):
-        trial.train("sft", training, lambda: sft.accumulate(policy, examples, settings.micro_batch_tokens))
+        trial.train("sft", training, update)
 
 
 def _rm(trial: Trial) -> None:
@@ -58,13 +65,14 @@ def _rm(trial: Trial) -> None:
         sample(trial, "pair sampling", [start], drawn, rm.max_length)
     phi, reference = weights.open_untrained_reward_model(trial.ctx, start)
     training = trial.training(phi, weights.trainable(trial.ctx, phi, "rm"), rm)
-    pairs = [Pair(e, e) for e in longest_examples(rm, start.model.max_length, rm.batch_size, longest, size=2)]
+    examples = largest(rm, start.model.max_length, rm.batch_size, longest, size=2)
+
+    def update() -> None:
+        for some in ([SHORT], examples):
+            reward_model.accumulate(phi, reference, rm, [Pair(e, e) for e in some], rm.micro_batch_tokens)
+
     with together(reference, phi), phi.model.training_mode():
-        trial.train(
-            "train-rm",
-            training,
-            lambda: reward_model.accumulate(phi, reference, rm, pairs, rm.micro_batch_tokens),
-        )
+        trial.train("train-rm", training, update)
     training.let_go()
     if rm.check_items and (task := recipe_task(recipe)) is not None and task.graded:
         for role in (start, phi):
@@ -90,9 +98,9 @@ def _rl(trial: Trial) -> None:
 def _learn(trial: Trial, models: Models, training: StageTraining, longest: int) -> None:
     rl, policy = trial.recipe.rl, models.policy
     held = trial.live.host if trial.on_card else trial.live.here
-    examples = longest_examples(rl, policy.model.max_length, rl.minibatch, longest)
+    examples = [SHORT, *largest(rl, policy.model.max_length, rl.minibatch, longest)]
     plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False, "overlong_buffer": 0.0})
-    n, split = len(examples), [micro_batches([len(e) for e in examples], rl.micro_batch_tokens)]
+    n, split = len(examples), [[[0], list(range(1, len(examples)))]]
     phase = Phase([], longest, [Response(e, True) for e in examples], None, [0.0] * n, [False] * n, n)
     before = held.of("activations")
     with _without_numbers(rl):
@@ -100,7 +108,6 @@ def _learn(trial: Trial, models: Models, training: StageTraining, longest: int) 
             minibatch = score(models, phase, split, plain)[0]
         gc.collect()
         trial.kept = (held.of("activations") - before) / sum(len(e.response) for e in examples)
-        minibatch = minibatch[:1] * len(minibatch)  # they come from the host one by one
         with policy.model.training_mode():
             trial.train(
                 "rl update", training, lambda: accumulate(models, plain, None, minibatch, rl.micro_batch_tokens)
