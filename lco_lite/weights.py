@@ -180,8 +180,8 @@ def _load(ctx: Context, weights: Weights, folder: Path | None) -> LanguageModel:
     """Where only what a phase needs is on the device, other bases leave before this one is there."""
     streamed = isinstance(weights, RewardModel) and weights.streaming
     by_phase = ctx.recipe.residency == "phase" or (ctx.recipe.residency == "auto" and ctx.device.type == "cuda")
-    if by_phase:
-        gc.collect()  # a base that is no longer used need not be kept
+    if by_phase and ctx.bases:
+        gc.collect()  # one that is no longer used need not be kept
         make_room(ctx.bases)
     frozen, others = None, ctx.bases if by_phase else WeakSet[FrozenWeights]()
     if by_phase or streamed:

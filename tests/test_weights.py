@@ -19,6 +19,7 @@ from tests.models.families import load, save
 
 BATCH = collate([Example([10, 20, 30], [40, 50])], pad_id=0)
 KINDS = {"adapters": [], "full fine-tuning": ["model.lora=null"], "a reward model of its own": []}
+KINDS["full fine-tuning, by phase"] = ["model.lora=null", "residency=phase"]
 
 
 @pytest.fixture(params=KINDS)

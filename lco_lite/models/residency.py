@@ -34,9 +34,10 @@ class Bundle:
         self.away = self.filled = False
         self.arrival: Any = None  # of what is on its way, on another CUDA stream
         self.places: list[tuple[slice, torch.dtype, torch.Size]] = []
-        self.size, starts = 0, dict[tuple[int, int], int]()
+        self.size, starts = 0, dict[tuple[Any, int, int], int]()
         for tensor in self.tensors:
-            start = starts.setdefault((tensor.data_ptr(), tensor.nbytes), self.size)  # two may share their memory
+            memory = (tensor.untyped_storage(), tensor.storage_offset(), tensor.nbytes)  # two may share it
+            start = starts.setdefault(memory, self.size)
             self.size = max(self.size, -(-(start + tensor.nbytes) // ALIGNMENT) * ALIGNMENT)
             self.places.append((slice(start, start + tensor.nbytes), tensor.dtype, tensor.shape))
 
