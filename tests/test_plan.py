@@ -83,9 +83,9 @@ def counted(file: Path, stage: str, monkeypatch: pytest.MonkeyPatch, *sets: str)
 
 
 def planned(file: Path, stage: str, *sets: str) -> dict[str, float]:
-    """On a CPU the hidden states of the phase's 16 responses stay; those of 8 and of 4 are seen in score and update."""
+    """On a CPU the hidden states of the phase's 16 responses stay; the plan's phases see those of a micro-batch, 4."""
     found, _, kept = peaks(load_recipe(file, list(sets)), stage, on_card=False, only=WATCHED[stage])
-    more = {"rl score": 8 * RESPONSE * kept, "rl update": 12 * RESPONSE * kept}
+    more = dict.fromkeys(("rl score", "rl update"), 12 * RESPONSE * kept)
     return {phase: sum(held.values()) + more.get(phase, 0.0) for phase, held in found.items()}
 
 
