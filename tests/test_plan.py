@@ -79,7 +79,7 @@ def counted(file: Path, stage: str, monkeypatch: pytest.MonkeyPatch, *sets: str)
         live.restart()
         with clock(self, phase):
             yield
-        found[phase] = max(found.get(phase, 0.0), live.peak)
+        found[phase] = max(found.get(phase, 0.0), live.here.peak)
 
     with monkeypatch.context() as patched, LiveBytes() as live:
         patched.setattr(Clock, "__call__", counting)

@@ -77,6 +77,7 @@ class Trial:
     prompt: int | None = None  # tokens of the longest; None: what the recipe lets in
     only: str | None = None  # the phase that is looked at
     depths: list[tuple[int, int]] = field(default_factory=list)  # of each model: its layers here, and really
+    streamed: set[int] = field(default_factory=set)  # models of whose weights two blocks are there, at any depth
     moments: list[Moment] = field(default_factory=list)
     trained: int = 0  # the model
     numbers: int = 0  # that are trained
@@ -147,6 +148,7 @@ class Trial:
             options["attn_implementation"] = settings.attention
         self.depths.append((layers, of))
         number = len(self.depths) - 1
+        self.streamed |= {number} if on_host else set()
         with self.live.tagged(Tag("weights", number)), self.device:
             base = language_model_class(config).from_config(config, **options).requires_grad_(False).eval()
             if settings.quantization == "nf4":
