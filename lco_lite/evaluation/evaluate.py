@@ -248,7 +248,7 @@ def open_policy(ctx: Context, stage: str) -> tuple[Role, ChatFormat, Engine]:
     if stage != "optimal":
         return role, chat, open_engine([role], chat.end, asked=ctx.recipe.rollout.engine, say=ctx.console.note)
     roles = [role, *weights.open_reward_model(ctx, role)]
-    return role, chat, open_engine(roles, chat.end, optimal_policy(ctx.recipe.rl.beta))
+    return role, chat, open_engine(roles, chat.end, optimal_policy(ctx.recipe.rl.beta), say=ctx.console.note)
 
 
 def plan_batches(ids: Sequence[list[int]], settings: Eval, new_tokens: int) -> list[list[tuple[int, int]]]:

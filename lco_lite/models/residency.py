@@ -34,7 +34,7 @@ class Bundle:
         self.away = self.filled = False
         self.arrival: Any = None  # of what is on its way, on another CUDA stream
         self.places: list[tuple[slice, torch.dtype, torch.Size]] = []
-        self.size, starts = 0, dict[tuple[Any, int, int], int]()
+        self.size, starts = 0, dict[Any, int]()
         for tensor in self.tensors:
             memory = (tensor.untyped_storage(), tensor.storage_offset(), tensor.nbytes)  # two may share it
             start = starts.setdefault(memory, self.size)
@@ -65,12 +65,12 @@ class Bundle:
         self.drain()
 
     @torch.no_grad()
-    def fill(self, aside: Any = None) -> None:
-        """The bytes come from the host; ``aside`` is the CUDA stream that brings them while others compute."""
+    def fill(self, aside: Any = None) -> bool:
+        """The bytes come from the host; False where they are there already. ``aside`` is the CUDA stream that brings
+        them while others compute."""
         if self.buffer is None or self.filled:
-            return
+            return False
         self.buffer.untyped_storage().resize_(self.size)
-        self.filled = True
         if aside is not None:
             aside.wait_stream(torch.cuda.current_stream(self.device))  # what used this memory before
         with contextlib.nullcontext() if aside is None else torch.cuda.stream(aside):
@@ -78,6 +78,8 @@ class Bundle:
                 self.buffer[place : place + len(piece)].copy_(piece, non_blocking=True)
         if aside is not None:
             self.arrival = aside.record_event()
+        self.filled = True
+        return True
 
     def wait(self) -> None:
         """What is queued from here on sees the bytes."""
@@ -164,12 +166,12 @@ class FrozenWeights:
                 self.now = -1
 
     def come(self) -> None:
-        came = [bundle for bundle in self.bundles if bundle.away]
-        for bundle in came:
-            bundle.come()
-        if came and not self.streamed:
-            for bundle in came:
-                bundle.fill()
+        """Goes on where memory ran out before."""
+        for bundle in self.bundles:
+            if bundle.away:
+                bundle.come()
+        filled = [] if self.streamed else [bundle.fill() for bundle in self.bundles]
+        if any(filled):
             _synchronise(self.device)  # engines compute in streams and threads of their own
 
     def leave(self) -> None:

@@ -90,12 +90,12 @@ def open_engine(
     from lco_lite.rollout.lockstep import LockstepEngine
 
     rows = min([role.model.head.rows for role in roles] + ([] if rows is None else [rows]))
+    if any(role.model.is_streamed for role in roles):
+        say("sampling from a streamed model is slow: all its blocks are copied for every token")
     if combine is not None:
         return LockstepEngine(roles, combine, end, rows)
     (role,) = roles
-    if role.model.is_streamed:
-        say("sampling from a streamed model is slow: all its blocks are copied for every token")
-    elif engine_for(asked, role.model.device) == "paged":
+    if not role.model.is_streamed and engine_for(asked, role.model.device) == "paged":
         from lco_lite.rollout.paged import PagedEngine, way_of
 
         with role.model.on_device():

@@ -25,7 +25,7 @@ from lco_lite.objectives.head import Head
 from lco_lite.objectives.lco import lco_loss
 from lco_lite.objectives.logprobs import token_logprobs
 from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, PolicyBatch, ValueHead, value_loss
-from lco_lite.objectives.targets import DenseTarget, SparseTarget
+from lco_lite.objectives.targets import DenseTarget, SparseTarget, Target
 from lco_lite.recipe import Rl
 from lco_lite.sequences import Batch, collate, micro_batches
 from lco_lite.train.rollouts import Phase
@@ -89,7 +89,8 @@ class MicroBatch:
 
     def _target_of(self, target: Any, old: Tensor) -> Any:
         """``target`` shares h_old with its micro-batch: one tensor, copied once."""
-        return replace(target, old=old) if getattr(self.target, "old", None) is self.old else target
+        shared = isinstance(self.target, Target) and self.target.old is self.old
+        return replace(target, old=old) if shared else target
 
     def policy_batch(self, rl: Rl, logprobs: Tensor | None = None) -> PolicyBatch:
         """What an objective sees of it beside hidden states."""

@@ -108,7 +108,7 @@ def rollout_engine(ctx: Context, models: Models, end: int) -> Engine:
     policy, teacher, rl = models.policy, models.reward_model, ctx.recipe.rl
     if rl.teacher_mix:
         assert teacher is not None, "distillation has a teacher"
-        return open_engine([policy, teacher], end, mixture(rl.teacher_mix))
+        return open_engine([policy, teacher], end, mixture(rl.teacher_mix), say=ctx.console.note)
     rows = None if teacher is None else teacher.model.head.rows
     return open_engine([policy], end, rows=rows, asked=ctx.recipe.rollout.engine, say=ctx.console.note)
 

@@ -45,13 +45,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def opened(
-    folder: Path, streamed: bool | None = None, others: weakref.WeakSet | None = None, say=print, **weights
+    folder: Path,
+    streamed: bool | None = None,
+    others: weakref.WeakSet | None = None,
+    say=print,
+    device: torch.device = CPU,
+    **weights,
 ) -> LanguageModel:
     """With an adapter that does something; ``streamed`` None: all of it always resident."""
     settings = Model(path=str(folder), **weights)
     group = weakref.WeakSet() if others is None else others
-    how = None if streamed is None else partial(FrozenWeights, device=CPU, others=group, streamed=streamed, say=say)
-    model = LanguageModel(load_base(settings, CPU), load_tokenizer(settings), frozen=how)
+    how = None if streamed is None else partial(FrozenWeights, device=device, others=group, streamed=streamed, say=say)
+    base = load_base(settings, device, on_host=bool(streamed))
+    model = LanguageModel(base, load_tokenizer(settings), frozen=how)
     adapted(model)
     return model
 
@@ -197,6 +203,25 @@ def test_a_parked_base_is_gone_from_the_device_but_for_its_head_and_adapters(fol
         first.base(input_ids=torch.tensor([[1, 2]]))  # nobody asked for it: an error, no wrong numbers
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_where_memory_runs_out_on_the_way_the_rest_comes_the_next_time(folders, monkeypatch, streamed):
+    model, real, calls = opened(folders("llama"), streamed), Bundle.fill, [0]
+    plain, batch = Role(model, "policy").hidden(collate(EXAMPLES, 0)).detach(), collate(EXAMPLES, 0)
+    assert model.frozen is not None
+    model.frozen.leave()
+
+    def fill(self, aside=None):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise torch.OutOfMemoryError
+        return real(self, aside)
+
+    monkeypatch.setattr(Bundle, "fill", fill)
+    with pytest.raises(torch.OutOfMemoryError):
+        Role(model, "policy").hidden(batch)
+    assert torch.equal(Role(model, "policy").hidden(batch), plain)
+
+
 def test_bases_that_are_held_together_stay_and_the_others_leave(folders):
     group, said = weakref.WeakSet(), list[str]()
     policy, teacher, third = (opened(folders("llama"), False, group, said.append) for _ in range(3))
@@ -265,3 +290,24 @@ def test_with_offload_what_a_block_starts_from_waits_on_the_host(folders, monkey
         model.checkpointing = checkpointing
         states_and_gradients(model)
         assert packed == [(2, 7, 32)] * n  # the inputs of the blocks, [B, L, d], and nothing from inside
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("quantization", "streamed"), [("none", False), ("none", True), ("nf4", False)])
+@pytest.mark.parametrize("checkpointing", [False, True, "offload"])
+def test_on_a_gpu_too_the_bits_are_the_same_and_what_left_is_free(folders, quantization, streamed, checkpointing):
+    """An NF4 base that is streamed is quantised on the host, whose roundings may be others."""
+    gpu = torch.device("cuda")
+    plain, model = (
+        opened(folders("gemma3"), how, device=gpu, quantization=quantization, dtype="float32")
+        for how in (None, streamed)
+    )
+    assert model.frozen is not None
+    plain.checkpointing = model.checkpointing = checkpointing
+    expected = states_and_gradients(plain)
+    for _ in range(2):
+        assert all(map(torch.equal, states_and_gradients(model), expected))
+        there = torch.cuda.memory_allocated()
+        model.frozen.leave()
+        block = max(bundle.size for bundle in model.frozen.bundles)
+        assert there - torch.cuda.memory_allocated() >= (block if streamed else model.frozen.size)
