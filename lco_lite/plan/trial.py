@@ -17,7 +17,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from lco_lite import weights
 from lco_lite.console import Console
@@ -113,7 +113,6 @@ class Trial:
         yield weights, "LanguageModel", Shapes
         yield language_model, "known_tokens", lambda tokenizer: 10**9
         yield BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *a, **kw: None
-        yield FakeTensor, "data_ptr", lambda tensor: tensor.untyped_storage()._cdata
         yield torch.UntypedStorage, "resize_", self.live.resizing()
         yield residency, "PIECE", 2**62
         yield residency, "_look_up_on_host", self._look_up_on_host
