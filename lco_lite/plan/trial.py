@@ -77,7 +77,6 @@ class Trial:
     prompt: int | None = None  # tokens of the longest; None: what the recipe lets in
     only: str | None = None  # the phase that is looked at
     depths: list[tuple[int, int]] = field(default_factory=list)  # of each model: its layers here, and really
-    streamed: set[int] = field(default_factory=set)  # models of whose weights two blocks are there, at any depth
     moments: list[Moment] = field(default_factory=list)
     trained: int = 0  # the model
     numbers: int = 0  # that are trained
@@ -137,6 +136,7 @@ class Trial:
         of = text.num_hidden_layers
         if types := getattr(text, "layer_types", None):
             period = next((p for p in range(2, of) if all(a == b for a, b in zip(types, types[p:]))), of)  # noqa: B905
+        period *= 2 if on_host else 1  # what is streamed has its peak between its first blocks and its last
         layers = min(of, 2 * period if self.deep else period)
         text.num_hidden_layers = layers
         if types:
@@ -147,7 +147,6 @@ class Trial:
             options["attn_implementation"] = settings.attention
         self.depths.append((layers, of))
         number = len(self.depths) - 1
-        self.streamed |= {number} if on_host else set()
         with self.live.tagged(Tag("weights", number)), self.device:
             base = language_model_class(config).from_config(config, **options).requires_grad_(False).eval()
             if settings.quantization == "nf4":

@@ -50,20 +50,18 @@ def peaks(recipe: Recipe, stage: str, on_card: bool, prompt: int | None = None, 
         layers, of = (0, 0) if model is None else large.depths[model]
         return b + (b - a) / max(1, layers - (0 if model is None else small.depths[model][0])) * (of - layers)
 
-    def by_column(a: dict[Tag, float], b: dict[Tag, float], streamed: set[int]) -> Counter[str]:
+    def by_column(a: dict[Tag, float], b: dict[Tag, float]) -> Counter[str]:
         columns = Counter[str]()
         for tag in a | b:
-            x, y = a.get(tag, 0), b.get(tag, 0)
-            no_line = tag.column == "weights" and tag.model in streamed
-            columns[tag.column] += max(x, y) if no_line else line(x, y, tag.model)
+            columns[tag.column] += line(a.get(tag, 0), b.get(tag, 0), tag.model)
         return columns
 
     found: dict[str, dict[str, float]] = {}
     for a, b in zip(small.moments, large.moments, strict=True):
-        columns = by_column(a.here, b.here, large.streamed)
+        columns = by_column(a.here, b.here)
         held = {column: columns[column] for column in COLUMNS}
         before = found.get(a.phase, held)
-        host = max(before.get("host", 0.0), by_column(a.host, b.host, set()).total())
+        host = max(before.get("host", 0.0), by_column(a.host, b.host).total())
         larger = max(before, held, key=on_device)
         found[a.phase] = larger | {"host": host if on_card else 0.0}
     return Planned(found, line(small.numbers, large.numbers, large.trained), large.kept)
