@@ -5,22 +5,27 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformers import Qwen2Config
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
 from lco_lite.context import Clock
+from lco_lite.models.loading import load_config
 from lco_lite.plan import LiveBytes, measured, peaks, work
+from lco_lite.plan.verdict import RESERVE, memory_of, on_device
 from lco_lite.recipe.file import load_recipe
 from tests.models import families
 from tests.train.test_chain import run_stage
 
 LENGTH, RESPONSE = 64, 52
+ROOT = Path(__file__).parents[1]
 
 
 def saved(family: str, folder: Path, layers: int) -> Path:
@@ -65,16 +70,16 @@ def counted(file: Path, stage: str, monkeypatch: pytest.MonkeyPatch, *sets: str)
         gc.collect()
         for one in gc.get_objects():
             if isinstance(one, torch.Tensor):
-                live._add(one)
+                live.add(one)
                 state = getattr(one, "quant_state", None)
                 for held in (
                     (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code) if state else ()
                 ):
-                    live._add(held)
+                    live.add(held)
         live.restart()
         with clock(self, phase):
             yield
-        found[phase] = max(found.get(phase, 0.0), live.peak)
+        found[phase] = max(found.get(phase, 0.0), live.here.peak)
 
     with monkeypatch.context() as patched, LiveBytes() as live:
         patched.setattr(Clock, "__call__", counting)
@@ -83,9 +88,9 @@ def counted(file: Path, stage: str, monkeypatch: pytest.MonkeyPatch, *sets: str)
 
 
 def planned(file: Path, stage: str, *sets: str) -> dict[str, float]:
-    """On a CPU the hidden states of the phase's 16 responses stay; those of 8 and of 4 are seen in score and update."""
+    """On a CPU the hidden states of the phase's 16 responses stay; the plan's phases see those of a micro-batch, 4."""
     found, _, kept = peaks(load_recipe(file, list(sets)), stage, on_card=False, only=WATCHED[stage])
-    more = {"rl score": 8 * RESPONSE * kept, "rl update": 12 * RESPONSE * kept}
+    more = dict.fromkeys(("rl score", "rl update"), 12 * RESPONSE * kept)
     return {phase: sum(held.values()) + more.get(phase, 0.0) for phase, held in found.items()}
 
 
@@ -125,6 +130,7 @@ def run_plan(*words: str) -> Any:
 
 
 SMALLER = ["--set", "model.init.layers=1", "--set", "rl.eval_every=0", "--set", "train_rm.check_items=0"]
+SMALLER += ["--set", "rollout.engine=hf"]
 
 
 def test_the_command_says_what_fits_and_what_to_change_where_it_does_not(tmp_path):
@@ -152,6 +158,12 @@ def test_what_cannot_be_planned_is_one_message(tmp_path):
     result = run_plan("quickstart", "--gpu", "twelve")
     assert result.exit_code == 2
     assert "--gpu: 'twelve' is no size" in result.output
+    spec = tmp_path / "mine.py"
+    spec.write_text("def loss(logprobs, batch):\n    return logprobs.sum() * batch.advantages.tolist()[0]\n")
+    own = [f"--set=rl.objective={spec}:loss", "--set=rl.feedback=rule"]
+    result = run_plan("quickstart", "--gpu", "12GiB", *SMALLER, *own)
+    assert result.exit_code == 2
+    assert "mine.py:loss does not run on tensors without numbers: it is not planned" in result.output
     result = run_plan("quickstart", "--set", "model={path: ./nowhere}", "--set", "rl.eval_every=0")
     assert result.exit_code == 2
     assert "nowhere: no such folder" in result.output
@@ -167,8 +179,124 @@ def test_an_earlier_run_gives_its_rate_and_what_a_token_takes_to_learn_from(tmp_
 
 
 def test_work_is_counted_from_the_recipe():
-    rows = work(load_recipe(Path(__file__).parents[1] / "recipes" / "math.yaml"))
+    rows = work(load_recipe(ROOT / "recipes" / "math.yaml"))
     assert rows["sft"]["updates"] == 63
     assert rows["rm"]["tokens"] == 8000 * 4 * 2048 + 2 * 200 * 2048
     assert rows["rl"] == {"updates": 320, "responses": 20 * 512 + 20 * 256, "tokens": (20 * 512 + 20 * 256) * 2048}
     assert rows["eval"]["tokens"] is None
+
+
+@pytest.fixture(scope="module")
+def two_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    small, large = (str(saved("llama", folder / name, layers)) for name, layers in (("small", 4), ("large", 9)))
+    lora = {"r": 4, "alpha": 8}
+    return recipe_file(folder, {"path": small, "lora": lora}, {"path": large, "lora": lora})
+
+
+def on_card(file: Path, stage: str, phase: str, *sets: str) -> dict[str, float]:
+    return peaks(load_recipe(file, list(sets)), stage, on_card=True, only=phase).phases[phase]
+
+
+def test_what_no_phase_needs_lies_on_the_host_and_a_streamed_base_is_there_block_by_block(two_bases):
+    every = on_card(two_bases, "rm", "train-rm", "residency=all")
+    by_phase = on_card(two_bases, "rm", "train-rm")
+    streamed = on_card(two_bases, "rm", "train-rm", "reward_model.streaming=true")
+    assert every["host"] < by_phase["host"] < streamed["host"]
+    left = every["weights"] - by_phase["weights"]
+    assert left == pytest.approx(by_phase["host"] - every["host"], rel=0.05), "what left the card is on the host"
+    assert streamed["weights"] < by_phase["weights"] - 5 / 9 * (by_phase["weights"] - left)
+    names = ("adapters", "optimiser", "cache", "kept")
+    assert all(every[name] == by_phase[name] == streamed[name] for name in names)
+
+
+def test_checkpoints_that_are_offloaded_and_paged_moments_lie_on_the_host(two_bases):
+    sets = ["reward_model.gradient_checkpointing=true", "reward_model.lora={r: 256, alpha: 8}"]
+    here = on_card(two_bases, "rm", "train-rm", *sets)
+    sets[0] = "reward_model.gradient_checkpointing=offload"
+    offloaded = on_card(two_bases, "rm", "train-rm", *sets)
+    assert offloaded["host"] > here["host"]
+    assert offloaded["activations"] < here["activations"]
+    eight = on_card(two_bases, "rm", "train-rm", *sets, "train_rm.optimizer=adamw_8bit")
+    moments = here["optimiser"] * 2 / 3  # of three numbers a weight one is its gradient
+    assert eight["optimiser"] == pytest.approx(here["optimiser"] - moments * 3 / 4, rel=0.02)
+
+
+def test_a_paged_cache_has_pages_for_every_slot_at_its_longest(two_bases):
+    held = on_card(two_bases, "rl", "rl rollout", "rl.rollout_batch=5", "rl.max_length=600", "rl.max_new_tokens=500")
+    config = load_config(load_recipe(two_bases).model)
+    a_token = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2  # bytes, in 16 bits
+    assert held["cache"] == pytest.approx((5 * 3 + 2) * 256 * a_token, rel=1e-3)
+    assert on_card(two_bases, "rl", "rl rollout", "rollout.engine=hf")["cache"] > 0
+
+
+def test_methods_that_look_at_numbers_on_the_host_are_planned_too(two_bases):
+    ppo = on_card(two_bases, "rl", "rl update", "rl.objective=ppo")
+    minillm = on_card(two_bases, "rl", "rl update", "rl.objective=minillm", "rl.feedback=dpo")
+    assert ppo["optimiser"] > minillm["optimiser"], "a critic beside the policy"
+
+
+def test_a_recipes_memory_limit_is_what_is_planned_for(monkeypatch):
+    recipe = load_recipe(ROOT / "recipes" / "math.yaml", ["memory_limit=8GiB"])
+    assert memory_of(recipe, None) == (8 * 2**30, "memory_limit 8GiB")
+    assert memory_of(recipe, "6GiB") == (6 * 2**30, "--gpu 6GiB")
+
+
+# what the shipped recipes for small cards say
+
+CONFIGS = {
+    "Qwen/Qwen2.5-3B-Instruct": (2048, 36, 16, 2, 11008, 151936, True),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 28, 28, 4, 18944, 152064, False),
+}
+TIGHTEST = {"math": (12, "rm", "train-rm"), "math_8gb": (8, "rl", "rl rollout"), "math_6gb": (6, "rl", "rl update")}
+
+
+def without_hub(name: str, folder: Path) -> list[str]:
+    """The recipe's models as configs alone."""
+    recipe, sets = load_recipe(ROOT / "recipes" / f"{name}.yaml"), []
+    for section in ("model", "reward_model"):
+        path = getattr(recipe, section).path
+        hidden, layers, heads, keys, inner, vocabulary, tied = CONFIGS[path]
+        config = Qwen2Config(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=keys,
+            tie_word_embeddings=tied,
+        )
+        config.save_pretrained(folder / section)
+        sets.append(f"{section}.path={folder / section}")
+    return sets
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIGHTEST)
+def test_the_shipped_recipes_for_small_cards_fit_them_as_planned(name, tmp_path):
+    """Where they are tightest; all phases where LCO_LITE_PLAN_ALL is set, for that takes minutes."""
+    size, stage, phase = TIGHTEST[name]
+    sets = without_hub(name, tmp_path)
+    if os.environ.get("LCO_LITE_PLAN_ALL"):
+        words = [word for one in sets for word in ("--set", one)]
+        facts = json.loads(run_plan(name, "--gpu", f"{size}GiB", "--json", *words).stdout)
+        assert facts["fits"], facts["changes"]
+        return
+    held = peaks(load_recipe(ROOT / "recipes" / f"{name}.yaml", sets), stage, on_card=True, only=phase).phases[phase]
+    assert on_device(held) <= size * 2**30 - RESERVE
+
+
+def test_recipes_for_small_cards_differ_from_maths_in_memory_and_speed_only():
+    math = load_recipe(ROOT / "recipes" / "math.yaml").model_dump()
+    for name, lengths in {"math_8gb": set(), "math_6gb": {"train_rm.max_length", "rl.max_length"}}.items():
+        other = load_recipe(ROOT / "recipes" / f"{name}.yaml").model_dump()
+        differ = {
+            f"{section}.{key}"
+            for section, settings in math.items()
+            if isinstance(settings, dict)
+            for key, value in settings.items()
+            if value != other[section][key]
+        }
+        memory = {"model.gradient_checkpointing", "reward_model.gradient_checkpointing", "reward_model.streaming"}
+        memory |= {"train_rm.check_items", "rl.micro_batch_tokens", "rl.rollout_batch", "eval.batch"}
+        assert differ <= memory | lengths, name

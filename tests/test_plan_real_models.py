@@ -1,0 +1,70 @@
+"""What ``plan`` says of real models, against what is counted while the trainers run on their weights.
+
+Only where asked, for it takes minutes: LCO_LITE_REAL_MODELS=FOLDER[:FOLDER…], model folders as save_pretrained writes
+them. The differences are in docs/memory.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lco_lite.models.chat import ChatFormat
+from lco_lite.models.loading import load_tokenizer
+from lco_lite.plan import peaks
+from lco_lite.recipe.file import load_recipe
+from lco_lite.recipe.sections import Weights
+from tests.test_plan import counted
+
+FOLDERS = [Path(path) for path in os.environ.get("LCO_LITE_REAL_MODELS", "").split(":") if path]
+NEW = 24  # tokens of a response: few, so that it hardly ends by itself
+TEXT = " ".join(["one two three four five six seven"] * 6)
+
+
+def recipe_file(folder: Path, model: Path) -> Path:
+    """All sequences of a kind have one length, the recipe's limit: they differ in a digit."""
+    chat = ChatFormat(load_tokenizer(Weights(path=str(model))), {})
+    asked = [[{"role": "user", "content": f"Write a long story about {i}."}] for i in range(8)]
+    length, prompt = len(chat.example(asked[0], TEXT)), len(chat.prompt(asked[0]))
+    rows: dict[str, list[Any]] = {
+        "demonstrations": [{"prompt": a[0]["content"], "response": TEXT} for a in asked],
+        "preferences": [{"prompt": a[0]["content"], "chosen": TEXT, "rejected": TEXT} for a in asked],
+        "prompts": [{"prompt": a[0]["content"]} for a in asked],
+    }
+    for name, some in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    stage = {"batch_size": 4, "micro_batch_tokens": 2 * length, "max_length": length, "max_steps": 2}
+    rl = {"steps": 1, "prompts_per_step": 8, "minibatch": 4, "rollout_batch": 8, "eval_every": 0, "inner_epochs": 2}
+    rl |= {"max_new_tokens": NEW, "max_length": prompt + NEW, "micro_batch_tokens": 2 * (prompt + NEW), "top_p": 1.0}
+    recipe = {"name": "real", "device": "cpu", "reward_model": "self", "sft": stage, "rl": rl | {"temperature": 1.0}}
+    recipe["train_rm"] = stage | {"held_out": 0.0, "micro_batch_tokens": 4 * length}
+    recipe["model"] = {"path": str(model), "lora": {"r": 16, "alpha": 32}}
+    recipe["data"] = {name: str(folder / f"{name}.jsonl") for name in rows}
+    file = folder / "real.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FOLDERS, reason="real weights: LCO_LITE_REAL_MODELS=FOLDER[:FOLDER…]")
+@pytest.mark.parametrize("model", FOLDERS, ids=lambda folder: folder.name)
+def test_of_real_models_planned_phases_are_those_that_are_counted(model, tmp_path, monkeypatch):
+    file = recipe_file(tmp_path, model)
+    recipe, table = load_recipe(file), {}
+    for stage, names in {"sft": {"update": "sft"}, "rm": {"update": "train-rm"}}.items():
+        planned, seen = peaks(recipe, stage, on_card=False).phases, counted(file, stage, monkeypatch)
+        table |= {name: (sum(planned[name].values()), seen[phase]) for phase, name in names.items()}
+    planned, seen = peaks(recipe, "rl", on_card=False), counted(file, "rl-kld", monkeypatch)
+    # all of the phase stays on a CPU: 8 responses, where the plan's phases see those of one micro-batch, 2
+    more = {"rl score": (8 - 2) * NEW * planned.kept, "rl update": (8 - 2) * NEW * planned.kept, "rl rollout": 0.0}
+    for name, other in more.items():
+        table[name] = sum(planned.phases[name].values()) + other, seen[name.removeprefix("rl ")]
+    for name, (said, found) in table.items():
+        off = said / found - 1
+        print(f"| {model.name} | {name} | {said / 2**20:.0f} | {found / 2**20:.0f} | {100 * off:+.1f} % |")
+    assert all(abs(said / found - 1) < 0.07 for said, found in table.values()), table
