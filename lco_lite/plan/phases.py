@@ -98,9 +98,10 @@ def _rl(trial: Trial) -> None:
 def _learn(trial: Trial, models: Models, training: StageTraining, longest: int) -> None:
     rl, policy = trial.recipe.rl, models.policy
     held = trial.live.host if trial.on_card else trial.live.here
-    examples = [SHORT, *largest(rl, policy.model.max_length, rl.minibatch, longest)]
+    units = largest(rl, policy.model.max_length, rl.minibatch // rl.unit, longest, rl.unit)
+    examples = [example for unit in (SHORT, *units) for example in [unit] * rl.unit]
     plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False, "overlong_buffer": 0.0})
-    n, split = len(examples), [[[0], list(range(1, len(examples)))]]
+    n, split = len(examples), [[list(range(rl.unit)), list(range(rl.unit, len(examples)))]]
     rewards = {name: [0.0] * n for name in rl.reward_parts}
     phase = Phase([], longest, [Response(e, True) for e in examples], None, rewards, [False] * n, n)
     before = held.of("activations")
