@@ -130,10 +130,10 @@ def page(folder: Path) -> str:
         rows = [[phase, f"{seconds:.2f}"] for phase, seconds in step["seconds"].items()]
         told = f"{step['tokens_per_second']:,.0f} response tokens/s, peak {step['peak_mib']:,.0f} MiB"
         parts.append(f"## A step of RL\n\n{told}\n\n" + markdown(["phase", "s a step"], rows))
+    ended = {0: "whole", 124: "time limit", 137: "time limit"}
     statuses = [json.loads(file.read_text()) for file in sorted(folder.glob("*.status.json"))]
     rows = [
-        [s["name"], "ok" if s["status"] == 0 else f"exit {s['status']}", str(s["seconds"]), str(s["limit"])]
-        for s in statuses
+        [s["name"], ended.get(s["status"], f"exit {s['status']}"), str(s["seconds"]), str(s["limit"])] for s in statuses
     ]
     parts.append("## Parts\n\n" + markdown(["part", "ended", "s", "limit, s"], rows))
     return "\n\n".join(parts) + "\n"
