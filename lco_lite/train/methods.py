@@ -150,7 +150,7 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
 
 def score_dense(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> MicroBatch:
     """eq 13, or eq 12 where there is no reference: a difference of hidden states is A over the whole vocabulary."""
-    reward_model, device = need(models.reward_model), micro.old.device
+    reward_model, device = need(models.reward_model), models.policy.model.device
     shift = reward_model.hidden(micro.batch)
     before = None if models.reference is None else models.reference.hidden(micro.batch)
     if before is not None:
@@ -261,7 +261,7 @@ def ppo(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
 def score_taught(models: Models, phase: Phase, micro: MicroBatch, rl: Rl) -> MicroBatch:
     """The teacher's hidden states; the advantage of a sampled token is what MiniLLM's policy gradient makes of it, at
     temperature 1 like the divergence. The weight is of what was sampled, at the rollouts' temperature."""
-    reward_model, batch, device = need(models.reward_model), micro.batch, micro.old.device
+    reward_model, batch, device = need(models.reward_model), micro.batch, models.policy.model.device
     hidden = reward_model.hidden(batch)
     teacher = Teacher(hidden.to(device), reward_model.model.head.on(device))
     old, says = logprobs(models.policy, batch, micro.old), logprobs(reward_model, batch, hidden).to(device)
