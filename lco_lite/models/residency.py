@@ -28,34 +28,39 @@ class Bundle:
     """
 
     def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:
-        self.tensors, self.device = list(tensors), device
-        self.host: list[tuple[int, Tensor]] = []  # (place in the buffer, bytes)
+        self.tensors, self.device, self.size = list(tensors), device, 0
+        self.host: list[tuple[int, Tensor]] = []  # (place in the buffer, bytes), made when it leaves for the first time
+        self.places: list[tuple[slice, torch.dtype, torch.Size]] = []
         self.buffer: Tensor | None = None
         self.away = self.filled = False
         self.arrival: Any = None  # of what is on its way, on another CUDA stream
-        self.places: list[tuple[slice, torch.dtype, torch.Size]] = []
-        self.size, starts = 0, dict[Any, int]()
-        for tensor in self.tensors:
-            memory = (tensor.untyped_storage(), tensor.storage_offset(), tensor.nbytes)  # two may share it
-            start = starts.setdefault(memory, self.size)
-            self.size = max(self.size, -(-(start + tensor.nbytes) // ALIGNMENT) * ALIGNMENT)
-            self.places.append((slice(start, start + tensor.nbytes), tensor.dtype, tensor.shape))
 
     @torch.no_grad()
     def leave(self) -> None:
         """Nothing of it is on the device."""
         if self.away:
             return
-        if not self.host:
-            for place, tensor in {p[0].start: t for p, t in zip(self.places, self.tensors, strict=True)}.items():
-                for piece in tensor.detach().reshape(-1).view(torch.uint8).split(PIECE):
-                    kept = torch.empty(len(piece), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-                    self.host.append((place, kept.copy_(piece)))
-                    place += len(piece)
+        if not self.places:
+            self._copy_to_host()
         for tensor in self.tensors:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
         self.wait()
         self.buffer, self.away, self.filled = None, True, False
+
+    def _copy_to_host(self) -> None:
+        places, host, size, starts = list[Any](), list[tuple[int, Tensor]](), 0, dict[Any, int]()
+        for tensor in self.tensors:
+            memory = (tensor.untyped_storage(), tensor.storage_offset(), tensor.nbytes)
+            place = start = starts.setdefault(memory, size)
+            places.append((slice(start, start + tensor.nbytes), tensor.dtype, tensor.shape))
+            if start < size:
+                continue  # it is another's memory
+            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            for piece in tensor.detach().reshape(-1).view(torch.uint8).split(PIECE):
+                kept = torch.empty(len(piece), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+                host.append((place, kept.copy_(piece)))
+                place += len(piece)
+        self.places, self.host, self.size = places, host, size
 
     def come(self) -> None:
         """Every tensor is a view of the buffer, which is drained."""
