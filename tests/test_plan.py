@@ -189,7 +189,7 @@ def test_work_is_counted_from_the_recipe():
 @pytest.fixture(scope="module")
 def two_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    small, large = (str(saved("llama", folder / name, layers)) for name, layers in (("small", 4), ("large", 9)))
+    small, large = (str(saved("llama", folder / name, layers)) for name, layers in (("small", 3), ("large", 4)))
     lora = {"r": 4, "alpha": 8}
     return recipe_file(folder, {"path": small, "lora": lora}, {"path": large, "lora": lora})
 
@@ -198,6 +198,7 @@ def on_card(file: Path, stage: str, phase: str, *sets: str) -> dict[str, float]:
     return peaks(load_recipe(file, list(sets)), stage, on_card=True, only=phase).phases[phase]
 
 
+@pytest.mark.slow
 def test_what_no_phase_needs_lies_on_the_host_and_a_streamed_base_is_there_block_by_block(two_bases):
     every = on_card(two_bases, "rm", "train-rm", "residency=all")
     by_phase = on_card(two_bases, "rm", "train-rm")
@@ -205,33 +206,33 @@ def test_what_no_phase_needs_lies_on_the_host_and_a_streamed_base_is_there_block
     assert every["host"] < by_phase["host"] < streamed["host"]
     left = every["weights"] - by_phase["weights"]
     assert left == pytest.approx(by_phase["host"] - every["host"], rel=0.05), "what left the card is on the host"
-    assert streamed["weights"] < by_phase["weights"] - 5 / 9 * (by_phase["weights"] - left)
-    names = ("adapters", "optimiser", "cache", "kept")
-    assert all(every[name] == by_phase[name] == streamed[name] for name in names)
+    block = (64 * 64 * 4 + 3 * 64 * 192) * 2  # bytes of its matrices, in 16 bits
+    assert streamed["weights"] < by_phase["weights"] - 2 * block, "two of its four"
+    assert all(every[name] == by_phase[name] == streamed[name] for name in ("adapters", "optimiser", "cache", "kept"))
 
 
-def test_checkpoints_that_are_offloaded_and_paged_moments_lie_on_the_host(two_bases):
+@pytest.mark.slow
+def test_offloaded_checkpoints_lie_on_the_host_and_moments_in_8_bits_are_a_quarter(two_bases):
     sets = ["reward_model.gradient_checkpointing=true", "reward_model.lora={r: 256, alpha: 8}"]
     here = on_card(two_bases, "rm", "train-rm", *sets)
     sets[0] = "reward_model.gradient_checkpointing=offload"
-    offloaded = on_card(two_bases, "rm", "train-rm", *sets)
-    assert offloaded["host"] > here["host"]
-    assert offloaded["activations"] < here["activations"]
-    eight = on_card(two_bases, "rm", "train-rm", *sets, "train_rm.optimizer=adamw_8bit")
+    there = on_card(two_bases, "rm", "train-rm", *sets, "train_rm.optimizer=adamw_8bit")
+    tokens = 2 * 2 * (RESPONSE + 3)  # two pairs
+    assert there["host"] - here["host"] >= 4 * tokens * 64 * 2, "the input of each of four blocks, in 16 bits"
     moments = here["optimiser"] * 2 / 3  # of three numbers a weight one is its gradient
-    assert eight["optimiser"] == pytest.approx(here["optimiser"] - moments * 3 / 4, rel=0.02)
+    assert there["optimiser"] == pytest.approx(here["optimiser"] - moments * 3 / 4, rel=0.02)
 
 
 def test_a_paged_cache_has_pages_for_every_slot_at_its_longest(two_bases):
-    held = on_card(two_bases, "rl", "rl rollout", "rl.rollout_batch=5", "rl.max_length=600", "rl.max_new_tokens=500")
+    held = on_card(two_bases, "rl", "rl rollout", "rl.rollout_batch=5", "rl.max_length=400", "rl.max_new_tokens=300")
     config = load_config(load_recipe(two_bases).model)
     a_token = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2  # bytes, in 16 bits
-    assert held["cache"] == pytest.approx((5 * 3 + 2) * 256 * a_token, rel=1e-3)
-    assert on_card(two_bases, "rl", "rl rollout", "rollout.engine=hf")["cache"] > 0
+    assert held["cache"] == (5 * 2 + 2) * 256 * a_token, "and two pages for padding"
 
 
+@pytest.mark.slow
 def test_methods_that_look_at_numbers_on_the_host_are_planned_too(two_bases):
-    ppo = on_card(two_bases, "rl", "rl update", "rl.objective=ppo")
+    ppo = on_card(two_bases, "rl", "rl update", "rl.objective=ppo", "rl.feedback=dpo_sampled")
     minillm = on_card(two_bases, "rl", "rl update", "rl.objective=minillm", "rl.feedback=dpo")
     assert ppo["optimiser"] > minillm["optimiser"], "a critic beside the policy"
 
@@ -248,7 +249,7 @@ CONFIGS = {
     "Qwen/Qwen2.5-3B-Instruct": (2048, 36, 16, 2, 11008, 151936, True),
     "Qwen/Qwen2.5-7B-Instruct": (3584, 28, 28, 4, 18944, 152064, False),
 }
-TIGHTEST = {"math": (12, "rm", "train-rm"), "math_8gb": (8, "rl", "rl rollout"), "math_6gb": (6, "rl", "rl update")}
+TIGHTEST = {"math": (12, "rm", "φ check"), "math_8gb": (8, "rl", "rl rollout"), "math_6gb": (6, "rl", "rl update")}
 
 
 def without_hub(name: str, folder: Path) -> list[str]:

@@ -6,7 +6,8 @@ import contextlib
 import gc
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from lco_lite.data.prompts import Pair, longest_response, recipe_task
 from lco_lite.errors import UsageError
 from lco_lite.feedback import advantages
 from lco_lite.models.language_model import together
+from lco_lite.objectives.policy_gradient import ValueHead
 from lco_lite.plan.counting import standing_in
 from lco_lite.plan.sampling import eval_sampling, sample
 from lco_lite.plan.trial import Trial
@@ -25,6 +27,7 @@ from lco_lite.rollout.engine import Response, Sampling
 from lco_lite.rollout.lockstep import mixture
 from lco_lite.sequences import Example
 from lco_lite.train import reward_model, sft
+from lco_lite.train import rl as rl_stage
 from lco_lite.train.methods import Models, score
 from lco_lite.train.rl import accumulate, kl_to_old, open_models
 from lco_lite.train.rollouts import Phase
@@ -81,7 +84,8 @@ def _rm(trial: Trial) -> None:
 
 def _rl(trial: Trial) -> None:
     recipe, rl, longest = trial.recipe, trial.recipe.rl, longest_response(trial.recipe)
-    models, parameters = open_models(trial.ctx)
+    with standing_in(rl_stage, "ValueHead", partial(_critic, trial.device)):
+        models, parameters = open_models(trial.ctx)
     policy = models.policy
     training = trial.training(policy, parameters, rl)
     drawn = Sampling(rl.temperature, rl.top_p, longest, rl.rollout_batch)
@@ -93,6 +97,13 @@ def _rl(trial: Trial) -> None:
         _learn(trial, models, training, longest)
     if rl.eval_every and (task := recipe_task(recipe)) is not None and task.graded:
         sample(trial, "rl eval", [policy], eval_sampling(trial, policy, rl.eval_items), rl.max_length)
+
+
+def _critic(device: torch.device, width: int) -> ValueHead:
+    with device:
+        critic: Any = ValueHead(width)
+    critic.to = lambda device: critic  # fakes cannot be swapped
+    return cast(ValueHead, critic)
 
 
 def _learn(trial: Trial, models: Models, training: StageTraining, longest: int) -> None:
