@@ -217,9 +217,13 @@ def _buckets(grads: Sequence[Any]) -> Iterator[list[Any]]:
 
 @contextlib.contextmanager
 def _others() -> Iterator[None]:
+    import torch
+
     try:
         yield
-    except RuntimeError as e:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as e:  # gloo has no kind of its own
         reason = str(e).partition(". ")[0]
         raise RankLost(
             f"one of the {_world} processes has ended, and so do the others; the same command goes on at the last "
