@@ -402,7 +402,7 @@ def test_of_a_reward_model_elsewhere_the_states_and_a_copy_of_the_head_come_to_t
     """The policy is on a device without numbers: whatever stayed behind would not go together with it."""
     policy, elsewhere = torch.device("meta"), Head(torch.randn(7, 4), softcap=5.0)
     batch = collate([Example([1, 2], [3, 4]), Example([1], [5])], 0)
-    old = torch.zeros(len(batch.actions), 4, device=policy)
+    old = torch.zeros(len(batch.actions), 4)  # on the host, as scored micro-batches are
 
     def role(head: Head) -> SimpleNamespace:
         return SimpleNamespace(
@@ -411,12 +411,11 @@ def test_of_a_reward_model_elsewhere_the_states_and_a_copy_of_the_head_come_to_t
 
     phi = role(elsewhere)
     models = methods.Models(role(Head(torch.zeros(7, 4, device=policy))), None, phi, phi)
-    scored = [
-        methods.score_dense(models, None, methods.MicroBatch(batch, batch.rows, 3, 2, old), Rl()) for _ in range(2)
-    ]
-    for micro in scored:
+    fresh = methods.MicroBatch(batch, batch.rows, 3, 2, old)
+    scored = [methods.score_dense(models, fresh, Rl()).to("cpu") for _ in range(2)]
+    for micro in (micro.to(policy) for micro in scored):
         target = micro.target
-        places = (target.shift, target.shift_base, target.shift_head.weight, micro.advantages)
+        places = (micro.old, target.shift, target.shift_base, target.shift_head.weight, micro.advantages)
         assert all(tensor.device == policy for tensor in places)
     assert scored[0].target.shift_head is scored[1].target.shift_head, "one copy"
     assert elsewhere.weight.device.type == "cpu"
