@@ -36,7 +36,8 @@ _store: Any = None
 def join() -> None:
     """Becomes one of the processes that were started together, if there are several."""
     global _rank, _world, _store
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "RANK" not in os.environ:
+    told = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    if not told or int(os.environ["WORLD_SIZE"]) < 2:
         return
     import torch
     from accelerate.utils import check_cuda_p2p_ib_support
@@ -62,11 +63,11 @@ def leave(well: bool) -> None:
     if well:
         from torch import distributed
 
-        distributed.destroy_process_group()
-    elif _rank == 0:
-        _store.set("rank 0 leaves", "")
-    else:
-        with contextlib.suppress(RuntimeError):
+        return distributed.destroy_process_group()
+    with contextlib.suppress(RuntimeError):  # whoever holds the store has ended
+        if _rank == 0:
+            _store.set("rank 0 leaves", "")
+        else:
             _store.wait(["rank 0 leaves"], datetime.timedelta(seconds=5))
 
 
@@ -197,7 +198,7 @@ def aside(text: str) -> None:
 def stderr_of_the_first() -> TextIO | None:
     """Where to say why this process ends; None where another has said it: what follows from that is no news."""
     if _world > 1:
-        with contextlib.suppress(RuntimeError):  # whoever had the list of those who spoke has ended
+        with contextlib.suppress(RuntimeError):
             if _store.add("said why", 1) > 1:
                 return None
     return sys.__stderr__ if _rank > 0 else sys.stderr

@@ -10,10 +10,12 @@ import typer
 from torch.nn import Parameter
 
 from lco_lite import ranks
+from lco_lite.evaluation.evaluate import evaluate_stage
 from lco_lite.files import write_json
 from lco_lite.rollout.hf import HFEngine
+from lco_lite.tasks import load_task
 from lco_lite.train import rl
-from tests.train.test_chain import run_stage
+from tests.train.test_chain import run_stage, start
 
 
 def gradients(rows: list[torch.Tensor]) -> list[list[float] | None]:
@@ -44,6 +46,13 @@ def out_of_memory_once(owner: object, name: str) -> None:
     setattr(owner, name, call)
 
 
+def scored(recipe: Path, name: str) -> str:
+    """The graded responses of sft, in batches of three, as they are on disk."""
+    with start(recipe, "eval.batch=3", name=name) as ctx:
+        evaluate_stage(ctx, load_task("arithmetic"), "sft")
+    return ctx.run.eval_path("arithmetic", "sft").with_suffix(".rows.jsonl").read_text()
+
+
 def main(recipe: Path, names: list[str]) -> None:
     ranks.join()
     everywhere = ranks.gather(gradients(rows()))
@@ -55,6 +64,7 @@ def main(recipe: Path, names: list[str]) -> None:
             out_of_memory_once(rl, "accumulate")
             out_of_memory_once(HFEngine, "_generate_batch")
         run_stage(recipe, f"rl-{objective}", f"rl.objective={objective}", *sets, name=f"two-{name}")
+    scored(recipe, "two-grpo")
     function = f"rl.reward_function={recipe.parent / 'reward.py'}:fails"
     try:
         run_stage(recipe, "rl-kld", "rl.feedback=function", function, "train_rm.top_p=1e-9", name="fails")

@@ -25,7 +25,7 @@ from lco_lite.models.loading import resolve_device
 from lco_lite.sequences import micro_batches
 from lco_lite.train.training import StageTraining
 from tests.conftest import TINY
-from tests.ranks_program import gradients, rows
+from tests.ranks_program import gradients, rows, scored
 from tests.train.test_chain import Killed, killed_after, run_stage
 
 # the likeliest token always, so that responses are the same whoever makes them
@@ -126,6 +126,8 @@ def test_on_the_same_rollouts_every_kind_of_method_has_the_gradient_of_one_proce
         one = norms(base.parent / "runs" / f"one-{name}" / stage)[: first[0]]
         assert all(one) and norms(both)[: first[0]] == pytest.approx(one, rel=1e-5), name
     assert (base.parent / "asked").read_text() == "x" * (16 + 8), "of the second steps, each response once"
+    rows_of_both = base.parent / "runs" / "two-grpo" / "eval" / "arithmetic--sft.rows.jsonl"
+    assert rows_of_both.read_text() == scored(base, "one-grpo"), "a score is the same"
     alone = gradients(rows())
     for summed in json.loads((base.parent / "gradients.json").read_text()):
         assert summed[0] == pytest.approx(alone[0], rel=1e-14)
