@@ -52,6 +52,10 @@ class Shapes(LanguageModel):
     def copy_adapter(self, source: str, name: str) -> None:
         self.load_adapter(name, Path())
 
+    def trainable_full(self, freeze_head: bool) -> list[tuple[str, torch.nn.Parameter]]:
+        with self.trial.live.tagged(Tag("weights", self.number)):  # each in memory of its own from here on
+            return super().trainable_full(freeze_head)
+
     def _attach(self, name: str, config: Any) -> None:
         stay = standing_in(torch.nn.Module, "to", lambda module, *a, **kw: module)  # fakes cannot be swapped
         with self.trial.live.tagged(Tag("adapters", self.number)), stay, self.trial.device:
