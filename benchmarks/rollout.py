@@ -36,7 +36,7 @@ from rich.table import Table
 
 from lco_lite.models.language_model import LanguageModel, Role
 from lco_lite.models.loading import byte_tokenizer, load_base, quiet_libraries
-from lco_lite.recipe.sections import Lora, Model
+from lco_lite.recipe.sections import Lora, Model, Rollout
 from lco_lite.rollout.engine import Sampling, finished, in_order, left_padded, open_engine
 from lco_lite.rollout.hf import HFEngine
 from lco_lite.sequences import seeded
@@ -134,8 +134,10 @@ def contenders(folder: Path, options: argparse.Namespace, console: Console) -> d
         "static": lambda: of_generate(model, prompts, stops, options.slots, cache_implementation="static"),
         "hf": lambda: of_engine(HFEngine(role, 3, vocabulary), prompts, sampling, stops),
         "hf whole": lambda: of_engine(WholeHFEngine(role, 3, vocabulary), prompts, sampling, stops),
-        "paged": lambda: of_engine(open_engine([role], 3, asked="paged", say=console.print), prompts, sampling, stops),
-        "vllm": lambda: of_engine(open_engine([role], 3, asked="vllm"), prompts, sampling, stops),
+        "paged": lambda: of_engine(
+            open_engine([role], 3, settings=Rollout(engine="paged"), say=console.print), prompts, sampling, stops
+        ),
+        "vllm": lambda: of_engine(open_engine([role], 3, settings=Rollout(engine="vllm")), prompts, sampling, stops),
     }
     left_out = {} if options.device == "cuda" else {"static": "it is for GPUs here", "vllm": "it is for GPUs here"}
     if importlib.util.find_spec("vllm") is None:

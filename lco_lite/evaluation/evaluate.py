@@ -272,9 +272,7 @@ def open_policy(ctx: Context, stage: str) -> tuple[Role, ChatFormat, Engine]:
     form = PlainText if ctx.recipe.eval.format == "text" else ChatFormat
     chat = form(role.model.tokenizer, ctx.recipe.chat.template_args, ctx.console.warn)
     if stage != "optimal":
-        rollout, say = ctx.recipe.rollout, ctx.console.note
-        engine = open_engine([role], chat.end, asked=rollout.engine, say=say, gpu_share=rollout.gpu_share)
-        return role, chat, engine
+        return role, chat, open_engine([role], chat.end, settings=ctx.recipe.rollout, say=ctx.console.note)
     roles = [role, *weights.open_reward_model(ctx, role)]
     return role, chat, open_engine(roles, chat.end, optimal_policy(ctx.recipe.rl.beta), say=ctx.console.note)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lco_lite.errors import ModelError
 from lco_lite.models.language_model import Role
+from lco_lite.recipe.sections import Rollout
 from lco_lite.sequences import Example
 
 Combine = Callable[[list[Tensor]], Tensor]
@@ -79,16 +80,15 @@ def open_engine(
     end: int,
     combine: Combine | None = None,
     rows: int | None = None,
-    asked: str = "auto",
+    settings: Rollout = Rollout(),  # noqa: B008, it cannot be changed
     say: Callable[[str], object] = lambda text: None,
-    gpu_share: float = 0.3,
 ) -> Engine:
     """Samples from one role, or from the distribution that ``combine`` makes of several.
 
     ``end`` closes a response besides the model's own EOS ids. Only the first ``rows`` tokens are drawn, where a model
-    with fewer of them will read the responses; rows that only pad a head are never drawn. ``asked`` is the recipe's
-    ``rollout.engine``, for one role that is not streamed, whose weights do not stand still, and ``gpu_share`` its
-    ``rollout.gpu_share``; ``say`` is told where it falls back. Raises ModelError where it cannot.
+    with fewer of them will read the responses; rows that only pad a head are never drawn. ``settings`` are heeded for
+    one role, whose weights stand still: not for one that is streamed. ``say`` is told where it falls back. Raises
+    ModelError where it cannot.
     """
     from lco_lite.rollout.hf import HFEngine
     from lco_lite.rollout.lockstep import LockstepEngine
@@ -99,18 +99,18 @@ def open_engine(
     if combine is not None:
         return LockstepEngine(roles, combine, end, rows)
     (role,) = roles
-    if asked == "vllm":
+    if settings.engine == "vllm":
         from lco_lite.rollout.vllm import VLLMEngine
 
-        return VLLMEngine(role, end, rows, gpu_share)
-    if not role.model.is_streamed and engine_for(asked, role.model.device) == "paged":
+        return VLLMEngine(role, end, rows, settings.gpu_share)
+    if not role.model.is_streamed and engine_for(settings.engine, role.model.device) == "paged":
         from lco_lite.rollout.paged import PagedEngine, way_of
 
         with role.model.on_device():
             way = way_of(role.model, say)
         if way is not None:
             return PagedEngine(role, end, rows, way=way)
-        if asked == "paged":
+        if settings.engine == "paged":
             raise ModelError(f"rollout.engine: paged does not run {type(role.model.base).__name__}: use hf")
     return HFEngine(role, end, rows)
 

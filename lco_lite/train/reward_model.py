@@ -138,10 +138,10 @@ def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFor
     task, rm = recipe_task(ctx.recipe), ctx.recipe.train_rm
     if task is None or not task.graded or not rm.check_items:
         return {}
-    prompts, rollout = held_out(ctx.recipe, task, rm.check_items), ctx.recipe.rollout
+    prompts = held_out(ctx.recipe, task, rm.check_items)
     with ctx.clock("eval"):
         engines = (
-            open_engine([role], chat.end, asked=rollout.engine, say=ctx.console.note, gpu_share=rollout.gpu_share)
+            open_engine([role], chat.end, settings=ctx.recipe.rollout, say=ctx.console.note)
             for role in (start, reward_model)
         )
         before, after = (held_out_accuracy(ctx, engine, chat, task, prompts) for engine in engines)
@@ -170,8 +170,7 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
     sampling = Sampling(rm.temperature, rm.top_p, longest, recipe.rl.rollout_batch)
     asked = [(prompt, chat.prompt(prompt.messages)) for prompt in task_prompts(recipe, task)[: rm.prompts]]
     asked = fitting(ctx, asked, start.model, rm.max_length, "prompts", lambda one: len(one[1]) + longest)
-    rollout, say = recipe.rollout, ctx.console.note
-    engine = open_engine([start], chat.end, rows=rows, asked=rollout.engine, say=say, gpu_share=rollout.gpu_share)
+    engine = open_engine([start], chat.end, rows=rows, settings=recipe.rollout, say=ctx.console.note)
     total = len(asked) * rm.samples_per_prompt
     ids = [ids for _, ids in asked for _ in range(rm.samples_per_prompt)]
     kept = JsonLines(stage.path / "responses.jsonl")

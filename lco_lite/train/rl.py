@@ -113,8 +113,7 @@ def rollout_engine(ctx: Context, models: Models, end: int) -> Engine:
     rows = None if teacher is None else teacher.model.head.rows
     if rl.mismatch != "none" and engine_for(ctx.recipe.rollout.engine, policy.model.device) == "hf":
         ctx.console.note(f"rl.mismatch {rl.mismatch}: hf samples in the trainer's own numerics, and every weight is 1")
-    rollout, say = ctx.recipe.rollout, ctx.console.note
-    return open_engine([policy], end, rows=rows, asked=rollout.engine, say=say, gpu_share=rollout.gpu_share)
+    return open_engine([policy], end, rows=rows, settings=ctx.recipe.rollout, say=ctx.console.note)
 
 
 def score_in_plan(
@@ -159,8 +158,7 @@ def evaluate(ctx: Context, models: Models, rollouts: Rollouts) -> float | None:
     if task is None or not task.graded:
         return None
     with ctx.clock("eval"):
-        rollout, say = recipe.rollout, ctx.console.note
-        engine = open_engine([models.policy], chat.end, asked=rollout.engine, say=say, gpu_share=rollout.gpu_share)
+        engine = open_engine([models.policy], chat.end, settings=recipe.rollout, say=ctx.console.note)
         return held_out_accuracy(ctx, engine, chat, task, held_out(recipe, task, recipe.rl.eval_items))
 
 

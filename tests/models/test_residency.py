@@ -19,7 +19,7 @@ from lco_lite.models.language_model import LanguageModel, Role, together
 from lco_lite.models.loading import load_base, load_tokenizer
 from lco_lite.models.residency import Bundle, FrozenWeights
 from lco_lite.plan import LiveBytes
-from lco_lite.recipe.sections import Lora, Model
+from lco_lite.recipe.sections import Lora, Model, Rollout
 from lco_lite.rollout.engine import Sampling, in_order, open_engine
 from lco_lite.rollout.hf import HFEngine
 from lco_lite.rollout.lockstep import mixture
@@ -266,7 +266,9 @@ def test_a_streamed_model_is_sampled_from_by_generate_and_that_is_said_to_be_slo
     said = list[str]()
     made = []
     for streamed in (None, True):
-        engine = open_engine([Role(opened(folders("llama"), streamed), "policy")], 3, asked="paged", say=said.append)
+        engine = open_engine(
+            [Role(opened(folders("llama"), streamed), "policy")], 3, settings=Rollout(engine="paged"), say=said.append
+        )
         assert streamed is None or type(engine) is HFEngine
         made.append(in_order(engine.generate([[5, 6, 7], [8]], Sampling(0, 1.0, 6, 2))))
     assert made[0] == made[1]

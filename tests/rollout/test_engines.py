@@ -18,7 +18,7 @@ from lco_lite.errors import ModelError
 from lco_lite.models.language_model import LanguageModel, Role
 from lco_lite.models.loading import build_scratch, byte_tokenizer, load_base, load_tokenizer
 from lco_lite.objectives.reference import optimal_logits
-from lco_lite.recipe.sections import Init, Lora, Model
+from lco_lite.recipe.sections import Init, Lora, Model, Rollout
 from lco_lite.rollout import hf, paged
 from lco_lite.rollout.engine import (
     Engine,
@@ -46,7 +46,7 @@ ENGINES = ("hf", "paged", "lockstep")
 def opened(kind: str, role: Role, rows: int | None = None) -> Engine:
     if kind == "lockstep":
         return open_engine([role], 3, lambda z: z[0], rows)
-    return open_engine([role], 3, rows=rows, asked=kind)
+    return open_engine([role], 3, rows=rows, settings=Rollout(engine=kind))
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +401,7 @@ def test_paged_greedy_is_that_of_generate_whoever_ends_first(model):
         plain = in_order(opened("hf", Role(model, name)).generate(MIXED, long))
         ends = Counter(r.example.response[-1] for r in plain).most_common(1)[0][0]  # a token that some of them reach
         made = [
-            in_order(open_engine([Role(model, name)], ends, asked=asked).generate(MIXED, long))
+            in_order(open_engine([Role(model, name)], ends, settings=Rollout(engine=asked)).generate(MIXED, long))
             for asked in ("hf", "paged")
         ]
         assert made[0] == made[1]
@@ -575,7 +575,7 @@ def test_torchs_own_kernel_is_taken_where_it_is_right(tmp_path, monkeypatch, fam
     model, said = load(save(family, tmp_path / "m")), []
     monkeypatch.setattr(paged, "_ways", lambda model: iter([Way(paged.TORCH_FLASH), Way()]))
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel_on_cpu(align_ends=True))
-    engine = open_engine([Role(model)], 3, asked="paged", say=said.append)
+    engine = open_engine([Role(model)], 3, settings=Rollout(engine="paged"), say=said.append)
     assert engine.way == Way(paged.TORCH_FLASH) and not said
     long = replace(GREEDY, max_new_tokens=24, batch=3)
     assert in_order(engine.generate(MIXED, long)) == in_order(opened("hf", Role(model)).generate(MIXED, long))
@@ -588,7 +588,7 @@ def test_a_kernel_that_is_wrong_is_not_taken_and_that_is_said_once(tmp_path, mon
     monkeypatch.setattr(paged, "_ways", lambda model: iter([Way(paged.TORCH_FLASH), Way()]))
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel_on_cpu(align_ends=False))
     for _ in range(2):
-        assert open_engine([Role(model)], 3, asked="paged", say=said.append).way == Way()
+        assert open_engine([Role(model)], 3, settings=Rollout(engine="paged"), say=said.append).way == Way()
     (line,) = said
     assert line.startswith("paged rollouts: flash_torch is of no use here: its log-probabilities are off by")
 
@@ -604,7 +604,7 @@ def test_graphs_that_cannot_be_captured_are_left_out_and_that_is_said_once(tmp_p
     monkeypatch.setattr(paged, "run", run)
     monkeypatch.setattr(paged, "_ways", lambda model: iter([Way(None, graphs=True), Way()]))
     for _ in range(2):
-        assert open_engine([Role(model)], 3, asked="paged", say=said.append).way == Way()
+        assert open_engine([Role(model)], 3, settings=Rollout(engine="paged"), say=said.append).way == Way()
     assert said == [
         "paged rollouts: own attention in CUDA graphs is of no use here: RuntimeError: operation not permitted when "
         "stream is capturing"
@@ -614,9 +614,9 @@ def test_graphs_that_cannot_be_captured_are_left_out_and_that_is_said_once(tmp_p
 def test_a_model_that_pages_do_not_serve_is_refused_or_left_to_generate(tmp_path, monkeypatch):
     model, said = load(save("gpt_neox", tmp_path / "m")), []
     with pytest.raises(ModelError, match=r"rollout.engine: paged does not run GPTNeoXForCausalLM: use hf"):
-        open_engine([Role(model)], 3, asked="paged")
+        open_engine([Role(model)], 3, settings=Rollout(engine="paged"))
     monkeypatch.setattr("lco_lite.rollout.engine.engine_for", lambda asked, device: "paged")
     other = load(save("gpt_neox", tmp_path / "n"))
     for _ in range(2):
-        assert type(open_engine([Role(other)], 3, asked="auto", say=said.append)) is HFEngine
+        assert type(open_engine([Role(other)], 3, settings=Rollout(engine="auto"), say=said.append)) is HFEngine
     assert len(said) == 1 and "own attention is of no use here" in said[0]

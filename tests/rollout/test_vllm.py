@@ -22,7 +22,7 @@ from lco_lite.models.language_model import LanguageModel, Role
 from lco_lite.models.loading import build_scratch, load_base, load_tokenizer
 from lco_lite.objectives.logprobs import sampled_from
 from lco_lite.recipe.file import load_recipe
-from lco_lite.recipe.sections import Init, Lora, Model
+from lco_lite.recipe.sections import Init, Lora, Model, Rollout
 from lco_lite.rollout import vllm as engine_file
 from lco_lite.rollout.engine import Sampling, in_order, open_engine
 from lco_lite.rollout.lockstep import draw
@@ -194,7 +194,7 @@ def change(model: LanguageModel, name: str, seed: int) -> None:
 
 def both(role: Role, sampling: Sampling, stop: int = 3, rows: int | None = None) -> list[list]:
     return [
-        in_order(open_engine([role], stop, rows=rows, asked=kind).generate(PROMPTS, sampling))
+        in_order(open_engine([role], stop, rows=rows, settings=Rollout(engine=kind)).generate(PROMPTS, sampling))
         for kind in ("hf", "vllm")
     ]
 
@@ -223,18 +223,20 @@ def test_an_nf4_base_is_nf4_there_too(stand_in, tmp_path):
 
 
 def test_the_adapter_is_sampled_from_as_it_was_when_it_was_handed_over(stand_in, model):
-    engine = open_engine([Role(model, "reward")], 3, asked="vllm")
+    engine = open_engine([Role(model, "reward")], 3, settings=Rollout(engine="vllm"))
     before = in_order(engine.generate(PROMPTS, GREEDY))
     change(model, "reward", 7)
     assert in_order(engine.generate(PROMPTS, GREEDY)) == before
     engine.sync()
     after = in_order(engine.generate(PROMPTS, GREEDY))
     assert after != before
-    assert after == in_order(open_engine([Role(model, "reward")], 3, asked="hf").generate(PROMPTS, GREEDY))
+    assert after == in_order(
+        open_engine([Role(model, "reward")], 3, settings=Rollout(engine="hf")).generate(PROMPTS, GREEDY)
+    )
 
 
 def test_it_sleeps_outside_its_batches(stand_in, model):
-    engine = open_engine([Role(model, "reward")], 3, asked="vllm")
+    engine = open_engine([Role(model, "reward")], 3, settings=Rollout(engine="vllm"))
     made = engine.generate(PROMPTS * 4, replace(GREEDY, batch=1))
     next(made)
     (llm,) = stand_in.made
@@ -249,7 +251,7 @@ def test_rows_that_pad_the_head_are_never_drawn_and_too_many_are_refused(stand_i
     assert max(drawn) < 40
     monkeypatch.setattr(engine_file, "MOST_BIASED", 100)
     with pytest.raises(ModelError, match="220 rows of its head are not to be drawn, and vLLM leaves out 100 at most"):
-        open_engine([Role(model)], 3, rows=40, asked="vllm")
+        open_engine([Role(model)], 3, rows=40, settings=Rollout(engine="vllm"))
 
 
 def test_stop_strings_and_stop_ids_cut_as_hf_does(stand_in, model):
@@ -268,13 +270,17 @@ def test_a_seed_gives_the_same_samples_and_leaves_torchs_numbers_alone(stand_in,
     made = []
     for seed in (0, 0, 1):
         with seeded(seed, "rollout"):
-            made.append(in_order(open_engine([Role(model, "reward")], 3, asked="vllm").generate(PROMPTS, sampling)))
+            made.append(
+                in_order(
+                    open_engine([Role(model, "reward")], 3, settings=Rollout(engine="vllm")).generate(PROMPTS, sampling)
+                )
+            )
     assert made[0] == made[1] != made[2]
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_log_probabilities_are_asked_for_and_told(stand_in, model):
-    engine = open_engine([Role(model)], 3, asked="vllm")
+    engine = open_engine([Role(model)], 3, settings=Rollout(engine="vllm"))
     assert all(r.logprobs is None for r in in_order(engine.generate(PROMPTS, GREEDY)))
     for response in in_order(engine.generate(PROMPTS, replace(GREEDY, logprobs=True))):
         ids = torch.tensor([response.example.prompt + response.example.response])
@@ -288,7 +294,7 @@ def test_log_probabilities_are_asked_for_and_told(stand_in, model):
     "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA Error: out of memory at cumem.cpp:1")]
 )
 def test_out_of_memory_is_that_of_torch_and_the_next_batch_opens_another(stand_in, model, error):
-    engine = open_engine([Role(model, "reward")], 3, asked="vllm")
+    engine = open_engine([Role(model, "reward")], 3, settings=Rollout(engine="vllm"))
     first = in_order(engine.generate(PROMPTS, GREEDY))
     stand_in.fails.append(error)
     with pytest.raises(torch.OutOfMemoryError, match=r"2 responses of up to .* do not fit rollout.gpu_share 0.3"):
@@ -298,7 +304,7 @@ def test_out_of_memory_is_that_of_torch_and_the_next_batch_opens_another(stand_i
 
 
 def test_an_interrupt_in_a_batch_leaves_no_vllm_behind(stand_in, model):
-    engine = open_engine([Role(model, "reward")], 3, asked="vllm")
+    engine = open_engine([Role(model, "reward")], 3, settings=Rollout(engine="vllm"))
     stand_in.fails.append(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         in_order(engine.generate(PROMPTS, GREEDY))
@@ -312,12 +318,12 @@ def test_a_model_that_vllm_does_not_open_is_one_message(stand_in, model, monkeyp
 
     monkeypatch.setattr(LLM, "__post_init__", refuse)
     with pytest.raises(ModelError, match=r"vllm does not open .* with rollout.gpu_share 0.3: ValueError: Free memory"):
-        in_order(open_engine([Role(model)], 3, asked="vllm").generate(PROMPTS, GREEDY))
+        in_order(open_engine([Role(model)], 3, settings=Rollout(engine="vllm")).generate(PROMPTS, GREEDY))
 
 
 def test_vllm_is_told_of_expandable_segments_and_to_stay_in_this_process(stand_in, model, monkeypatch):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    in_order(open_engine([Role(model)], 3, asked="vllm").generate(PROMPTS, GREEDY))
+    in_order(open_engine([Role(model)], 3, settings=Rollout(engine="vllm")).generate(PROMPTS, GREEDY))
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
@@ -325,7 +331,7 @@ def test_vllm_is_told_of_expandable_segments_and_to_stay_in_this_process(stand_i
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_where_it_is_not_installed_nothing_is_trained_and_the_message_says_how(tiny, model, capsys):
     with pytest.raises(ModelError, match=r"vllm needs vllm, which is not installed: pip install 'lco-lite\[vllm\]'"):
-        open_engine([Role(model)], 3, asked="vllm")
+        open_engine([Role(model)], 3, settings=Rollout(engine="vllm"))
     assert "vllm-bnb-plugin" in str(engine_file.missing("nf4"))
     with pytest.raises((typer.Exit, UsageError)):
         run_stage(tiny, "sft", "rollout.engine=vllm")
@@ -354,7 +360,7 @@ def test_what_vllm_does_not_take_is_refused_in_the_recipe(tmp_path):
 def test_an_adapter_that_vllm_does_not_load_is_one_message(stand_in, model):
     stand_in.fails.append(ValueError("lm_head is not supported"))
     with pytest.raises(ModelError, match="rollout.engine: vllm: lm_head is not supported"):
-        in_order(open_engine([Role(model, "reward")], 3, asked="vllm").generate(PROMPTS, GREEDY))
+        in_order(open_engine([Role(model, "reward")], 3, settings=Rollout(engine="vllm")).generate(PROMPTS, GREEDY))
 
 
 @pytest.mark.skipif(
@@ -368,7 +374,7 @@ def test_vllm_itself_samples_from_the_adapter_that_was_handed_over(tmp_path, qua
     weights = Model(path=str(tmp_path / "m"), dtype="bfloat16", quantization=quantization)
     model = LanguageModel(load_base(weights, torch.device("cuda")), load_tokenizer(weights))
     model.add_adapter("policy", Lora(r=8), 0)
-    engine = open_engine([Role(model, "policy")], 3, asked="vllm", gpu_share=0.2)
+    engine = open_engine([Role(model, "policy")], 3, settings=Rollout(engine="vllm", gpu_share=0.2))
     try:
         for seed in (0, 1):
             change(model, "policy", seed)

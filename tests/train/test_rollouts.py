@@ -22,6 +22,7 @@ from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role
 from lco_lite.models.loading import open_tokenizer
 from lco_lite.recipe import Rl
+from lco_lite.recipe.sections import Rollout
 from lco_lite.rollout import paged
 from lco_lite.rollout.engine import Engine, Response, Sampling, open_engine
 from lco_lite.rollout.hf import HFEngine
@@ -348,7 +349,7 @@ def test_responses_that_were_kept_without_log_probabilities_still_load(tiny, tmp
 @pytest.mark.parametrize("where", ["cache", "pass"])
 def test_where_pages_or_a_pass_run_out_of_memory_smaller_batches_go_on(tiny, tmp_path, monkeypatch, where):
     model = load(save("llama", tmp_path / "m"))
-    engine = open_engine([Role(model)], 3, asked="paged")
+    engine = open_engine([Role(model)], 3, settings=Rollout(engine="paged"))
     real, slots = paged.run, []
 
     def out_of_memory(**kw):
