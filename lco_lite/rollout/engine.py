@@ -80,7 +80,7 @@ def open_engine(
     end: int,
     combine: Combine | None = None,
     rows: int | None = None,
-    settings: Rollout = Rollout(),  # noqa: B008, it cannot be changed
+    settings: Rollout = Rollout(),  # noqa: B008, nobody changes it
     say: Callable[[str], object] = lambda text: None,
 ) -> Engine:
     """Samples from one role, or from the distribution that ``combine`` makes of several.
