@@ -37,7 +37,7 @@ class Recipe(Section):
     residency: Literal["auto", "phase", "all"] = setting(
         "auto",
         "bases on the GPU: those of the phase, while the others lie in the host's memory; or all. auto: phase on a GPU",
-        "they never work together",
+        "the machine",
     )
     task: str | None = setting(None, "prompts, grader and held-out items; null: your data only", "none")
     model: Model
