@@ -23,7 +23,7 @@ from tests.test_plan import counted
 
 FOLDERS = [Path(path) for path in os.environ.get("LCO_LITE_REAL_MODELS", "").split(":") if path]
 NEW = 24  # tokens of a response: few, so that it hardly ends by itself
-TEXT = " ".join(["one two three four five six seven"] * 3)
+TEXT = " ".join(["one two three four five six seven"] * 10)
 
 
 def recipe_file(folder: Path, model: Path) -> Path:

@@ -54,13 +54,13 @@ class Held:
 
 
 class Record:
-    """A storage, in its memory."""
+    """A storage, in its memory: on a device its size is rounded as CUDA's allocator does."""
 
-    def __init__(self, held: Held, tag: Tag) -> None:
-        self.held, self.tag, self.size = held, tag, 0
+    def __init__(self, held: Held, tag: Tag, unit: int) -> None:
+        self.held, self.tag, self.unit, self.size = held, tag, unit, 0
 
     def resize(self, size: int) -> None:
-        size, before = -(-size // 512) * 512, self.size  # as CUDA's allocator rounds
+        size, before = -(-size // self.unit) * self.unit, self.size
         self.size = size
         self.held.change(size - before, self.tag)
 
@@ -108,7 +108,8 @@ class LiveBytes(TorchDispatchMode):
             return
         wide = tensor.dim() == 2 and tensor.shape[1] >= self.vocabulary > 0
         tag = LOSS if wide and self.tag.column == "activations" else self.tag
-        record = Record(self.here if tensor.device.type == self.device else self.host, tag)
+        is_here = tensor.device.type == self.device
+        record = Record(self.here, tag, 512) if is_here else Record(self.host, tag, 1)
         self._records[storage] = record
         weakref.finalize(storage, record.resize, 0)
         record.resize(storage.nbytes())

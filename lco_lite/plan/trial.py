@@ -186,11 +186,11 @@ class Trial:
         with self.live.tagged(Tag("activations", model)):
             self.live.restart()
             yield told
-        here = self.live.here.at_peak.copy()
+        here: dict[Tag, float] = dict(self.live.here.at_peak)
         for column, size in told.items():
-            here[Tag(column, model)] += size
-            here[Tag("activations", model)] -= size
-        self.moments.append(Moment(phase, dict(here), dict(self.live.host.at_peak)))
+            here[Tag(column, model)] = here.get(Tag(column, model), 0) + size
+            here[Tag("activations", model)] = here.get(Tag("activations", model), 0) - size
+        self.moments.append(Moment(phase, here, dict(self.live.host.at_peak)))
 
     def looks_at(self, *phases: str) -> bool:
         return self.only is None or self.only in phases
@@ -214,7 +214,7 @@ class Trial:
                 for p in masters:
                     where = "cpu" if pages and p.numel() >= PAGED_FROM else self.device
                     training.adamw.state[p] = {n: torch.empty(p.shape, dtype=torch.uint8, device=where) for n in "mv"}
-                training.adamw.step = lambda *a, **kw: None  # type: ignore[method-assign]
+                training.adamw.step = lambda *a, **kw: None  # type: ignore
         return training
 
     def train(self, phase: str, training: StageTraining, accumulate: Callable[[], Any]) -> None:

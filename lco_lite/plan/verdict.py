@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -50,18 +50,17 @@ def peaks(recipe: Recipe, stage: str, on_card: bool, prompt: int | None = None, 
         layers, of = (0, 0) if model is None else large.depths[model]
         return b + (b - a) / max(1, layers - (0 if model is None else small.depths[model][0])) * (of - layers)
 
-    def by_column(a: dict[Tag, float], b: dict[Tag, float]) -> Counter[str]:
-        columns = Counter[str]()
+    def by_column(a: dict[Tag, float], b: dict[Tag, float]) -> dict[str, float]:
+        columns = defaultdict[str, float](float)
         for tag in a | b:
             columns[tag.column] += line(a.get(tag, 0), b.get(tag, 0), tag.model)
         return columns
 
     found: dict[str, dict[str, float]] = {}
     for a, b in zip(small.moments, large.moments, strict=True):
-        columns = by_column(a.here, b.here)
-        held = {column: columns[column] for column in COLUMNS}
+        held = dict.fromkeys(COLUMNS, 0.0) | by_column(a.here, b.here)
         before = found.get(a.phase, held)
-        host = max(before.get("host", 0.0), by_column(a.host, b.host).total())
+        host = max(before.get("host", 0.0), sum(by_column(a.host, b.host).values()))
         larger = max(before, held, key=on_device)
         found[a.phase] = larger | {"host": host if on_card else 0.0}
     return Planned(found, line(small.numbers, large.numbers, large.trained), large.kept)
@@ -99,7 +98,7 @@ def _changes(recipe: Recipe, phase: str, on_card: bool) -> Iterator[tuple[dict[s
     while value > least:
         value = max(value // 2, least)
         yield {key: value} | more, value / now
-    for change, is_one in {
+    ways: dict[tuple[str, Any], bool] = {
         (f"{part}.gradient_checkpointing", True): trains and not weights.gradient_checkpointing,
         (f"{stage}.optimizer", "adamw_8bit"): trains and section.optimizer == "adamw",
         **{(f"{name}.quantization", "nf4"): True for name in plain},
@@ -108,9 +107,10 @@ def _changes(recipe: Recipe, phase: str, on_card: bool) -> Iterator[tuple[dict[s
         and weights.gradient_checkpointing != "offload",
         (f"{stage}.optimizer", "paged_adamw_8bit"): trains and on_card and not section.optimizer.startswith("paged"),
         ("reward_model.streaming", True): streams,
-    }.items():
+    }
+    for (name, setting), is_one in ways.items():
         if is_one:
-            more |= dict([change])
+            more[name] = setting
             yield dict(more), 1.0
     yield {key: least} | more, least / now
     half = {"rl.max_new_tokens": longest_response(recipe) // 2, "rl.max_length": recipe.rl.max_length // 2}
