@@ -201,7 +201,7 @@ def watched(stage: str, device: str) -> Iterator[dict[str, dict[str, float]]]:
             if live is None:
                 peak = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
             else:
-                peak = {"allocated": peak_of(live)}
+                peak = {"allocated": live.here.peak}
             before = found.get(name, {})
             found[name] = {key: max(float(value), before.get(key, 0.0)) for key, value in peak.items()}
             found[name]["seconds"] = time.perf_counter() - start
@@ -214,20 +214,15 @@ def watched(stage: str, device: str) -> Iterator[dict[str, dict[str, float]]]:
         Clock.__call__ = clock  # type: ignore[method-assign]
 
 
-def peak_of(live: LiveBytes) -> int:
-    return getattr(live, "here", live).peak
-
-
 def count_what_lives(live: LiveBytes) -> None:
     """Tensors that were made out of sight, as a loader's are."""
-    add = getattr(live, "add", None) or live._add
     for one in [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]:
-        add(one)
+        live.add(one)
         if (state := getattr(one, "quant_state", None)) is not None:
             nested = (state.state2.absmax, state.state2.code) if state.state2 else ()
             for held in (state.absmax, state.code, state.offset, *nested):
                 if held is not None:
-                    add(held)
+                    live.add(held)
     live.restart()
 
 
@@ -332,7 +327,7 @@ def longest(options: argparse.Namespace, folder: Path, console: Console) -> dict
             return None
         finally:
             base.zero_grad()
-        peak = peak_of(live) if live is not None else torch.cuda.max_memory_allocated()
+        peak = live.here.peak if live is not None else torch.cuda.max_memory_allocated()
         return {"bytes": peak, "seconds": time.perf_counter() - start} if peak <= limit else None
 
     for name, (loss, package) in CONTENDERS.items():
