@@ -77,8 +77,8 @@ BATCH |= dict.fromkeys(("φ check", "rl eval", "eval"), "eval.batch")
 def _changes(
     recipe: Recipe, phase: str, held: dict[str, float], on_card: bool
 ) -> Iterator[tuple[dict[str, Any], float]]:
-    """What could make a phase fit, the cheapest first, and the least that it could then hold: a smaller batch; one after
-    the other what costs time; all of it; at last half the length."""
+    """What could make a phase fit, the cheapest first, and the least that it could then hold: a smaller batch; one
+    after the other what costs time; all of it; at last half the length."""
     stage = {"sft": "sft", "train-rm": "train_rm"}.get(phase, "rl")
     key = BATCH.get(phase, f"{stage}.micro_batch_tokens")
     now: int = getattr(getattr(recipe, key.partition(".")[0]), key.partition(".")[2])
