@@ -74,58 +74,64 @@ BATCH = {"pair sampling": "rl.rollout_batch", "rl rollout": "rl.rollout_batch"}
 BATCH |= dict.fromkeys(("φ check", "rl eval", "eval"), "eval.batch")
 
 
-def _changes(recipe: Recipe, phase: str, on_card: bool) -> Iterator[tuple[dict[str, Any], float]]:
-    """What could make a phase fit, the cheapest first, and the share of the batch that is left: a smaller batch; then,
-    one after the other, what only costs time; all of it; at last half the length."""
+def _changes(
+    recipe: Recipe, phase: str, held: dict[str, float], on_card: bool
+) -> Iterator[tuple[dict[str, Any], float]]:
+    """What could make a phase fit, the cheapest first, and the least that it could then hold: a smaller batch; one
+    after the other what costs time; all of it; at last half the length."""
     stage = {"sft": "sft", "train-rm": "train_rm"}.get(phase, "rl")
     key = BATCH.get(phase, f"{stage}.micro_batch_tokens")
     now: int = getattr(getattr(recipe, key.partition(".")[0]), key.partition(".")[2])
     least = 1 if phase in BATCH else min(now, getattr(recipe, stage).max_length)
     own = recipe.reward_model if isinstance(recipe.reward_model, RewardModel) else None
-    part = "reward_model" if phase == "train-rm" and own is not None else "model"
-    trains, section, weights = phase not in BATCH, getattr(recipe, stage), own if part != "model" else recipe.model
+    part, weights = ("reward_model", own) if phase == "train-rm" and own is not None else ("model", recipe.model)
+    trains, section = phase not in BATCH, getattr(recipe, stage)
     assert weights is not None
-    plain = [
-        name
-        for name, base in (("model", recipe.model), ("reward_model", own))
-        if base is not None and base.quantization == "none" and base.lora is not None and recipe.model.init is None
-    ]
-    streams = on_card and own is not None and not own.streaming and phase in ("train-rm", "rl score")
-    value, more = now, dict[str, Any]()
+    left = {column: 1.0 for column in held if column != "host"}  # the share of each that could be left
+    more = dict[str, Any]()
+
+    def reached(batch: float = 1.0) -> float:
+        grows = ("activations", "cache", "loss", "kept")
+        return sum(held[column] * share * (batch if column in grows else 1) for column, share in left.items())
+
     if recipe.residency == "all" and own is not None and on_card and phase not in ("sft", "eval"):
-        more["residency"] = "phase"
-        yield dict(more), 1.0
+        more["residency"], left["weights"] = "phase", 0.0
+        yield dict(more), reached()
+    value = now
     while value > least:
         value = max(value // 2, least)
-        yield {key: value} | more, value / now
-    ways: dict[tuple[str, Any], bool] = {
-        (f"{part}.gradient_checkpointing", True): trains and not weights.gradient_checkpointing,
-        (f"{stage}.optimizer", "adamw_8bit"): trains and section.optimizer == "adamw",
-        **{(f"{name}.quantization", "nf4"): True for name in plain},
-        (f"{part}.gradient_checkpointing", "offload"): trains
-        and on_card
-        and weights.gradient_checkpointing != "offload",
-        (f"{stage}.optimizer", "paged_adamw_8bit"): trains and on_card and not section.optimizer.startswith("paged"),
-        ("reward_model.streaming", True): streams,
-    }
-    for (name, setting), is_one in ways.items():
+        yield {key: value} | more, reached(value / now)
+    ways: list[tuple[bool, str, Any, str, float]] = [
+        (trains and not weights.gradient_checkpointing, f"{part}.gradient_checkpointing", True, "activations", 0.0),
+        (trains and section.optimizer == "adamw", f"{stage}.optimizer", "adamw_8bit", "optimiser", 0.25),
+    ]
+    for name, base in (("model", recipe.model), ("reward_model", own)):
+        plain = base is not None and base.quantization == "none" and base.lora is not None
+        ways.append((plain and recipe.model.init is None, f"{name}.quantization", "nf4", "weights", 0.25))
+    if on_card:
+        offloads = trains and weights.gradient_checkpointing != "offload"
+        pages = trains and not section.optimizer.startswith("paged")
+        streams = own is not None and not own.streaming and phase in ("train-rm", "rl score")
+        ways.append((offloads, f"{part}.gradient_checkpointing", "offload", "activations", 0.0))
+        ways.append((pages, f"{stage}.optimizer", "paged_adamw_8bit", "optimiser", 0.0))
+        ways.append((streams, "reward_model.streaming", True, "weights", 0.0))
+    for is_one, name, setting, column, share in ways:
         if is_one:
-            more[name] = setting
-            yield dict(more), 1.0
-    yield {key: least} | more, least / now
+            more[name], left[column] = setting, min(left[column], share)
+            yield dict(more), reached()
+    yield {key: least} | more, reached(least / now)
     half = {"rl.max_new_tokens": longest_response(recipe) // 2, "rl.max_length": recipe.rl.max_length // 2}
     half |= {} if stage == "rl" else {f"{stage}.max_length": section.max_length // 2}
-    yield {key: least} | more | half, least / now / 2
+    yield {key: least} | more | half, reached(least / now / 2)
 
 
 def cheapest(
     recipe: Recipe, stage: str, phase: str, held: dict[str, float], room: float, on_card: bool, prompt: int | None
 ) -> str | None:
     """The first of ``_changes`` with which the phase fits, as --set."""
-    fixed = sum(held[column] for column in ("weights", "adapters", "optimiser"))
-    for change, share in _changes(recipe, phase, on_card):
-        if len(change) == 1 and share < 1 and fixed + (on_device(held) - fixed) * share > room:
-            continue  # not even if all else shrank with the batch
+    for change, least in _changes(recipe, phase, held, on_card):
+        if least > room:
+            continue
         sets = [f"{key}={str(value).lower()}" for key, value in change.items()]
         other = overridden(recipe.model_dump(mode="json"), sets, None, lambda text: None, "plan")
         if on_device(peaks(other, stage, on_card, prompt, phase).phases[phase]) <= room:
