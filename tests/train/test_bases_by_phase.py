@@ -122,7 +122,7 @@ def test_full_fine_tuning_by_phase_ends_in_the_same_bits(tiny):
 def test_the_rows_of_a_reward_model_are_known_before_it_is_loaded(tiny, tmp_path, family):
     base = save(family, tmp_path / "phi")
     with start(tiny, f"reward_model={{path: {base}, lora: {{r: 2}}}}") as ctx:
-        begun = weights.open_start(ctx) if ctx.run.stage("sft").is_done() else weights.open_sft(ctx)
+        begun = weights.open_sft(ctx)
         known = weights.rows_of_reward_model(ctx, begun)
         assert known == weights.open_untrained_reward_model(ctx, begun)[0].model.head.rows == 260
 
