@@ -218,7 +218,8 @@ def test_offloaded_checkpoints_lie_on_the_host_and_moments_in_8_bits_are_a_quart
     sets[0] = "reward_model.gradient_checkpointing=offload"
     there = on_card(two_bases, "rm", "train-rm", *sets, "train_rm.optimizer=adamw_8bit")
     tokens = 2 * 2 * (RESPONSE + 3)  # two pairs
-    assert there["host"] - here["host"] >= 4 * tokens * 64 * 2, "the input of each of four blocks, in 16 bits"
+    inputs = 4 * tokens * 64 * 2  # of each of four blocks, in 16 bits
+    assert there["host"] - here["host"] == pytest.approx(inputs, rel=0.1), "beside small tensors of the batch"
     moments = here["optimiser"] * 2 / 3  # of three numbers a weight one is its gradient
     assert there["optimiser"] == pytest.approx(here["optimiser"] - moments * 3 / 4, rel=0.02)
 

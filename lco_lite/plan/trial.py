@@ -224,8 +224,9 @@ class Trial:
         with self.moment(phase, self.trained) as told:
             accumulate()
             weights = {id(p): p for p in (*training.parameters.values(), *training.masters.values())}
-            told["optimiser"] = sum(p.grad.nbytes for p in weights.values() if p.grad is not None)
-        with self.moment(phase, self.trained):
+            told["optimiser"] = gradients = sum(p.grad.nbytes for p in weights.values() if p.grad is not None)
+        with self.moment(phase, self.trained) as told:
+            told["optimiser"] = gradients
             training.update()
 
 

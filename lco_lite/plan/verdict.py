@@ -77,52 +77,55 @@ BATCH |= dict.fromkeys(("φ check", "rl eval", "eval"), "eval.batch")
 def _changes(
     recipe: Recipe, phase: str, held: dict[str, float], on_card: bool
 ) -> Iterator[tuple[dict[str, Any], float]]:
-    """What could make a phase fit, the cheapest first, and the least that it could then hold: a smaller batch; one
-    after the other what costs time; all of it; at last half the length."""
+    """What could make a phase fit, the cheapest first, and the least that it could then hold: a smaller batch; what
+    costs time, one at a time, then one more each time; the smallest batch too; at last half the length."""
     stage = {"sft": "sft", "train-rm": "train_rm"}.get(phase, "rl")
     key = BATCH.get(phase, f"{stage}.micro_batch_tokens")
     now: int = getattr(getattr(recipe, key.partition(".")[0]), key.partition(".")[2])
     least = 1 if phase in BATCH else min(now, getattr(recipe, stage).max_length)
     own = recipe.reward_model if isinstance(recipe.reward_model, RewardModel) else None
     part, weights = ("reward_model", own) if phase == "train-rm" and own is not None else ("model", recipe.model)
-    trains, section = phase not in BATCH, getattr(recipe, stage)
+    grows, section = phase in ("sft", "train-rm", "rl update"), getattr(recipe, stage)
+    states = phase not in BATCH
     assert weights is not None
     left = {column: 1.0 for column in held if column != "host"}  # the share of each that could be left
     more = dict[str, Any]()
 
-    def reached(batch: float = 1.0) -> float:
-        grows = ("activations", "cache", "loss", "kept")
-        return sum(held[column] * share * (batch if column in grows else 1) for column, share in left.items())
+    def reached(left: dict[str, float], batch: float = 1.0) -> float:
+        of_batch = ("activations", "cache", "loss", "kept")
+        return sum(held[column] * share * (batch if column in of_batch else 1) for column, share in left.items())
 
     if recipe.residency == "all" and own is not None and on_card and phase not in ("sft", "eval"):
         more["residency"], left["weights"] = "phase", 0.0
-        yield dict(more), reached()
+        yield dict(more), reached(left)
     value = now
     while value > least:
         value = max(value // 2, least)
-        yield {key: value} | more, reached(value / now)
+        yield {key: value} | more, reached(left, value / now)
     ways: list[tuple[bool, str, Any, str, float]] = [
-        (trains and not weights.gradient_checkpointing, f"{part}.gradient_checkpointing", True, "activations", 0.0),
-        (trains and section.optimizer == "adamw", f"{stage}.optimizer", "adamw_8bit", "optimiser", 0.25),
+        (grows and not weights.gradient_checkpointing, f"{part}.gradient_checkpointing", True, "activations", 0.0),
+        (states and section.optimizer == "adamw", f"{stage}.optimizer", "adamw_8bit", "optimiser", 0.25),
     ]
     for name, base in (("model", recipe.model), ("reward_model", own)):
         plain = base is not None and base.quantization == "none" and base.lora is not None
         ways.append((plain and recipe.model.init is None, f"{name}.quantization", "nf4", "weights", 0.25))
     if on_card:
-        offloads = trains and weights.gradient_checkpointing != "offload"
-        pages = trains and not section.optimizer.startswith("paged")
+        offloads = grows and weights.gradient_checkpointing != "offload"
+        pages = states and not section.optimizer.startswith("paged")
         streams = own is not None and not own.streaming and phase in ("train-rm", "rl score")
         ways.append((offloads, f"{part}.gradient_checkpointing", "offload", "activations", 0.0))
         ways.append((pages, f"{stage}.optimizer", "paged_adamw_8bit", "optimiser", 0.0))
         ways.append((streams, "reward_model.streaming", True, "weights", 0.0))
-    for is_one, name, setting, column, share in ways:
-        if is_one:
-            more[name], left[column] = setting, min(left[column], share)
-            yield dict(more), reached()
-    yield {key: least} | more, reached(least / now)
+    open_ways = [way for is_one, *way in ways if is_one]
+    for name, setting, column, share in open_ways:
+        yield more | {name: setting}, reached(left | {column: min(left[column], share)})
+    for name, setting, column, share in open_ways:
+        more[name], left[column] = setting, min(left[column], share)
+        yield dict(more), reached(left)
+    yield {key: least} | more, reached(left, least / now)
     half = {"rl.max_new_tokens": longest_response(recipe) // 2, "rl.max_length": recipe.rl.max_length // 2}
     half |= {} if stage == "rl" else {f"{stage}.max_length": section.max_length // 2}
-    yield {key: least} | more | half, reached(least / now / 2)
+    yield {key: least} | more | half, reached(left, least / now / 2)
 
 
 def cheapest(
