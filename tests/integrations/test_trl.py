@@ -114,7 +114,7 @@ def ours_of(model: Any) -> LanguageModel:
 
 def our_gradients(models: Models, parameters: Any, **rl: Any) -> tuple[float, dict[str, torch.Tensor]]:
     """What our trainer's score and accumulate give on the same responses, in two micro-batches."""
-    phase = Phase([], 8, [Response(e, True) for e in EXAMPLES], None, [0.0] * 8, [False] * 8, 8)
+    phase = Phase([], 8, [Response(e, True) for e in EXAMPLES], None, {}, [False] * 8, 8)
     settings = Rl(**rl)
     (minibatch,) = score(models, phase, [[[0, 1, 2, 3, 4], [5, 6, 7]]], settings)
     report = ours.Report(phase, settings)
