@@ -31,9 +31,7 @@ from lco_lite.plan.counting import CARD, LiveBytes, Tag, standing_in
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Training, Weights
 from lco_lite.run import Run, StageFolder
-from lco_lite.train.training import StageTraining
-
-PAGED_FROM = 100_000  # numbers of a weight whose moments bitsandbytes pages out; smaller ones stay on the card
+from lco_lite.train.training import SMALLEST_PAGED, StageTraining
 
 
 class Shapes(LanguageModel):
@@ -212,7 +210,7 @@ class Trial:
             else:  # in 8 bits, and its kernels work in place
                 pages = self.on_card and settings.optimizer.startswith("paged")
                 for p in masters:
-                    where = "cpu" if pages and p.numel() >= PAGED_FROM else self.device
+                    where = "cpu" if pages and p.numel() >= SMALLEST_PAGED else self.device
                     training.adamw.state[p] = {n: torch.empty(p.shape, dtype=torch.uint8, device=where) for n in "mv"}
                 training.adamw.step = lambda *a, **kw: None  # type: ignore
         return training

@@ -26,6 +26,7 @@ from lco_lite.sequences import halved, seeded
 
 Sized = TypeVar("Sized", bound=Any)
 Made = TypeVar("Made")
+SMALLEST_PAGED = 100_000  # numbers of a weight whose moments bitsandbytes pages out; smaller ones stay on the device
 SMALLEST_8BIT = 4096  # numbers of a weight whose moments are in 8 bits; bitsandbytes' default
 
 
@@ -148,17 +149,12 @@ class StageTraining:
 
     def states_to_come(self) -> list[Tensor]:
         """Of the size of the moments that the first update will make on the device; none once they are there."""
-        if self.adamw.state or self.settings.optimizer.startswith("paged"):
+        if self.adamw.state:
             return []
-        kinds = [
-            (p, 8 if self.settings.optimizer == "adamw_8bit" and p.numel() >= SMALLEST_8BIT else 32)
-            for p in self.masters.values()
-        ]
-        return [
-            torch.empty_like(p, dtype=torch.uint8 if bits == 8 else torch.float32)
-            for p, bits in kinds
-            for _ in range(2)
-        ]
+        pages, short = (word in self.settings.optimizer for word in ("paged", "8bit"))
+        there = [p for p in self.masters.values() if not pages or p.numel() < SMALLEST_PAGED]
+        kinds = [(p, torch.uint8 if short and p.numel() >= SMALLEST_8BIT else torch.float32) for p in there]
+        return [torch.empty_like(p, dtype=dtype) for p, dtype in kinds for _ in range(2)]
 
     def let_go(self) -> None:
         """The weights are saved: the optimiser's states, masters and gradients make room for what follows."""
