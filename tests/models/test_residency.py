@@ -196,7 +196,7 @@ def test_a_parked_base_is_gone_from_the_device_but_for_its_head_and_adapters(fol
             Role(model, "policy").hidden(collate(EXAMPLES, 0))
             gc.collect()
             assert all(on_device(model)) and not any(on_device(other))
-            now.append(live.now)
+            now.append(live.here.now)
     assert now[2] - now[1] == first.frozen.size - second.frozen.size == now[2] - now[3] > 0
     with pytest.raises(RuntimeError):
         first.base(input_ids=torch.tensor([[1, 2]]))  # nobody asked for it: an error, no wrong numbers
