@@ -23,23 +23,26 @@ from tests.test_plan import counted
 
 FOLDERS = [Path(path) for path in os.environ.get("LCO_LITE_REAL_MODELS", "").split(":") if path]
 NEW = 24  # tokens of a response: few, so that it hardly ends by itself
-TEXT = " ".join(["one two three four five six seven"] * 10)
+TEXT = "one two three four five six seven "
 
 
 def recipe_file(folder: Path, model: Path) -> Path:
-    """All sequences of a kind have one length, the recipe's limit: they differ in a digit."""
-    chat = ChatFormat(load_tokenizer(Weights(path=str(model))), {})
-    asked = [[{"role": "user", "content": f"Write a long story about {i}."}] for i in range(8)]
-    length, prompt = len(chat.example(asked[0], TEXT)), len(chat.prompt(asked[0]))
+    """Sequences are as long as the recipe lets in, every other one a word shorter, so that there is a mask."""
+    tokenizer = load_tokenizer(Weights(path=str(model)))
+    chat = ChatFormat(tokenizer, {})
+    asked = [[{"role": "user", "content": f"Write a long story about {i}" + i % 2 * " now"}] for i in range(8)]
+    fits = (n for n in range(10, 0, -1) if len(chat.example(asked[1], TEXT * n)) <= tokenizer.model_max_length)
+    text = TEXT * next(fits)
+    length, prompt = len(chat.example(asked[1], text)), len(chat.prompt(asked[1]))
     rows: dict[str, list[Any]] = {
-        "demonstrations": [{"prompt": a[0]["content"], "response": TEXT} for a in asked],
-        "preferences": [{"prompt": a[0]["content"], "chosen": TEXT, "rejected": TEXT} for a in asked],
+        "demonstrations": [{"prompt": a[0]["content"], "response": text} for a in asked],
+        "preferences": [{"prompt": a[0]["content"], "chosen": text, "rejected": text} for i, a in enumerate(asked)],
         "prompts": [{"prompt": a[0]["content"]} for a in asked],
     }
     for name, some in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     stage = {"batch_size": 4, "micro_batch_tokens": 2 * length, "max_length": length, "max_steps": 2}
-    rl = {"steps": 1, "prompts_per_step": 8, "minibatch": 4, "rollout_batch": 8, "eval_every": 0, "inner_epochs": 2}
+    rl = {"steps": 2, "prompts_per_step": 8, "minibatch": 4, "rollout_batch": 8, "eval_every": 0, "inner_epochs": 2}
     rl |= {"max_new_tokens": NEW, "max_length": prompt + NEW, "micro_batch_tokens": 2 * (prompt + NEW), "top_p": 1.0}
     recipe = {"name": "real", "device": "cpu", "reward_model": "self", "sft": stage, "rl": rl | {"temperature": 1.0}}
     recipe["train_rm"] = stage | {"held_out": 0.0, "micro_batch_tokens": 4 * length}
