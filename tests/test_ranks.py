@@ -42,7 +42,7 @@ import os
 def reward(prompts, responses, rows):
     with open(os.path.join(os.path.dirname(__file__), "asked"), "a") as file:
         file.write("x" * len(responses))
-    dead = [sum(map(ord, p[-1]["content"])) % 4 > 0 for p in prompts]
+    dead = [sum(map(ord, p)) % 4 > 0 for p in prompts]
     return [0.3 if d else (7 * sum(map(ord, r)) + 1) % 11 / 3 for d, r in zip(dead, responses)]
 def fails(prompts, responses, rows):
     raise ValueError("no idea")

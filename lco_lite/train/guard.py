@@ -43,7 +43,7 @@ LOSS_FALL, LOSS_PARTS = 0.01, 10
 
 WATCHED = ("entropy", "accuracy", "reward", "mean_response_tokens", "truncated", "repeated", "grad_norm", "kl_to_old")
 _WORSE = "the policy gets worse. Lower rl.lr or raise rl.beta."
-_ADAPTER = "an adapter bears ten times the learning rate of full fine-tuning (TRL's guide, LoRA Without Regret)"
+_ADAPTER = "an adapter bears ten times the learning rate of full fine-tuning: TRL's guide, LoRA Without Regret"
 
 
 @dataclass(frozen=True)
