@@ -151,7 +151,7 @@ def _idle(history: Mapping[str, list[float]], all_dead: bool) -> dict[str, str]:
         known = history["accuracy"]
         prompts = "harder or easier" if not known else "harder" if known[-1] >= 0.5 else "easier"
         signs["groups dead"] = (
-            "every group is dead: all responses to a prompt have the same reward, and nothing was learned from them. "
+            "every group is dead: all responses to a prompt have the same reward, and it teaches nothing. "
             f"Take {prompts} prompts, a higher rl.temperature or more rl.responses_per_prompt; where some groups are "
             "alive now and then, rl.dynamic_sampling: true."
         )
