@@ -74,7 +74,7 @@ def result(recipe: str, runs: Path, seed: int, objective: str, lr: float | None,
         rows = read_log(ctx.run.stage(stage).metrics)
         seconds = sum(row["seconds"][phase] for row in rows for phase in ("rollout", "score", "update"))
         made = {"before": before, "after": after, "samples": rows[-1]["samples_seen"], "seconds": seconds}
-        made |= {"lr": ctx.recipe.rl.lr, "grad_norm": max(row["grad_norm"] for row in rows)}
+        made |= {"lr": ctx.recipe.rl.lr, "grad_norm": max(row.get("grad_norm", 0.0) for row in rows)}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, made)
     return made

@@ -27,6 +27,8 @@ from lco_lite.metrics import peak_mib
 SHOWN: tuple[tuple[str, str, str], ...] = (
     ("loss", "loss", ".4f"),
     ("reward", "reward", ".3f"),
+    ("dead_groups", "dead groups", ".2f"),
+    ("skipped_updates", "skipped", "d"),
     ("accuracy", "accuracy", ".3f"),
     ("eval", "held-out", ".3f"),
     ("grad_norm", "grad", ".3g"),

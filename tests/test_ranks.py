@@ -42,7 +42,8 @@ import os
 def reward(prompts, responses, rows):
     with open(os.path.join(os.path.dirname(__file__), "asked"), "a") as file:
         file.write("x" * len(responses))
-    return [(7 * sum(map(ord, r)) + len(p)) % 11 / 3 for p, r in zip(prompts, responses)]
+    dead = [sum(map(ord, p)) % 4 > 0 for p in prompts]
+    return [0.3 if d else (7 * sum(map(ord, r)) + 1) % 11 / 3 for d, r in zip(dead, responses)]
 def fails(prompts, responses, rows):
     raise ValueError("no idea")
 """
@@ -125,6 +126,10 @@ def test_on_the_same_rollouts_every_kind_of_method_has_the_gradient_of_one_proce
         first = [len([r for r in read_log(both / "updates.jsonl") if r["step"] == 1])] * 2
         one = norms(base.parent / "runs" / f"one-{name}" / stage)[: first[0]]
         assert all(one) and norms(both)[: first[0]] == pytest.approx(one, rel=1e-5), name
+        if name == "grpo":
+            logs = [read_log(base.parent / "runs" / f"{n}-grpo" / stage / "metrics.jsonl") for n in ("one", "two")]
+            skipped = [log[0]["skipped_updates"] for log in logs]
+            assert skipped[0] == skipped[1] > 0, "they agree which updates have no signal"
     assert (base.parent / "asked").read_text() == "x" * (16 + 8), "of the second steps, each response once"
     rows_of_both = base.parent / "runs" / "two-grpo" / "eval" / "arithmetic--sft.rows.jsonl"
     assert rows_of_both.read_text() == scored(base, "one-grpo"), "a score is the same"

@@ -15,17 +15,18 @@ GROUP_STD_EPS = 1e-4  # TRL 1.16, GRPO
 
 def subtract_baseline(rewards: Tensor, baseline: str, group: int) -> Tensor:
     """[N] -> [N]. ``none``; ``batch``: minus the mean of all; ``group``: minus the mean of its G;
-    ``leave_one_out``: minus the mean of the other G - 1 (RLOO)."""
+    ``leave_one_out``: minus the mean of the other G - 1 (RLOO). Equal rewards give exactly 0: a mean is rounded, and
+    AdamW makes a whole step of what is left."""
     if baseline == "none":
         return rewards
     if baseline == "batch":
-        return rewards - rewards.mean()
-    grouped = rewards.view(-1, group)
+        return (rewards - rewards.mean()) * live_groups(rewards, len(rewards))
+    grouped, live = rewards.view(-1, group), live_groups(rewards, group)[:, None]
     if baseline == "group":
-        return (grouped - grouped.mean(1, keepdim=True)).flatten()
+        return ((grouped - grouped.mean(1, keepdim=True)) * live).flatten()
     if baseline == "leave_one_out":
         others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)
-        return (grouped - others).flatten()
+        return ((grouped - others) * live).flatten()
     raise ValueError(f"baseline is none, batch, group or leave_one_out, got {baseline!r}")
 
 

@@ -217,6 +217,8 @@ def whole(b: PolicyBatch) -> Tensor:
 
 POLICY_GRADIENTS = {f.__name__: f for f in (reinforce, ppo, rloo, grpo, dapo, gspo, dr_grpo, cispo, dppo)}
 POLICY_GRADIENTS |= {f.__name__: f for f in (raft, dro, pmd, rebel, tpo)}
+# those whose gradient is exactly 0 where every A is: A (raft: A > 0) multiplies it, and nothing else is in the loss
+ADVANTAGE_ONLY = ("reinforce", "rloo", "grpo", "dapo", "gspo", "dr_grpo", "cispo", "dppo", "raft")
 
 
 class ValueHead(nn.Module):

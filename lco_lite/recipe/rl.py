@@ -266,7 +266,9 @@ class Rl(Training):
     save_every: int = setting(1, "steps between checkpoints", "a phase is minutes of work", ge=1)
     eval_every: int = setting(1, "steps between held-out evaluations; 0: none", "one a phase", ge=0)
     eval_items: int = setting(256, "held-out items of such an evaluation", "std error 0.03", ge=1)
-    guard: Literal["warn", "stop", "off"] = setting("warn", "on collapse of entropy, reward or length", "stop: exit 4")
+    guard: Literal["warn", "stop", "off"] = setting(
+        "warn", "on a collapse, and where nothing is learned", "stop: exit 4 on a collapse"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -337,6 +339,12 @@ class Rl(Training):
     @property
     def is_mixed(self) -> bool:
         return self.is_dense and bool(self.reward_parts)
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether a reward counts only by how it differs from those of the other responses to its prompt."""
+        grouped = self.baseline in ("group", "leave_one_out") or self.objective in COMPARISONS
+        return grouped and bool(self.reward_parts) and not self.is_dense and self.objective != "ppo"
 
     @property
     def eps(self) -> float:

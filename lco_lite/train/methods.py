@@ -26,7 +26,15 @@ from lco_lite.objectives.distillation import Teacher, jsd_loss, minillm, mixture
 from lco_lite.objectives.head import Head
 from lco_lite.objectives.lco import lco_loss
 from lco_lite.objectives.logprobs import sampled_from, token_logprobs
-from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, Correction, PolicyBatch, ValueHead, value_loss
+from lco_lite.objectives.policy_gradient import (
+    ADVANTAGE_ONLY,
+    POLICY_GRADIENTS,
+    Clip,
+    Correction,
+    PolicyBatch,
+    ValueHead,
+    value_loss,
+)
 from lco_lite.objectives.targets import DenseTarget, MixedTarget, SparseTarget, Target
 from lco_lite.recipe import Rl
 from lco_lite.sequences import Batch, collate, micro_batches
@@ -170,6 +178,17 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
             scored[i] = method.feedback(models, micro, rl).to("cpu")
     rest = iter(scored if method.compare is None else method.compare(models, phase, scored, rl))
     return [[next(rest) for places in ranks.share(minibatch) if places] for minibatch in plan]
+
+
+def has_gradient(minibatch: Sequence[MicroBatch], rl: Rl) -> bool:
+    """False where the gradient of its loss, of this rank's share of it, is exactly 0 whatever the policy has become.
+
+    LCO and the other regressions pull back to their target, PPO's critic learns, a teacher is no advantage, and of a
+    user's loss nothing is known: those always have one.
+    """
+    if rl.objective not in ADVANTAGE_ONLY:
+        return True
+    return any(bool((m.advantages > 0 if rl.objective == "raft" else m.advantages != 0).any()) for m in minibatch)
 
 
 # LCO

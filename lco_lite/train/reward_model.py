@@ -30,6 +30,7 @@ from lco_lite.data.prompts import (
 from lco_lite.errors import DataError, Interrupted
 from lco_lite.evaluation.evaluate import held_out_accuracy
 from lco_lite.files import JsonLines, read_jsonl, remove, write_text
+from lco_lite.metrics import read_log
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role, together
 from lco_lite.objectives.logprobs import ChosenRejected, dpo_loss, token_logprobs
@@ -38,6 +39,7 @@ from lco_lite.rollout.engine import Response, Sampling, open_engine
 from lco_lite.run import StageFolder
 from lco_lite.sequences import Example, collate, endless, own_micro_batches
 from lco_lite.tasks.base import Item, Task
+from lco_lite.train.guard import reward_model_stands
 from lco_lite.train.rollouts import sample
 from lco_lite.train.training import StageTraining, fitting
 
@@ -81,6 +83,9 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
             accuracy = measured["accuracy"]
         ctx.console.note(f"implicit reward: {accuracy:.3f} of {len(held)} held-out pairs are in the right order")
         result |= {"pair_accuracy": accuracy, "held_out_pairs": len(held)}
+    told = reward_model_stands([row["margin"] for row in read_log(stage.metrics)], result.get("pair_accuracy"))
+    if told and recipe.rl.guard != "off":
+        ctx.console.warn(told)
     stage.finish(result | score_as_policy(ctx, start, reward_model, chat))
 
 

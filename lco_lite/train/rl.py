@@ -22,14 +22,14 @@ from lco_lite.feedback.advantages import live_groups
 from lco_lite.metrics import JsonLog, read_log
 from lco_lite.models.chat import ChatFormat
 from lco_lite.objectives.logprobs import kl_divergence
-from lco_lite.objectives.policy_gradient import ValueHead
+from lco_lite.objectives.policy_gradient import ADVANTAGE_ONLY, ValueHead
 from lco_lite.recipe import Rl
 from lco_lite.rollout.engine import Engine, Response, engine_for, open_engine
 from lco_lite.rollout.lockstep import mixture
 from lco_lite.run import StageFolder
 from lco_lite.sequences import Example
-from lco_lite.train.guard import Guard
-from lco_lite.train.methods import MicroBatch, Models, Seen, method_of, score
+from lco_lite.train.guard import Guard, ends_in_loop
+from lco_lite.train.methods import MicroBatch, Models, Seen, has_gradient, method_of, score
 from lco_lite.train.rollouts import Phase, Rollouts, order_of_updates, plan_minibatches
 from lco_lite.train.training import StageTraining
 
@@ -52,7 +52,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
     with training:
         samples, update_log = training.log(stage.samples, JsonLog), training.log(stage.path / "updates.jsonl")
         history = read_log(stage.metrics)
-        guard = Guard(policy.model.head.rows)
+        guard = Guard(policy.model.head.rows, rl.eval_items, rl.compares_groups)
         for before in history:
             guard.check(before)
         longest = [Example(max(rollouts.ids, key=len), [chat.end] * rollouts.sampling.max_new_tokens)] * rl.minibatch
@@ -66,7 +66,10 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                 in_plan = partial(score_in_plan, models, phase, rl, recipe.seed, step)
                 # A and z* stand still until the next step
                 minibatches = training.within_memory(in_plan, lengths, group=rl.unit)
+                live = [any(of) for of in zip(*ranks.gather([has_gradient(m, rl) for m in minibatches]), strict=True)]
             report, order = Report(phase, rl), list(order_of_updates(len(minibatches), rl, recipe.seed, step))
+            report.skipped = sum(not live[which] for which in order)  # AdamW would move by its momentum alone
+            order = [which for which in order if live[which]]
             training.expect(len(order))
             with ctx.clock("update"), policy.model.training_mode():
                 for which in order:
@@ -75,9 +78,10 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                     training.within_memory(accumulate, lengths, models, rl, report, minibatch, group=rl.unit)
                     update_log.write({"step": step + 1, **report.update(training.update())})
                     training.line.update(step, **report.updates[-1])
-            with ctx.clock("score"):
-                kl = training.within_memory(kl_to_old, lengths, models, rl, minibatch, group=rl.unit)
-                report.kl_to_old = ranks.total(kl)
+            if order:
+                with ctx.clock("score"):
+                    kl = training.within_memory(kl_to_old, lengths, models, rl, minibatch, group=rl.unit)
+                    report.kl_to_old = ranks.total(kl)
             if rl.eval_every and (step + 1) % rl.eval_every == 0:
                 report.eval = evaluate(ctx, models, rollouts)
             metrics = report.metrics(ctx.clock.seconds, history[-1]["samples_seen"] if history else 0)
@@ -168,6 +172,7 @@ class Report:
     def __init__(self, phase: Phase, rl: Rl) -> None:
         self.phase, self.rl = phase, rl
         self.updates: list[dict[str, float]] = []
+        self.skipped = 0
         self.kl_to_old: float | None = None
         self.eval: float | None = None
         self.begin()
@@ -206,13 +211,18 @@ class Report:
         phase, group, scores = self.phase, self.rl.responses_per_prompt, self.phase.scores(self.rl)
         names = dict.fromkeys(name for update in self.updates for name in update)
         metrics: dict[str, Any] = {n: fmean(u[n] for u in self.updates if n in u) for n in names if n != "update"}
-        metrics |= {"lr": self.updates[-1]["lr"], "kl_to_old": self.kl_to_old}
+        if self.updates:
+            metrics |= {"lr": self.updates[-1]["lr"], "kl_to_old": self.kl_to_old}
+        if self.rl.objective in ADVANTAGE_ONLY:
+            metrics["skipped_updates"] = self.skipped
         metrics["response_tokens"] = sum(len(example.response) for example in phase.examples)
         own = ~torch.tensor(phase.shown)
         if own.any():
             sampled = [response for response, shown in zip(phase.responses, phase.shown, strict=True) if not shown]
             metrics["mean_response_tokens"] = fmean(len(response.example.response) for response in sampled)
             metrics["truncated"] = fmean(response.truncated for response in sampled)
+            texts = [r.example.response if r.truncated else r.example.response[:-1] for r in sampled]  # without an end
+            metrics["repeated"] = fmean(map(ends_in_loop, texts))
             if scores is not None:
                 metrics["reward"] = scores[own].mean().item()
                 if group > 1:

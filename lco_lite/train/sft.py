@@ -11,11 +11,13 @@ from functools import partial
 from lco_lite import ranks, weights
 from lco_lite.context import Context
 from lco_lite.data.prompts import recipe_task, sft_examples
+from lco_lite.metrics import read_log
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role
 from lco_lite.objectives.logprobs import token_logprobs
 from lco_lite.run import StageFolder
 from lco_lite.sequences import Example, collate, endless, own_micro_batches
+from lco_lite.train.guard import sft_stands
 from lco_lite.train.training import StageTraining, fitting
 
 
@@ -40,6 +42,9 @@ def train_sft(ctx: Context, stage: StageFolder) -> None:
                 metrics |= training.update()
             training.keep(step, metrics)
     weights.save(policy, stage, training.masters)
+    told = sft_stands([row["loss"] for row in read_log(stage.metrics)])
+    if told and recipe.rl.guard != "off":
+        ctx.console.warn(told)
     stage.finish({"updates": updates, "examples": len(examples)})
 
 

@@ -23,6 +23,7 @@ from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe.sections import Training
 from lco_lite.run import StageFolder
 from lco_lite.sequences import halved, seeded
+from lco_lite.train.guard import Warned
 
 Sized = TypeVar("Sized", bound=Any)
 Made = TypeVar("Made")
@@ -168,8 +169,8 @@ class StageTraining:
         return range(self.done, self.steps_planned)
 
     def expect(self, updates: int) -> None:
-        """This step makes ``updates``, fewer than planned where dynamic sampling found less: the schedule still ends
-        with the last update of all."""
+        """This step makes ``updates``, fewer than planned where dynamic sampling found less or some have no signal:
+        the schedule still ends with the last update of all."""
         left = self.steps_planned - self.done - 1
         self.updates_planned = self.updates + updates + left * self.updates_a_step
 
@@ -206,7 +207,7 @@ class StageTraining:
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
-    def keep(self, step: int, metrics: dict[str, Any], warnings: Sequence[str] = ()) -> None:
+    def keep(self, step: int, metrics: dict[str, Any], warnings: Sequence[Warned] = ()) -> None:
         """``step`` is done: writes and shows its metrics, says what the guard saw, saves where it is time, and leaves
         where the user, or ``rl.guard: stop``, asks for it."""
         self.done, self.inside_step = step + 1, False
@@ -214,12 +215,12 @@ class StageTraining:
         self.line.update(step + 1, **metrics)
         warnings = ranks.from_main(warnings)  # all stop, or none
         for warning in warnings:
-            self.ctx.console.warn(f"step {step + 1}: {warning}")
-        stopped_by_guard = bool(warnings) and self.ctx.recipe.rl.guard == "stop"
-        if (step + 1) % self.settings.save_every == 0 or stopped_by_guard:
+            self.ctx.console.warn(f"step {step + 1}: {warning.text}")
+        collapses = [warning.text for warning in warnings if warning.stops and self.ctx.recipe.rl.guard == "stop"]
+        if (step + 1) % self.settings.save_every == 0 or collapses:
             self.save()
-        if stopped_by_guard:
-            raise Diverged(f"stopped by rl.guard: stop after step {step + 1}: {warnings[0]}")
+        if collapses:
+            raise Diverged(f"stopped by rl.guard: stop after step {step + 1}: {collapses[0]}")
         self.stop_if_asked()
 
     def save(self) -> None:

@@ -82,3 +82,13 @@ def test_whitening_gives_mean_0_and_deviation_1():
 def test_the_overlong_penalty_falls_from_0_to_minus_1_over_the_buffer():
     lengths = torch.tensor([10.0, 80.0, 90.0, 100.0])
     assert overlong_penalty(lengths, 100, 20).tolist() == pytest.approx([0, 0, -0.5, -1])
+
+
+@given(st.floats(-100, 100, width=32), st.integers(2, 9), st.integers(1, 4))
+def test_equal_rewards_give_exactly_0_and_leave_other_groups_alone(reward, group, others):
+    equal, live = torch.full((group,), reward), torch.arange(float(group * others))
+    assert not subtract_baseline(equal, "batch", group).any()
+    for baseline in ("group", "leave_one_out"):
+        both = subtract_baseline(torch.cat([equal, live]), baseline, group)
+        assert not both[:group].any()
+        assert torch.equal(both[group:], subtract_baseline(live, baseline, group)) and both[group:].any()

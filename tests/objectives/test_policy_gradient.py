@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lco_lite.objectives import reference
-from lco_lite.objectives.policy_gradient import POLICY_GRADIENTS, Clip, Correction, PolicyBatch, ValueHead, value_loss
+from lco_lite.objectives.policy_gradient import (
+    ADVANTAGE_ONLY,
+    POLICY_GRADIENTS,
+    Clip,
+    Correction,
+    PolicyBatch,
+    ValueHead,
+    value_loss,
+)
 from lco_lite.recipe.rl import COMPARISONS, REGRESSIONS
 
 LENGTHS = [3, 1, 4, 2]
@@ -327,3 +335,18 @@ def test_the_value_loss_takes_the_worse_of_free_and_clipped():
     values, old, returns = torch.tensor([1.0, 0.1]), torch.zeros(2), torch.ones(2)
     expected = 0.5 * (max((1 - 1) ** 2, (0.2 - 1) ** 2) + (0.1 - 1) ** 2) / 2
     assert value_loss(values, old, returns, 0.2, 2).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", POLICY_GRADIENTS)
+@pytest.mark.parametrize("kind", [None, "truncate", "mask"])
+def test_without_an_advantage_the_gradient_is_exactly_0_for_those_that_say_so_and_not_for_regressions(name, kind):
+    new, old, advantages = case(seed=3)
+    held, log_w = kind and Correction(kind, 2.0, 0.5, 2.0), torch.linspace(-1, 1, len(ROWS), dtype=torch.float64)
+    none = -advantages.abs() if name == "raft" else torch.zeros_like(advantages)
+    batch = PolicyBatch(new, old, none, ROWS, len(ROWS), len(LENGTHS), log_w=log_w, correction=held)
+    batch = replace(batch, groups=PROMPTS[ROWS], beta=BETA, limit=LIMIT)
+    (gradient,) = torch.autograd.grad(POLICY_GRADIENTS[name](batch, CLIP)[0], new)
+    if name in ADVANTAGE_ONLY:
+        assert not gradient.any()
+    else:
+        assert gradient.any() == (name != "ppo"), "ppo's critic learns"

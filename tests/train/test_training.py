@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lco_lite import weights
 from lco_lite.console import Console
 from lco_lite.context import Context
 from lco_lite.data.prompts import recipe_task
-from lco_lite.errors import UsageError
+from lco_lite.errors import Diverged, UsageError
 from lco_lite.evaluation.evaluate import evaluate_stage
 from lco_lite.metrics import read_log
 from lco_lite.objectives.head import Head
@@ -24,6 +25,7 @@ from lco_lite.recipe.file import load_recipe
 from lco_lite.recipe.sections import Lora, TrainRm
 from lco_lite.run import Run
 from lco_lite.train import methods
+from lco_lite.train.guard import Warned
 from lco_lite.train.rollouts import Rollouts
 from lco_lite.train.training import StageTraining
 from tests.models.families import load, save
@@ -237,3 +239,82 @@ def test_the_schedule_ends_with_the_last_update_where_dynamic_sampling_makes_pha
     monkeypatch.setattr(Rollouts, "phase", smaller)
     # minibatches of 4: two updates, one where two were planned, two
     assert rates("smaller") == pytest.approx([0.5, 1.0, cosine(2, 5), cosine(3, 5), cosine(4, 5)])
+
+
+GROUPS = ("rl.objective=grpo", "rl.whole_groups=true", "rl.prompts_per_step=4", "rl.steps=3", "rl.weight_decay=0.1")
+GROUPS += ("rl.schedule=cosine", "rl.kl_coef=0", "rl.lr=1e-3", "rl.eval_every=0")
+
+
+@pytest.fixture
+def partly_dead(monkeypatch):
+    """Two of four groups have no signal in the first step, none has one in the second, all in the third."""
+    real, weights_after = Rollouts.phase, dict[int, list[torch.Tensor]]()
+    dead = {0: (0, 2), 1: (0, 1, 2, 3), 2: ()}
+
+    def phase(self, step, stop_if_asked):
+        rewards = [0.3 if i // 4 in dead[step] else i / 7 for i in range(16)]
+        return replace(real(self, step, stop_if_asked), rewards={"rule": rewards})
+
+    keep = StageTraining.keep
+
+    def kept(self, step, *told):
+        weights_after[step] = [p.detach().clone() for p in self.masters.values()]
+        keep(self, step, *told)
+
+    monkeypatch.setattr(Rollouts, "phase", phase)
+    monkeypatch.setattr(StageTraining, "keep", kept)
+    return weights_after
+
+
+def test_an_update_without_a_signal_is_not_made_and_the_schedule_knows(tiny, partly_dead, capsys):
+    ctx = run_stage(tiny, "rl-grpo", *GROUPS)
+    stage = ctx.run.stage("rl-grpo")
+    rows, updates = read_log(stage.metrics), read_log(stage.path / "updates.jsonl")
+    assert [row["skipped_updates"] for row in rows] == [4, 8, 0]
+    assert [row["dead_groups"] for row in rows] == [0.5, 1.0, 0.0]
+    assert [sum(u["step"] == step for u in updates) for step in (1, 2, 3)] == [4, 0, 8]
+    assert not {"loss", "lr", "kl_to_old"} & rows[1].keys() and {"loss", "lr", "kl_to_old"} <= rows[2].keys()
+    first, second, third = partly_dead[0], partly_dead[1], partly_dead[2]
+    assert all(map(torch.equal, first, second)), "neither momentum nor weight decay"
+    assert not all(map(torch.equal, second, third))
+    assert updates[-1]["lr"] / 1e-3 == pytest.approx(0.5 * (1 + math.cos(math.pi * 9 / 10))), "the last of 12"
+    assert "step 2: every group is dead" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_stage_goes_on_to_the_same_bits_from_before_and_after_skipped_updates(tiny, monkeypatch, partly_dead, after):
+    whole = run_stage(tiny, "rl-grpo", *GROUPS, name="whole")
+    with killed_after(monkeypatch, "rl-grpo", after):
+        run_stage(tiny, "rl-grpo", *GROUPS, name="cut")
+    cut = run_stage(tiny, "rl-grpo", *GROUPS, name="cut")
+    assert same(trained(whole, "rl-grpo"), trained(cut, "rl-grpo"))
+    logs = [read_log(ctx.run.stage("rl-grpo").path / "updates.jsonl") for ctx in (whole, cut)]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("method", ["ppo", "pmd", "kld"])
+def test_methods_that_learn_without_an_advantage_make_all_their_updates(tiny, partly_dead, method):
+    ctx = run_stage(tiny, f"rl-{method}", f"rl.objective={method}", *GROUPS[1:], "rl.steps=2", *FOURS)
+    rows = read_log(ctx.run.stage(f"rl-{method}").path / "updates.jsonl")
+    assert [sum(row["step"] == step for row in rows) for step in (1, 2)] == [8, 8]
+    assert not all(map(torch.equal, partly_dead[0], partly_dead[1]))
+
+
+FOURS = ("rl.responses_per_prompt=4", "rl.inner_epochs=2", "rl.feedback=rule", "rl.baseline=group")
+
+
+def test_a_reward_model_that_does_not_move_is_said_and_off_says_nothing(tiny, capsys):
+    run_stage(tiny, "rm", "train_rm.lr=1e-9", name="said")
+    assert "φ has learned next to nothing" in capsys.readouterr().err
+    run_stage(tiny, "rm", "train_rm.lr=1e-9", "rl.guard=off", name="off")
+    assert "φ has learned" not in capsys.readouterr().err
+
+
+def test_only_a_collapse_ends_a_run_whose_guard_is_stop(training, tiny):
+    one = training([("w", Parameter(torch.ones(2)))], TrainRm())
+    one.ctx.recipe = one.ctx.recipe.model_copy(update={"rl": Rl(guard="stop")})
+    with one:
+        one.keep(0, {}, [Warned("dull", stops=False)])
+        with pytest.raises(Diverged, match="after step 2: wild"):
+            one.keep(1, {}, [Warned("dull", stops=False), Warned("wild", stops=True)])
+    assert one.saved == 2
