@@ -100,7 +100,7 @@ METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
 DENSE = ("dpo", "logprob")  # an advantage for every token of the vocabulary
 REWARDS = ("rule", "function", "reward_model")  # a number a response
 FEEDBACK = (*DENSE, "dpo_sampled", *REWARDS)
-# what a reward starts with beside dense feedback; measured with KLD and an anchor of 0.5 on the quickstart task
+# what a reward starts with beside dense feedback: the prototype's; docs/methods.md has what was measured since
 MIXED: dict[str, dict[str, Any]] = {name: {"sign": "positive"} for name in REWARDS}
 MIXED["rule"]["weight"] = 4.0
 LCO = ("kld", "lch", "mse")
@@ -197,7 +197,7 @@ class Rl(Training):
     feedback: Annotated[str, AfterValidator(known_feedback)] = setting(
         "dpo",
         "dpo: dense, eq 13; dpo_sampled: that of the sampled token; logprob: dense, eq 12; rule: +1 right, -1 wrong; "
-        "function: yours; reward_model: a sequence classifier. For gkd and minillm φ of dpo or logprob is the teacher. "
+        "function: yours; reward_model: a sequence classifier. Of opd, gkd, minillm φ (dpo, logprob) is the teacher. "
         "Several: `dpo + rule`, one of dpo and logprob for kld, lch, mse, and rewards",
         "paper",
     )

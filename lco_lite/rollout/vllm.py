@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lco_lite import ranks
 from lco_lite.errors import ModelError
 from lco_lite.models.language_model import Role
 from lco_lite.rollout.engine import Engine, Made, Response, Sampling, StopStrings, finished
@@ -52,8 +53,7 @@ class VLLMEngine(Engine):
         nf4 = getattr(self.model.base, "is_loaded_in_4bit", False)
         if (reason := missing("nf4" if nf4 else "none")) is not None:
             raise ModelError(reason)
-        dist = torch.distributed  # which vLLM opens too, for itself alone
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if ranks.world() > 1:  # vLLM opens a group of its own, and ends whatever group there is
             raise ModelError("rollout.engine: vllm runs in one process on one GPU: take paged on several")
         if len(self.padding) > MOST_BIASED:
             padded = f"{len(self.padding)} rows of its head are not to be drawn"

@@ -17,6 +17,7 @@ import typer
 from peft import PeftModel
 from torch import Tensor
 
+from lco_lite import ranks
 from lco_lite.errors import ModelError, RecipeError, UsageError
 from lco_lite.models.language_model import LanguageModel, Role
 from lco_lite.models.loading import build_scratch, load_base, load_tokenizer
@@ -319,6 +320,12 @@ def test_a_model_that_vllm_does_not_open_is_one_message(stand_in, model, monkeyp
     monkeypatch.setattr(LLM, "__post_init__", refuse)
     with pytest.raises(ModelError, match=r"vllm does not open .* with rollout.gpu_share 0.3: ValueError: Free memory"):
         in_order(open_engine([Role(model)], 3, settings=Rollout(engine="vllm")).generate(PROMPTS, GREEDY))
+
+
+def test_it_is_refused_beside_other_processes(stand_in, model, monkeypatch):
+    monkeypatch.setattr(ranks, "_world", 2)
+    with pytest.raises(ModelError, match="vllm runs in one process on one GPU: take paged"):
+        open_engine([Role(model)], 3, settings=Rollout(engine="vllm"))
 
 
 def test_vllm_is_told_of_expandable_segments_and_to_stay_in_this_process(stand_in, model, monkeypatch):
