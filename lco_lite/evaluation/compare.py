@@ -248,10 +248,22 @@ def welch(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     error = math.sqrt(sum(variances))
     degrees = sum(variances) ** 2 / sum(v * v / (len(x) - 1) for v, x in zip(variances, (a, b), strict=True))
 
-    def two_sided(t: Any) -> Any:  # the chance of a |t| at least this large
-        return mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True)
+    half = t_quantile(LEVEL, degrees) * error
+    interval = [difference - half, difference + half]
+    return result | {"interval": interval, "p": two_sided(difference / error, degrees), "degrees": degrees}
 
-    # 1.9 and 13 lie around the quantile, 1.96 at infinitely many degrees and 12.71 at 1
-    quantile = float(mpmath.findroot(lambda t: two_sided(t) - (1 - LEVEL), (1.9, 13.0), solver="anderson"))
-    interval = [difference - quantile * error, difference + quantile * error]
-    return result | {"interval": interval, "p": float(two_sided(difference / error)), "degrees": degrees}
+
+def two_sided(t: float, degrees: float) -> float:
+    """Student's t-distribution: the chance of a |t| at least this large."""
+    return float(mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True))
+
+
+def t_quantile(level: float, degrees: float) -> float:
+    """The |t| within which ``level`` of Student's t-distribution lies."""
+    low, high = 0.0, 1.0
+    while two_sided(high, degrees) > 1 - level:
+        low, high = high, 2 * high
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided(middle, degrees) > 1 - level else (low, middle)
+    return high

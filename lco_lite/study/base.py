@@ -1,0 +1,130 @@
+"""What a study is: a question, a grid of cells that answers it, and what their numbers say.
+
+A cell is one piece of work on one seed: a training run with its scores (``train``), or a look at a model (a probe). All
+cells of a seed start from the same warm-up and reward model, so that differences between cells are paired by seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from lco_lite.study.statistics import Interval, paired
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lco_lite.recipe import Recipe
+
+TUNING_SEED = 0  # rates are chosen on it; scores are of the seeds from 1 on
+Row = dict[str, Any]
+"""What came out of a cell, as JSON: what its work returned, with its label, seed, settings and seconds."""
+Verdict = Literal["reproduced", "not reproduced", "unclear"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``sets``: fields of the recipe, by dotted key. ``work``: ``train``, or MODULE:FUNCTION of this package, which is
+    called with the cell's Context and ``options`` and returns a JSON object."""
+
+    label: str
+    seed: int
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    work: str = "train"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Results:
+    """The rows of a study's finished cells."""
+
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self.rows = list(rows)
+
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(row["label"] for row in self.rows))
+
+    def of(self, label: str, tuning: bool = False) -> list[Row]:
+        """By seed, without the one that rates are chosen on, or that alone. Runs that diverged are among them."""
+        rows = [r for r in self.rows if r["label"] == label and (r["seed"] == TUNING_SEED) == tuning]
+        return sorted(rows, key=lambda row: row["seed"])
+
+    def by_seed(self, label: str, number: Callable[[Row], float | None] | None = None) -> dict[int, float]:
+        """Seed -> a number of its row, the score unless ``number`` says otherwise; seeds that have none are left out."""
+        values = {row["seed"]: (number or score)(row) for row in self.of(label)}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    def difference(self, a: str, b: str, number: Callable[[Row], float | None] | None = None) -> Interval | None:
+        """``a`` less ``b`` over the seeds that both have; None for fewer than two."""
+        return paired(self.by_seed(a, number), self.by_seed(b, number))
+
+
+def score(row: Row) -> float | None:
+    """Of the policy after training, the task's main metric: 0 to 1 for pass@1. None where there is none."""
+    after = row.get("after")
+    return None if after is None else float(after["mean"])
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``threshold`` was written down before the study ran; ``why`` has the numbers."""
+
+    name: str
+    says: str
+    threshold: str
+    verdict: Verdict
+    why: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """One CSV file ``NAME.csv`` and one table of the page. Cells are text or numbers."""
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    shown: bool = True  # on the page too, not as CSV alone
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture ``NAME.svg`` and ``NAME.png``; ``draw`` fills an empty figure of ``size`` inches."""
+
+    name: str
+    title: str
+    draw: Callable[[Figure], None]
+    size: tuple[float, float] = (8.0, 4.5)
+
+
+@dataclass(frozen=True)
+class Report:
+    claims: Sequence[Claim]
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+    notes: Sequence[str] = ()  # paragraphs: what was cut, what is not comparable
+
+
+class Study:
+    """One file of this package each. ``name`` is its name on the command line, ``asks`` its question in one line."""
+
+    name: str
+    asks: str
+    recipe: str = "quickstart"
+    seeds: int = 8
+
+    def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
+        """All cells that can be named by now. It is asked again whenever all of them are done: what is tuned first
+        comes first. ``recipe``: as given, under the user's ``--set``."""
+        raise NotImplementedError
+
+    def report(self, results: Results) -> Report:
+        """From whatever is done so far; a claim without its cells is unclear."""
+        raise NotImplementedError
+
+
+def judged(interval: Interval | None, at_least: float = 0.0) -> Verdict:
+    """Of a claim that a difference exceeds ``at_least``: its 95 % interval lies above, below, or around that."""
+    if interval is None:
+        return "unclear"
+    return "reproduced" if interval.low > at_least else "not reproduced" if interval.high < at_least else "unclear"
