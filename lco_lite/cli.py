@@ -199,6 +199,28 @@ def evaluate(
         score(ctx, tasks, policy, model, json, data)
 
 
+@app.command()
+def study(
+    name: Annotated[str | None, Argument(help="Which study; without it they are listed.")] = None,
+    recipe: Annotated[str | None, Argument(help=f"{_WHICH} The study's own unless given.")] = None,
+    seeds: Annotated[int | None, Option(min=1, help="Training seeds; the study's own number unless given.")] = None,
+    sets: Sets = None,
+    jobs: Annotated[int | None, Option(min=1, help="Runs at a time; two where cores allow.")] = None,
+    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
+    out: Annotated[Path | None, Option(help="Folder of its page; in --runs unless given. Known rows count.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the grid and what of it is done.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings and the last line.")] = False,
+    json: Json = False,
+) -> None:
+    """A grid of runs that answers a question: a page with verdicts, tables, plots. Started again, it goes on."""
+    with boundary():
+        from lco_lite.study.verb import list_studies, run_study
+
+        if name is None:
+            return list_studies()
+        run_study(name, recipe, sets or [], seeds, runs, out, jobs, dry_run, Console(quiet, json), json)
+
+
 @data_app.command("check")
 def data_check(recipe: Recipe, sets: Sets = None, json: Json = False) -> None:
     """Rows, lengths, template, duplicates, and evaluation items among the training prompts."""

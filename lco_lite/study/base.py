@@ -50,7 +50,7 @@ class Results:
         return sorted(rows, key=lambda row: row["seed"])
 
     def by_seed(self, label: str, number: Callable[[Row], float | None] | None = None) -> dict[int, float]:
-        """Seed -> a number of its row, the score unless ``number`` says otherwise; seeds that have none are left out."""
+        """Seed -> a number of its row, the score unless ``number`` says otherwise; not of seeds that have none."""
         values = {row["seed"]: (number or score)(row) for row in self.of(label)}
         return {seed: value for seed, value in values.items() if value is not None}
 
@@ -111,6 +111,8 @@ class Study:
     name: str
     asks: str
     recipe: str = "quickstart"
+    # --set items for this recipe: the same in all studies, so that they share cells
+    usual: Sequence[str] = ("rl.steps=8", "rl.schedule=cosine", "eval.seeds=1", "eval.samples=8")
     seeds: int = 8
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:

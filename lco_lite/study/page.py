@@ -1,0 +1,108 @@
+"""What a study leaves: ``study.json`` with every row, CSV files, plots, and a page of Markdown that says what holds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lco_lite import __version__
+from lco_lite.environment import environment
+from lco_lite.errors import UsageError
+from lco_lite.files import write_json, write_text
+from lco_lite.study.base import Claim, Report, Results, Row, Study, Table
+from lco_lite.study.figures import save
+
+_ORDER = ("not reproduced", "unclear", "reproduced")  # refutations first
+
+
+def write(study: Study, results: Results, total: int, command: str, folder: Path) -> Report:
+    """All files of the study in ``folder``, of whatever is done so far of ``total`` cells."""
+    report = study.report(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    claims = [vars(claim) for claim in ordered(report.claims)]
+    about: dict[str, Any] = {"study": study.name, "asks": study.asks, "command": command, "version": __version__}
+    about |= {"cells": total, "done": len(results.rows), "claims": claims, "environment": environment()}
+    write_json(folder / "study.json", about | {"rows": [_finite(row) for row in results.rows]})
+    for table in report.tables:
+        write_text(folder / f"{table.name}.csv", as_csv(table))
+    for plot in report.plots:
+        save(plot, folder)
+    write_text(folder / "README.md", as_markdown(study, report, results, total, command))
+    return report
+
+
+def known_rows(folder: Path) -> dict[str, Row]:
+    """The rows of an earlier ``study.json``, by id: cells that need not run again."""
+    file = folder / "study.json"
+    if not file.exists():
+        return {}
+    try:
+        return {row["id"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UsageError(f"{file}: damaged ({e}): delete it, or name another --out") from e
+
+
+def ordered(claims: Sequence[Claim]) -> list[Claim]:
+    return sorted(claims, key=lambda claim: _ORDER.index(claim.verdict))
+
+
+def as_csv(table: Table) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows(table.rows)
+    return text.getvalue()
+
+
+def as_markdown(study: Study, report: Report, results: Results, total: int, command: str) -> str:
+    seeds = sorted({row["seed"] for row in results.rows})
+    lines = [f"# {study.name}", "", study.asks, "", f"    {command}", ""]
+    state = f"{len(results.rows)} of {total} cells" if len(results.rows) < total else f"{total} cells"
+    hours = sum(row["seconds"] for row in results.rows) / 3600
+    versions = ", ".join(sorted({row["version"] for row in results.rows}))
+    if results.rows:
+        lines += [f"{state}, seeds {_spans(seeds)}, version {versions}, {hours:.1f} hours of one process.", ""]
+    else:
+        lines += [f"Nothing has run yet: 0 of {total} cells.", ""]
+    for claim in ordered(report.claims):
+        lines += [f"**{claim.verdict.capitalize()}: {claim.name}.** {claim.says}", ""]
+        lines += [f"Threshold, set before: {claim.threshold} {claim.why}", ""]
+    for plot in report.plots:
+        lines += [f"![{plot.title}]({plot.name}.svg)", ""]
+    for table in report.tables:
+        if table.shown:
+            lines += [f"## {table.title}", "", *_rows(table), ""]
+    for note in report.notes:
+        lines += [note, ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _rows(table: Table) -> list[str]:
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join(_told(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(table.columns), "|---" * len(table.columns) + "|", *map(line, table.rows)]
+
+
+def _told(cell: Any) -> str:
+    return "–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def _spans(seeds: Sequence[int]) -> str:
+    """``0 to 8``, or a list."""
+    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value - value != 0 else value

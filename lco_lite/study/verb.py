@@ -1,0 +1,87 @@
+"""``lco-lite study NAME``: works off the grid and writes what it says; started again, it goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from lco_lite.console import Console, clock_time
+from lco_lite.study.base import TUNING_SEED, Report
+from lco_lite.study.catalogue import STUDIES, load_study
+from lco_lite.study.grid import Grid
+from lco_lite.study.page import known_rows, ordered, write
+
+
+def run_study(
+    name: str,
+    recipe: str | None,
+    sets: Sequence[str],
+    seeds: int | None,
+    runs: Path,
+    out: Path | None,
+    jobs: int | None,
+    dry_run: bool,
+    console: Console,
+    as_json: bool,
+) -> None:
+    """All cells of the study, then its page; the page of what is done also where it is stopped or cells fail."""
+    study = load_study(name)
+    sets = [*(study.usual if recipe is None else ()), *sets]
+    folder = out or runs / "studies" / name
+    grid = Grid(study, recipe, sets, runs, console, known_rows(folder))
+    numbers = range(TUNING_SEED + 1, TUNING_SEED + 1 + (seeds or study.seeds))
+    at_once = jobs or max(1, min(2, (os.cpu_count() or 1) // (grid.recipe.threads or 1)))
+    if dry_run:
+        return preview(grid, numbers, at_once, console)
+    if grid.recipe.device != "cpu" and at_once > 1 and jobs is None:
+        at_once = 1  # one run has the GPU
+    console.stage(name, f"{study.asks} Seeds {numbers[0]} to {numbers[-1]}, {at_once} at once")
+    command = " ".join(
+        [
+            "lco-lite study",
+            name,
+            *([recipe] if recipe else []),
+            *(f"-s {item}" for item in sets if item not in study.usual),
+        ]
+    )
+    try:
+        grid.work_off(numbers, at_once)
+    finally:
+        jobs_now = grid.settled(numbers)
+        results = grid.results(jobs_now)
+        report = write(study, results, len(jobs_now), f"{command} --seeds {len(numbers)}", folder)
+    if as_json:
+        console.emit({claim.name: {"verdict": claim.verdict, "why": claim.why} for claim in report.claims})
+    else:
+        show(report, console)
+    console.done(folder / "README.md")
+
+
+def show(report: Report, console: Console) -> None:
+    for claim in ordered(report.claims):
+        console.note(f"{claim.verdict}: {claim.says} {claim.why}")
+    for table in report.tables:
+        if table.shown:
+            console.table(table.title, table.columns, table.rows)
+
+
+def preview(grid: Grid, seeds: Sequence[int], at_once: int, console: Console) -> None:
+    """The cells, what of them is done, and how long the rest takes by those that are."""
+    jobs = grid.settled(seeds)
+    rows = {job: grid.row(job) for job in jobs}
+    done = [row for row in rows.values() if row is not None]
+    for label in dict.fromkeys(job.cell.label for job in jobs):
+        mine = [job for job in jobs if job.cell.label == label]
+        ended = sum(rows[job] is not None for job in mine)
+        console.note(f"{label}: seeds {', '.join(str(job.cell.seed) for job in mine)}; {ended} of {len(mine)} done")
+    left = len(jobs) - len(done)
+    time = f", about {clock_time(sum(r['seconds'] for r in done) / len(done) * left / at_once)} left" if done else ""
+    console.note(f"{len(jobs)} cells known so far, {len(done)} done, {at_once} at once{time}")
+
+
+def list_studies() -> None:
+    for name in STUDIES:
+        typer.echo(f"{name:12} {load_study(name).asks}")
