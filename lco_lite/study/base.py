@@ -125,6 +125,10 @@ class Study:
         raise NotImplementedError
 
 
+def told(interval: Interval | None) -> str:
+    return "not measured yet" if interval is None else str(interval)
+
+
 def judged(interval: Interval | None, at_least: float = 0.0) -> Verdict:
     """Of a claim that a difference exceeds ``at_least``: its 95 % interval lies above, below, or around that."""
     if interval is None:

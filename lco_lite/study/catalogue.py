@@ -9,7 +9,8 @@ from lco_lite.errors import UsageError
 from lco_lite.study.base import Study
 
 STUDIES = {
-    "methods": "Methods",
+    "methods": "MethodsStudy",
+    "efficiency": "Efficiency",
 }
 
 

@@ -1,0 +1,109 @@
+"""Score against samples, and the gradient norm below it: Fig 7, and the picture of the README.
+
+The runs are those of the study ``methods``; their curves are of ``rl.eval_items`` held-out problems after each phase.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from lco_lite.study.base import Cell, Claim, Plot, Report, Results, Row, Study, Table, judged
+from lco_lite.study.methods import ANCHORED, GKD, GKD_TWICE, METHODS, MIXED
+from lco_lite.study.statistics import mean_std, paired, samples_to
+from lco_lite.study.tuned import curve, failures, tiered
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lco_lite.recipe import Recipe
+
+COMPARED = (MIXED, ANCHORED, "kld", "lch", "mse", GKD, GKD_TWICE, "raft", "ppo", "grpo", "dapo")
+PICTURE = (MIXED, ANCHORED, "kld", GKD_TWICE, "raft", "dapo", "grpo", "ppo")
+# set before the study ran; the paper's are 1/2 of PPO's samples for KLD, and of KLD's 1/3 for LCH
+HALF, THIRD = 0.5, 1 / 3
+SMOOTH = 5  # updates
+
+
+class Efficiency(Study):
+    name = "efficiency"
+    asks = "How many samples does a score take? (Fig 7)"
+
+    def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
+        return tiered([{name: METHODS[name] for name in COMPARED}], recipe, seeds, done)
+
+    def report(self, results: Results) -> Report:
+        needed = {name: _samples_to_best_of("ppo", name, results) for name in COMPARED}
+        of_kld = _samples_to_best_of("kld", "lch", results)
+        own = _samples_to_best_of("kld", "kld", results)
+        says = "reaches {}'s best score with about {} of its samples."
+        claims = [
+            _ratio("C3, KLD", f"LCO-KLD {says.format('PPO', 'half')}", needed["kld"], needed["ppo"], HALF),
+            _ratio("C3, LCH", f"LCO-LCH {says.format('KLD', 'a third')}", of_kld, own, THIRD),
+        ]
+        n = {name: len(results.of(name)) for name in COMPARED if results.of(name)}
+        rows = [[name, n[name], mean_std(list(needed[name].values()), 0), n[name] - len(needed[name])] for name in n]
+        table = Table(
+            "samples", "Samples to PPO's best score of the same seed", ["method", "n", "samples", "never"], rows
+        )
+        title = "Held-out score and gradient norm against samples"
+        plots = [Plot("learning", title, lambda figure: _learning(figure, results), (9.0, 6.5))]
+        notes = ["Samples are responses drawn. GKD has as many demonstrations beside them.", *failures(results)]
+        return Report(claims, [table, _curves(results)], plots if n else [], notes)
+
+
+def _samples_to_best_of(other: str, name: str, results: Results) -> dict[int, float]:
+    """Seed -> samples after which ``name`` first reaches the best score on ``other``'s curve; seeds where it never does
+    are left out."""
+    best = {row["seed"]: max(curve(row)[1]) for row in results.of(other)}
+    reached = {
+        row["seed"]: samples_to(best[row["seed"]], *curve(row)) for row in results.of(name) if row["seed"] in best
+    }
+    return {seed: max(samples, 1.0) for seed, samples in reached.items() if samples is not None}
+
+
+def _ratio(name: str, says: str, a: dict[int, float], b: dict[int, float], at_most: float) -> Claim:
+    """The geometric mean of ``a``/``b`` over seeds."""
+    logs = paired(*({seed: math.log2(x) for seed, x in one.items()} for one in (b, a)))
+    threshold = f"the interval of the ratio of samples, a geometric mean over seeds, lies below {at_most:.2g}."
+    why = "Not measured yet."
+    if logs is not None:
+        mean, low, high = (2**-x for x in (logs.mean, logs.high, logs.low))
+        why = f"Ratio {mean:.2f} [{low:.2f}, {high:.2f}], n = {logs.n}."
+    return Claim(name, says, threshold, judged(logs, -math.log2(at_most)), why)
+
+
+def _curves(results: Results) -> Table:
+    of_all = [row for name in COMPARED for row in results.of(name)]
+    rows = [[row["label"], row["seed"], int(x), y] for row in of_all for x, y in zip(*curve(row), strict=True)]
+    return Table("curves", "Curves", ["method", "seed", "samples", "pass@1"], rows, shown=False)
+
+
+def _learning(figure: Figure, results: Results) -> None:
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    below.set_yscale("log")
+    for name in PICTURE:
+        rows = [row for row in results.of(name) if row.get("failed") is None]
+        if rows:
+            _draw(above, below, name, rows)
+    above.set_ylabel("pass@1, held-out")
+    below.set_ylabel("gradient norm")
+    below.set_xlabel("samples")
+    above.set_title("mean over training seeds ± one standard deviation", loc="left")
+    figure.legend(*above.get_legend_handles_labels(), loc="outside right upper")
+
+
+def _draw(above: Axes, below: Axes, name: str, rows: Sequence[Row]) -> None:
+    from lco_lite.study.figures import band, smoothed
+
+    style: dict[str, Any] = {} if METHODS[name].sets["rl.objective"] == "kld" else {"linestyle": "--", "linewidth": 1.3}
+    curves = [curve(row) for row in rows]
+    band(above, name, [fmean(xs) for xs in zip(*(x for x, _ in curves), strict=True)], [y for _, y in curves], **style)
+    norms = [smoothed([u["grad_norm"] for u in row["updates"] if "grad_norm" in u], SMOOTH) for row in rows]
+    shortest = min(map(len, norms))
+    if shortest:
+        drawn = fmean(row["samples"] for row in rows)
+        band(below, name, [drawn * (i + 1) / shortest for i in range(shortest)], [n[:shortest] for n in norms], **style)

@@ -1,0 +1,97 @@
+"""A grid on the smallest recipe: worked off, stopped, gone on with, read again; and its page."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import xml.etree.ElementTree
+
+import pytest
+
+from lco_lite.console import Console
+from lco_lite.errors import Interrupted, LcoError
+from lco_lite.study.base import Cell, Claim, Plot, Report, Study, Table
+from lco_lite.study.figures import band
+from lco_lite.study.grid import Grid
+from lco_lite.study.page import known_rows, write
+
+
+class Small(Study):
+    name, asks, usual = "small", "Does it go?", ()
+
+    def cells(self, recipe, seeds, done):
+        return [Cell(name, seed, {"rl.objective": name}) for seed in seeds for name in ("kld", "reinforce")]
+
+    def report(self, results):
+        scores = [[label, len(results.by_seed(label))] for label in results.labels()]
+        plot = Plot("curves", "<curves>", lambda figure: band(figure.subplots(), "<x>", [0, 1], [[0, 1], [1, 2]]))
+        claims = [Claim("C", "It goes.", "none.", "unclear", "n = 1."), Claim("D", "No.", "-", "not reproduced", "-")]
+        return Report(claims, [Table("scores", "Scores", ["method", "n"], scores)], [plot], ["A note."])
+
+
+def quiet():
+    return Console(quiet=True)
+
+
+@pytest.mark.slow
+def test_a_grid_is_worked_off_once_and_goes_on_where_it_was_stopped(tiny, tmp_path):
+    grid = Grid(Small(), str(tiny), [], tmp_path, quiet())
+    threading.Timer(4.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        grid.work_off([1], at_once=2)
+    results = grid.work_off([1], at_once=2)
+    assert results.labels() == ["kld", "reinforce"]
+    kld = results.of("kld")[0]
+    assert kld["samples"] == 16 and len(kld["steps"]) == 2 and len(kld["updates"]) == 8
+    assert kld["before"]["n"] == 8 and 0 <= kld["after"]["mean"] <= 1
+    starts = sorted(tmp_path.glob("studies/tiny/start-*"))
+    assert len(starts) == 1  # shared, and trained once
+    cell = next(tmp_path.glob("studies/tiny/rl-kld-*"))
+    assert os.path.samefile(cell / "sft" / "done.json", starts[0] / "sft" / "done.json")
+    assert not list(cell.glob("*/checkpoints"))
+
+    folder = tmp_path / "page"
+    write(grid.study, results, 2, "lco-lite study small", folder)
+    page = (folder / "README.md").read_text()
+    assert page.index("Not reproduced") < page.index("Unclear") and "| kld | 1 |" in page and "A note." in page
+    assert (folder / "scores.csv").read_text().splitlines() == ["method,n", "kld,1", "reinforce,1"]
+    assert xml.etree.ElementTree.parse(folder / "curves.svg") and (folder / "curves.png").stat().st_size > 1000
+    before = (folder / "curves.svg").read_bytes()
+    write(grid.study, results, 2, "lco-lite study small", folder)
+    assert (folder / "curves.svg").read_bytes() == before
+
+    elsewhere = Grid(Small(), str(tiny), [], tmp_path / "elsewhere", quiet(), known_rows(folder))
+    again = elsewhere.work_off([1], at_once=2)
+    assert [r["after"] for r in again.rows] == [r["after"] for r in results.rows]
+    assert not (tmp_path / "elsewhere").exists()  # nothing ran
+    other = Grid(Small(), str(tiny), ["rl.lr=1e-4"], tmp_path / "elsewhere", quiet(), known_rows(folder))
+    assert not other.results(other.settled([1])).rows  # another rate is another cell
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_is_named_with_its_reason_and_the_others_are_done(tiny, tmp_path, capsys):
+    class Wrong(Small):
+        def cells(self, recipe, seeds, done):
+            return [Cell("lost", 1, {"rl.objective": "reinforce", "data.prompts": "nowhere.jsonl"})]
+
+    grid = Grid(Wrong(), str(tiny), ["sft.max_steps=1", "rl.feedback=rule"], tmp_path, quiet())
+    with pytest.raises(
+        LcoError, match=r"1 of 1 cells failed(.|\n)*lost, seed 1: exit status 2: error: .*nowhere.jsonl"
+    ):
+        grid.work_off([1], at_once=1)
+
+
+def test_a_damaged_study_file_is_named(tmp_path):
+    (tmp_path / "study.json").write_text('{"rows": 3}')
+    with pytest.raises(LcoError, match=r"study\.json: damaged"):
+        known_rows(tmp_path)
+
+
+def test_an_unfinished_page_says_how_much_of_it_is_there(tmp_path):
+    from lco_lite.study.base import Results
+
+    write(Small(), Results(), 12, "lco-lite study small", tmp_path)
+    assert "0 of 12 cells" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "study.json").read_text())["done"] == 0
