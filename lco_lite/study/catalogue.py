@@ -10,7 +10,11 @@ from lco_lite.study.base import Study
 
 STUDIES = {
     "methods": "MethodsStudy",
+    "training": "Training",
     "efficiency": "Efficiency",
+    "feedback": "Feedback",
+    "refresh": "Refresh",
+    "variants": "Variants",
 }
 
 

@@ -68,7 +68,7 @@ class MethodsStudy(Study):
         ranked = sorted((name for name in METHODS if results.by_seed(name)), key=lambda name: _mean(results, name))
         plots = [Plot("scores", "pass@1 after equal samples", lambda figure: _scores(figure, results, ranked))]
         notes = [
-            "Every method's learning rate is the best of three on seed 0, which is not scored, in half as many phases. "
+            "Every method's learning rate is the best of four on seed 0, which is not scored, in half as many phases. "
             "Intervals are those of the paired t-test over seeds, at 95 %, not corrected for how many there are.",
             "DAPO samples other prompts in place of groups without a signal, and so draws more: column samples.",
             *failures(results),

@@ -10,7 +10,7 @@ from lco_lite.study.base import TUNING_SEED, Cell, Results, Row, Table, score
 if TYPE_CHECKING:
     from lco_lite.recipe import Recipe
 
-REGRESSION_RATES, GRADIENT_RATES = (3e-3, 6e-3, 1.2e-2), (1e-4, 3e-4, 1e-3)
+REGRESSION_RATES, GRADIENT_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2), (1e-4, 3e-4, 1e-3, 3e-3)
 
 
 class Method(NamedTuple):
