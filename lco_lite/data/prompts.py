@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lco_lite.data.overlap import refuse_same
 from lco_lite.data.rows import Demonstration, Made, Prompt, read_demonstrations, read_preferences, read_prompts
-from lco_lite.errors import DataError
+from lco_lite.errors import DataError, UsageError
 from lco_lite.models.chat import ChatFormat, conversation
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Columns
@@ -35,7 +35,14 @@ class Pair:
 
 
 def recipe_task(recipe: Recipe) -> Task | None:
-    return load_task(recipe.task, recipe.data.task) if recipe.task else None
+    """Raises UsageError where the rule's word is to be placed, and the task does not know where a response is wrong."""
+    task = load_task(recipe.task, recipe.data.task) if recipe.task else None
+    if task is not None and recipe.rl.places_rule and not task.places_errors:
+        raise UsageError(
+            f"rl.rewards.rule.credit: first_error needs a task that knows the first error of a response, and "
+            f"{recipe.task} does not: set it to response, or take arithmetic or a task with a first_error of its own"
+        )
+    return task
 
 
 def rewarding_task(recipe: Recipe) -> Task | None:

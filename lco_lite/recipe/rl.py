@@ -107,6 +107,7 @@ LCO = ("kld", "lch", "mse")
 DISTILLATION = ("opd", "gkd", "minillm")
 REGRESSIONS = ("dro", "pmd", "rebel", "tpo")  # of log-ratios to A/β, as LCO's of logits
 COMPARISONS = ("rebel", "tpo")  # of the responses to a prompt
+WHOLE = ("ppo", "rloo", "gspo", "pmd", "rebel", "tpo")  # of a response's one number
 
 
 def defaults_of(objective: str) -> dict[str, tuple[Any, str]]:
@@ -159,6 +160,12 @@ class RewardPart(Section):
         "both",
         "positive: only what is above the baseline counts",
         "both: paper; beside dpo or logprob positive: prototype",
+    )
+    credit: Literal["response", "first_error"] = setting(
+        "response",
+        "rule: whose the word is; first_error: of a wrong response tokens before the first wrong one count as right, "
+        "those after it not at all, where the task knows it",
+        "paper: all tokens of the response",
     )
 
 
@@ -332,6 +339,11 @@ class Rl(Training):
         return {name: getattr(self.rewards, name) for name in feedbacks(self.feedback) if name in REWARDS}
 
     @property
+    def places_rule(self) -> bool:
+        """Whether the rule speaks of tokens: of a wrong response up to the first wrong one."""
+        return "rule" in self.reward_parts and self.rewards.rule.credit == "first_error"
+
+    @property
     def is_dense(self) -> bool:
         """Whether the feedback, or a part of it, is an advantage for every token of the vocabulary."""
         return self.dense is not None
@@ -411,6 +423,20 @@ class Rl(Training):
                 yield f"rewards.{reward} is set, and feedback has no {reward}: {self.feedback} + {reward}"
             if given.sign != "both" and self.objective == "ppo":
                 yield f"rewards.{reward}.sign is both for ppo, whose critic learns what is below the baseline too"
+            if given.credit != "response" and reward != "rule":
+                yield f"rewards.{reward}.credit is response: only rule can tell by the task which token is wrong"
+        if self.places_rule:
+            yield from self._wrong_for_placed_credit()
+
+    def _wrong_for_placed_credit(self) -> Iterator[str]:
+        name, credit = self.objective, "rewards.rule.credit first_error"
+        if name in WHOLE:
+            yield f"{credit} gives a token its own advantage, and {name} takes one of the whole response"
+        elif self.baseline in ("group", "leave_one_out"):
+            yield f"{credit} takes baseline batch (of all tokens that count) or none, not {self.baseline}"
+        elif self.scale_rewards or self.dynamic_sampling:
+            field = "scale_rewards" if self.scale_rewards else "dynamic_sampling"
+            yield f"{credit} does not go with {field}, which looks at rewards of whole responses: set {field}: false"
 
     def _wrong_variant(self) -> Iterator[str]:
         v = self.variant

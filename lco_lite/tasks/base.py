@@ -75,6 +75,11 @@ class Task:
         """Is this response right? Never raises, whatever the model wrote."""
         return self.grader(response, item) if self.grader else Grade(False, None, "scored by aggregate")
 
+    @property
+    def places_errors(self) -> bool:
+        """Whether the task has a ``first_error`` of its own."""
+        return type(self).first_error is not Task.first_error
+
     def first_error(self, response: str, item: Item) -> int | None:
         """Index of the first wrong character; None where the response is right or the task cannot tell."""
         return None

@@ -226,10 +226,9 @@ def sparse_targets(models: Models, phase: Phase, scored: list[MicroBatch], rl: R
 
 
 def mixed_targets(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
-    """The dense advantage, and at the sampled token that of the response on top of it."""
-    targeted, of_responses = [], response_advantages(whole_rewards(phase, rl), phase, rl)
-    for micro in scored:
-        sparse = of_responses[micro.responses]
+    """The dense advantage, and at the sampled token that of the response, or its own, on top of it."""
+    targeted, of_tokens = [], token_advantages(whole_rewards(phase, rl), phase, scored, rl)
+    for micro, sparse in zip(scored, of_tokens.split([len(m.responses) for m in scored]), strict=True):
         target = MixedTarget(**vars(micro.target), actions=micro.batch.actions, advantages=sparse)
         micro = replace(micro, advantages=micro.advantages + sparse)
         targeted.append(with_target(models, micro, target, rl).to("cpu"))
@@ -280,7 +279,7 @@ def group_advantages(models: Models, phase: Phase, scored: list[MicroBatch], rl:
         return with_advantages(scored, rewards)
     whole = torch.zeros(len(phase.responses)).index_add(0, owner, rewards)
     whole = torch.stack(phase.of_ranks(whole)).sum(0)
-    return with_advantages(scored, response_advantages(whole, phase, rl)[owner])
+    return with_advantages(scored, token_advantages(whole, phase, scored, rl))
 
 
 def critic_advantages(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
@@ -401,8 +400,40 @@ def response_advantages(whole: Tensor, phase: Phase, rl: Rl) -> Tensor:
 
 
 def weighted(phase: Phase, rl: Rl, sign: str) -> list[Tensor]:
-    """[N] each: the rewards of this sign, times their weights."""
-    return [p.weight * torch.tensor(phase.rewards[name]) for name, p in rl.reward_parts.items() if p.sign == sign]
+    """[N] each: the rewards of this sign that are a whole response's, times their weights."""
+    parts = {n: part for n, part in rl.reward_parts.items() if part.sign == sign and part.credit == "response"}
+    return [part.weight * torch.tensor(phase.rewards[name]) for name, part in parts.items()]
+
+
+def token_advantages(whole: Tensor, phase: Phase, scored: list[MicroBatch], rl: Rl) -> Tensor:
+    """[N] -> [T of ``scored``]: a token has its response's advantage, and its own where the rule's word is placed."""
+    advantages = response_advantages(whole, phase, rl)[owners(scored)]
+    if not rl.places_rule:
+        return advantages
+    placed = placed_rule(phase, rl)
+    places = [i for micro in scored for i in micro.responses.unique_consecutive().tolist()]
+    return advantages + torch.cat([torch.empty(0), *(placed[i] for i in places)])
+
+
+def placed_rule(phase: Phase, rl: Rl) -> list[Tensor]:
+    """[tokens] of each response: w (r_t - b). r_t is what the rule says of the response; of a wrong one whose first
+    wrong token is known +1 before it, -1 at it, and past it, in states where a right policy is never, nothing: the
+    advantage is 0, and b, the mean over the phase, leaves them out."""
+    part, rewards, counts = rl.rewards.rule, [], []
+    for i, example in enumerate(phase.examples):
+        reward = torch.full((len(example.response),), phase.rewards["rule"][i])
+        count = torch.ones_like(reward, dtype=torch.bool)
+        wrong = phase.errors[i] if phase.errors else None
+        if wrong is not None:
+            reward[:wrong] = 1.0
+            count[wrong + 1 :] = False
+        rewards.append(reward)
+        counts.append(count)
+    counted, advantages = torch.cat(counts), torch.cat(rewards)
+    spread = adv.subtract_baseline(advantages[counted], rl.baseline, 1)
+    spread = spread.clamp(min=0) if part.sign == "positive" else spread
+    advantages = torch.zeros_like(advantages).masked_scatter(counted, part.weight * spread)
+    return list(advantages.split([len(reward) for reward in rewards]))
 
 
 def owners(scored: Iterable[MicroBatch]) -> Tensor:

@@ -40,7 +40,7 @@ from lco_lite.run import StageFolder
 from lco_lite.sequences import Example, collate, endless, own_micro_batches
 from lco_lite.tasks.base import Item, Task
 from lco_lite.train.guard import reward_model_stands
-from lco_lite.train.rollouts import sample
+from lco_lite.train.rollouts import first_wrong_token, sample
 from lco_lite.train.training import StageTraining, fitting
 
 
@@ -229,13 +229,8 @@ def pair_up(
 
 def cut_after_error(chat: ChatFormat, task: Task, item: Item, example: Example) -> Example:
     """The response up to and with the token that holds its first wrong character; whole where the task cannot tell."""
-    error = task.first_error(chat.text(example.response), item)
-    if error is None:
-        return example
-    for end in range(1, len(example.response)):
-        if len(chat.text(example.response[:end])) > error:
-            return Example(example.prompt, example.response[:end])
-    return example
+    wrong = first_wrong_token(chat, task, item, example)
+    return example if wrong is None else Example(example.prompt, example.response[: wrong + 1])
 
 
 def save_pairs(file: Path, pairs: Sequence[Pair], chat: ChatFormat) -> None:

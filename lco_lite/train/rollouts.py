@@ -28,6 +28,7 @@ from lco_lite.recipe import Rl
 from lco_lite.rollout.engine import OTHER_NUMBERS, Engine, Made, Response, Sampling
 from lco_lite.run import StageFolder
 from lco_lite.sequences import Example, derive, endless, micro_batches, rng_state, seeded
+from lco_lite.tasks.base import Item, Task
 from lco_lite.train.training import fitting
 
 DYNAMIC_ROUNDS = 3  # how often a step samples again for groups without signal; the rest of the phase is smaller
@@ -39,7 +40,8 @@ class Phase:
 
     Of each: its grade of ±1 where a task can tell, its reward by each part of the feedback that is a number a response,
     and whether it is a demonstration ``shown`` to the policy, not its own. ``drawn``: how many were sampled, dropped
-    ones too."""
+    ones too. ``errors``, where the rule's word is placed: of each the index of its first wrong token, None where it is
+    right or the task cannot tell."""
 
     chosen: list[int]
     limit: int
@@ -48,6 +50,7 @@ class Phase:
     rewards: dict[str, list[float]]
     shown: list[bool]
     drawn: int
+    errors: list[int | None] | None = None
     _told: list[Tensor] = field(default_factory=list)
 
     @property
@@ -78,17 +81,17 @@ class Phase:
 
         chosen, responses, shown = [self.chosen[i] for i in places], of(self.responses), of(self.shown)
         rewards = {name: of(values) for name, values in self.rewards.items()}
-        return Phase(chosen, self.limit, responses, of(self.grades), rewards, shown, self.drawn)
+        return Phase(chosen, self.limit, responses, of(self.grades), rewards, shown, self.drawn, of(self.errors))
 
     def and_also(self, other: Phase) -> Phase:
         def both(mine: Any, theirs: Any) -> Any:
             return None if mine is None or theirs is None else mine + theirs
 
-        grades = both(self.grades, other.grades)
+        grades, errors = both(self.grades, other.grades), both(self.errors, other.errors)
         rewards = {name: values + other.rewards[name] for name, values in self.rewards.items()}
         responses, shown = self.responses + other.responses, self.shown + other.shown
         chosen, drawn = self.chosen + other.chosen, self.drawn + other.drawn
-        return Phase(chosen, self.limit, responses, grades, rewards, shown, drawn)
+        return Phase(chosen, self.limit, responses, grades, rewards, shown, drawn, errors)
 
 
 class Rollouts:
@@ -154,10 +157,11 @@ class Rollouts:
         grades, rewards, longest = judged["grades"], judged["rewards"] or {}, self.sampling.max_new_tokens
         if isinstance(rewards, list):  # a phase that version 0.3 began
             rewards = {recipe.rl.feedback: rewards}
-        return Phase(chosen, longest, responses, grades, rewards, shown, shown.count(False))
+        return Phase(chosen, longest, responses, grades, rewards, shown, shown.count(False), judged.get("errors"))
 
     def _judge(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> dict[str, Any]:
-        """``grades`` by the task, or None; ``rewards`` by each part of the feedback that gives them, [N] each."""
+        """``grades`` by the task, or None; ``rewards`` by each part of the feedback that gives them, [N] each;
+        ``errors`` where the rule's word is placed."""
         texts = [self.chat.text(response.example.response) for response in responses]
         items = [p.item for p in prompts if p.item is not None]
         grades = None
@@ -167,7 +171,15 @@ class Rollouts:
                 grades = torch.tensor([1.0 if r else -1.0 for r in right])
             asked = [p.messages for p in prompts], [p.row for p in prompts], texts, grades
             rewards = {name: source(*asked).tolist() for name, source in self.rewards.items()}
-        return {"grades": None if grades is None else grades.tolist(), "rewards": rewards}
+            judged = {"grades": None if grades is None else grades.tolist(), "rewards": rewards}
+            if self.ctx.recipe.rl.places_rule:
+                assert self.task is not None and grades is not None, "the recipe makes sure of a task"
+                wrong = zip(responses, items, judged["grades"], strict=True)
+                judged["errors"] = [
+                    None if grade > 0 else first_wrong_token(self.chat, self.task, item, one.example, one.truncated)
+                    for one, item, grade in wrong
+                ]
+        return judged
 
     def _shown(self, step: int, n: int) -> list[bool]:
         """Which responses are demonstrations: GKD's off-policy share."""
@@ -183,6 +195,20 @@ class Rollouts:
             )
         shown = self.chat.answer(prompt.messages, prompt.item.demonstration)
         return Response(Example(self.ids[place], shown), False)
+
+
+def first_wrong_token(
+    chat: ChatFormat, task: Task, item: Item, example: Example, truncated: bool = False
+) -> int | None:
+    """Index of the response's token that holds its first wrong character; None where the task cannot tell. One that
+    ends too early has it at its end, and one ``truncated`` before anything was wrong past its last token."""
+    error, response = task.first_error(chat.text(example.response), item), example.response
+    if error is None:
+        return None
+    for i in range(len(response)):
+        if len(chat.text(response[: i + 1])) > error:
+            return i
+    return len(response) if truncated else len(response) - 1
 
 
 def sample(
