@@ -65,6 +65,13 @@ def score(row: Row) -> float | None:
     return None if after is None else float(after["mean"])
 
 
+def seen(row: Row, metric: str, step: int | None = None) -> list[float]:
+    """A metric at each update that has it, of one phase or of all."""
+    values = row["updates"].get(metric, [])
+    steps = row["updates"].get("step", [])
+    return [v for v, s in zip(values, steps, strict=False) if v is not None and step in (None, s)]
+
+
 @dataclass(frozen=True)
 class Claim:
     """``threshold`` was written down before the study ran; ``why`` has the numbers."""
@@ -98,7 +105,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Report:
+class Findings:
     claims: Sequence[Claim]
     tables: Sequence[Table] = ()
     plots: Sequence[Plot] = ()
@@ -120,7 +127,7 @@ class Study:
         comes first. ``recipe``: as given, under the user's ``--set``."""
         raise NotImplementedError
 
-    def report(self, results: Results) -> Report:
+    def report(self, results: Results) -> Findings:
         """From whatever is done so far; a claim without its cells is unclear."""
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lco_lite.study.base import Cell, Claim, Plot, Report, Results, Row, Study, Table, judged
+from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, judged, seen
 from lco_lite.study.methods import ANCHORED, GKD, GKD_TWICE, METHODS, MIXED
 from lco_lite.study.statistics import mean_std, paired, samples_to
 from lco_lite.study.tuned import curve, failures, tiered
@@ -35,7 +35,7 @@ class Efficiency(Study):
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
         return tiered([{name: METHODS[name] for name in COMPARED}], recipe, seeds, done)
 
-    def report(self, results: Results) -> Report:
+    def report(self, results: Results) -> Findings:
         needed = {name: _samples_to_best_of("ppo", name, results) for name in COMPARED}
         of_kld = _samples_to_best_of("kld", "lch", results)
         own = _samples_to_best_of("kld", "kld", results)
@@ -52,7 +52,7 @@ class Efficiency(Study):
         title = "Held-out score and gradient norm against samples"
         plots = [Plot("learning", title, lambda figure: _learning(figure, results), (9.0, 6.5))]
         notes = ["Samples are responses drawn. GKD has as many demonstrations beside them.", *failures(results)]
-        return Report(claims, [table, _curves(results)], plots if n else [], notes)
+        return Findings(claims, [table, _curves(results)], plots if n else [], notes)
 
 
 def _samples_to_best_of(other: str, name: str, results: Results) -> dict[int, float]:
@@ -102,7 +102,7 @@ def _draw(above: Axes, below: Axes, name: str, rows: Sequence[Row]) -> None:
     style: dict[str, Any] = {} if METHODS[name].sets["rl.objective"] == "kld" else {"linestyle": "--", "linewidth": 1.3}
     curves = [curve(row) for row in rows]
     band(above, name, [fmean(xs) for xs in zip(*(x for x, _ in curves), strict=True)], [y for _, y in curves], **style)
-    norms = [smoothed([u["grad_norm"] for u in row["updates"] if "grad_norm" in u], SMOOTH) for row in rows]
+    norms = [smoothed(seen(row, "grad_norm"), SMOOTH) for row in rows]
     shortest = min(map(len, norms))
     if shortest:
         drawn = fmean(row["samples"] for row in rows)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from lco_lite.study.base import Cell, Claim, Plot, Report, Results, Study, Table, judged, told
+from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Study, Table, judged, told
 from lco_lite.study.methods import ANCHORED, METHODS, MIXED
 from lco_lite.study.statistics import mean_std
-from lco_lite.study.tuned import Method, failures, gradient, of, rates_tried, tiered
+from lco_lite.study.tuned import Contender, failures, gradient, of, rates_tried, tiered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,12 +23,12 @@ POSITIVE = {"rewards.rule.sign": "positive"}
 SPARSE_RATES = (3e-4, 1e-3, 3e-3, 6e-3)
 
 
-def sparse(objective: str, feedback: str, **more: object) -> Method:
-    return Method({**of(objective, feedback=feedback), **{f"rl.{k}": v for k, v in more.items()}}, SPARSE_RATES)
+def sparse(objective: str, feedback: str, **more: object) -> Contender:
+    return Contender({**of(objective, feedback=feedback), **{f"rl.{k}": v for k, v in more.items()}}, SPARSE_RATES)
 
 
 # loss -> what it is told -> the method
-TOLD: dict[str, dict[str, Method]] = {
+TOLD: dict[str, dict[str, Contender]] = {
     "kld": {
         "dense": METHODS["kld"],
         "sampled": sparse("kld", "dpo_sampled"),
@@ -38,7 +38,7 @@ TOLD: dict[str, dict[str, Method]] = {
     "kld, anchored": {
         "dense": METHODS[ANCHORED],
         "mixed": METHODS[MIXED],
-        "mixed, both signs": Method(
+        "mixed, both signs": Contender(
             of("kld", feedback="dpo + rule", anchor=0.5, **{"rewards.rule.sign": "both"}), tuned_as="kld, dense"
         ),
     },
@@ -49,13 +49,13 @@ TOLD: dict[str, dict[str, Method]] = {
     "reinforce": {
         "sampled": gradient("reinforce", feedback="dpo_sampled"),
         "rule": METHODS["reinforce"],
-        "rule, right only": Method(of("reinforce", **POSITIVE), tuned_as="reinforce, rule"),
+        "rule, right only": Contender(of("reinforce", **POSITIVE), tuned_as="reinforce, rule"),
     },
     "raft": {"rule, right only": METHODS["raft"]},
 }
 
 
-def _labelled(loss: str, feedback: str, method: Method) -> tuple[str, Method]:
+def _labelled(loss: str, feedback: str, method: Contender) -> tuple[str, Contender]:
     renamed = {"kld": "kld, dense"}.get(method.tuned_as or "", method.tuned_as)
     return f"{loss}, {feedback}", method._replace(tuned_as=renamed)
 
@@ -70,7 +70,7 @@ class Feedback(Study):
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
         return tiered([ALL], recipe, seeds, done)
 
-    def report(self, results: Results) -> Report:
+    def report(self, results: Results) -> Findings:
         claims = [
             _ahead(results, f"C6, {loss} against {rival}, {feedback}", f"{loss}, {feedback}", f"{rival}, {feedback}")
             for feedback, losses in (("sampled", ("kld", "lch", "mse")), ("rule", ("kld",)))
@@ -91,7 +91,7 @@ class Feedback(Study):
                 rows.append([name, rate, len(found), mean_std(before), mean_std(list(found.values()))])
         table = Table("feedback", "Scores", ["loss, feedback", "lr", "n", "before", "pass@1"], rows)
         plots = [Plot("feedback", "pass@1 by feedback", lambda figure: _bars(figure, results))] if rows else []
-        return Report(claims, [table, rates_tried(results)], plots, failures(results))
+        return Findings(claims, [table, rates_tried(results)], plots, failures(results))
 
 
 def _ahead(results: Results, name: str, a: str, b: str) -> Claim:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lco_lite.study.base import Cell, Claim, Plot, Report, Results, Row, Study, Table, Verdict, judged, told
+from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, Verdict, judged, seen, told
 from lco_lite.study.statistics import mean_std
-from lco_lite.study.tuned import Method, failures, gradient, of, rates_tried, regression, tiered
+from lco_lite.study.tuned import Contender, failures, gradient, of, rates_tried, regression, tiered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,12 +24,12 @@ MIXED, ANCHORED, GKD, GKD_TWICE = "kld mixed", "kld anchored", "gkd", "gkd, twic
 NO_CLIPPING = {"max_grad_norm": 1e9}
 
 # the order in which they are worked off
-TIERS: list[dict[str, Method]] = [
+TIERS: list[dict[str, Contender]] = [
     {
-        MIXED: Method(of("kld", feedback="dpo + rule", anchor=0.5), tuned_as="kld"),
+        MIXED: Contender(of("kld", feedback="dpo + rule", anchor=0.5), tuned_as="kld"),
         GKD: regression("gkd"),
-        GKD_TWICE: Method(of("gkd"), tuned_as=GKD, phases=2),
-        ANCHORED: Method(of("kld", anchor=0.5), tuned_as="kld"),
+        GKD_TWICE: Contender(of("gkd"), tuned_as=GKD, phases=2),
+        ANCHORED: Contender(of("kld", anchor=0.5), tuned_as="kld"),
         "raft": gradient("raft"),
         "dapo": gradient("dapo"),
     },
@@ -48,7 +48,7 @@ TIERS: list[dict[str, Method]] = [
     {"opd": regression("opd")}
     | {name: gradient(name) for name in ("rloo", "dr_grpo", "cispo", "dppo", "dro", "pmd", "rebel", "tpo")},
     {
-        f"{name}, unclipped": Method(of(name, **NO_CLIPPING), tuned_as=name)
+        f"{name}, unclipped": Contender(of(name, **NO_CLIPPING), tuned_as=name)
         for name in ("kld", "reinforce", "ppo", "grpo")
     },
 ]
@@ -64,7 +64,7 @@ class MethodsStudy(Study):
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
         return tiered(TIERS, recipe, seeds, done)
 
-    def report(self, results: Results) -> Report:
+    def report(self, results: Results) -> Findings:
         ranked = sorted((name for name in METHODS if results.by_seed(name)), key=lambda name: _mean(results, name))
         plots = [Plot("scores", "pass@1 after equal samples", lambda figure: _scores(figure, results, ranked))]
         notes = [
@@ -74,7 +74,7 @@ class MethodsStudy(Study):
             *failures(results),
         ]
         tables = [_table(results, ranked[::-1]), rates_tried(results)]
-        return Report([*_ahead(results), _papers(results)], tables, plots if ranked else [], notes)
+        return Findings([*_ahead(results), _papers(results)], tables, plots if ranked else [], notes)
 
 
 def _mean(results: Results, name: str) -> float:
@@ -131,7 +131,7 @@ def _table(results: Results, names: Sequence[str]) -> Table:
 
 
 def _largest_norm(row: Row) -> float:
-    return max((u["grad_norm"] for u in row["updates"] if "grad_norm" in u), default=0.0)
+    return max(seen(row, "grad_norm"), default=0.0)
 
 
 def _scores(figure: Figure, results: Results, names: Sequence[str]) -> None:

@@ -13,13 +13,13 @@ from lco_lite import __version__
 from lco_lite.environment import environment
 from lco_lite.errors import UsageError
 from lco_lite.files import write_json, write_text
-from lco_lite.study.base import Claim, Report, Results, Row, Study, Table
+from lco_lite.study.base import Claim, Findings, Results, Row, Study, Table
 from lco_lite.study.figures import save
 
 _ORDER = ("not reproduced", "unclear", "reproduced")  # refutations first
 
 
-def write(study: Study, results: Results, total: int, command: str, folder: Path) -> Report:
+def write(study: Study, results: Results, total: int, command: str, folder: Path) -> Findings:
     """All files of the study in ``folder``, of whatever is done so far of ``total`` cells."""
     report = study.report(results)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def as_csv(table: Table) -> str:
     return text.getvalue()
 
 
-def as_markdown(study: Study, report: Report, results: Results, total: int, command: str) -> str:
+def as_markdown(study: Study, report: Findings, results: Results, total: int, command: str) -> str:
     seeds = sorted({row["seed"] for row in results.rows})
     lines = [f"# {study.name}", "", study.asks, "", f"    {command}", ""]
     state = f"{len(results.rows)} of {total} cells" if len(results.rows) < total else f"{total} cells"
@@ -68,9 +68,9 @@ def as_markdown(study: Study, report: Report, results: Results, total: int, comm
         lines += [f"{state}, seeds {_spans(seeds)}, version {versions}, {hours:.1f} hours of one process.", ""]
     else:
         lines += [f"Nothing has run yet: 0 of {total} cells.", ""]
-    for claim in ordered(report.claims):
-        lines += [f"**{claim.verdict.capitalize()}: {claim.name}.** {claim.says}", ""]
-        lines += [f"Threshold, set before: {claim.threshold} {claim.why}", ""]
+    claims = [[claim.verdict, claim.name, claim.says, claim.why, claim.threshold] for claim in ordered(report.claims)]
+    columns = ["verdict", "claim", "says", "found", "threshold, set before the runs"]
+    lines += [*_rows(Table("claims", "Claims", columns, claims)), ""]
     for plot in report.plots:
         lines += [f"![{plot.title}]({plot.name}.svg)", ""]
     for table in report.tables:

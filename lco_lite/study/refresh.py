@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lco_lite.study.base import Cell, Claim, Plot, Report, Results, Study, Table, judged, told
+from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Study, Table, judged, told
 from lco_lite.study.methods import ANCHORED, METHODS
 from lco_lite.study.statistics import mean_std
 from lco_lite.study.tuned import curve, failures, sets_of, tuning
@@ -50,7 +50,7 @@ class Refresh(Study):
         varied = {label: _sets(base, recipe, **more) for label, more in VARIED.items()}
         return planned + [Cell(label, seed, sets) for seed in seeds for label, sets in varied.items()]
 
-    def report(self, results: Results) -> Report:
+    def report(self, results: Results) -> Findings:
         claims = [
             _ahead(results, "the anchor at 8 phases", BASE, "anchor 0"),
             _ahead(results, "the anchor at 32 phases", "32 phases", "anchor 0, 32 phases"),
@@ -75,7 +75,7 @@ class Refresh(Study):
         table = Table("refresh", "Scores at equal samples", columns, rows)
         title = "Held-out score over a run"
         plots = [Plot("refresh", title, lambda figure: _curves(figure, results), (9.0, 5.0))] if rows else []
-        return Report(claims, [table], plots, failures(results))
+        return Findings(claims, [table], plots, failures(results))
 
 
 def _sets(

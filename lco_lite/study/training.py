@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lco_lite.study.base import Cell, Claim, Plot, Report, Results, Row, Study, Table, Verdict, judged
+from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, Verdict, judged, seen
 from lco_lite.study.methods import METHODS
 from lco_lite.study.statistics import Interval, mean_std, paired
 from lco_lite.study.tuned import curve, failures, tiered
@@ -35,7 +35,7 @@ class Training(Study):
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
         return tiered([{name: METHODS[name] for name in (*LCO, *GRADIENTS)}], recipe, seeds, done)
 
-    def report(self, results: Results) -> Report:
+    def report(self, results: Results) -> Findings:
         known = [name for name in (*LCO, *GRADIENTS) if results.of(name)]
         claims = [
             _trend(results, "C1 in a run", "ppo", "logit_grad_norm_neg", rises=True),
@@ -48,7 +48,7 @@ class Training(Study):
         tables = [Table("trends", "Within a phase, geometric mean over phases and seeds", columns, rows)]
         title = "Gradient norm, entropy and score over a run"
         plots = [Plot("training", title, lambda figure: _run(figure, results, known), (9.0, 9.0))]
-        return Report(claims, tables, plots if known else [], failures(results))
+        return Findings(claims, tables, plots if known else [], failures(results))
 
 
 def rise(norm: str) -> Callable[[Row], float | None]:
@@ -56,8 +56,8 @@ def rise(norm: str) -> Callable[[Row], float | None]:
 
     def of(row: Row) -> float | None:
         logs = []
-        for step in sorted({u["step"] for u in row["updates"]}):
-            values = [u[norm] for u in row["updates"] if u["step"] == step and u.get(norm)]
+        for step in sorted(set(seen(row, "step"))):
+            values = [value for value in seen(row, norm, int(step)) if value > 0]
             third = len(values) // 3
             if third:
                 logs.append(math.log(fmean(values[-third:]) / fmean(values[:third])))
@@ -68,7 +68,7 @@ def rise(norm: str) -> Callable[[Row], float | None]:
 
 def entropy_kept(row: Row) -> float | None:
     """Entropy of the last update as a share of the first's; what a policy learns lowers it too."""
-    values = [u["entropy"] for u in row["updates"] if "entropy" in u]
+    values = seen(row, "entropy")
     return values[-1] / values[0] if values and values[0] else None
 
 
@@ -123,8 +123,7 @@ def _run(figure: Figure, results: Results, names: Sequence[str]) -> None:
         if number in NORMS:
             axes.set_yscale("log")
         for name in names:
-            rows = [[u[number] for u in row["updates"] if u.get(number) is not None] for row in results.of(name)]
-            rows = [smoothed(values, SMOOTH) for values in rows if values]
+            rows = [smoothed(values, SMOOTH) for row in results.of(name) if (values := seen(row, number))]
             if rows:
                 length = min(map(len, rows))
                 band(axes, name, [i / length for i in range(length)], [values[:length] for values in rows])

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 REGRESSION_RATES, GRADIENT_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2), (1e-4, 3e-4, 1e-3, 3e-3)
 
 
-class Method(NamedTuple):
+class Contender(NamedTuple):
     """``rates`` are those of the quickstart, whose own is 3e-3; another recipe's are in proportion to its own.
     ``tuned_as``: takes the rate of the method of that name. ``phases``: times as many."""
 
@@ -23,7 +23,7 @@ class Method(NamedTuple):
     phases: int = 1
 
 
-Methods = Mapping[str, Method]
+Contenders = Mapping[str, Contender]
 
 
 def of(objective: str, **more: Any) -> dict[str, Any]:
@@ -31,15 +31,15 @@ def of(objective: str, **more: Any) -> dict[str, Any]:
     return {"rl.objective": objective, **{f"rl.{name}": value for name, value in more.items()}}
 
 
-def regression(objective: str, **more: Any) -> Method:
-    return Method(of(objective, **more), REGRESSION_RATES)
+def regression(objective: str, **more: Any) -> Contender:
+    return Contender(of(objective, **more), REGRESSION_RATES)
 
 
-def gradient(objective: str, **more: Any) -> Method:
-    return Method(of(objective, **more), GRADIENT_RATES)
+def gradient(objective: str, **more: Any) -> Contender:
+    return Contender(of(objective, **more), GRADIENT_RATES)
 
 
-def tiered(tiers: Sequence[Methods], recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
+def tiered(tiers: Sequence[Contenders], recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
     """Tier by tier: the cells that find the rates, then, when those are known, all methods of each seed."""
     planned, methods = list[Cell](), {name: method for tier in tiers for name, method in tier.items()}
     for tier in tiers:
@@ -52,14 +52,14 @@ def tiered(tiers: Sequence[Methods], recipe: Recipe, seeds: Sequence[int], done:
     return planned
 
 
-def tuning(name: str, method: Method, recipe: Recipe) -> list[Cell]:
+def tuning(name: str, method: Contender, recipe: Recipe) -> list[Cell]:
     """A cell for each rate; none of a method that takes another's."""
     sets = {**equal(method.sets, recipe), "rl.steps": max(1, recipe.rl.steps // 2)}
     rates = [float(f"{rate * recipe.rl.lr / 3e-3:.6g}") for rate in method.rates]
     return [Cell(f"{name}, lr {rate:g}", TUNING_SEED, {**sets, "rl.lr": rate}) for rate in rates]
 
 
-def sets_of(name: str, methods: Methods, recipe: Recipe, done: Results) -> dict[str, Any] | None:
+def sets_of(name: str, methods: Contenders, recipe: Recipe, done: Results) -> dict[str, Any] | None:
     """The fields of a method at the rate with the highest score, the lowest of several; None before that is known."""
     method, tuned_as = methods[name], methods[name].tuned_as or name
     cells = tuning(tuned_as, methods[tuned_as], recipe)

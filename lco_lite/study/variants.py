@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lco_lite.study.base import Cell, Claim, Report, Results, Study, Table, Verdict, judged, told
+from lco_lite.study.base import Cell, Claim, Findings, Results, Study, Table, Verdict, judged, told
 from lco_lite.study.feedback import SPARSE_RATES
 from lco_lite.study.methods import METHODS
 from lco_lite.study.statistics import mean_std
-from lco_lite.study.tuned import Method, failures, of, rates_tried, tiered
+from lco_lite.study.tuned import Contender, failures, of, rates_tried, tiered
 
 if TYPE_CHECKING:
     from lco_lite.recipe import Recipe
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 SMALL = 0.02  # a difference in pass@1 that would make one choose; set before the study ran
 
 
-def like(name: str, **more: Any) -> Method:
+def like(name: str, **more: Any) -> Contender:
     """As another method here, at its rate, with these fields of ``rl`` besides."""
     method = ALL[name]
-    return Method({**method.sets, **{f"rl.{field}": value for field, value in more.items()}}, tuned_as=name)
+    return Contender({**method.sets, **{f"rl.{field}": value for field, value in more.items()}}, tuned_as=name)
 
 
-ALL: dict[str, Method] = {"kld": METHODS["kld"], "mse": METHODS["mse"], "lch": METHODS["lch"], "opd": METHODS["opd"]}
-ALL["mse, rule"] = Method(of("mse", feedback="rule"), SPARSE_RATES)
-ALL["kld, logprob"] = Method(of("kld", feedback="logprob"), SPARSE_RATES)
+ALL: dict[str, Contender] = {"kld": METHODS["kld"], "mse": METHODS["mse"], "lch": METHODS["lch"], "opd": METHODS["opd"]}
+ALL["mse, rule"] = Contender(of("mse", feedback="rule"), SPARSE_RATES)
+ALL["kld, logprob"] = Contender(of("kld", feedback="logprob"), SPARSE_RATES)
 ALL |= {
-    "mse, sum": Method(of("mse", weighting="sum"), SPARSE_RATES),
-    "mse, policy": Method(of("mse", weighting="policy"), SPARSE_RATES),
-    "lch, policy": Method(of("lch", weighting="policy"), SPARSE_RATES),
+    "mse, sum": Contender(of("mse", weighting="sum"), SPARSE_RATES),
+    "mse, policy": Contender(of("mse", weighting="policy"), SPARSE_RATES),
+    "lch, policy": Contender(of("lch", weighting="policy"), SPARSE_RATES),
     "kld, standardised": like("kld", standardise=True),
     "kld, top 5": like("kld", **{"variant.top_k": 5}),
     "mse, current target": like("mse", **{"variant.target": "current"}),
@@ -65,7 +65,7 @@ class Variants(Study):
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
         return tiered([ALL], recipe, seeds, done)
 
-    def report(self, results: Results) -> Report:
+    def report(self, results: Results) -> Findings:
         claims = [_matters(results, a, b) for a, b in AGAINST.items()]
         rows = []
         for name in ALL:
@@ -76,7 +76,9 @@ class Variants(Study):
                     [name, f"{results.of(name)[0]['lr']:g}", len(found), mean_std(list(found.values())), other, less]
                 )
         columns = ["method", "lr", "n", "pass@1", "against", "difference"]
-        return Report(claims, [Table("variants", "Scores", columns, rows), rates_tried(results)], (), failures(results))
+        return Findings(
+            claims, [Table("variants", "Scores", columns, rows), rates_tried(results)], (), failures(results)
+        )
 
 
 def _matters(results: Results, a: str, b: str) -> Claim:

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from lco_lite.console import Console, clock_time
-from lco_lite.study.base import TUNING_SEED, Report
+from lco_lite.study.base import TUNING_SEED, Findings
 from lco_lite.study.catalogue import STUDIES, load_study
 from lco_lite.study.grid import Grid
 from lco_lite.study.page import known_rows, ordered, write
@@ -60,7 +60,7 @@ def run_study(
     console.done(folder / "README.md")
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: Findings, console: Console) -> None:
     for claim in ordered(report.claims):
         console.note(f"{claim.verdict}: {claim.says} {claim.why}")
     for table in report.tables:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from lco_lite.tasks import load_task
 from lco_lite.train.pipeline import train
 
 # of an update, for curves within a phase
-CURVES = """step update loss grad_norm entropy sampled_prob clipped
+CURVES = """step loss grad_norm entropy sampled_prob clipped
 logit_grad_norm_pos logit_grad_norm_neg logit_grad_sampled logit_grad_others"""
 
 
@@ -67,9 +67,7 @@ def train_and_score(ctx: Context, options: dict[str, Any]) -> Row:
     except Diverged as e:
         failed = str(e).splitlines()[0]
     steps = read_log(folder.metrics)
-    updates = [
-        {n: u[n] for n in CURVES.split() if u.get(n) is not None} for u in read_log(folder.path / "updates.jsonl")
-    ]
+    updates = columns(read_log(folder.path / "updates.jsonl"))
     tasks = {
         name: {"before": one} for name, one in scores(ctx, "sft" if "sft" in ctx.recipe.stages else "base").items()
     }
@@ -81,6 +79,16 @@ def train_and_score(ctx: Context, options: dict[str, Any]) -> Row:
     made = {"objective": rl.objective, "feedback": rl.feedback, "lr": rl.lr, "failed": failed, "tasks": tasks}
     made |= {"before": own["before"], "after": own.get("after"), "steps": steps, "updates": updates}
     return made | {"samples": steps[-1]["samples_seen"] if steps else 0}
+
+
+def columns(updates: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """Metric -> its value at each update, to five digits."""
+    made = {name: [update.get(name) for update in updates] for name in CURVES.split()}
+    return {
+        name: [None if value is None else float(f"{value:.5g}") for value in values]
+        for name, values in made.items()
+        if any(value is not None for value in values)
+    }
 
 
 def scores(ctx: Context, stage: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 from lco_lite.console import Console
 from lco_lite.errors import Interrupted, LcoError
-from lco_lite.study.base import Cell, Claim, Plot, Report, Study, Table
+from lco_lite.study.base import Cell, Claim, Plot, Findings, Study, Table
 from lco_lite.study.figures import band
 from lco_lite.study.grid import Grid
 from lco_lite.study.page import known_rows, write
@@ -28,7 +28,7 @@ class Small(Study):
         scores = [[label, len(results.by_seed(label))] for label in results.labels()]
         plot = Plot("curves", "<curves>", lambda figure: band(figure.subplots(), "<x>", [0, 1], [[0, 1], [1, 2]]))
         claims = [Claim("C", "It goes.", "none.", "unclear", "n = 1."), Claim("D", "No.", "-", "not reproduced", "-")]
-        return Report(claims, [Table("scores", "Scores", ["method", "n"], scores)], [plot], ["A note."])
+        return Findings(claims, [Table("scores", "Scores", ["method", "n"], scores)], [plot], ["A note."])
 
 
 def quiet():
@@ -44,7 +44,7 @@ def test_a_grid_is_worked_off_once_and_goes_on_where_it_was_stopped(tiny, tmp_pa
     results = grid.work_off([1], at_once=2)
     assert results.labels() == ["kld", "reinforce"]
     kld = results.of("kld")[0]
-    assert kld["samples"] == 16 and len(kld["steps"]) == 2 and len(kld["updates"]) == 8
+    assert kld["samples"] == 16 and len(kld["steps"]) == 2 and kld["updates"]["step"] == [1.0] * 4 + [2.0] * 4
     assert kld["before"]["n"] == 8 and 0 <= kld["after"]["mean"] <= 1
     starts = sorted(tmp_path.glob("studies/tiny/start-*"))
     assert len(starts) == 1  # shared, and trained once
@@ -55,7 +55,11 @@ def test_a_grid_is_worked_off_once_and_goes_on_where_it_was_stopped(tiny, tmp_pa
     folder = tmp_path / "page"
     write(grid.study, results, 2, "lco-lite study small", folder)
     page = (folder / "README.md").read_text()
-    assert page.index("Not reproduced") < page.index("Unclear") and "| kld | 1 |" in page and "A note." in page
+    assert (
+        page.index("| not reproduced | D |") < page.index("| unclear | C |")
+        and "| kld | 1 |" in page
+        and "A note." in page
+    )
     assert (folder / "scores.csv").read_text().splitlines() == ["method,n", "kld,1", "reinforce,1"]
     assert xml.etree.ElementTree.parse(folder / "curves.svg") and (folder / "curves.png").stat().st_size > 1000
     before = (folder / "curves.svg").read_bytes()

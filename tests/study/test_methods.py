@@ -18,7 +18,7 @@ def recipe():
 
 def row(label, seed, score, samples=5120, curve=None, **more):
     steps = [{"samples_seen": x, "eval": y} for x, y in curve or [(samples, score)]]
-    updates = [{"step": 1, "update": 1, "grad_norm": 0.5}, {"step": 1, "update": 2, "grad_norm": 0.3}]
+    updates = {"step": [1, 1, 1], "grad_norm": [0.5, None, 0.3]}
     made = {"label": label, "seed": seed, "id": f"{label}-{seed}", "version": "0", "seconds": 1.0, "failed": None}
     made |= {"before": {"mean": 0.3}, "after": {"mean": score, "metrics": {"pass@8": {"mean": 0.99}}}}
     return made | {"steps": steps, "updates": updates, "samples": samples, "lr": 1e-3, "feedback": "rule"} | more
