@@ -10,7 +10,7 @@ from lco_lite.study.base import Study
 
 STUDIES = {
     "methods": "MethodsStudy",
-    "training": "Training",
+    "training": "WholeRun",
     "efficiency": "Efficiency",
     "feedback": "Feedback",
     "refresh": "Refresh",

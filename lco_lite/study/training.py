@@ -28,7 +28,7 @@ SANE = (0.25, 2.0)  # entropy at the end, as a share of that at the start
 SMOOTH = 5  # updates
 
 
-class Training(Study):
+class WholeRun(Study):
     name = "training"
     asks = "What do gradient, entropy and probability do over a whole run? (Figs 1, 2, 6)"
 

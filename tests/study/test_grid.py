@@ -12,7 +12,7 @@ import pytest
 
 from lco_lite.console import Console
 from lco_lite.errors import Interrupted, LcoError
-from lco_lite.study.base import Cell, Claim, Plot, Findings, Study, Table
+from lco_lite.study.base import Cell, Claim, Findings, Plot, Study, Table
 from lco_lite.study.figures import band
 from lco_lite.study.grid import Grid
 from lco_lite.study.page import known_rows, write
