@@ -294,17 +294,14 @@ def last(values: list[float]) -> float:
 
 def against(ratios: Mapping[int, float], bound: float, above: bool) -> tuple[Verdict, str]:
     """Whether the mean log ratio lies above, or below, that of ``bound``; and the ratio with its interval."""
-    sign = 1.0 if above else -1.0
-    interval = paired({seed: sign * x for seed, x in ratios.items()}, dict.fromkeys(ratios, sign * math.log(bound)))
-    return judged(interval), as_ratio(paired(ratios, dict.fromkeys(ratios, 0.0)))
-
-
-def as_ratio(interval: Interval | None) -> str:
-    """An interval of log ratios, as ratios."""
+    interval = paired(ratios, dict.fromkeys(ratios, 0.0))
     if interval is None:
-        return "–"
-    mean, low, high = (math.exp(x) for x in interval[:3])
-    return f"{mean:.3g} [{low:.3g}, {high:.3g}], n = {interval.n}"
+        return "unclear", "–"
+    mean, low, high, p, n = interval
+    verdict = (
+        judged(interval, math.log(bound)) if above else judged(Interval(-mean, -high, -low, p, n), -math.log(bound))
+    )
+    return verdict, f"{math.exp(mean):.3g} [{math.exp(low):.3g}, {math.exp(high):.3g}], n = {n}"
 
 
 def all_of(verdicts: Sequence[Verdict]) -> Verdict:
