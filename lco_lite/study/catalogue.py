@@ -10,6 +10,7 @@ from lco_lite.study.base import Study
 
 STUDIES = {
     "methods": "MethodsStudy",
+    "dynamics": "Dynamics",
     "training": "WholeRun",
     "efficiency": "Efficiency",
     "feedback": "Feedback",

@@ -27,7 +27,7 @@ from lco_lite.models.chat import ChatFormat
 from lco_lite.recipe import Rl
 from lco_lite.rollout.engine import Response, Sampling, in_order, open_engine
 from lco_lite.sequences import endless, seeded
-from lco_lite.study.base import Cell, Claim, Plot, Report, Results, Row, Study, Table, Verdict, judged
+from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, Verdict, judged
 from lco_lite.study.statistics import Interval, mean_std, paired
 from lco_lite.train import rl as training
 from lco_lite.train.methods import Models, score
@@ -112,7 +112,7 @@ class Dynamics(Study):
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
         return [Cell(LABEL, seed, work="study.dynamics:probe") for seed in seeds]
 
-    def report(self, results: Results) -> Report:
+    def report(self, results: Results) -> Findings:
         ran = [s for s in STRATEGIES if any(curve(row, s.name, sign) for row in results.of(LABEL) for sign in SIGNS)]
         claims = [ppo_grows(results), ppo_shrinks(results), clip_stops(results), *(decays(results, n) for n in LCO)]
         plots = [
@@ -130,7 +130,7 @@ class Dynamics(Study):
                 (10, 8),
             ),
         ]
-        return Report(claims, [table(results, ran)], plots if ran else [], notes(results))
+        return Findings(claims, [table(results, ran)], plots if ran else [], notes(results))
 
 
 # the work of a cell
