@@ -49,10 +49,10 @@ def _made(
     if data is not None:
         raise UsageError(f"task {name} makes its own problems and reads no data; {data} is not used")
     sources = {split: partial(rows, split) for split in ("train", "test")}
-    return Arithmetic(name, sources, read, grader=grade_result, template="{problem}", max_new_tokens=_LONGEST)
+    return Arithmetic(name, sources, read, grader=grade_sum, template="{problem}", max_new_tokens=_LONGEST)
 
 
-def grade_result(response: str, item: Item) -> Grade:
+def grade_sum(response: str, item: Item) -> Grade:
     """Exact match of what stands after the last ``#``."""
     _, mark, answer = response.rpartition("#")
     if not mark:
