@@ -212,7 +212,7 @@ _NO_MATTER = {"gradient_checkpointing", "attention", "trust_remote_code", "micro
 _NO_MATTER |= {"device", "gpu_share", "streaming"}
 _NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard", "reward_timeout"}
 # left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
-_NEWER: dict[str, Any] = {"rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
+_NEWER: dict[str, Any] = {"sft.more_tasks": [], "rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
 _NEWER |= {"rl.evaluated": True, "rollout.engine": "auto"}
 _NEWER |= {"rl.mismatch": "none", "rl.mismatch_cap": 3.0, "rl.mismatch_low": 0.5, "rl.mismatch_high": 5.0}
 _NEWER |= {f"rl.rewards.{name}.{key}": v for name in REWARDS for key, v in RewardPart().model_dump().items()}

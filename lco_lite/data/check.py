@@ -10,7 +10,14 @@ from typing import Any, TypeAlias
 
 from lco_lite.console import Console
 from lco_lite.data.overlap import EvaluationItems, normalised
-from lco_lite.data.prompts import demonstrations, longest_response, recipe_task, rl_prompts, system_text
+from lco_lite.data.prompts import (
+    demonstrations,
+    longest_response,
+    more_demonstrations,
+    recipe_task,
+    rl_prompts,
+    system_text,
+)
 from lco_lite.data.rows import read_demonstrations, read_preferences, read_prompts
 from lco_lite.errors import DataError, ModelError
 from lco_lite.models.chat import ChatFormat, Message
@@ -81,9 +88,11 @@ def recipe_sources(recipe: Recipe, task: Task | None) -> list[TrainingData]:
             shown = demonstrations(recipe, task)
         else:
             shown = read_demonstrations(data.demonstrations, system, data.columns.demonstrations)
+            shown += more_demonstrations(recipe)
         place = "row" if data.demonstrations else "item"
         samples = [Sample(f"{place} {i}", d.messages, (d.response,)) for i, d in enumerate(shown, 1)]
-        sources.append(TrainingData("demonstrations", data.demonstrations or of_task, samples, recipe.sft.max_length))
+        name = ", ".join([data.demonstrations or of_task, *recipe.sft.more_tasks])
+        sources.append(TrainingData("demonstrations", name, samples, recipe.sft.max_length))
     if recipe.rl.needs_reward_model and data.preferences != "sampled":
         pairs = read_preferences(data.preferences, system, data.columns.preferences)
         samples = [Sample(f"pair {i}", p.messages, (p.chosen, p.rejected)) for i, p in enumerate(pairs, 1)]

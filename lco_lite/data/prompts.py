@@ -1,7 +1,8 @@
 """What a recipe's stages are fed: demonstrations for sft, prompts for pairs and rl, items held out for scores.
 
 A task's training items are shuffled once by the seed; sft takes the first ``sft.examples`` of them, pairs and rl share
-the rest (all of them where sft leaves none). Held-out items are the task's ``test`` split and never trained on.
+the rest (all of them where sft leaves none). Of ``sft.more_tasks`` sft alone takes items, as many of each. Held-out
+items are the task's ``test`` split and never trained on.
 """
 
 import random
@@ -68,14 +69,30 @@ def sft_examples(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Ex
 
 
 def demonstrations(recipe: Recipe, task: Task | None) -> list[Demonstration]:
-    """``data.demonstrations``, else the task's. Raises DataError where there are none or they are held-out items."""
+    """``data.demonstrations``, else the task's; then those of ``sft.more_tasks``. Raises DataError where there are none
+    or they are held-out items, UsageError for an unknown task."""
+    return _own_demonstrations(recipe, task) + more_demonstrations(recipe)
+
+
+def more_demonstrations(recipe: Recipe) -> list[Demonstration]:
+    """Those of ``sft.more_tasks``, one task after the other. Raises UsageError for an unknown task, and DataError."""
+    return [shown for name in recipe.sft.more_tasks for shown in _of_items(recipe, load_task(name))]
+
+
+def _own_demonstrations(recipe: Recipe, task: Task | None) -> list[Demonstration]:
     data = recipe.data
     if data.demonstrations is not None:
         rows = _shuffled_rows(recipe, task, read_demonstrations, data.demonstrations, data.columns.demonstrations)
         return rows[: recipe.sft.examples]
     assert task is not None, "the recipe makes sure of one or the other"
-    items, _ = _split(recipe, task)
+    return _of_items(recipe, task)
+
+
+def _of_items(recipe: Recipe, task: Task) -> list[Demonstration]:
+    items, _ = _split(recipe, task, for_sft=True)
     shown = [(item, item.demonstration) for item in items if item.demonstration]
+    if not shown and task.name in recipe.sft.more_tasks:
+        raise DataError(f"sft.more_tasks: task {task.name} has no demonstrations, so there is nothing to mix in")
     if not shown:
         raise DataError(
             f"task {task.name} has no demonstrations: name a file in data.demonstrations, or set sft.enabled: false"
@@ -123,12 +140,12 @@ def _shuffled_rows(
     return rows
 
 
-def _split(recipe: Recipe, task: Task) -> tuple[list[Item], list[Item]]:
-    """(items for sft, the rest) of the task's training items."""
+def _split(recipe: Recipe, task: Task, for_sft: bool = False) -> tuple[list[Item], list[Item]]:
+    """(items for sft, the rest) of the task's training items; ``for_sft``: whatever else sft takes."""
     items = list(task.items("train"))
     random.Random(derive(recipe.seed, "split")).shuffle(items)
     taken = len(items) if recipe.sft.examples is None else recipe.sft.examples
-    uses_items = recipe.sft.enabled and recipe.data.demonstrations is None
+    uses_items = for_sft or (recipe.sft.enabled and recipe.data.demonstrations is None)
     return (items[:taken], items[taken:]) if uses_items else ([], items)
 
 

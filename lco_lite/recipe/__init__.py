@@ -88,6 +88,9 @@ class Recipe(Section):
                 yield f"rl.feedback: rule needs a task that grades, and {why}"
             if self.rl.needs_reward_model and self.data.preferences == "sampled":
                 yield f"data.preferences: `sampled` needs a task that grades, and {why}: name a file or hub set"
+        mixed = [name for name in (self.task, *self.sft.more_tasks) if name is not None]
+        if twice := next((name for name in mixed if mixed.count(name) > 1), None):
+            yield f"sft.more_tasks: {twice} is there already; name each other task once"
         if self.model.init is not None and not self.sft.enabled:
             yield "sft.enabled: a model from scratch has learnt nothing yet: it needs sft"
         if self.rollout.engine == "vllm":

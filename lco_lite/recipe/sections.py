@@ -287,6 +287,7 @@ class Training(Section):
 class Sft(Training):
     enabled: bool = setting(True, "false: RL starts from the base as it is", "paper: SFT warm-up")
     examples: int | None = setting(1000, "demonstrations used; null: all", "paper", ge=1)
+    more_tasks: list[str] = setting([], "other tasks: as many demonstrations of each are mixed in", "none: paper")
     epochs: float = setting(1.0, "passes over the examples", "paper", gt=0)
     max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
     batch_size: int = setting(16, "responses per update", "common practice", ge=1)
