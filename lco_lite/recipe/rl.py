@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
-from lco_lite.recipe.sections import Section, Training, setting
+from lco_lite.recipe.sections import WITH_LORA, Section, Training, setting
 from lco_lite.user_code import names_function
 
 TRL, TRL_PPO, PAPER = "TRL 1.16", "TRL 1.10, its last PPO", "arXiv 2603.00963"
@@ -20,7 +20,7 @@ _REGRESSION = {"beta": (1.0, "as LCO's; public code differs: docs/methods.md")}
 _COMPARES = (True, "its loss compares the responses to a prompt")
 _TEACHER = ("dpo", "the reward model is the teacher: " + PAPER)
 
-# objective -> field of the recipe's rl section -> (value, source)
+# objective -> field of the recipe's rl section -> (value, source); lr is that of full fine-tuning: ×10 with LoRA
 METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
     "kld": {},
     "lch": {},
@@ -248,9 +248,11 @@ class Rl(Training):
     weighting: Literal["mean", "sum", "policy"] = setting(
         "mean", "mse, lch: weights over the vocabulary; policy: by π_old", "mean: paper eqs 8 and 9"
     )
-    anchor: float = setting(0.0, "λ in z* = (1-λ) z_old + λ z_ref + A/β", "0: paper; 0.5 stops compounding", ge=0, le=1)
+    anchor: float = setting(
+        0.0, "λ in z* = (1-λ) z_old + λ z_ref + A/β", "0: paper; 0.5 stops compounding (docs/methods.md)", ge=0, le=1
+    )
     standardise: bool = setting(False, "dpo: divide A by its deviation over the vocabulary, per token", "off: paper")
-    lr: float = setting(5e-6, "peak learning rate of AdamW", "paper", gt=0)
+    lr: float = setting(5e-6, "peak learning rate of AdamW; not set with LoRA: 5e-5", f"paper; {WITH_LORA}", gt=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after warm-up", "paper's public code")
     warmup_steps: int = setting(10, "updates of linear warm-up", "prototype: Adam's first steps are sign-like", ge=0)
     steps: int = setting(4, "rollout phases; π_old and the target are fixed within one", "prototype", ge=1)

@@ -42,6 +42,23 @@ def test_defaults_come_with_the_objective_carry_a_source_and_can_be_overridden(o
     assert Rl.model_validate({"objective": objective, "lr": 1e-3}).lr == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("given", "compounds"),
+    [
+        ({"steps": 4}, True),
+        ({"steps": 3}, False),
+        ({"steps": 4, "anchor": 0.5}, False),
+        ({"steps": 4, "objective": "mse", "feedback": "dpo + rule"}, True),
+        ({"steps": 4, "feedback": "rule"}, False),
+        ({"steps": 4, "objective": "grpo"}, False),
+        ({"steps": 4, "objective": "gkd"}, False),
+    ],
+)
+def test_a_dense_target_that_is_refreshed_often_without_an_anchor_is_told(given, compounds):
+    told = rl_stage.compounding(Rl.model_validate(given))
+    assert ("in each of 4 steps" in told and "rl.anchor: 0.5" in told) if compounds else told is None
+
+
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
     """A run whose sft and reward model every method shares."""
