@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.rl import LCO, defaults_of, feedbacks
+from lco_lite.recipe.rl import LCO, RewardPart, defaults_of, feedbacks
 
 KeyPath = tuple[Any, ...]
 Say = Callable[[str], object]
@@ -185,7 +185,8 @@ def _in_words(path: KeyPath, error: ErrorDetails) -> list[tuple[KeyPath, str]]:
     if error["type"] == "extra_forbidden":
         section: type[BaseModel] = Recipe
         for key in path[:-1]:
-            either = section.model_fields[key].annotation
+            field = section.model_fields.get(key)
+            either = field.annotation if field else RewardPart  # under a name that is the user's
             section = next(a for a in (either, *get_args(either)) if isinstance(a, type) and issubclass(a, BaseModel))
         name = str(path[-1]).lower().replace("-", "_")
         return [(path, f"unknown key; {_nearest(name, section.model_fields, 'accepted')}")]

@@ -240,7 +240,7 @@ class Report:
                 metrics["reward"] = scores[own].mean().item()
                 if group > 1:
                     metrics["dead_groups"] = 1 - live_groups(scores, group).float().mean().item()
-            if phase.rewards and "+" in self.rl.feedback:
+            if phase.rewards and self.rl.tells_rewards:
                 metrics["rewards"] = {n: torch.tensor(r)[own].mean().item() for n, r in phase.rewards.items()}
             if phase.grades is not None:
                 metrics["accuracy"] = (torch.tensor(phase.grades)[own] > 0).float().mean().item()
