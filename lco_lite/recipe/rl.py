@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from lco_lite.recipe.sections import WITH_LORA, Section, Training, setting
 from lco_lite.user_code import names_function
@@ -168,7 +168,7 @@ class Rewards(Section):
     """What each reward of ``feedback`` counts; reward functions with names under their own."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, RewardPart]
+    __pydantic_extra__: dict[str, RewardPart] = Field(init=False)
 
     rule: RewardPart = setting(RewardPart(), "+1 right, -1 wrong", "see RewardPart")
     function: RewardPart = setting(RewardPart(), "what reward_function gives", "see RewardPart")
