@@ -84,8 +84,8 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _rates_of_what_is_trained(cls, given: Any) -> Any:
-        """A learning rate that is not set is that of full fine-tuning, ``LORA_RATE`` times that for an adapter. sft of a
-        model from scratch trains all weights; ``reward_model: self`` is an adapter where the policy is one."""
+        """A learning rate that is not set is that of full fine-tuning, ``LORA_RATE`` times that for an adapter. sft
+        of a model from scratch trains all weights; ``reward_model: self`` is an adapter where the policy is one."""
         if not isinstance(given, dict):
             return given
         model, own = given.get("model"), given.get("reward_model", "self")
