@@ -160,7 +160,14 @@ def progress_line(label: str, done: int, total: int, metrics: Mapping[str, Any],
 
 
 def _numbers(metrics: Mapping[str, Any]) -> list[str]:
-    return [f"{text} {metrics[name]:{form}}" for name, text, form in SHOWN if metrics.get(name) is not None]
+    """The SHOWN ones, and after the reward its parts, where there are several."""
+    numbers = list[str]()
+    for name, text, form in SHOWN:
+        if metrics.get(name) is not None:
+            numbers.append(f"{text} {metrics[name]:{form}}")
+        if name == "reward" and len(parts := metrics.get("rewards") or {}) > 1:
+            numbers += [f"{part} {value:{form}}" for part, value in parts.items()]
+    return numbers
 
 
 def _left(seconds: float | None) -> str:

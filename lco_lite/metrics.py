@@ -24,6 +24,7 @@ METRICS: dict[str, str] = {
     "reward": "mean reward a response, in the feedback's own unit (rule: +1 right, -1 wrong); of several by weight",
     "rewards.rule": "where rl.feedback has several parts: mean reward a response by rule, +1 right, -1 wrong",
     "rewards.function": "the same by rl.reward_function, in its own unit",
+    "rewards.NAME": "the same by the function of this name, where rl.reward_function has names; in its own unit",
     "rewards.reward_model": "the same by rl.reward_classifier, in its own unit",
     "accuracy": "share of responses that are right (rl), of pairs whose chosen response is the likelier (rm), 0 to 1",
     "margin": "mean implicit reward of chosen minus rejected, nats times beta (rm)",
@@ -85,7 +86,12 @@ class MetricsLog(JsonLog):
     @ranks.by_main
     def write(self, numbers: dict[str, Any]) -> None:
         inner = {name: value for name, value in numbers.items() if isinstance(value, dict)}
-        names = (numbers.keys() - inner.keys()) | {f"{name}.{key}" for name in inner for key in inner[name]}
+        names = (numbers.keys() - inner.keys()) | {
+            f"{name}.{key}"
+            for name in inner
+            for key in inner[name]
+            if name != "rewards"  # functions have any name
+        }
         if unknown := sorted(names - METRICS.keys()):
             raise ValueError(f"no such metric: {', '.join(unknown)} (METRICS in lco_lite/metrics.py lists them)")
         super().write(numbers)

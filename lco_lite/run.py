@@ -236,7 +236,7 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
             return False
         if key == "rl.logprob_temperature" and recipe.rl.compared_at == 1:
             return False  # as version 0.1 had it always: at another temperature its policy gradients do not go on
-        counts = key.startswith("rl.settings.") or key.rpartition(".")[2] not in _NO_MATTER
+        counts = key.startswith(("rl.settings.", "rl.reward_function.")) or key.rpartition(".")[2] not in _NO_MATTER
         return counts and any(f"{key}.".startswith(f"{root}.") for root in roots)
 
     return {key: value for key, value in flat(recipe.model_dump(mode="json")).items() if decides(key, value)}

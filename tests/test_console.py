@@ -214,6 +214,12 @@ def test_a_progress_line_leaves_out_what_is_absent():
     assert progress_line("sft", 2, 2, {}, 0.0) == "sft 2/2"
 
 
+def test_a_progress_line_has_each_of_several_rewards():
+    numbers = {"reward": 0.5, "rewards": {"rule": 1.0, "short": -0.25}}
+    assert progress_line("rl-grpo", 1, 2, numbers, None) == "rl-grpo 1/2  reward 0.500  rule 1.000  short -0.250"
+    assert progress_line("rl-grpo", 1, 2, {"reward": 0.5, "rewards": {"short": 0.5}}, None).endswith("reward 0.500")
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(7.4, "0:07"), (750, "12:30"), (3723, "1:02:03"), (59.9, "1:00")])
 def test_times_read_as_on_a_clock(seconds, text):
     assert clock_time(seconds) == text

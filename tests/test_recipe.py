@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from lco_lite.errors import RecipeError
 from lco_lite.recipe import UNGRADED, Recipe, Section
 from lco_lite.recipe.file import dump, load_recipe, override, parse_yaml, validate, write_yaml
-from lco_lite.recipe.rl import METHOD_DEFAULTS
+from lco_lite.recipe.rl import LCO, METHOD_DEFAULTS
 from lco_lite.tasks import load_task, task_names
 
 ROOT = Path(__file__).parent.parent
@@ -84,13 +84,17 @@ def test_every_objective_works_on_every_shipped_recipe_with_its_own_defaults(pat
     written, said = load_recipe(path), []
     made = load_recipe(path, flags={"rl.objective": objective}, say=said.append)
     expected = {field: value for field, (value, _) in METHOD_DEFAULTS[objective].items()}
+    if "lr" in expected:
+        expected["lr"] = pytest.approx(10 * expected["lr"])  # all of them train adapters
+    if objective not in LCO:
+        expected["anchor"] = 0.0
     if written.task in UNGRADED and expected.get("feedback") == "rule":
         expected |= {"feedback": "dpo_sampled", "dynamic_sampling": False}
     if written.data.prompts and "on_policy" in expected:
         expected["on_policy"] = 1.0
     assert {field: getattr(made.rl, field) for field in expected} == expected
     changed = {field for field, value in made.rl if value != getattr(written.rl, field)}
-    assert changed <= {*METHOD_DEFAULTS[objective], "objective"}, "what the objective has no default of stays"
+    assert changed <= {*expected, "objective"}, "what the objective has no default of stays"
     if objective == "kld":
         assert made == written and not said
     named = [line.split(" → ")[0].split()[0] for line in said[0].split(": ")[1].split(", ")] if said else []
@@ -111,7 +115,7 @@ def test_values_that_were_written_for_a_policy_gradient_give_way_to_lco_too(tmp_
     text = "rl: {objective: rloo, lr: 2e-6, kl_coef: 0.1, responses_per_prompt: 8, minibatch: 8}\n"
     assert load(tmp_path, text).rl.kl_coef == 0.1
     rl = load(tmp_path, text, flags={"rl.objective": "kld"}).rl
-    assert (rl.lr, rl.kl_coef, rl.responses_per_prompt, rl.feedback) == (5e-6, 0.0, 1, "dpo")
+    assert (rl.lr, rl.kl_coef, rl.responses_per_prompt, rl.feedback) == (5e-5, 0.0, 1, "dpo")
     assert rl.minibatch == 8
     assert load(tmp_path, text, flags={"rl.objective": "rloo"}).rl.lr == 2e-6, "the same objective is no other"
 
@@ -119,7 +123,56 @@ def test_values_that_were_written_for_a_policy_gradient_give_way_to_lco_too(tmp_
 def test_a_reward_with_a_source_of_its_own_does_not_give_way(tmp_path):
     text = "rl: {feedback: function, reward_function: mine.py:score, lr: 5e-6}\n"
     rl = load(tmp_path, text, flags={"rl.objective": "grpo"}).rl
-    assert (rl.feedback, rl.lr) == ("function", 1e-6)
+    assert (rl.feedback, rl.lr) == ("function", 1e-5)
+
+
+# --- learning rates that are not set
+
+PRETRAINED = "task: arithmetic\nmodel: {path: x%s}\nreward_model: %s\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "rates"),
+    [
+        (PRETRAINED % ("", "self"), (2e-4, 1e-5, 5e-5)),
+        (PRETRAINED % (", lora: {r: 4}", "self"), (2e-4, 1e-5, 5e-5)),
+        (PRETRAINED % (", lora: null", "self"), (2e-5, 1e-6, 5e-6)),
+        (PRETRAINED % (", lora: null", "{path: y}"), (2e-5, 1e-5, 5e-6)),
+        (SMALL, (2e-5, 1e-5, 5e-5)),
+        (SMALL + "rl: {objective: ppo}\n", (2e-5, 1e-5, 3e-5)),
+        (SMALL + "rl: {objective: 'mine.py:loss'}\n", (2e-5, 1e-5, 5e-5)),
+        (SMALL + "rl: {objective: gkd, lr: 2e-5}\nsft: {lr: 1e-3}\ntrain_rm: {lr: 1e-6}\n", (1e-3, 1e-6, 2e-5)),
+    ],
+)
+def test_a_rate_that_is_not_set_is_that_of_what_the_stage_trains_and_stands_in_the_resolved_recipe(text, rates):
+    recipe = validate(parse_yaml(text)[0], "here")
+    assert (recipe.sft.lr, recipe.train_rm.lr, recipe.rl.lr) == rates
+    assert validate(parse_yaml(dump(recipe))[0], "here") == recipe
+    older = recipe.model_dump(mode="json")  # a run of version 0.4 holds its rates
+    older["sft"]["lr"], older["train_rm"]["lr"], older["rl"]["lr"] = 2e-5, 1e-6, 5e-6
+    kept = validate(older, "here")
+    assert (kept.sft.lr, kept.train_rm.lr, kept.rl.lr) == (2e-5, 1e-6, 5e-6)
+
+
+def test_the_rates_of_a_section_that_is_wrong_hide_no_problem(tmp_path):
+    assert problems(tmp_path, "sft:\nrl: 3\n") == [
+        "sft (line 3): is empty: give it a value, or delete the line",
+        "rl (line 4): should be a mapping of settings, found 3",
+    ]
+
+
+def test_the_note_of_another_objective_names_the_rate_that_an_adapter_gets(tmp_path):
+    path, said = tmp_path / "recipe.yaml", []
+    path.write_text(SMALL + "rl: {lr: 3e-3, anchor: 0.5, steps: 9}\n")
+    load_recipe(path, flags={"rl.objective": "grpo"}, say=said.append)
+    assert "lr 0.003 → 1e-05" in said[0] and "anchor 0.5 → 0.0" in said[0]
+    said.clear()
+    assert load_recipe(path, flags={"rl.objective": "mse"}, say=said.append).rl.anchor == 0.5 and not said
+
+
+def test_shipped_recipes_that_refresh_more_than_three_times_have_an_anchor():
+    for path in shipped_recipes():
+        assert (rl := load_recipe(path).rl).anchor == (0.5 if rl.steps > 3 else 0), path.stem
 
 
 def test_where_no_rule_can_grade_a_policy_gradient_starts_from_the_reward_model(tmp_path):

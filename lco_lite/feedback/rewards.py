@@ -25,11 +25,8 @@ def reward_sources(rl: Rl, device: torch.device) -> dict[str, RewardSource]:
     sources: dict[str, RewardSource] = {}
     if "rule" in rl.reward_parts:
         sources["rule"] = rule
-    if rl.reward_function is not None:
-        function = RewardFunction(rl.reward_function, rl.reward_timeout)
-        sources["function"] = lambda prompts, rows, texts, grades: function(
-            [p[-1]["content"] for p in prompts], texts, rows
-        )
+    for name, spec in rl.reward_functions.items():
+        sources[name] = by_function(RewardFunction(spec, rl.reward_timeout))
     if rl.reward_classifier is not None:
         classifier = SequenceClassifier(rl.reward_classifier, device)
         sources["reward_model"] = lambda prompts, rows, texts, grades: classifier(prompts, texts)
@@ -40,6 +37,11 @@ def rule(prompts: Conversations, rows: DataRows, texts: Sequence[str], grades: T
     """+1 right, -1 wrong (paper, eq 11): the grades themselves."""
     assert grades is not None, "the recipe makes sure of a task, and its prompts are its items"
     return grades
+
+
+def by_function(function: "RewardFunction") -> RewardSource:
+    """The user's function sees the last turn of a prompt."""
+    return lambda prompts, rows, texts, grades: function([p[-1]["content"] for p in prompts], texts, rows)
 
 
 class RewardFunction:

@@ -3,7 +3,7 @@
 "paper" is arXiv 2603.00963; "prototype" the settings that were found to learn in this project's first experiments.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -24,6 +24,19 @@ from lco_lite.recipe.sections import (
 )
 
 UNGRADED = ("alpaca_eval", "qa_feedback")  # tasks that compare or score responses by a model, without right and wrong
+
+
+LORA_RATE = (
+    10  # TRL's lora_without_regret.md: adapters take about ten times the rate of full fine-tuning; docs/methods.md
+)
+
+
+def _part(section: Any, name: str, unset: Any = None) -> Any:
+    return section.get(name, unset) if isinstance(section, Mapping) else getattr(section, name, unset)
+
+
+def _has_lora(weights: Any) -> bool:
+    return _part(weights, "lora", unset="default") is not None
 
 
 class Recipe(Section):
@@ -67,6 +80,30 @@ class Recipe(Section):
         if "on_policy" in usual and data.get("prompts") is not None:
             allowed["on_policy"] = 1.0
         return {**given, "rl": {**allowed, **rl}} if allowed else given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rates_of_what_is_trained(cls, given: Any) -> Any:
+        """A learning rate that is not set is that of full fine-tuning, ``LORA_RATE`` times that for an adapter. sft
+        of a model from scratch trains all weights; ``reward_model: self`` is an adapter where the policy is one."""
+        if not isinstance(given, dict):
+            return given
+        model, own = given.get("model"), given.get("reward_model", "self")
+        adapts = {"sft": _has_lora(model) and _part(model, "init") is None, "rl": _has_lora(model)}
+        adapts["train_rm"] = _has_lora(model if own == "self" else own)
+        rl = given.get("rl", {})
+        of_objective = defaults_of(str(rl.get("objective", "kld"))) if isinstance(rl, dict) else {}
+        filled = dict[str, Any]()
+        for name, section in (("sft", Sft), ("train_rm", TrainRm), ("rl", Rl)):
+            stage = given.get(name, {})
+            if adapts[name] and isinstance(stage, dict) and "lr" not in stage:
+                full = (
+                    of_objective["lr"][0]
+                    if name == "rl" and "lr" in of_objective
+                    else section.model_fields["lr"].default
+                )
+                filled[name] = {**stage, "lr": float(f"{LORA_RATE * full:.6g}")}  # 1e-05, not 9.999999999999999e-06
+        return {**given, **filled}
 
     @property
     def stages(self) -> list[str]:

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.rl import defaults_of, feedbacks
+from lco_lite.recipe.rl import LCO, RewardPart, defaults_of, feedbacks
 
 KeyPath = tuple[Any, ...]
 Say = Callable[[str], object]
@@ -78,13 +78,13 @@ def override(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any]
 def makes_room(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any] | None) -> dict[str, Any]:
     """The fields of ``data``'s rl section that were written for its objective, where the overrides name another one:
     those with a default of their own in either, unless overridden themselves. A reward that has a source keeps it.
-    ``rewards`` were written for the feedback, and go with it."""
+    ``rewards`` were written for the feedback, and go with it; ``anchor`` for LCO."""
     rl, given = data.get("rl", {}), {path: value for path, value, _ in _overrides(sets, flags)}
     if not isinstance(rl, dict) or ("rl",) in given:
         return {}
     theirs, old = set[str](), str(rl.get("objective", "kld"))
     if (new := str(given.get(("rl", "objective"), old))) != old:
-        theirs = {*defaults_of(old), *defaults_of(new)}
+        theirs = {*defaults_of(old), *defaults_of(new)} | ({"anchor"} if new not in LCO else set())
     if rl.get("reward_function") or rl.get("reward_classifier"):
         theirs.discard("feedback")
     before = str(rl.get("feedback", "dpo"))
@@ -185,7 +185,8 @@ def _in_words(path: KeyPath, error: ErrorDetails) -> list[tuple[KeyPath, str]]:
     if error["type"] == "extra_forbidden":
         section: type[BaseModel] = Recipe
         for key in path[:-1]:
-            either = section.model_fields[key].annotation
+            field = section.model_fields.get(key)
+            either = field.annotation if field else RewardPart  # under a name that is the user's
             section = next(a for a in (either, *get_args(either)) if isinstance(a, type) and issubclass(a, BaseModel))
         name = str(path[-1]).lower().replace("-", "_")
         return [(path, f"unknown key; {_nearest(name, section.model_fields, 'accepted')}")]

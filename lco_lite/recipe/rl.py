@@ -3,13 +3,14 @@
 Numbers are those of TRL 1.16 (PPO and MiniLLM: TRL 1.10, the last release that had them) unless the paper states one.
 """
 
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from lco_lite.recipe.sections import Section, Training, setting
+from lco_lite.recipe.sections import WITH_LORA, Section, Training, setting
 from lco_lite.user_code import names_function
 
 TRL, TRL_PPO, PAPER = "TRL 1.16", "TRL 1.10, its last PPO", "arXiv 2603.00963"
@@ -20,7 +21,7 @@ _REGRESSION = {"beta": (1.0, "as LCO's; public code differs: docs/methods.md")}
 _COMPARES = (True, "its loss compares the responses to a prompt")
 _TEACHER = ("dpo", "the reward model is the teacher: " + PAPER)
 
-# objective -> field of the recipe's rl section -> (value, source)
+# objective -> field of the recipe's rl section -> (value, source); lr is that of full fine-tuning: ×10 with LoRA
 METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
     "kld": {},
     "lch": {},
@@ -133,11 +134,12 @@ def feedbacks(text: str) -> list[str]:
 def known_feedback(text: str) -> str:
     """``rule+dpo`` -> ``dpo + rule``. Raises ValueError for unknown names and those that do not go together."""
     names, several = feedbacks(text), "one of dpo, logprob and any rewards go together: dpo + rule"
+    named = "; `function` stands for all functions that reward_function names"
     for name in names:
         if name not in FEEDBACK:
             near = get_close_matches(name, FEEDBACK, 1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            raise ValueError(f"unknown feedback {name!r}{hint} Accepted: {', '.join(FEEDBACK)}; {several}")
+            raise ValueError(f"unknown feedback {name!r}{hint} Accepted: {', '.join(FEEDBACK)}; {several}{named}")
         if names.count(name) > 1:
             raise ValueError(f"{name} stands twice in {text!r}")
     if set(DENSE) <= set(names):
@@ -170,11 +172,18 @@ class RewardPart(Section):
 
 
 class Rewards(Section):
-    """What each reward of ``feedback`` counts."""
+    """What each reward of ``feedback`` counts; reward functions with names under their own."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, RewardPart] = Field(init=False)
 
     rule: RewardPart = setting(RewardPart(), "+1 right, -1 wrong", "see RewardPart")
     function: RewardPart = setting(RewardPart(), "what reward_function gives", "see RewardPart")
     reward_model: RewardPart = setting(RewardPart(), "what reward_classifier gives", "see RewardPart")
+
+    @property
+    def parts(self) -> dict[str, RewardPart]:
+        return {name: getattr(self, name) for name in REWARDS} | (self.model_extra or {})
 
 
 class Variant(Section):
@@ -214,8 +223,10 @@ class Rl(Training):
     evaluated: bool = setting(
         True, "rule, sampled pairs: as eval.evaluated", "36 of MATH500's 500 answers can be copied from the question"
     )
-    reward_function: str | None = setting(None, "feedback function: FILE.py:NAME", "yours")
-    reward_timeout: float = setting(60.0, "seconds that reward_function may take for 32 responses", "a minute", gt=0)
+    reward_function: str | dict[str, str] | None = setting(
+        None, "feedback function: FILE.py:NAME; of several {short: FILE.py:NAME, …}, each a reward by itself", "yours"
+    )
+    reward_timeout: float = setting(60.0, "seconds that a reward function may take for 32 responses", "a minute", gt=0)
     reward_classifier: str | None = setting(None, "reward_model: hub id or folder of a sequence classifier", "yours")
     baseline: Literal["none", "batch", "group", "leave_one_out"] = setting(
         "batch", "mean taken off: of the phase, of the prompt's responses, of its others", "prototype: none collapses"
@@ -255,9 +266,11 @@ class Rl(Training):
     weighting: Literal["mean", "sum", "policy"] = setting(
         "mean", "mse, lch: weights over the vocabulary; policy: by π_old", "mean: paper eqs 8 and 9"
     )
-    anchor: float = setting(0.0, "λ in z* = (1-λ) z_old + λ z_ref + A/β", "0: paper; 0.5 stops compounding", ge=0, le=1)
+    anchor: float = setting(
+        0.0, "λ in z* = (1-λ) z_old + λ z_ref + A/β", "0: paper; 0.5 stops compounding (docs/methods.md)", ge=0, le=1
+    )
     standardise: bool = setting(False, "dpo: divide A by its deviation over the vocabulary, per token", "off: paper")
-    lr: float = setting(5e-6, "peak learning rate of AdamW", "paper", gt=0)
+    lr: float = setting(5e-6, "peak learning rate of AdamW; not set with LoRA: 5e-5", f"paper; {WITH_LORA}", gt=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after warm-up", "paper's public code")
     warmup_steps: int = setting(10, "updates of linear warm-up", "prototype: Adam's first steps are sign-like", ge=0)
     steps: int = setting(4, "rollout phases; π_old and the target are fixed within one", "prototype", ge=1)
@@ -286,9 +299,15 @@ class Rl(Training):
         if given.get("feedback") == "dpo_sampled":
             usual.pop("dynamic_sampling", None)  # sums of log-ratios never tie: every group has a signal
         names, rewards = feedbacks(str(given.get("feedback", "dpo"))), given.get("rewards", {})
-        if names[0] in DENSE and isinstance(rewards, dict):
-            beside = {name: rewards.get(name, {}) for name in names if name in REWARDS}
-            usual["rewards"] = rewards | {n: MIXED[n] | own for n, own in beside.items() if isinstance(own, dict)}
+        functions = given.get("reward_function")
+        named = [n for n in functions if isinstance(n, str)] if isinstance(functions, dict) else []
+        if (names[0] in DENSE or named) and isinstance(rewards, dict):
+            parts = [
+                n for name in names if name in REWARDS for n in (named if name == "function" and named else [name])
+            ]
+            start = {n: MIXED.get(n, MIXED["function"]) if names[0] in DENSE else {} for n in parts}
+            beside = {n: rewards.get(n, {}) for n in parts}
+            usual["rewards"] = rewards | {n: start[n] | own for n, own in beside.items() if isinstance(own, dict)}
             given = {field: value for field, value in given.items() if field != "rewards"}
         return {**usual, **given}
 
@@ -334,9 +353,22 @@ class Rl(Training):
         return next((name for name in feedbacks(self.feedback) if name in DENSE), None)
 
     @property
+    def reward_functions(self) -> dict[str, str]:
+        """FILE.py:NAME of each reward function by its reward's name, which is ``function`` where it was given none."""
+        given = self.reward_function
+        return given if isinstance(given, dict) else {} if given is None else {"function": given}
+
+    @property
     def reward_parts(self) -> dict[str, RewardPart]:
         """The parts of the feedback that are a number a response, and what each counts."""
-        return {name: getattr(self.rewards, name) for name in feedbacks(self.feedback) if name in REWARDS}
+        rewards, counts = [name for name in feedbacks(self.feedback) if name in REWARDS], self.rewards.parts
+        names = [n for name in rewards for n in (self.reward_functions if name == "function" else [name])]
+        return {name: counts.get(name, RewardPart()) for name in names}
+
+    @property
+    def tells_rewards(self) -> bool:
+        """Whether the metrics have each reward by itself: where there are several feedbacks, or names."""
+        return "+" in self.feedback or isinstance(self.reward_function, dict)
 
     @property
     def places_rule(self) -> bool:
@@ -391,7 +423,8 @@ class Rl(Training):
             yield f"logprob_temperature is for policy gradients and minillm: {name} compares logits, not samples"
         if self.teacher_mix and name != "minillm":
             yield f"teacher_mix belongs to minillm: {name} does not correct for another sampler"
-        for field, spec in (("reward_function", self.reward_function), ("target", self.target)):
+        specs = [("reward_function", spec) for spec in self.reward_functions.values()]
+        for field, spec in [*specs, ("target", self.target)]:
             if spec is not None and not names_function(spec):
                 yield f"{field} {spec!r} is not FILE.py:NAME"
         if self.target is not None and not self.is_lco:
@@ -415,11 +448,24 @@ class Rl(Training):
         if self.standardise and (not self.is_dense or not self.is_lco):
             yield "standardise needs kld, lch or mse with the dense advantages of feedback dpo or logprob"
         for feedback, field in (("function", "reward_function"), ("reward_model", "reward_classifier")):
-            if (feedback in self.reward_parts) != (getattr(self, field) is not None):
+            if (feedback in feedbacks(self.feedback)) != (getattr(self, field) is not None):
                 yield f"feedback {feedback} and {field} go together"
-        for reward in REWARDS:
-            given = getattr(self.rewards, reward)
-            if given != RewardPart() and reward not in self.reward_parts:
+        named = self.reward_function if isinstance(self.reward_function, dict) else {}
+        if isinstance(self.reward_function, dict) and not named:
+            yield "reward_function has no function in it: {NAME: FILE.py:FUNCTION}"
+        for name in named:
+            if name in FEEDBACK:
+                yield f"reward_function: {name} is the name of a feedback; give your function another"
+            elif not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+                yield f"reward_function: {name!r} is no name for a reward: letters, digits and _, no digit first"
+        for reward, given in self.rewards.parts.items():
+            if reward in self.reward_parts:
+                pass
+            elif reward not in REWARDS or (named and reward == "function" and given != RewardPart()):
+                near = get_close_matches(reward, self.reward_parts, 1)
+                hint = f"did you mean {near[0]}?" if near else f"feedback has {', '.join(self.reward_parts) or 'none'}"
+                yield f"rewards.{reward}: no reward has this name; {hint}"
+            elif given != RewardPart():
                 yield f"rewards.{reward} is set, and feedback has no {reward}: {self.feedback} + {reward}"
             if given.sign != "both" and self.objective == "ppo":
                 yield f"rewards.{reward}.sign is both for ppo, whose critic learns what is below the baseline too"

@@ -262,8 +262,13 @@ class Rollout(Section):
     )
 
 
+WITH_LORA = "×10 with LoRA (TRL's lora_without_regret.md; measured: docs/methods.md)"
+
+
 class Training(Section):
-    lr: float = setting(2e-5, "peak learning rate of AdamW", "TRL 1.16 SFT", gt=0)
+    lr: float = setting(
+        2e-5, "peak learning rate of AdamW; not set with LoRA: 2e-4", f"TRL 1.16 SFT; {WITH_LORA}", gt=0
+    )
     schedule: Literal["constant", "cosine"] = setting("cosine", "learning rate after warm-up", "common practice")
     warmup_steps: int = setting(0, "updates of linear warm-up", "TRL", ge=0)
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = setting(
@@ -294,7 +299,7 @@ class Sft(Training):
 
 
 class TrainRm(Training):
-    lr: float = setting(1e-6, "peak learning rate of AdamW", "paper", gt=0)
+    lr: float = setting(1e-6, "peak learning rate of AdamW; not set with LoRA: 1e-5", f"paper; {WITH_LORA}", gt=0)
     epochs: float = setting(1.0, "passes over the pairs", "paper", gt=0)
     max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
     batch_size: int = setting(16, "pairs per update", "common practice", ge=1)

@@ -15,8 +15,9 @@ from lco_lite.metrics import read_log
 from lco_lite.objectives import policy_gradient as pg
 from lco_lite.objectives.head import Head
 from lco_lite.recipe import Rl
-from lco_lite.recipe.file import load_recipe
+from lco_lite.recipe.file import dump, load_recipe, parse_yaml, validate
 from lco_lite.recipe.rl import DISTILLATION, LCO, METHOD_DEFAULTS, REGRESSIONS
+from lco_lite.run import differences, stage_settings
 from lco_lite.sequences import Example, collate
 from lco_lite.tasks.arithmetic import Arithmetic
 from lco_lite.train import methods
@@ -40,6 +41,23 @@ def test_defaults_come_with_the_objective_carry_a_source_and_can_be_overridden(o
     made = Rl.model_validate({"objective": objective})
     assert all(getattr(made, field) == value and source for field, (value, source) in defaults.items())
     assert Rl.model_validate({"objective": objective, "lr": 1e-3}).lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("given", "compounds"),
+    [
+        ({"steps": 4}, True),
+        ({"steps": 3}, False),
+        ({"steps": 4, "anchor": 0.5}, False),
+        ({"steps": 4, "objective": "mse", "feedback": "dpo + rule"}, True),
+        ({"steps": 4, "feedback": "rule"}, False),
+        ({"steps": 4, "objective": "grpo"}, False),
+        ({"steps": 4, "objective": "gkd"}, False),
+    ],
+)
+def test_a_dense_target_that_is_refreshed_often_without_an_anchor_is_told(given, compounds):
+    told = rl_stage.compounding(Rl.model_validate(given))
+    assert ("in each of 4 steps" in told and "rl.anchor: 0.5" in told) if compounds else told is None
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +157,33 @@ def test_on_policy_distillation_is_gkds_reverse_kl_on_the_policys_own_responses(
         ({"objective": "kld", "feedback": "function"}, "go together"),
         ({"objective": "kld", "reward_classifier": "x"}, "go together"),
         ({"objective": "kld", "feedback": "function", "reward_function": "x.txt:f"}, "FILE.py:NAME"),
+        (
+            {"feedback": "rule + short", "reward_function": "{short: a.py:f}"},
+            "unknown feedback 'short'.*`function` stands",
+        ),
+        (
+            {"feedback": "rule", "reward_function": "{short: a.py:f}"},
+            "feedback function and reward_function go together",
+        ),
+        ({"feedback": "function", "reward_function": "{}"}, "has no function in it"),
+        ({"feedback": "function", "reward_function": "{short: x.txt:f}"}, "'x.txt:f' is not FILE.py:NAME"),
+        ({"feedback": "function", "reward_function": "{rule: a.py:f}"}, "rule is the name of a feedback"),
+        ({"feedback": "function", "reward_function": "{function: a.py:f}"}, "function is the name of a feedback"),
+        ({"feedback": "function", "reward_function": "{so-so: a.py:f}"}, "'so-so' is no name for a reward"),
+        ({"feedback": "function", "reward_function": "{a: a.py:f, a: a.py:g}"}, "'a' stands twice"),
+        ({"feedback": "function", "reward_function": "{a: 3}"}, r"rl\.reward_function\.a .*should be text"),
+        (
+            {"feedback": "function", "reward_function": "{short: a.py:f}", "rewards.shrot.weight": 2},
+            r"rewards\.shrot: no reward has this name; did you mean short\?",
+        ),
+        (
+            {"feedback": "function", "reward_function": "{short: a.py:f}", "rewards.function.weight": 2},
+            r"rewards\.function: no reward has this name; feedback has short",
+        ),
+        (
+            {"feedback": "function", "reward_function": "{short: a.py:f}", "rewards.short.wieght": 2},
+            "did you mean 'weight'",
+        ),
         ({"objective": "dapo", "feedback": "dpo_sampled", "dynamic_sampling": True}, "whole responses"),
         ({"objective": "grpo", "variant.top_k": 5}, "variant belongs"),
         ({"objective": "kld", "variant.target": "current"}, "lch and mse"),
@@ -215,6 +260,47 @@ def test_rewards_are_added_up_by_weight_each_on_its_side_of_its_own_baseline(sig
         deviation = torch.tensor([3 * 2 + 0.5 * 2, 0.5 * 8]).repeat_interleave(2) / 2**0.5 + 1e-4  # of the sum
         torch.testing.assert_close(advantages, torch.tensor(expected) / (deviation if scaled else 1))
         torch.testing.assert_close(phase.scores(rl), (3 * torch.tensor(rule) + 0.5 * torch.tensor(function)) / 3.5)
+
+
+TWO = (
+    "def long(prompts, responses, rows): return [len(r) / 10 for r in responses]\n"
+    "def early(prompts, responses, rows): return [sum(map(ord, r)) / max(1, len(r)) / 100 - 1 for r in responses]\n"
+    "def both(*asked): return [0.5 * a + 2 * b for a, b in zip(long(*asked), early(*asked))]\n"
+)
+
+
+def test_two_functions_by_weight_train_as_one_that_returns_their_sum_and_have_a_column_each(warm, monkeypatch):
+    file = warm.parent / "two.py"
+    file.write_text(TWO)
+    group = ["rl.objective=dr_grpo", "rl.feedback=function", "rl.prompts_per_step=4", "rl.lr=1e-3"]
+    one = trained(run_stage(warm, "rl-dr_grpo", *group, f"rl.reward_function={file}:both", fresh=True), "rl-dr_grpo")
+    two = [*group, f"rl.reward_function={{guard: {file}:long, early: {file}:early}}"]
+    two += ["rl.rewards={guard: {weight: 0.5}, early: {weight: 2}}"]
+    with killed_after(monkeypatch, "rl-dr_grpo", 1):
+        run_stage(warm, "rl-dr_grpo", *two, fresh=True)
+    ctx = run_stage(warm, "rl-dr_grpo", *two)
+    weights = trained(ctx, "rl-dr_grpo")
+    assert all(torch.allclose(one[name], weights[name], atol=1e-5) for name in one)
+    rows = read_log(ctx.run.stage("rl-dr_grpo").metrics)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert set(row["rewards"]) == {"guard", "early"}
+        assert row["reward"] == pytest.approx((0.5 * row["rewards"]["guard"] + 2 * row["rewards"]["early"]) / 2.5)
+
+
+def test_functions_with_names_start_beside_dense_feedback_as_one_without_and_read_back(tiny):
+    sets = ["rl.reward_function={short: a.py:f, copy: a.py:g}", "rl.rewards.copy.sign=both"]
+    recipe = load_recipe(tiny, [*sets, "rl.feedback=function + rule + dpo"])
+    parts = {name: (part.weight, part.sign) for name, part in recipe.rl.reward_parts.items()}
+    assert parts == {"rule": (4, "positive"), "short": (1, "positive"), "copy": (1, "both")}
+    assert validate(parse_yaml(dump(recipe))[0], "here") == recipe
+    plain = [
+        load_recipe(tiny, [*sets[:1], "rl.feedback=function", *more]) for more in ([], ["rl.rewards.copy.weight=1"])
+    ]
+    assert stage_settings(plain[0], "rl-kld") == stage_settings(plain[1], "rl-kld")
+    guard = [load_recipe(tiny, [f"rl.reward_function={{guard: a.py:{f}}}", "rl.feedback=function"]) for f in "gh"]
+    changed = differences(*(stage_settings(one, "rl-kld") for one in guard))
+    assert changed == ["rl.reward_function.guard: a.py:g → a.py:h"], "whatever settings of that name are"
 
 
 @pytest.mark.parametrize("sign", ["positive", "both"])
