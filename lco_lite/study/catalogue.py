@@ -13,6 +13,8 @@ STUDIES = {
     "dynamics": "Dynamics",
     "training": "WholeRun",
     "efficiency": "Efficiency",
+    "convexity": "Convexity",
+    "forgetting": "Forgetting",
     "feedback": "Feedback",
     "refresh": "Refresh",
     "variants": "Variants",

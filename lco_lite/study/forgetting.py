@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from lco_lite.errors import UsageError
-from lco_lite.study.base import Cell, Claim, Plot, Report, Results, Row, Study, Table, judged
+from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, judged
 from lco_lite.study.statistics import mean_std
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Forgetting(Study):
             )
         return [Cell(label, seed, sets_of(label, recipe)) for seed in seeds for label in METHODS]
 
-    def report(self, results: Results) -> Report:
+    def report(self, results: Results) -> Findings:
         ran = [label for label in METHODS if results.by_seed(label, gain)]
         claims = [_forgets_less(results, baseline) for baseline in BASELINES]
         claims += [_per_gain(results, baseline) for baseline in BASELINES]
@@ -77,7 +77,7 @@ class Forgetting(Study):
         ]
         if failed := [f"{row['label']}, seed {row['seed']}" for row in results.rows if row.get("failed")]:
             notes.append(f"Diverged, and without a score: {'; '.join(failed)}.")
-        return Report(claims, [_table(results, ran), _seeds(results, ran)], plots if ran else [], notes)
+        return Findings(claims, [_table(results, ran), _seeds(results, ran)], plots if ran else [], notes)
 
 
 def sets_of(label: str, recipe: Recipe) -> dict[str, Any]:
