@@ -7,6 +7,7 @@ runs of one method. What is told is B less A.
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -258,6 +259,7 @@ def two_sided(t: float, degrees: float) -> float:
     return float(mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True))
 
 
+@cache
 def t_quantile(level: float, degrees: float) -> float:
     """The |t| within which ``level`` of Student's t-distribution lies."""
     low, high = 0.0, 1.0

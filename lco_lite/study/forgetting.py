@@ -49,8 +49,7 @@ METHODS: dict[str, tuple[Mapping[str, Any], float]] = {
 class Forgetting(Study):
     name = "forgetting"
     asks = "What does RL on one task cost on another? (Table 6)"
-    recipe = "forgetting"
-    seeds = 8
+    recipe, usual = "forgetting", ("eval.seeds=2",)
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
         """UsageError where the recipe scores no task but its own."""

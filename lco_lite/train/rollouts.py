@@ -171,7 +171,7 @@ class Rollouts:
                 grades = torch.tensor([1.0 if r else -1.0 for r in right])
             asked = [p.messages for p in prompts], [p.row for p in prompts], texts, grades
             rewards = {name: source(*asked).tolist() for name, source in self.rewards.items()}
-            judged = {"grades": None if grades is None else grades.tolist(), "rewards": rewards}
+            judged: dict[str, Any] = {"grades": None if grades is None else grades.tolist(), "rewards": rewards}
             if self.ctx.recipe.rl.places_rule:
                 assert self.task is not None and grades is not None, "the recipe makes sure of a task"
                 wrong = zip(responses, items, judged["grades"], strict=True)
