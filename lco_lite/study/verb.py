@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 
 from lco_lite.console import Console, clock_time
+from lco_lite.errors import LcoError
 from lco_lite.study.base import TUNING_SEED, Findings
 from lco_lite.study.catalogue import STUDIES, load_study
 from lco_lite.study.grid import Grid
@@ -39,20 +41,21 @@ def run_study(
     if grid.recipe.device != "cpu" and at_once > 1 and jobs is None:
         at_once = 1  # one run has the GPU
     console.stage(name, f"{study.asks} Seeds {numbers[0]} to {numbers[-1]}, {at_once} at once")
-    command = " ".join(
-        [
-            "lco-lite study",
-            name,
-            *([recipe] if recipe else []),
-            *(f"-s {item}" for item in sets if item not in study.usual),
-        ]
+    given = [word for item in sets if item not in study.usual for word in ("-s", item)]
+    command = shlex.join(
+        ["lco-lite", "study", name, *([recipe] if recipe else []), *given, "--seeds", str(len(numbers))]
     )
+
+    def page() -> Findings:
+        jobs_now = grid.settled(numbers)
+        return write(study, grid.results(jobs_now), len(jobs_now), command, folder)
+
     try:
         grid.work_off(numbers, at_once)
-    finally:
-        jobs_now = grid.settled(numbers)
-        results = grid.results(jobs_now)
-        report = write(study, results, len(jobs_now), f"{command} --seeds {len(numbers)}", folder)
+    except LcoError:
+        page()
+        raise
+    report = page()
     if as_json:
         console.emit({claim.name: {"verdict": claim.verdict, "why": claim.why} for claim in report.claims})
     else:

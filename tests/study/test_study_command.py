@@ -1,0 +1,51 @@
+"""``lco-lite study`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from lco_lite.cli import app
+from lco_lite.study.catalogue import STUDIES
+
+
+def typed(*words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["study", *words])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_without_a_name_every_study_is_listed_with_its_question():
+    lines = typed().splitlines()
+    assert [line.split()[0] for line in lines] == list(STUDIES)
+    assert all("?" in line for line in lines)
+
+
+def test_a_mistyped_name_says_which_there_are():
+    assert "did you mean methods?" in typed("method", code=2)
+
+
+def test_a_recipe_without_another_task_is_no_recipe_for_forgetting(tiny):
+    assert "eval.tasks" in typed("forgetting", str(tiny), "--dry-run", code=2)
+
+
+def test_a_dry_run_names_the_grid_and_trains_nothing(tmp_path):
+    said = typed("methods", "--dry-run", "--seeds", "2", "--runs", str(tmp_path))
+    assert "gkd, lr 0.003: seeds 0; 0 of 1 done" in said and "0 done" in said
+    assert not (tmp_path / "studies").exists()
+
+
+@pytest.mark.slow
+def test_a_study_runs_from_a_recipe_to_its_page_and_the_second_time_from_what_is_there(tiny, tmp_path):
+    words = ["convexity", str(tiny), "--seeds", "1", "--runs", str(tmp_path), "-s", "rl.top_p=1.0"]
+    assert "The Hessian of kld is positive semidefinite" in typed(*words)
+    folder = tmp_path / "studies" / "convexity"
+    assert {"README.md", "study.json", "eigenvalues.csv", "spectra.svg", "spectra.png"} <= {
+        p.name for p in folder.iterdir()
+    }
+    told = json.loads((folder / "study.json").read_text())
+    assert told["cells"] == told["done"] == 1 and told["command"].startswith("lco-lite study convexity")
+    again = json.loads(next(line for line in typed(*words, "--json").splitlines() if line.startswith("{")))
+    assert again["C5, kld"]["verdict"] == "reproduced"
