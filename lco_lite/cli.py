@@ -205,6 +205,7 @@ def study(
     recipe: Annotated[str | None, Argument(help=f"{_WHICH} The study's own unless given.")] = None,
     seeds: Annotated[int | None, Option(min=1, help="Training seeds; the study's own number unless given.")] = None,
     sets: Sets = None,
+    only: Annotated[list[str] | None, Option(metavar="LABEL", help="Of its runs these alone. Repeatable.")] = None,
     jobs: Annotated[int | None, Option(min=1, help="Runs at a time; two where cores allow.")] = None,
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
     out: Annotated[Path | None, Option(help="Folder of its page; in --runs unless given. Known rows count.")] = None,
@@ -218,7 +219,7 @@ def study(
 
         if name is None:
             return list_studies()
-        run_study(name, recipe, sets or [], seeds, runs, out, jobs, dry_run, Console(quiet, json), json)
+        run_study(name, recipe, sets or [], seeds, runs, out, jobs, only or [], dry_run, Console(quiet, json), json)
 
 
 @data_app.command("check")

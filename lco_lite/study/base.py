@@ -121,6 +121,8 @@ class Study:
     # --set items for this recipe: the same in all studies, so that they share cells
     usual: Sequence[str] = ("rl.steps=8", "rl.schedule=cosine", "eval.seeds=1", "eval.samples=8")
     seeds: int = 8
+    labels: Sequence[str]  # of its cells, but those that find a rate
+    only: Sequence[str] = ()  # these labels alone; none: all
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
         """All cells that can be named by now. It is asked again whenever all of them are done: what is tuned first

@@ -58,6 +58,7 @@ SLACK = 1e-6  # relative, of bounds and rates: rounding
 
 class Convexity(Study):
     name = "convexity"
+    labels = (name,)
     asks = "Are the losses convex in the logits, and do bounds and rates hold? (eqs 16 to 20, 36 to 49)"
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:

@@ -107,7 +107,7 @@ NUMBERS = {
 class Dynamics(Study):
     name = "dynamics"
     asks = "How does the gradient develop on one batch, update after update, by the sign of A?"
-    seeds = 8
+    labels = (LABEL,)
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
         return [Cell(LABEL, seed, work="study.dynamics:probe") for seed in seeds]

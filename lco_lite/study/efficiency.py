@@ -31,9 +31,10 @@ SMOOTH = 5  # updates
 class Efficiency(Study):
     name = "efficiency"
     asks = "How many samples does a score take? (Fig 7)"
+    labels = COMPARED
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
-        return tiered([{name: METHODS[name] for name in COMPARED}], recipe, seeds, done)
+        return tiered([{name: METHODS[name] for name in COMPARED}], recipe, seeds, done, self.only)
 
     def report(self, results: Results) -> Findings:
         needed = {name: _samples_to_best_of("ppo", name, results) for name in COMPARED}

@@ -66,9 +66,10 @@ ALL = dict(_labelled(loss, feedback, method) for loss, told in TOLD.items() for 
 class Feedback(Study):
     name = "feedback"
     asks = "How much of it is feedback, and how much the loss? (Table 5)"
+    labels = tuple(ALL)
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
-        return tiered([ALL], recipe, seeds, done)
+        return tiered([ALL], recipe, seeds, done, self.only)
 
     def report(self, results: Results) -> Findings:
         claims = [

@@ -49,6 +49,7 @@ METHODS: dict[str, tuple[Mapping[str, Any], float]] = {
 class Forgetting(Study):
     name = "forgetting"
     asks = "What does RL on one task cost on another? (Table 6)"
+    labels = tuple(METHODS)
     recipe, usual = "forgetting", ("eval.seeds=2",)
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:

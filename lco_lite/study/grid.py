@@ -28,7 +28,7 @@ from lco_lite.errors import Interrupted, LcoError
 from lco_lite.files import write_json
 from lco_lite.recipe.file import find_recipe, load_recipe
 from lco_lite.run import stage_settings
-from lco_lite.study.base import Cell, Results, Row, Study
+from lco_lite.study.base import TUNING_SEED, Cell, Results, Row, Study
 
 _POLL = 0.2  # seconds
 
@@ -65,7 +65,9 @@ class Grid:
         self._names: dict[str, str] = {}
 
     def jobs(self, seeds: Sequence[int], done: Results) -> list[Job]:
-        return [self.job(cell) for cell in self.study.cells(self.recipe, seeds, done)]
+        only = self.study.only
+        cells = self.study.cells(self.recipe, seeds, done)
+        return [self.job(cell) for cell in cells if not only or cell.label in only or cell.seed == TUNING_SEED]
 
     def job(self, cell: Cell) -> Job:
         sets = {key: value for key, value in cell.sets.items() if not key.startswith("rl.")}

@@ -60,9 +60,10 @@ POLICY_GRADIENTS = ("reinforce", "ppo", "rloo", "grpo", "dapo", "gspo", "dr_grpo
 class MethodsStudy(Study):
     name = "methods"
     asks = "Which method learns most from the same samples? (Tables 1 and 4)"
+    labels = tuple(METHODS)
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
-        return tiered(TIERS, recipe, seeds, done)
+        return tiered(TIERS, recipe, seeds, done, self.only)
 
     def report(self, results: Results) -> Findings:
         ranked = sorted((name for name in METHODS if results.by_seed(name)), key=lambda name: _mean(results, name))

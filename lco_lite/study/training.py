@@ -31,9 +31,10 @@ SMOOTH = 5  # updates
 class WholeRun(Study):
     name = "training"
     asks = "What do gradient, entropy and probability do over a whole run? (Figs 1, 2, 6)"
+    labels = (*LCO, *GRADIENTS)
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
-        return tiered([{name: METHODS[name] for name in (*LCO, *GRADIENTS)}], recipe, seeds, done)
+        return tiered([{name: METHODS[name] for name in (*LCO, *GRADIENTS)}], recipe, seeds, done, self.only)
 
     def report(self, results: Results) -> Findings:
         known = [name for name in (*LCO, *GRADIENTS) if results.of(name)]

@@ -39,10 +39,14 @@ def gradient(objective: str, **more: Any) -> Contender:
     return Contender(of(objective, **more), GRADIENT_RATES)
 
 
-def tiered(tiers: Sequence[Contenders], recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
-    """Tier by tier: the cells that find the rates, then, when those are known, all methods of each seed."""
+def tiered(
+    tiers: Sequence[Contenders], recipe: Recipe, seeds: Sequence[int], done: Results, only: Sequence[str] = ()
+) -> list[Cell]:
+    """Tier by tier: the cells that find the rates, then, when those are known, all methods (or ``only`` these) of each
+    seed."""
     planned, methods = list[Cell](), {name: method for tier in tiers for name, method in tier.items()}
-    for tier in tiers:
+    for whole in tiers:
+        tier = [name for name in whole if not only or name in only]
         tuned = dict.fromkeys(methods[name].tuned_as or name for name in tier)
         planned += [cell for name in tuned for cell in tuning(name, methods[name], recipe) if cell not in planned]
         known = {name: sets_of(name, methods, recipe, done) for name in tier}

@@ -61,9 +61,10 @@ AGAINST = {
 class Variants(Study):
     name = "variants"
     asks = "Which small choices matter? (the public code's, Adam's ε, weighting over V, forward or reverse KL)"
+    labels = tuple(ALL)
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
-        return tiered([ALL], recipe, seeds, done)
+        return tiered([ALL], recipe, seeds, done, self.only)
 
     def report(self, results: Results) -> Findings:
         claims = [_matters(results, a, b) for a, b in AGAINST.items()]

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from lco_lite.console import Console, clock_time
-from lco_lite.errors import LcoError
+from lco_lite.errors import LcoError, UsageError
 from lco_lite.study.base import TUNING_SEED, Findings
 from lco_lite.study.catalogue import STUDIES, load_study
 from lco_lite.study.grid import Grid
@@ -25,12 +25,16 @@ def run_study(
     runs: Path,
     out: Path | None,
     jobs: int | None,
+    only: Sequence[str],
     dry_run: bool,
     console: Console,
     as_json: bool,
 ) -> None:
     """All cells of the study, then its page; the page of what is done also where it is stopped or cells fail."""
     study = load_study(name)
+    study.only = only
+    if unknown := [label for label in only if label not in study.labels]:
+        raise UsageError(f"study {name}: nothing is called {', '.join(unknown)}; there are: {'; '.join(study.labels)}")
     sets = [*(study.usual if recipe is None else ()), *sets]
     folder = out or runs / "studies" / name
     grid = Grid(study, recipe, sets, runs, console, known_rows(folder))
@@ -42,6 +46,7 @@ def run_study(
         at_once = 1  # one run has the GPU
     console.stage(name, f"{study.asks} Seeds {numbers[0]} to {numbers[-1]}, {at_once} at once")
     given = [word for item in sets if item not in study.usual for word in ("-s", item)]
+    given += [word for label in only for word in ("--only", label)]
     command = shlex.join(
         ["lco-lite", "study", name, *([recipe] if recipe else []), *given, "--seeds", str(len(numbers))]
     )
