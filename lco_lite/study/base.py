@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lco_lite.recipe import Recipe
 
+FEWEST = 3  # seeds that a verdict takes
 TUNING_SEED = 0  # rates are chosen on it; scores are of the seeds from 1 on
 Row = dict[str, Any]
 """What came out of a cell, as JSON: what its work returned, with its label, seed, settings and seconds."""
@@ -139,7 +140,8 @@ def told(interval: Interval | None) -> str:
 
 
 def judged(interval: Interval | None, at_least: float = 0.0) -> Verdict:
-    """Of a claim that a difference exceeds ``at_least``: its 95 % interval lies above, below, or around that."""
-    if interval is None:
+    """Of a claim that a difference exceeds ``at_least``: its 95 % interval lies above, below, or around that. Fewer than
+    ``FEWEST`` seeds tell nothing: by chance their differences are equal now and then."""
+    if interval is None or interval.n < FEWEST:
         return "unclear"
     return "reproduced" if interval.low > at_least else "not reproduced" if interval.high < at_least else "unclear"

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, judged, seen
-from lco_lite.study.methods import ANCHORED, GKD, GKD_TWICE, METHODS, MIXED
+from lco_lite.study.methods import ANCHORED, GKD, GKD_TWICE, METHODS, MIXED, TIERS
 from lco_lite.study.statistics import mean_std, paired, samples_to
 from lco_lite.study.tuned import curve, failures, tiered
 
@@ -34,7 +34,8 @@ class Efficiency(Study):
     labels = COMPARED
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
-        return tiered([{name: METHODS[name] for name in COMPARED}], recipe, seeds, done, self.only)
+        chosen = [{name: tier[name] for name in tier if name in COMPARED} for tier in TIERS]
+        return tiered(chosen, recipe, seeds, done, self.only)
 
     def report(self, results: Results) -> Findings:
         needed = {name: _samples_to_best_of("ppo", name, results) for name in COMPARED}

@@ -42,7 +42,7 @@ def test_a_claim_is_judged_by_where_its_interval_lies():
     assert judged(Interval(0.2, 0.1, 0.3, 0.01, 8)) == "reproduced"
     assert judged(Interval(0.2, 0.1, 0.3, 0.01, 8), at_least=0.15) == "unclear"
     assert judged(Interval(0.2, 0.1, 0.3, 0.01, 8), at_least=0.4) == "not reproduced"
-    assert judged(None) == "unclear"
+    assert judged(None) == judged(Interval(0.2, 0.2, 0.2, 0.0, 2)) == "unclear"
 
 
 def test_samples_to_a_score_lie_between_the_points_of_a_curve():
