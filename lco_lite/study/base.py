@@ -140,7 +140,7 @@ def told(interval: Interval | None) -> str:
 
 
 def judged(interval: Interval | None, at_least: float = 0.0) -> Verdict:
-    """Of a claim that a difference exceeds ``at_least``: its 95 % interval lies above, below, or around that. Fewer than
+    """Of a claim that a difference exceeds ``at_least``: its 95 % interval lies above, below or around it. Fewer than
     ``FEWEST`` seeds tell nothing: by chance their differences are equal now and then."""
     if interval is None or interval.n < FEWEST:
         return "unclear"
