@@ -71,6 +71,19 @@ def test_the_papers_recipes_offer_its_base_models_in_a_line_that_works(name):
     assert "Instruct" in load_recipe(ROOT / "recipes" / f"{name}.yaml").model.path
 
 
+@pytest.mark.parametrize("name", ["smollm2_arithmetic", "gemma3"])
+def test_recipes_of_real_models_for_one_core_give_every_method_the_same_samples_and_hold_500_items_out(name):
+    path = ROOT / "recipes" / f"{name}.yaml"
+    recipe = load_recipe(path)
+    assert (recipe.device, recipe.threads, recipe.model.dtype) == ("cpu", 1, "float32")
+    assert recipe.eval.items is not None and recipe.eval.items >= 500
+    samples = recipe.rl.prompts_per_step * recipe.rl.responses_per_prompt
+    for objective in ("grpo", "raft", "gkd"):
+        rl = load_recipe(path, flags={"rl.objective": objective}).rl
+        prompts, left = divmod(samples, rl.responses_per_prompt)
+        assert not left and prompts * rl.responses_per_prompt % rl.minibatch == 0, objective
+
+
 # --- another objective than the recipe's
 
 
