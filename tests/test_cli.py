@@ -112,7 +112,8 @@ def test_a_dry_run_of_any_objective_says_which_of_the_recipes_values_gave_way(ob
     lr = METHOD_DEFAULTS[objective].get("lr")
     told = f"{objective} brings its own defaults in place of the recipe's, unless set"
     assert (told in result.output) == (lr is not None)
-    assert lr is None or f"lr 0.003 → {lr[0]}" in " ".join(result.output.split())
+    of_adapters = lr and float(f"{10 * lr[0]:.6g}")
+    assert lr is None or f"lr 0.003 → {of_adapters}" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))

@@ -53,7 +53,7 @@ CONVEX, PPO = ("sft", "kld", "mse", "lch"), ("ppo, A > 0", "ppo, A < 0")
 # set before the study ran
 FLAT = 1e-9  # an eigenvalue above -FLAT counts as not negative
 SHARE = 0.9  # of states at which PPO's Hessian has a negative eigenvalue
-SLACK = 1e-6  # relative, of bounds and rates: rounding
+SLACK = 1e-6  # of bounds and rates: rounding
 
 
 class Convexity(Study):

@@ -144,10 +144,10 @@ class Grid:
                 if guard.requested:
                     self._stop(running.values(), began)
                 free = at_once - len(running)
-                broken = {job.folder for job in failed}
+                broken = {job.folder: why for job, why in failed.items()}
                 for job in [j for j in waiting if j.start is not None and j.start.folder in broken]:
                     waiting.remove(job)
-                    failed[job] = "its start failed"
+                    failed[job] = f"its start failed with {broken[job.start.folder]}"
                 ready = [j for j in waiting if j.start is None or j.start.row_file.exists()]
                 for job in ready[:free]:
                     waiting.remove(job)

@@ -9,13 +9,17 @@ import threading
 import xml.etree.ElementTree
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from lco_lite.cli import app
 from lco_lite.console import Console
 from lco_lite.errors import Interrupted, LcoError
 from lco_lite.study.base import Cell, Claim, Findings, Plot, Study, Table
 from lco_lite.study.figures import band
 from lco_lite.study.grid import Grid
 from lco_lite.study.page import known_rows, write
+from tests.conftest import TINY
 
 
 class Small(Study):
@@ -35,9 +39,18 @@ def quiet():
     return Console(quiet=True)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A recipe and a folder of runs that tests share, and with it a start."""
+    folder = tmp_path_factory.mktemp("studies")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return folder
+
+
 @pytest.mark.slow
-def test_a_grid_is_worked_off_once_and_goes_on_where_it_was_stopped(tiny, tmp_path):
-    grid = Grid(Small(), str(tiny), [], tmp_path, quiet())
+def test_a_grid_is_worked_off_once_and_goes_on_where_it_was_stopped(shared, tmp_path):
+    tiny, runs = shared / "tiny.yaml", shared
+    grid = Grid(Small(), str(tiny), [], runs, quiet())
     threading.Timer(4.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(Interrupted, match="the same command goes on"):
         grid.work_off([1], at_once=2)
@@ -46,9 +59,9 @@ def test_a_grid_is_worked_off_once_and_goes_on_where_it_was_stopped(tiny, tmp_pa
     kld = results.of("kld")[0]
     assert kld["samples"] == 16 and len(kld["steps"]) == 2 and kld["updates"]["step"] == [1.0] * 4 + [2.0] * 4
     assert kld["before"]["n"] == 8 and 0 <= kld["after"]["mean"] <= 1
-    starts = sorted(tmp_path.glob("studies/tiny/start-*"))
+    starts = sorted(runs.glob("studies/tiny/start-*"))
     assert len(starts) == 1  # shared, and trained once
-    cell = next(tmp_path.glob("studies/tiny/rl-kld-*"))
+    cell = next(runs.glob("studies/tiny/rl-kld-*"))
     assert os.path.samefile(cell / "sft" / "done.json", starts[0] / "sft" / "done.json")
     assert not list(cell.glob("*/checkpoints"))
 
@@ -78,13 +91,31 @@ def test_a_grid_is_worked_off_once_and_goes_on_where_it_was_stopped(tiny, tmp_pa
 def test_a_cell_that_fails_is_named_with_its_reason_and_the_others_are_done(tiny, tmp_path, capsys):
     class Wrong(Small):
         def cells(self, recipe, seeds, done):
-            return [Cell("lost", 1, {"rl.objective": "reinforce", "data.prompts": "nowhere.jsonl"})]
+            return [Cell("lost", 1, {"data.demonstrations": "nowhere.jsonl"})]
 
-    grid = Grid(Wrong(), str(tiny), ["sft.max_steps=1", "rl.feedback=rule"], tmp_path, quiet())
-    with pytest.raises(
-        LcoError, match=r"1 of 1 cells failed(.|\n)*lost, seed 1: exit status 2: error: .*nowhere.jsonl"
-    ):
+    grid = Grid(Wrong(), str(tiny), [], tmp_path, quiet())
+    expected = r"1 of 1 cells failed(.|\n)*lost, seed 1: its start failed with exit status 2: error: .*nowhere"
+    with pytest.raises(LcoError, match=expected):
         grid.work_off([1], at_once=1)
+
+
+@pytest.mark.slow
+def test_a_study_runs_from_a_recipe_to_its_page_and_the_second_time_from_what_is_there(shared):
+    words = ["study", "convexity", str(shared / "tiny.yaml"), "--seeds", "1", "--runs", str(shared)]
+
+    def typed(*more: str) -> str:
+        result = CliRunner().invoke(app, [*words, *more])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "The Hessian of kld is positive semidefinite" in typed()
+    folder = shared / "studies" / "convexity"
+    left = {path.name for path in folder.iterdir()}
+    assert {"README.md", "study.json", "eigenvalues.csv", "spectra.svg", "spectra.png"} <= left
+    told = json.loads((folder / "study.json").read_text())
+    assert told["cells"] == told["done"] == 1 and told["command"].startswith("lco-lite study convexity")
+    again = json.loads(next(line for line in typed("--json").splitlines() if line.startswith("{")))
+    assert again["C5, kld"]["verdict"] == "reproduced"
 
 
 def test_a_damaged_study_file_is_named(tmp_path):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
-import pytest
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
@@ -42,17 +39,3 @@ def test_only_some_of_its_runs_take_their_own_rates_alone(tmp_path):
     labels = {line.partition(": seeds")[0] for line in typed(*words, "--only", "kld mixed").splitlines()[:-1]}
     assert labels == {f"kld, lr {rate}" for rate in ("0.003", "0.006", "0.012", "0.024")}
     assert "nothing is called mixed; there are: kld mixed; gkd" in typed(*words, "--only", "mixed", code=2)
-
-
-@pytest.mark.slow
-def test_a_study_runs_from_a_recipe_to_its_page_and_the_second_time_from_what_is_there(tiny, tmp_path):
-    words = ["convexity", str(tiny), "--seeds", "1", "--runs", str(tmp_path), "-s", "rl.top_p=1.0"]
-    assert "The Hessian of kld is positive semidefinite" in typed(*words)
-    folder = tmp_path / "studies" / "convexity"
-    assert {"README.md", "study.json", "eigenvalues.csv", "spectra.svg", "spectra.png"} <= {
-        p.name for p in folder.iterdir()
-    }
-    told = json.loads((folder / "study.json").read_text())
-    assert told["cells"] == told["done"] == 1 and told["command"].startswith("lco-lite study convexity")
-    again = json.loads(next(line for line in typed(*words, "--json").splitlines() if line.startswith("{")))
-    assert again["C5, kld"]["verdict"] == "reproduced"

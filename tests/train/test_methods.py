@@ -16,7 +16,7 @@ from lco_lite.objectives import policy_gradient as pg
 from lco_lite.objectives.head import Head
 from lco_lite.recipe import Rl
 from lco_lite.recipe.file import dump, load_recipe, parse_yaml, validate
-from lco_lite.recipe.rl import DISTILLATION, LCO, METHOD_DEFAULTS, REGRESSIONS
+from lco_lite.recipe.rl import DISTILLATION, LCO, METHOD_DEFAULTS, REGRESSIONS, RewardPart
 from lco_lite.run import differences, stage_settings
 from lco_lite.sequences import Example, collate
 from lco_lite.tasks.arithmetic import Arithmetic
@@ -213,20 +213,17 @@ def test_rewards_beside_dense_feedback_start_as_measured_and_give_way_with_it(ti
         return load_recipe(tiny, sets, {f"rl.{name}": value for name, value in flags.items()}, said.append).rl
 
     assert load(feedback="rule+dpo").feedback == "dpo + rule"
-    assert load(feedback="dpo + rule").rewards.rule.model_dump() == {"weight": 4.0, "sign": "positive"}
-    assert load("rewards.rule.sign=both", feedback="dpo + rule").rewards.rule.model_dump() == {
-        "weight": 4,
-        "sign": "both",
-    }
-    assert load(feedback="rule").rewards.rule.model_dump() == {"weight": 1.0, "sign": "both"}
+    assert load(feedback="dpo + rule").rewards.rule == RewardPart(weight=4.0, sign="positive")
+    assert load("rewards.rule.sign=both", feedback="dpo + rule").rewards.rule == RewardPart(weight=4.0)
+    assert load(feedback="rule").rewards.rule == RewardPart()
     tiny.write_text(
         tiny.read_text().replace("rl:\n", "rl:\n  feedback: dpo + rule\n  rewards: {rule: {weight: 2.0}}\n")
     )
-    assert load().rewards.rule.model_dump() == {"weight": 2.0, "sign": "positive"}
+    assert load().rewards.rule == RewardPart(weight=2.0, sign="positive")
     assert load(feedback="dpo + rule").rewards == load("objective=mse").rewards == load().rewards and not said
     assert load(feedback="rule").rewards.rule.weight == 1 and "rewards.rule.weight 2.0 → 1.0" in said[0]
     assert load(feedback="dpo").rewards == load(objective="gkd").rewards == load(objective="grpo").rewards
-    assert load("rewards.rule.weight=3", feedback="rule").rewards.rule.model_dump() == {"weight": 3, "sign": "both"}
+    assert load("rewards.rule.weight=3", feedback="rule").rewards.rule == RewardPart(weight=3.0)
 
 
 def test_another_objective_on_a_run_brings_its_own_defaults(warm):
