@@ -91,6 +91,8 @@ def _learning(figure: Figure, results: Results) -> None:
         rows = [row for row in results.of(name) if row.get("failed") is None]
         if rows:
             _draw(above, below, name, rows)
+    lengths = [row["samples"] for name in PICTURE if name != "dapo" for row in results.of(name)]
+    above.set_xlim(0, 1.02 * max(lengths, default=1))  # DAPO's go on beyond
     above.set_ylabel("pass@1, held-out")
     below.set_ylabel("gradient norm")
     below.set_xlabel("samples")

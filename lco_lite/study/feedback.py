@@ -39,7 +39,8 @@ TOLD: dict[str, dict[str, Contender]] = {
         "dense": METHODS[ANCHORED],
         "mixed": METHODS[MIXED],
         "mixed, both signs": Contender(
-            of("kld", feedback="dpo + rule", anchor=0.5, **{"rewards.rule.sign": "both"}), tuned_as="kld, dense"
+            of("kld", feedback="dpo + rule", anchor=0.5, **{"rewards.rule.sign": "both"}),
+            tuned_as="kld, anchored, mixed",
         ),
     },
     "lch": {"dense": METHODS["lch"], "sampled": sparse("lch", "dpo_sampled")},

@@ -3,6 +3,7 @@
     RUNS/studies/RECIPE/start-ID-seed-3/      warm-up and reward model of a seed, which cells share
     RUNS/studies/RECIPE/rl-kld-ID-seed-3/     a cell, a run like any other: cell.json says which, row.json what came out
     RUNS/studies/NAME/                        what the study says: README.md, study.json, tables, plots
+    RUNS/studies/rows/                        what came out of each cell; enough to go on without its run
 
 An ID is that of the settings that decide the outcome. So studies share cells that are the same, and a study that is
 started again goes on: cells that are done are read, one that was stopped goes on at its checkpoint.
@@ -47,7 +48,7 @@ class Job:
 
 
 class Grid:
-    """The cells of a study under a recipe and ``--set`` items. ``known``: rows of an earlier ``study.json``, by id."""
+    """The cells of a study under a recipe and ``--set`` items. ``known``: rows of earlier studies, by id."""
 
     def __init__(
         self,

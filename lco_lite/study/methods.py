@@ -26,10 +26,10 @@ NO_CLIPPING = {"max_grad_norm": 1e9}
 # the order in which they are worked off
 TIERS: list[dict[str, Contender]] = [
     {
-        MIXED: Contender(of("kld", feedback="dpo + rule", anchor=0.5), tuned_as="kld"),
+        MIXED: regression("kld", feedback="dpo + rule", anchor=0.5),
         GKD: regression("gkd"),
         GKD_TWICE: Contender(of("gkd"), tuned_as=GKD, phases=2),
-        ANCHORED: Contender(of("kld", anchor=0.5), tuned_as="kld"),
+        ANCHORED: regression("kld", anchor=0.5),
         "raft": gradient("raft"),
         "dapo": gradient("dapo"),
     },

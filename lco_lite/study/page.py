@@ -1,4 +1,5 @@
-"""What a study leaves: ``study.json`` with every row, CSV files, plots, and a page of Markdown that says what holds."""
+"""What a study leaves: a page of Markdown that says what holds, ``study.json``, CSV files, plots; and beside its folder
+``rows/``, with what came out of each cell, which studies share."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ from typing import Any
 from lco_lite import __version__
 from lco_lite.environment import environment
 from lco_lite.errors import UsageError
-from lco_lite.files import write_json, write_text
+from lco_lite.files import json_line, write_bytes, write_json, write_text
 from lco_lite.study.base import Claim, Findings, Results, Row, Study, Table
 from lco_lite.study.figures import save
 
+ROWS = "rows"
 _ORDER = ("not reproduced", "unclear", "reproduced")  # refutations first
 
 
@@ -26,7 +28,11 @@ def write(study: Study, results: Results, total: int, command: str, folder: Path
     claims = [vars(claim) for claim in ordered(report.claims)]
     about: dict[str, Any] = {"study": study.name, "asks": study.asks, "command": command, "version": __version__}
     about |= {"cells": total, "done": len(results.rows), "claims": claims, "environment": environment()}
-    write_json(folder / "study.json", about | {"rows": [_finite(row) for row in results.rows]})
+    write_json(folder / "study.json", about | {"rows": [row["id"] for row in results.rows]})
+    for row in results.rows:
+        file = folder.parent / ROWS / f"{row['id']}.json"
+        file.parent.mkdir(exist_ok=True)
+        write_bytes(file, json_line(_finite(row)))
     for table in report.tables:
         write_text(folder / f"{table.name}.csv", as_csv(table))
     for plot in report.plots:
@@ -36,14 +42,15 @@ def write(study: Study, results: Results, total: int, command: str, folder: Path
 
 
 def known_rows(folder: Path) -> dict[str, Row]:
-    """The rows of an earlier ``study.json``, by id: cells that need not run again."""
-    file = folder / "study.json"
-    if not file.exists():
-        return {}
-    try:
-        return {row["id"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
-    except (ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"{file}: damaged ({e}): delete it, or name another --out") from e
+    """The rows that studies beside this one have left, by id: cells that need not run again."""
+    rows: dict[str, Row] = {}
+    for file in sorted((folder.parent / ROWS).glob("*.json")):
+        try:
+            row = json.loads(file.read_text(encoding="utf-8"))
+            rows[row["id"]] = row
+        except (ValueError, KeyError, TypeError) as e:
+            raise UsageError(f"{file}: damaged ({e}): delete it, and its run is made again") from e
+    return rows
 
 
 def ordered(claims: Sequence[Claim]) -> list[Claim]:

@@ -1,7 +1,7 @@
 """When the target compounds and what holds it: phases, anchor, β, inner epochs and the learning rate's schedule, at
 equal samples.
 
-All are LCO-KLD under dense feedback at one learning rate, that which ``methods`` found for it.
+All are LCO-KLD under dense feedback at one learning rate, that which ``methods`` found for it with an anchor.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Refresh(Study):
     labels = tuple(VARIED)
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
-        planned = tuning("kld", METHODS["kld"], recipe)
+        planned = tuning(ANCHORED, METHODS[ANCHORED], recipe)
         base = sets_of(ANCHORED, METHODS, recipe, done)
         if base is None:
             return planned

@@ -30,8 +30,7 @@ from lco_lite.tasks import load_task
 from lco_lite.train.pipeline import train
 
 # of an update, for curves within a phase
-CURVES = """step loss grad_norm entropy sampled_prob clipped
-logit_grad_norm_pos logit_grad_norm_neg logit_grad_sampled logit_grad_others"""
+CURVES = "step grad_norm entropy sampled_prob logit_grad_norm_pos logit_grad_norm_neg"
 
 
 def main(folder: Path) -> None:

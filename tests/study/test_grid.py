@@ -118,10 +118,11 @@ def test_a_study_runs_from_a_recipe_to_its_page_and_the_second_time_from_what_is
     assert again["C5, kld"]["verdict"] == "reproduced"
 
 
-def test_a_damaged_study_file_is_named(tmp_path):
-    (tmp_path / "study.json").write_text('{"rows": 3}')
-    with pytest.raises(LcoError, match=r"study\.json: damaged"):
-        known_rows(tmp_path)
+def test_a_damaged_row_is_named(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "kld-1.json").write_text('["id"]')
+    with pytest.raises(LcoError, match=r"rows/kld-1\.json: damaged"):
+        known_rows(tmp_path / "methods")
 
 
 def test_an_unfinished_page_says_how_much_of_it_is_there(tmp_path):
