@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 FEWEST = 3  # seeds that a verdict takes
 TUNING_SEED = 0  # rates are chosen on it; scores are of the seeds from 1 on
 Row = dict[str, Any]
-"""What came out of a cell, as JSON: what its work returned, with its label, seed, settings and seconds."""
+"""What came out of a cell, as JSON: what its work returned, with its label, seed, settings and seconds; ``start``: the
+scores of its seed's warm-up and reward model, by stage and task."""
 Verdict = Literal["reproduced", "not reproduced", "unclear"]
 
 

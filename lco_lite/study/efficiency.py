@@ -25,7 +25,7 @@ COMPARED = (MIXED, ANCHORED, "kld", "lch", "mse", GKD, GKD_TWICE, "raft", "ppo",
 PICTURE = (MIXED, ANCHORED, "kld", GKD_TWICE, "raft", "dapo", "grpo", "ppo")
 # set before the study ran; the paper's are 1/2 of PPO's samples for KLD, and of KLD's 1/3 for LCH
 HALF, THIRD = 0.5, 1 / 3
-SMOOTH = 5  # updates
+SMOOTH, POINTS = 5, 80  # updates, and of how many a norm is drawn
 
 
 class Efficiency(Study):
@@ -47,10 +47,10 @@ class Efficiency(Study):
             _ratio("C3, LCH", f"LCO-LCH {says.format('KLD', 'a third')}", of_kld, own, THIRD),
         ]
         n = {name: len(results.of(name)) for name in COMPARED if results.of(name)}
-        rows = [[name, n[name], mean_std(list(needed[name].values()), 0), n[name] - len(needed[name])] for name in n]
-        table = Table(
-            "samples", "Samples to PPO's best score of the same seed", ["method", "n", "samples", "never"], rows
-        )
+        told = {name: mean_std(list(needed[name].values()), 0) for name in n}
+        rows = [[name, n[name], told[name], n[name] - len(needed[name])] for name in n] if "ppo" in n else []
+        columns = ["method", "n", "samples", "never"]
+        table = Table("samples", "Samples to PPO's best score of the same seed", columns, rows)
         title = "Held-out score and gradient norm against samples"
         plots = [Plot("learning", title, lambda figure: _learning(figure, results), (9.0, 6.5))]
         notes = ["Samples are responses drawn. GKD has as many demonstrations beside them.", *failures(results)]
@@ -109,5 +109,5 @@ def _draw(above: Axes, below: Axes, name: str, rows: Sequence[Row]) -> None:
     norms = [smoothed(seen(row, "grad_norm"), SMOOTH) for row in rows]
     shortest = min(map(len, norms))
     if shortest:
-        drawn = fmean(row["samples"] for row in rows)
-        band(below, name, [drawn * (i + 1) / shortest for i in range(shortest)], [n[:shortest] for n in norms], **style)
+        drawn, every = fmean(row["samples"] for row in rows), range(0, shortest, max(1, shortest // POINTS))
+        band(below, name, [drawn * (i + 1) / shortest for i in every], [[n[i] for i in every] for n in norms], **style)

@@ -104,6 +104,8 @@ class Grid:
         row = self.known.get(job.folder.name)
         if job.row_file.exists():
             row = json.loads(job.row_file.read_text(encoding="utf-8"))
+            if job.start is not None and job.start.row_file.exists():
+                row["start"] = json.loads(job.start.row_file.read_text(encoding="utf-8"))["scores"]
         return None if row is None else row | {"label": job.cell.label, "id": job.folder.name}
 
     def results(self, jobs: Iterable[Job]) -> Results:
@@ -139,16 +141,17 @@ class Grid:
             job.start.folder: job.start for job in missing if job.start is not None and not job.start.row_file.exists()
         }
         waiting, running, failed = [*starts.values(), *missing], dict[Job, Worker](), dict[Job, str]()
-        began, seconds, here = time.monotonic(), list[float](), 0
+        here = 0
         with InterruptGuard() as guard, self.console.progress(total, self.study.name, total - len(missing)) as line:
             while waiting or running:
                 if guard.requested:
-                    self._stop(running.values(), began)
+                    self._stop(list(running.values()))
                 free = at_once - len(running)
                 broken = {job.folder: why for job, why in failed.items()}
-                for job in [j for j in waiting if j.start is not None and j.start.folder in broken]:
-                    waiting.remove(job)
-                    failed[job] = f"its start failed with {broken[job.start.folder]}"
+                for job in list(waiting):
+                    if job.start is not None and job.start.folder in broken:
+                        waiting.remove(job)
+                        failed[job] = f"its start failed with {broken[job.start.folder]}"
                 ready = [j for j in waiting if j.start is None or j.start.row_file.exists()]
                 for job in ready[:free]:
                     waiting.remove(job)
@@ -160,10 +163,9 @@ class Grid:
                     del running[job]
                     worker.log.close()
                     if job.row_file.exists() and code == 0:
-                        seconds.append(time.monotonic() - worker.began)
                         if job.start is not None:
                             here += 1
-                        self.console.note(self._told(job, seconds[-1]))
+                        self.console.note(self._told(job, time.monotonic() - worker.began))
                     else:
                         failed[job] = worker.why(code)
                         self.console.warn(f"{job.cell.label}, seed {job.cell.seed}: {failed[job]}")
@@ -177,9 +179,8 @@ class Grid:
         found = f"{after['mean']:.3f}" if after else row.get("failed") or "done"
         return f"{job.cell.label}, seed {job.cell.seed}: {found} ({clock_time(seconds)})"
 
-    def _stop(self, workers: Iterable[Worker], began: float) -> None:
+    def _stop(self, workers: Sequence[Worker]) -> None:
         """Each finishes its batch and writes a checkpoint."""
-        workers = list(workers)
         for worker in workers:
             worker.process.send_signal(signal.SIGTERM)
         for worker in workers:
