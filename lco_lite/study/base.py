@@ -146,3 +146,10 @@ def judged(interval: Interval | None, at_least: float = 0.0) -> Verdict:
     if interval is None or interval.n < FEWEST:
         return "unclear"
     return "reproduced" if interval.low > at_least else "not reproduced" if interval.high < at_least else "unclear"
+
+
+def ahead(results: Results, name: str, a: str, b: str) -> Claim:
+    """The claim that ``a`` scores higher than ``b``."""
+    found = results.difference(a, b)
+    threshold = "the interval of the paired difference in pass@1 lies above 0."
+    return Claim(name, f"{a} is ahead of {b}.", threshold, judged(found), f"Difference {told(found)}.")

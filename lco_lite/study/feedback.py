@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Study, Table, judged, told
+from lco_lite.study.base import Cell, Findings, Plot, Results, Study, Table, ahead
 from lco_lite.study.methods import ANCHORED, METHODS, MIXED
 from lco_lite.study.statistics import mean_std
 from lco_lite.study.tuned import Contender, failures, gradient, of, rates_tried, tiered
@@ -74,16 +74,16 @@ class Feedback(Study):
 
     def report(self, results: Results) -> Findings:
         claims = [
-            _ahead(results, f"C6, {loss} against {rival}, {feedback}", f"{loss}, {feedback}", f"{rival}, {feedback}")
+            ahead(results, f"C6, {loss} against {rival}, {feedback}", f"{loss}, {feedback}", f"{rival}, {feedback}")
             for feedback, losses in (("sampled", ("kld", "lch", "mse")), ("rule", ("kld",)))
             for loss in losses
             for rival in ("ppo", "grpo")
         ]
         claims += [
-            _ahead(results, "dense against sampled", "kld, dense", "kld, sampled"),
-            _ahead(results, "mixed against dense", "kld, anchored, mixed", "kld, anchored, dense"),
-            _ahead(results, "right answers only", "kld, anchored, mixed", "kld, anchored, mixed, both signs"),
-            _ahead(results, "positive REINFORCE", "reinforce, rule, right only", "reinforce, rule"),
+            ahead(results, "dense against sampled", "kld, dense", "kld, sampled"),
+            ahead(results, "mixed against dense", "kld, anchored, mixed", "kld, anchored, dense"),
+            ahead(results, "right answers only", "kld, anchored, mixed", "kld, anchored, mixed, both signs"),
+            ahead(results, "positive REINFORCE", "reinforce, rule, right only", "reinforce, rule"),
         ]
         rows = []
         for name in ALL:
@@ -94,12 +94,6 @@ class Feedback(Study):
         table = Table("feedback", "Scores", ["loss, feedback", "lr", "n", "before", "pass@1"], rows)
         plots = [Plot("feedback", "pass@1 by feedback", lambda figure: _bars(figure, results))] if rows else []
         return Findings(claims, [table, rates_tried(results)], plots, failures(results))
-
-
-def _ahead(results: Results, name: str, a: str, b: str) -> Claim:
-    found = results.difference(a, b)
-    threshold = "the interval of the paired difference in pass@1 lies above 0."
-    return Claim(name, f"{a} is ahead of {b}.", threshold, judged(found), f"Difference {told(found)}.")
 
 
 def _bars(figure: Figure, results: Results) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Study, Table, judged, told
+from lco_lite.study.base import Cell, Findings, Plot, Results, Study, Table, ahead, told
 from lco_lite.study.methods import ANCHORED, METHODS
 from lco_lite.study.statistics import mean_std
 from lco_lite.study.tuned import curve, failures, sets_of, tuning
@@ -53,11 +53,11 @@ class Refresh(Study):
 
     def report(self, results: Results) -> Findings:
         claims = [
-            _ahead(results, "the anchor at 8 phases", BASE, "anchor 0"),
-            _ahead(results, "the anchor at 32 phases", "32 phases", "anchor 0, 32 phases"),
-            _ahead(results, "the anchor at a constant rate", "constant rate", "anchor 0, constant rate"),
-            _ahead(results, "refreshing without an anchor compounds", "anchor 0", "anchor 0, 32 phases"),
-            _ahead(results, "a rate that falls to 0", BASE, "constant rate"),
+            ahead(results, "the anchor at 8 phases", BASE, "anchor 0"),
+            ahead(results, "the anchor at 32 phases", "32 phases", "anchor 0, 32 phases"),
+            ahead(results, "the anchor at a constant rate", "constant rate", "anchor 0, constant rate"),
+            ahead(results, "refreshing without an anchor compounds", "anchor 0", "anchor 0, 32 phases"),
+            ahead(results, "a rate that falls to 0", BASE, "constant rate"),
         ]
         rows = []
         for label in VARIED:
@@ -92,12 +92,6 @@ def _sets(
         }
         made["rl.eval_every"] = max(1, round(phases))
     return made | ({} if epochs is None else {"rl.inner_epochs": epochs})
-
-
-def _ahead(results: Results, name: str, a: str, b: str) -> Claim:
-    found = results.difference(a, b)
-    threshold = "the interval of the paired difference in pass@1 at the end lies above 0."
-    return Claim(name, f"{a} ends ahead of {b}.", threshold, judged(found), f"Difference {told(found)}.")
 
 
 def _curves(figure: Figure, results: Results) -> None:
