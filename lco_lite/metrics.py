@@ -70,14 +70,14 @@ class JsonLog:
     @ranks.by_main
     def __init__(self, path: Path, done: int) -> None:
         self.path = path
-        write_bytes(path, b"".join(json_line(_finite(line)) for line in read_log(path) if line["step"] <= done))
+        write_bytes(path, b"".join(json_line(finite(line)) for line in read_log(path) if line["step"] <= done))
 
     @ranks.by_main
     def write(self, numbers: dict[str, Any]) -> None:
         if "step" not in numbers:
             raise ValueError(f"{self.path.name}: a line needs its step")
         with write_errors(self.path), self.path.open("ab") as file:
-            file.write(json_line(_finite(numbers)))
+            file.write(json_line(finite(numbers)))
 
 
 class MetricsLog(JsonLog):
@@ -114,9 +114,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value`` as JSON can have it: numbers that are not finite are None."""
     if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

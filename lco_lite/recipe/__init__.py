@@ -24,11 +24,8 @@ from lco_lite.recipe.sections import (
 )
 
 UNGRADED = ("alpaca_eval", "qa_feedback")  # tasks that compare or score responses by a model, without right and wrong
-
-
-LORA_RATE = (
-    10  # TRL's lora_without_regret.md: adapters take about ten times the rate of full fine-tuning; docs/methods.md
-)
+# adapters take about ten times the rate of full fine-tuning: TRL's lora_without_regret.md; docs/methods.md
+LORA_RATE = 10
 
 
 def _part(section: Any, name: str, unset: Any = None) -> Any:

@@ -6,6 +6,7 @@ cells of a seed start from the same warm-up and reward model, so that difference
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -153,3 +154,16 @@ def ahead(results: Results, name: str, a: str, b: str) -> Claim:
     found = results.difference(a, b)
     threshold = "the interval of the paired difference in pass@1 lies above 0."
     return Claim(name, f"{a} is ahead of {b}.", threshold, judged(found), f"Difference {told(found)}.")
+
+
+def against(ratios: Mapping[int, float], bound: float, above: bool) -> tuple[Verdict, str]:
+    """Whether a ratio's geometric mean over seeds lies above, or below, ``bound``; and it with its interval.
+    ``ratios``: seed -> its log."""
+    interval = paired(ratios, dict.fromkeys(ratios, 0.0))
+    if interval is None:
+        return "unclear", "–"
+    mean, low, high, p, n = interval
+    verdict = (
+        judged(interval, math.log(bound)) if above else judged(Interval(-mean, -high, -low, p, n), -math.log(bound))
+    )
+    return verdict, f"{math.exp(mean):.3g} [{math.exp(low):.3g}, {math.exp(high):.3g}], n = {n}"

@@ -244,7 +244,7 @@ def _descends(rows: Sequence[Row], name: str) -> Claim:
     says = f"Descent on {name} is at least as fast as its linear rate."
     threshold = f"of no state is more left after {DESCENT} steps than the rate allows."
     left = fmean(_all(rows, name, "descent")) if rows else 0.0
-    why = f"Left {left:.3g}, allowed {fmean(rates) if rates else 0.0:.3g}"
+    why = f"Left {left:.3g}, allowed {fmean(rates) if rates else 0.0:.4g}"
     return _claim(f"rate, {name}", says, threshold, excess <= SLACK, why, rows)
 
 

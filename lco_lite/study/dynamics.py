@@ -27,8 +27,8 @@ from lco_lite.models.chat import ChatFormat
 from lco_lite.recipe import Rl
 from lco_lite.rollout.engine import Response, Sampling, in_order, open_engine
 from lco_lite.sequences import endless, seeded
-from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, Verdict, judged
-from lco_lite.study.statistics import Interval, mean_std, paired
+from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, Verdict, against
+from lco_lite.study.statistics import mean_std
 from lco_lite.train import rl as training
 from lco_lite.train.methods import Models, score
 from lco_lite.train.rollouts import Phase
@@ -54,7 +54,8 @@ OPTIONS: dict[str, Any] = {
     "updates": 100,  # the authors' code
     "responses": 6,  # of each sign; the authors' code
     "prompts": 1024,  # asked for them; the authors' code
-    "lr": 2e-5,  # where all weights are trained: chosen on seed 0, as slow as theirs; of an adapter the recipe's
+    "lr": 2e-5,  # where all weights are trained: chosen on seed 0, as slow as theirs
+    "adapter_lr": None,  # where an adapter is; None: the recipe's
     "full": None,  # train all weights; None: where the policy before RL is a whole model
     "strategies": None,  # names; None: all of them
 }
@@ -110,7 +111,7 @@ class Dynamics(Study):
     labels = (LABEL,)
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
-        return [Cell(LABEL, seed, work="study.dynamics:probe") for seed in seeds]
+        return [Cell(LABEL, seed, work="study.dynamics:probe", options=OPTIONS) for seed in seeds]
 
     def report(self, results: Results) -> Findings:
         ran = [s for s in STRATEGIES if any(curve(row, s.name, sign) for row in results.of(LABEL) for sign in SIGNS)]
@@ -146,7 +147,7 @@ def probe(ctx: Context, options: Mapping[str, Any]) -> dict[str, Any]:
     with ctx.clock("loading"):
         models, parameters = open_models(ctx, how["full"])
     whole = models.policy.adapter is None
-    lr = options.get("lr", OPTIONS["lr"] if whole else ctx.recipe.rl.lr)
+    lr = how["lr"] if whole else how["adapter_lr"] or ctx.recipe.rl.lr
     with ctx.clock("rollout"):
         batches, accuracy = batches_by_sign(ctx, models, how["prompts"], how["responses"])
     start = [(p, p.detach().clone()) for _, p in parameters]
@@ -290,18 +291,6 @@ def log_ratio(
 
 def last(values: list[float]) -> float:
     return values[-1]
-
-
-def against(ratios: Mapping[int, float], bound: float, above: bool) -> tuple[Verdict, str]:
-    """Whether the mean log ratio lies above, or below, that of ``bound``; and the ratio with its interval."""
-    interval = paired(ratios, dict.fromkeys(ratios, 0.0))
-    if interval is None:
-        return "unclear", "–"
-    mean, low, high, p, n = interval
-    verdict = (
-        judged(interval, math.log(bound)) if above else judged(Interval(-mean, -high, -low, p, n), -math.log(bound))
-    )
-    return verdict, f"{math.exp(mean):.3g} [{math.exp(low):.3g}, {math.exp(high):.3g}], n = {n}"
 
 
 def all_of(verdicts: Sequence[Verdict]) -> Verdict:

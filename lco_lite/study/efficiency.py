@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, judged, seen
+from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, against, seen
 from lco_lite.study.methods import ANCHORED, GKD, GKD_TWICE, METHODS, MIXED, TIERS
-from lco_lite.study.statistics import mean_std, paired, samples_to
+from lco_lite.study.statistics import mean_std, samples_to
 from lco_lite.study.tuned import curve, failures, tiered
 
 if TYPE_CHECKING:
@@ -68,14 +68,9 @@ def _samples_to_best_of(other: str, name: str, results: Results) -> dict[int, fl
 
 
 def _ratio(name: str, says: str, a: dict[int, float], b: dict[int, float], at_most: float) -> Claim:
-    """The geometric mean of ``a``/``b`` over seeds."""
-    logs = paired(*({seed: math.log2(x) for seed, x in one.items()} for one in (b, a)))
+    verdict, ratio = against({seed: math.log(a[seed] / b[seed]) for seed in a.keys() & b.keys()}, at_most, above=False)
     threshold = f"the interval of the ratio of samples, a geometric mean over seeds, lies below {at_most:.2g}."
-    why = "Not measured yet."
-    if logs is not None:
-        mean, low, high = (2**-x for x in (logs.mean, logs.high, logs.low))
-        why = f"Ratio {mean:.2f} [{low:.2f}, {high:.2f}], n = {logs.n}."
-    return Claim(name, says, threshold, judged(logs, -math.log2(at_most)), why)
+    return Claim(name, says, threshold, verdict, f"Ratio {ratio}.")
 
 
 def _curves(results: Results) -> Table:

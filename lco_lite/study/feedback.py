@@ -56,12 +56,7 @@ TOLD: dict[str, dict[str, Contender]] = {
 }
 
 
-def _labelled(loss: str, feedback: str, method: Contender) -> tuple[str, Contender]:
-    renamed = {"kld": "kld, dense"}.get(method.tuned_as or "", method.tuned_as)
-    return f"{loss}, {feedback}", method._replace(tuned_as=renamed)
-
-
-ALL = dict(_labelled(loss, feedback, method) for loss, told in TOLD.items() for feedback, method in told.items())
+ALL = {f"{loss}, {feedback}": method for loss, told in TOLD.items() for feedback, method in told.items()}
 
 
 class Feedback(Study):

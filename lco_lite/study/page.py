@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lco_lite import __version__
 from lco_lite.environment import environment
 from lco_lite.errors import UsageError
 from lco_lite.files import json_line, write_bytes, write_json, write_text
+from lco_lite.metrics import finite
 from lco_lite.study.base import Claim, Findings, Results, Row, Study, Table
 from lco_lite.study.figures import save
 
@@ -32,7 +33,7 @@ def write(study: Study, results: Results, total: int, command: str, folder: Path
     for row in results.rows:
         file = folder.parent / ROWS / f"{row['id']}.json"
         file.parent.mkdir(exist_ok=True)
-        write_bytes(file, json_line(_finite(row)))
+        write_bytes(file, json_line(finite(row)))
     for table in report.tables:
         write_text(folder / f"{table.name}.csv", as_csv(table))
     for plot in report.plots:
@@ -104,12 +105,3 @@ def _spans(seeds: Sequence[int]) -> str:
     if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
         return f"{seeds[0]} to {seeds[-1]}"
     return ", ".join(map(str, seeds))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and value - value != 0 else value

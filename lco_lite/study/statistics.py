@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from lco_lite.evaluation.compare import LEVEL, t_quantile, two_sided
+from lco_lite.evaluation.compare import t_quantile, two_sided
 
 
 class Interval(NamedTuple):
@@ -32,8 +32,8 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
     mean, error = fmean(differences), stdev(differences) / math.sqrt(n)
     if error < 1e-12:
         return Interval(mean, mean, mean, 0.0 if abs(mean) > 1e-12 else 1.0, n)
-    half = t_quantile(LEVEL, n - 1) * error
-    return Interval(mean, mean - half, mean + half, two_sided(mean / error, n - 1), n)
+    half = t_quantile(n - 1) * error
+    return Interval(mean, mean - half, mean + half, float(two_sided(mean / error, n - 1)), n)
 
 
 def mean_std(values: Sequence[float], digits: int = 3) -> str:

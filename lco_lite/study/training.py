@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, Verdict, judged, seen
+from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, Verdict, against, seen
 from lco_lite.study.methods import METHODS
-from lco_lite.study.statistics import Interval, mean_std, paired
+from lco_lite.study.statistics import mean_std
 from lco_lite.study.tuned import curve, failures, tiered
 
 if TYPE_CHECKING:
@@ -73,22 +73,12 @@ def entropy_kept(row: Row) -> float | None:
     return values[-1] / values[0] if values and values[0] else None
 
 
-def _against_zero(values: dict[int, float]) -> Interval | None:
-    return paired(values, dict.fromkeys(values, 0.0))
-
-
 def _trend(results: Results, claim: str, name: str, norm: str, rises: bool) -> Claim:
-    found = _against_zero(results.by_seed(name, rise(norm)))
+    verdict, ratio = against(results.by_seed(name, rise(norm)), 1.0, above=rises)
     does, above = ("grows", "above") if rises else ("falls", "below")
-    verdict: Verdict = judged(found)
-    if not rises:
-        verdict = {"reproduced": "not reproduced", "not reproduced": "reproduced"}.get(verdict, verdict)  # type: ignore[assignment]
-    why = "Not measured yet."
-    if found is not None:
-        mean, low, high = (math.exp(x) for x in found[:3])
-        why = f"Last third of a phase / first: {mean:.2f} [{low:.2f}, {high:.2f}], n = {found.n}."
     says = f"The gradient norm of {name} ({NORMS[norm]}) {does} within a phase."
     threshold = f"the interval of the geometric mean over seeds lies {above} 1."
+    why = f"Last third of a phase over first: {ratio}."
     return Claim(f"{claim}, {name}, {NORMS[norm]}", says, threshold, verdict, why)
 
 

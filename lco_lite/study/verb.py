@@ -5,16 +5,31 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 
 import typer
 
 from lco_lite.console import Console, clock_time
 from lco_lite.errors import LcoError, UsageError
-from lco_lite.study.base import TUNING_SEED, Findings
-from lco_lite.study.catalogue import STUDIES, load_study
+from lco_lite.models.loading import resolve_device
+from lco_lite.study.base import TUNING_SEED, Findings, Study
 from lco_lite.study.grid import Grid
 from lco_lite.study.page import known_rows, ordered, write
+
+# name, which is that of its file -> class
+STUDIES = {
+    "methods": "MethodsStudy",
+    "dynamics": "Dynamics",
+    "training": "WholeRun",
+    "efficiency": "Efficiency",
+    "convexity": "Convexity",
+    "forgetting": "Forgetting",
+    "feedback": "Feedback",
+    "refresh": "Refresh",
+    "variants": "Variants",
+}
 
 
 def run_study(
@@ -39,11 +54,10 @@ def run_study(
     folder = out or runs / "studies" / name
     grid = Grid(study, recipe, sets, runs, console, known_rows(folder))
     numbers = range(TUNING_SEED + 1, TUNING_SEED + 1 + (seeds or study.seeds))
-    at_once = jobs or max(1, min(2, (os.cpu_count() or 1) // (grid.recipe.threads or 1)))
+    cores = (os.cpu_count() or 1) if resolve_device(grid.recipe.device).type == "cpu" else 1  # one run has the GPU
+    at_once = jobs or max(1, min(2, cores // (grid.recipe.threads or 1)))
     if dry_run:
         return preview(grid, numbers, at_once, console)
-    if grid.recipe.device != "cpu" and at_once > 1 and jobs is None:
-        at_once = 1  # one run has the GPU
     console.stage(name, f"{study.asks} Seeds {numbers[0]} to {numbers[-1]}, {at_once} at once")
     given = [word for item in sets if item not in study.usual for word in ("-s", item)]
     given += [word for label in only for word in ("--only", label)]
@@ -93,3 +107,13 @@ def preview(grid: Grid, seeds: Sequence[int], at_once: int, console: Console) ->
 def list_studies() -> None:
     for name in STUDIES:
         typer.echo(f"{name:12} {load_study(name).asks}")
+
+
+def load_study(name: str) -> Study:
+    """Raises UsageError with all names where there is none of this one."""
+    if name not in STUDIES:
+        near = get_close_matches(name, STUDIES, 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise UsageError(f"no study {name!r}{hint} There are: {', '.join(STUDIES)}")
+    study: Study = getattr(import_module(f"lco_lite.study.{name}"), STUDIES[name])()
+    return study

@@ -52,7 +52,8 @@ def main(folder: Path) -> None:
 def train_start(ctx: Context, options: dict[str, Any]) -> Row:
     """The stages before rl, and their scores: of a reward model, φ itself as a policy."""
     stages = [stage for stage in ctx.recipe.stages if not stage.startswith("rl-")]
-    train(ctx, stages[-1])
+    if stages:
+        train(ctx, stages[-1])
     return {"scores": {stage: scores(ctx, stage) for stage in stages}}
 
 

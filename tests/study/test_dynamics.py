@@ -96,7 +96,9 @@ def test_the_gradients_in_the_logits_are_those_of_the_equations(opened, monkeypa
 def test_every_strategy_starts_from_the_same_weights_and_all_or_the_adapters_are_trained(ctx, monkeypatch, full):
     task = dynamics.rewarding_task(ctx.recipe)
     monkeypatch.setattr(type(task), "grade", lambda self, text, item: SimpleNamespace(right=len(text) % 2 == 0))
-    row = dynamics.probe(ctx, {"updates": 2, "prompts": 32, "responses": 3, "full": full, "lr": 1e-4})
+    row = dynamics.probe(
+        ctx, {"updates": 2, "prompts": 32, "responses": 3, "full": full, "lr": 1e-4, "adapter_lr": 1e-4}
+    )
     assert row["trained"] == ("adapter" if full is False else "all weights")
     assert row["responses"] == {"neg": 3, "pos": 3} and 0 < row["accuracy"] < 1
     assert list(row["curves"]) == list(STRATEGY) and list(row["curves"]["sft"]) == ["pos"]

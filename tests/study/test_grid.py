@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 import xml.etree.ElementTree
 
 import pytest
@@ -51,7 +52,13 @@ def shared(tmp_path_factory):
 def test_a_grid_is_worked_off_once_and_goes_on_where_it_was_stopped(shared, tmp_path):
     tiny, runs = shared / "tiny.yaml", shared
     grid = Grid(Small(), str(tiny), [], runs, quiet())
-    threading.Timer(4.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def interrupt():
+        while not list(runs.glob("studies/tiny/*/work.log")):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
     with pytest.raises(Interrupted, match="the same command goes on"):
         grid.work_off([1], at_once=2)
     results = grid.work_off([1], at_once=2)

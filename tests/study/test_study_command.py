@@ -5,7 +5,7 @@ from __future__ import annotations
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
-from lco_lite.study.catalogue import STUDIES
+from lco_lite.study.verb import STUDIES
 
 
 def typed(*words: str, code: int = 0) -> str:
