@@ -41,6 +41,7 @@ VARIED: dict[str, dict[str, Any]] = {
 class Refresh(Study):
     name = "refresh"
     asks = "How often may the target be refreshed, and what holds it? (phases × anchor × β × inner epochs)"
+    seeds = 4
     labels = tuple(VARIED)
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,19 +41,26 @@ def gradient(objective: str, **more: Any) -> Contender:
 
 
 def tiered(
-    tiers: Sequence[Contenders], recipe: Recipe, seeds: Sequence[int], done: Results, only: Sequence[str] = ()
+    tiers: Sequence[Contenders],
+    recipe: Recipe,
+    seeds: Sequence[int],
+    done: Results,
+    only: Sequence[str] = (),
+    halved_from: int | None = None,
 ) -> list[Cell]:
     """Tier by tier: the cells that find the rates, then, when those are known, all methods (or ``only`` these) of each
-    seed."""
+    seed; of the tiers from ``halved_from`` on the first half of the seeds."""
     planned, methods = list[Cell](), {name: method for tier in tiers for name, method in tier.items()}
-    for whole in tiers:
+    for number, whole in enumerate(tiers):
+        few = halved_from is not None and number >= halved_from
         tier = [name for name in whole if not only or name in only]
         tuned = dict.fromkeys(methods[name].tuned_as or name for name in tier)
         planned += [cell for name in tuned for cell in tuning(name, methods[name], recipe) if cell not in planned]
         known = {name: sets_of(name, methods, recipe, done) for name in tier}
         if None in known.values():
             break
-        planned += [Cell(name, seed, sets) for seed in seeds for name, sets in known.items() if sets is not None]
+        used = seeds[: math.ceil(len(seeds) / 2)] if few else seeds
+        planned += [Cell(name, seed, sets) for seed in used for name, sets in known.items() if sets is not None]
     return planned
 
 

@@ -61,6 +61,7 @@ AGAINST = {
 class Variants(Study):
     name = "variants"
     asks = "Which small choices matter? (the public code's, Adam's ε, weighting over V, forward or reverse KL)"
+    seeds = 4
     labels = tuple(ALL)
 
     def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:

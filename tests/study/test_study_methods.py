@@ -7,7 +7,7 @@ import pytest
 from lco_lite.recipe.file import find_recipe, load_recipe
 from lco_lite.study.base import TUNING_SEED, Results
 from lco_lite.study.efficiency import Efficiency
-from lco_lite.study.methods import GKD, GKD_TWICE, METHODS, MIXED, TIERS, MethodsStudy
+from lco_lite.study.methods import GKD, GKD_TWICE, HALVED_FROM, METHODS, MIXED, TIERS, MethodsStudy
 from lco_lite.study.verb import STUDIES, load_study
 
 
@@ -45,6 +45,7 @@ def test_all_methods_have_the_best_rate_that_was_tried_and_the_same_samples(reci
     cells = [c for c in MethodsStudy().cells(recipe, [1, 2], Results(tuned(recipe))) if c.seed != TUNING_SEED]
     assert [c.label for c in cells if c.seed == 2 and c.label in TIERS[0]] == list(TIERS[0])
     assert {c.label for c in cells} == set(METHODS)
+    assert {c.label for c in cells if c.seed == 2} == {name for tier in TIERS[:HALVED_FROM] for name in tier}
     for cell in cells:
         each = {"dapo": 4, "grpo": 4, "raft": 4, "rebel": 2, "rloo": 2}.get(cell.sets["rl.objective"])
         if each is not None:
