@@ -75,7 +75,7 @@ def command(
             # nothing is trained: no demonstrations are needed and no pairs are sampled
             bare = {"model": {"path": base}, "task": tasks[0], "sft": {"enabled": False}, "data": {"preferences": "-"}}
             resolved = overridden(bare, sets, flags, console.note, "eval --model")
-            name = name or "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
+            name = name or "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")[-100:]
         elif recipe is not None:
             resolved = load_recipe(find_recipe(recipe), sets, flags, console.note)
             name = name or resolved.name
@@ -175,9 +175,12 @@ def _base_and_adapter(model: str) -> tuple[str, Path | None]:
     if not config.is_file():
         return model, None
     try:
-        base = json_format.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as e:
+        adapter = json_format.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
         raise UsageError(f"{config}: damaged: {e}") from e
-    if not base:
-        raise UsageError(f"{config}: names no base_model_name_or_path, so its base is unknown")
+    if not isinstance(adapter, dict):
+        raise UsageError(f"{config}: damaged: an object with named fields is needed, found {adapter!r:.80}")
+    base = adapter.get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise UsageError(f"{config}: names no base_model_name_or_path, so its base is unknown; found {base!r:.80}")
     return base, config.parent

@@ -182,12 +182,18 @@ def _json_object(line: bytes, at: str) -> dict[str, Any]:
         raise DataError(f"{at}: is empty; one JSON object a line is expected")
     try:
         value = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line.lower():
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as e:
         raise DataError(f"{at}: is not UTF-8 (byte {e.start + 1})") from e
+    except UnicodeEncodeError as e:
+        raise DataError(f"{at}: has half of a surrogate pair, \\u{ord(e.object[e.start]):04x}, which is no text") from e
     except RecursionError as e:
         raise DataError(f"{at}: is not JSON: nested too deeply") from e
     except json.JSONDecodeError as e:
         raise DataError(f"{at}: is not JSON: {e.msg} at column {e.colno}") from e
+    except ValueError as e:
+        raise DataError(f"{at}: {str(e).partition(';')[0]}") from e
     if not isinstance(value, dict):
         kind = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
         raise DataError(f"{at}: is {kind}, not an object with named fields")

@@ -83,8 +83,11 @@ class Run:
     @ranks.once
     def open(cls, root: Path, name: str) -> Run:
         """``root/name``, made if it is not there. UsageError for a name that is no plain folder name."""
-        if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise UsageError(f"{name!r} is no name for a run: letters and digits, after the first also '.', '_', '-'")
+        if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{,127}", name):
+            shown = name if len(name) <= 140 else f"{name[:60]}… ({len(name)} characters)"
+            raise UsageError(
+                f"{shown!r} is no name for a run: letters and digits, after the first also '.', '_', '-', at most 128"
+            )
         path = root / name
         with write_errors(path):
             if path.exists() and not path.is_dir():

@@ -29,6 +29,20 @@ from lco_lite.tasks.base import Item
 from lco_lite.tasks.qa_feedback import qa_prompt
 
 FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_OTHER_FILES = {
+    ".txt",
+    ".tsv",
+    ".xlsx",
+    ".arrow",
+    ".feather",
+    ".pkl",
+    ".pickle",
+    ".gz",
+    ".zst",
+    ".zip",
+    ".yaml",
+    ".yml",
+}
 PROMPTS = ("prompt", "question", "problem", "instruction")
 RESPONSES = ("completion", "response", "output")
 CONVERSATIONS = ("messages", "conversations")
@@ -111,7 +125,9 @@ def load_rows(source: str) -> list[dict[str, Any]]:
         raise DataError(f"{path}: is a folder; name a file ({', '.join(FILE_KINDS)}) or a hub set")
     if kind == "jsonl":
         return read_jsonl(path)
-    if kind and not path.is_file():
+    if not kind and (path.is_file() or any(s.lower() in _OTHER_FILES for s in path.suffixes)):
+        raise DataError(f"{path}: a file of a kind that is not read; one of {', '.join(FILE_KINDS)} is, or a hub set")
+    if not path.is_file() and (kind or source.startswith((".", "/", "~"))):
         raise DataError(f"{path}: no such file")
     if kind == "json":
         return _read_json(path)
@@ -271,7 +287,7 @@ def _turns(value: Any, at: str) -> list[Message]:
     for turn in value:
         role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
         content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
-        if role not in _ROLES or not isinstance(content, str):
+        if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str):
             raise DataError(f"{at}: a turn is {{role: user | assistant | system, content: text}}, found {turn!r:.80}")
         turns.append({"role": _ROLES[role], "content": content})
     return turns

@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any
 
+from lco_lite.context import deadline
 from lco_lite.errors import ModelError
 from lco_lite.sequences import Example
 
 Message = Mapping[str, str]
 _OPENED = re.compile(r"<(\w+)>\s*$")  # a generation prompt that ends in the thought it opens
 _MARK = "lcoliteresponse"
+TEMPLATE_SECONDS = 10  # the longest took milliseconds
 
 
 class ChatFormat:
@@ -132,7 +134,10 @@ class ChatFormat:
 
     def _render(self, messages: Sequence[Message], **kw: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **kw, **self.template_args)
+            with deadline(TEMPLATE_SECONDS):
+                return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **kw, **self.template_args)
+        except TimeoutError as e:
+            raise ModelError(f"the model's chat template takes over {TEMPLATE_SECONDS} s for a conversation") from e
         except Exception as e:  # jinja raises whatever the template's author chose
             roles = ", ".join(m["role"] for m in messages)
             raise ModelError(f"the model's chat template refuses a conversation of roles {roles}: {e}") from e

@@ -6,6 +6,8 @@ left changes nothing.
 
 import contextlib
 import copy
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +24,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lco_lite.context import deadline
 from lco_lite.errors import ModelError
 from lco_lite.files import write_folder
 from lco_lite.models.residency import FrozenWeights
 from lco_lite.objectives.head import Head
 from lco_lite.recipe.sections import Lora
 from lco_lite.sequences import Batch
+
+PATTERN_SECONDS = 5  # for all modules; the longest took milliseconds
 
 
 class LanguageModel:
@@ -117,7 +122,7 @@ class LanguageModel:
             raise ModelError(f"{file}: missing; an adapter is read from safetensors only")
         try:
             state = load_file(file)
-            self._attach(name, LoraConfig.from_pretrained(str(folder)))
+            self._attach(name, self._config_of_adapter(folder))
             result: Any = set_peft_model_state_dict(self._peft, state, adapter_name=name)
         except SafetensorError as e:
             raise ModelError(f"{file}: damaged: {e}") from e
@@ -130,6 +135,32 @@ class LanguageModel:
                 f"{folder}: this adapter is of another base: {len(missing)} of its weights are missing and "
                 f"{len(homeless)} find no place, e.g. {(missing or homeless)[0]}"
             )
+
+    def _config_of_adapter(self, folder: Path) -> LoraConfig:
+        """Raises ModelError for one that is not LoRA's, and for a pattern of modules that takes for ever."""
+        file = folder / "adapter_config.json"
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as e:
+            raise ModelError(f"{file}: damaged: {e}") from e
+        kind = found.get("peft_type") if isinstance(found, dict) else found
+        if kind != "LORA":
+            raise ModelError(f"{file}: peft_type LORA is needed, found {kind!r:.80}")
+        try:
+            config = LoraConfig.from_pretrained(str(folder))
+            patterns = [config.target_modules, config.exclude_modules, *(config.rank_pattern or {})]
+            patterns += config.alpha_pattern or {}
+            with deadline(PATTERN_SECONDS):
+                for pattern in patterns:
+                    for name, _ in self._peft.named_modules() if isinstance(pattern, str) else ():
+                        re.fullmatch(pattern, name)
+        except TimeoutError as e:
+            raise ModelError(
+                f"{file}: a pattern of module names takes over {PATTERN_SECONDS} s: name the modules"
+            ) from e
+        except (re.error, TypeError, ValueError, AttributeError) as e:
+            raise ModelError(f"{file}: damaged: {' '.join(str(e).split())[:400]}") from e
+        return config
 
     def copy_adapter(self, source: str, name: str) -> None:
         """A second adapter with the weights of the first."""

@@ -21,7 +21,12 @@ from lco_lite import ranks
 from lco_lite.console import Console
 from lco_lite.errors import ModelError, UsageError
 from lco_lite.files import write_folder, write_json
-from lco_lite.recipe.sections import Init, Model, RewardModel, Weights, size_in_bytes
+from lco_lite.recipe.sections import MOST_LAYERS, Init, Model, RewardModel, Weights, size_in_bytes
+
+
+# what a config may say, and how large the files beside the weights may be, MiB: far beyond any model's
+_MOST = {"num_hidden_layers": MOST_LAYERS, "hidden_size": 2**17, "num_attention_heads": 2**12, "vocab_size": 2**24}
+_MOST_MIB = {".jinja": 4, ".json": 64, "tokenizer.json": 1024}
 
 
 def resolve_device(asked: str) -> torch.device:
@@ -89,6 +94,7 @@ def load_base(
         options["quantization_config"] = _quantization(weights, dtype)
     try:
         config = hf.AutoConfig.from_pretrained(source, **origin)
+        refuse_implausible(config, source)
         kind = language_model_class(config)
         model, loaded = kind.from_pretrained(source, config=config, output_loading_info=True, **origin, **options)
     except torch.OutOfMemoryError:
@@ -125,9 +131,11 @@ def load_config(weights: Weights, folder: Path | None = None) -> Any:
     if not file:
         refuse_unusable_folder(Path(str(weights.path)))
     try:
-        return hf.AutoConfig.from_pretrained(str(weights.path), **file, **_origin(weights))
+        config = hf.AutoConfig.from_pretrained(str(weights.path), **file, **_origin(weights))
     except Exception as e:  # see load_base
         raise unloadable("model's config", str(weights.path), e) from e
+    refuse_implausible(config, str(weights.path))
+    return config
 
 
 def language_model_class(config: Any) -> Any:
@@ -180,9 +188,30 @@ def refuse_unusable_folder(folder: Path) -> None:
         return
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json: a model folder as save_pretrained writes it is needed")
+    refuse_huge_files(folder)
     pickled = sorted(p.name for p in folder.glob("*.bin"))
     if pickled and not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: only pickled weights ({pickled[0]}); safetensors are needed, for pickle runs code")
+
+
+def refuse_huge_files(folder: Path) -> None:
+    """Raises ModelError where a file beside the weights has a size that no such file has."""
+    for file in (*folder.glob("*.json"), *folder.glob("*.jinja")):
+        most = _MOST_MIB.get(file.name, _MOST_MIB[file.suffix])
+        if (found := file.stat().st_size) > most * 2**20:
+            raise ModelError(f"{file}: has {found / 2**20:,.0f} MiB; more than {most} are not read")
+
+
+def refuse_implausible(config: Any, source: str) -> None:
+    """Raises ModelError for shapes that no model has: building them would take for ever, or fail at the first token."""
+    text = config.get_text_config()
+    for name, most in _MOST.items():
+        found = getattr(text, name, 1)
+        if not isinstance(found, int) or not 1 <= found <= most:
+            raise ModelError(f"{source}/config.json: {name} is a whole number from 1 to {most:,}, found {found!r:.80}")
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if size % 2 and (getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)):
+        raise ModelError(f"{source}/config.json: head_dim {size} is odd, and rotary positions turn pairs of numbers")
 
 
 def unloadable(what: str, source: str, error: Exception) -> ModelError:
@@ -202,6 +231,7 @@ def unloadable(what: str, source: str, error: Exception) -> ModelError:
 def load_tokenizer(weights: Weights, folder: Path | None = None) -> hf.PreTrainedTokenizerBase:
     """From ``folder`` if given, else ``weights.path``; padding is chosen here, tokenizers are stored without."""
     source = str(folder or weights.path)
+    refuse_huge_files(Path(source))
     try:
         tokenizer = hf.AutoTokenizer.from_pretrained(source, **_origin(weights))
     except Exception as e:  # each tokenizer class raises its own kinds

@@ -8,6 +8,7 @@ import difflib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -98,9 +99,10 @@ def validate(data: dict[str, Any], origin: str, places: Mapping[KeyPath, str] | 
     try:
         return Recipe.model_validate(data)
     except ValidationError as e:
-        problems = _problems(e, data, places or {})
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise RecipeError(f"{origin}: {count} in the recipe\n" + "\n".join(f"  {p}" for p in problems)) from e
+        problems, more = _problems(e, data, places or {})
+        count = f"{len(problems) + more} problem{'s' if len(problems) + more > 1 else ''}"
+        shown = [*problems, *([f"and {more} more"] if more else [])]
+        raise RecipeError(f"{origin}: {count} in the recipe\n" + "\n".join(f"  {p}" for p in shown)) from e
 
 
 def dump(recipe: Recipe) -> str:
@@ -145,13 +147,17 @@ _KINDS = dict.fromkeys(("model", "dict"), "a mapping of settings") | dict.fromke
 _KINDS |= {"string": "text", "bool": "true or false", "int": "a whole number", "float": "a number"}
 
 
-def _problems(error: ValidationError, data: Any, places: Mapping[KeyPath, str]) -> list[str]:
-    """One line a problem. A key whose place is not known takes that of the section it stands in."""
+MOST_PROBLEMS = 20
+
+
+def _problems(error: ValidationError, data: Any, places: Mapping[KeyPath, str]) -> tuple[list[str], int]:
+    """One line a problem, of the first ``MOST_PROBLEMS`` keys that have one, and how many more have. A key whose place
+    is not known takes that of the section it stands in."""
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for e in error.errors():
         by_path.setdefault(_keys(e, data), []).append(e)
     texts: list[tuple[KeyPath, str]] = []
-    for path, errors in by_path.items():
+    for path, errors in list(by_path.items())[:MOST_PROBLEMS]:
         wanted = [_wanted(e) for e in errors]
         deeper = any(p[: len(path)] == path and p != path for p in by_path)
         # a value may be several things (`self` or a mapping): where it is plainly one, what the others wanted is noise
@@ -160,7 +166,7 @@ def _problems(error: ValidationError, data: Any, places: Mapping[KeyPath, str]) 
             should = f"should be {' or '.join(wanted)}, found {_shown(value)}"
             texts.append((path, "is empty: give it a value, or delete the line" if value is None else should))
         texts += [text for e in errors if not _wanted(e) for text in _in_words(path, e)]
-    return [_line(path, text, places) for path, text in texts]
+    return [_line(path, text, places) for path, text in texts], max(0, len(by_path) - MOST_PROBLEMS)
 
 
 def _keys(error: ErrorDetails, data: Any) -> KeyPath:
@@ -221,14 +227,31 @@ def _nearest(name: str, known: Iterable[str], otherwise: str) -> str:
 _CHANGED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _FLOAT = re.compile(r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?|\.inf|\.nan)$")
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")  # NUL and halves of surrogate pairs
+MOST_CHARACTERS, MOST_VALUES = 1_000_000, 10_000
 _RARE_BREAK = re.compile("[\x85\u2028\u2029]")
 
 
 class _Loader(yaml.SafeLoader):
+    """Values are what they look like: no tag makes them anything else."""
+
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CHANGED]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if tag := getattr(event, "tag", None):
+            short = tag.replace("tag:yaml.org,2002:", "!!")
+            raise yaml.MarkedYAMLError(problem=f"the tag {short}: write the plain value", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) <= 40 and abs(number := super().construct_yaml_int(node)) < 2**63:
+            return number
+        told = f"a whole number of {len(node.value)} digits; at most 64 bits are read"
+        raise yaml.MarkedYAMLError(problem=told, problem_mark=node.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -239,6 +262,7 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:str", data, style)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
@@ -247,10 +271,12 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
     """The value in ``text``, and the line (from 1) of each key by its path. ValueError says what is wrong and where."""
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"{len(text):,} characters; at most {MOST_CHARACTERS:,} are read")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        lines = _line_numbers(node)
+        lines = _line_numbers(node, _Room(MOST_VALUES))
         return (None if node is None else loader.construct_document(node)), lines
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
@@ -266,18 +292,33 @@ def write_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _line_numbers(node: yaml.Node | None, path: KeyPath = ()) -> dict[KeyPath, int]:
-    """The line (from 1) of each key in ``node``. ValueError for a key that stands twice in one mapping."""
+@dataclass
+class _Room:
+    """How many more values may come: an alias counts each time, so that few lines cannot stand for millions."""
+
+    left: int
+
+
+def _line_numbers(node: yaml.Node | None, room: _Room, path: KeyPath = ()) -> dict[KeyPath, int]:
+    """The line (from 1) of each key in ``node``. ValueError for a key that stands twice in one mapping, for text that no
+    file or terminal takes, and for too many values."""
     lines: dict[KeyPath, int] = {}
+    room.left -= 1
+    if room.left < 0:
+        raise ValueError(f"more than {MOST_VALUES:,} values, each alias counted as what it stands for")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here, line = (*path, str(key.value)), key.start_mark.line + 1
             if here in lines:
-                raise ValueError(f"line {line}: the key {key.value!r} stands twice")
-            lines |= {here: line} | _line_numbers(value, here)
+                raise ValueError(f"line {line}: the key {_shown(key.value)} stands twice")
+            _line_numbers(key, room)
+            lines[here] = line
+            lines.update(_line_numbers(value, room, here))
     elif isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
-            lines |= _line_numbers(item, (*path, i))
+            lines.update(_line_numbers(item, room, (*path, i)))
+    elif node is not None and (bad := _NO_TEXT.search(node.value)):
+        raise ValueError(f"line {node.start_mark.line + 1}: text with the character U+{ord(bad[0]):04X} in it")
     return lines
 
 

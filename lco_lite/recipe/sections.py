@@ -30,6 +30,8 @@ class Section(BaseModel):
         return self
 
 
+MOST_LAYERS = 1000
+Beta = Annotated[float, Field(ge=0, lt=1)]
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
 
@@ -59,7 +61,7 @@ class Init(Section):
     """A Llama-shaped model from scratch with a byte-level tokenizer (256 bytes and 4 specials)."""
 
     hidden_size: int = setting(128, "width d", "prototype", ge=8)
-    layers: int = setting(4, "transformer blocks", "prototype", ge=1)
+    layers: int = setting(4, "transformer blocks", "prototype", ge=1, le=MOST_LAYERS)
     heads: int = setting(4, "attention heads", "prototype", ge=1)
     intermediate_size: int = setting(384, "width of the feed-forward layer", "3 x hidden_size", ge=8)
     max_length: int = setting(256, "longest sequence, tokens", "ample for the arithmetic task", ge=16)
@@ -68,6 +70,8 @@ class Init(Section):
     def _wrong(self) -> Iterator[str]:
         if self.hidden_size % self.heads:
             yield f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}"
+        elif self.hidden_size // self.heads % 2:
+            yield f"hidden_size {self.hidden_size} / heads {self.heads} is odd: rotary positions turn pairs of numbers"
 
 
 class Weights(Section):
@@ -274,7 +278,7 @@ class Training(Section):
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = setting(
         "adamw", "8bit: moments in 8 bits (bitsandbytes); paged: they leave a full GPU for the host", "exact moments"
     )
-    adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas", "TRL")
+    adam_betas: tuple[Beta, Beta] = setting((0.9, 0.999), "AdamW's betas, at least 0 and less than 1", "TRL")
     adam_eps: float | None = setting(
         None, "AdamW's ε; null: 1e-8, and 1e-14 where mse or lch of sparse feedback are a mean over V", "TRL", gt=0
     )
