@@ -36,7 +36,7 @@ RECIPES = {
     "many unknown keys": ("\n".join(f"key{i}: 1" for i in range(4000)), "4001 problems"),
     "too many keys": ("\n".join(f"key{i}: 1" for i in range(20000)), "more than 10,000 values"),
     "a number without end": ("seed: " + "9" * 4400, "line 1: a whole number of 4400 digits"),
-    "a number of 65 bits": (f"seed: {2**64}", "a whole number of 20 digits"),
+    "a number of 65 bits": (f"model: {{init: {{}}}}\nrl: {{steps: {2**64}}}", "steps is of more than 64 bits"),
     "half a surrogate pair": ('task: "\\ud800"', "line 1: text with the character U+D800"),
     "NUL in a path": ('task: arithmetic\nmodel:\n  path: "a\\0b"', "line 3: text with the character U+0000"),
     "NUL in a key": ('"a\\0b": 1', "line 1: text with the character U+0000"),
@@ -119,7 +119,7 @@ CONFIGS = {
     "layers without end": ({"num_hidden_layers": 100_000}, "num_hidden_layers"),
     "a negative width": ({"hidden_size": -8}, "hidden_size"),
     "no heads": ({"num_attention_heads": 0}, "cannot be loaded"),
-    "an odd head": ({"head_dim": 7}, "head_dim 7 is odd"),
+    "an odd head": ({"head_dim": 7}, "head_dim.*7"),
 }
 
 

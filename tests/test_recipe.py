@@ -399,9 +399,10 @@ def test_true_false_and_null_are_what_they_say():
     assert parse_yaml("[true, False, null, ~]")[0] == [True, False, None, None]
 
 
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
+    lambda inner: st.lists(inner) | st.dictionaries(texts, inner),
     max_leaves=8,
 )
 

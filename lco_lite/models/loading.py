@@ -23,7 +23,6 @@ from lco_lite.errors import ModelError, UsageError
 from lco_lite.files import write_folder, write_json
 from lco_lite.recipe.sections import MOST_LAYERS, Init, Model, RewardModel, Weights, size_in_bytes
 
-
 # what a config may say, and how large the files beside the weights may be, MiB: far beyond any model's
 _MOST = {"num_hidden_layers": MOST_LAYERS, "hidden_size": 2**17, "num_attention_heads": 2**12, "vocab_size": 2**24}
 _MOST_MIB = {".jinja": 4, ".json": 64, "tokenizer.json": 1024}
@@ -203,15 +202,12 @@ def refuse_huge_files(folder: Path) -> None:
 
 
 def refuse_implausible(config: Any, source: str) -> None:
-    """Raises ModelError for shapes that no model has: building them would take for ever, or fail at the first token."""
+    """Raises ModelError for shapes that no model has, and that would take for ever to build."""
     text = config.get_text_config()
     for name, most in _MOST.items():
         found = getattr(text, name, 1)
         if not isinstance(found, int) or not 1 <= found <= most:
             raise ModelError(f"{source}/config.json: {name} is a whole number from 1 to {most:,}, found {found!r:.80}")
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if size % 2 and (getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)):
-        raise ModelError(f"{source}/config.json: head_dim {size} is odd, and rotary positions turn pairs of numbers")
 
 
 def unloadable(what: str, source: str, error: Exception) -> ModelError:

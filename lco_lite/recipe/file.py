@@ -228,7 +228,7 @@ _CHANGED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _FLOAT = re.compile(r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?|\.inf|\.nan)$")
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")  # NUL and halves of surrogate pairs
-MOST_CHARACTERS, MOST_VALUES = 1_000_000, 10_000
+MOST_CHARACTERS, MOST_VALUES, MOST_DIGITS = 1_000_000, 10_000, 1000
 _RARE_BREAK = re.compile("[\x85\u2028\u2029]")
 
 
@@ -248,9 +248,9 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        if len(node.value) <= 40 and abs(number := super().construct_yaml_int(node)) < 2**63:
-            return number
-        told = f"a whole number of {len(node.value)} digits; at most 64 bits are read"
+        if len(node.value) <= MOST_DIGITS:
+            return super().construct_yaml_int(node)
+        told = f"a whole number of {len(node.value)} digits; at most {MOST_DIGITS} are read"
         raise yaml.MarkedYAMLError(problem=told, problem_mark=node.start_mark)
 
 
@@ -300,8 +300,8 @@ class _Room:
 
 
 def _line_numbers(node: yaml.Node | None, room: _Room, path: KeyPath = ()) -> dict[KeyPath, int]:
-    """The line (from 1) of each key in ``node``. ValueError for a key that stands twice in one mapping, for text that no
-    file or terminal takes, and for too many values."""
+    """The line (from 1) of each key in ``node``. ValueError for a key that stands twice in one mapping, for text that
+    no file or terminal takes, and for too many values."""
     lines: dict[KeyPath, int] = {}
     room.left -= 1
     if room.left < 0:

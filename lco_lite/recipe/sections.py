@@ -25,7 +25,8 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Section:
-        if problems := list(self._wrong()):
+        large = [name for name, value in self if isinstance(value, int) and abs(value) >= 2**63]
+        if problems := [*(f"{name} is of more than 64 bits" for name in large), *self._wrong()]:
             raise ValueError(*problems)
         return self
 
