@@ -3,6 +3,9 @@
 import os
 import sys
 
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False) and sys.path[0] == os.getcwd():
+    del sys.path[0]  # python -m: a json.py in the working folder is not the library
+
 
 def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a pipe on Windows speaks cp1252, which has no β

@@ -33,6 +33,7 @@ app.add_typer(data_app, name="data")
 _GRADER = "math, rounded, string (the public code's), choice, exact or FILE.py:NAME; else the task's."
 _COMPARE = "Two earlier scores, STAGE or RUN/STAGE (or several, joined by commas: training runs): difference, p-value."
 _JUDGE = "alpaca_eval: chat-completions API that judges, or alpaca-eval for that package."
+_JUDGE_KEY = "Send the key in this environment variable to this host; known hosts get their own without it."
 _OBJECTIVES = f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME."
 _SET = "Set any field of the recipe, e.g. -s rl.lr=1e-5. Repeatable."
 _WHICH = "A recipe file or a shipped recipe's name."
@@ -172,6 +173,7 @@ def evaluate(
     compare: Annotated[tuple[str, str] | None, Option(metavar="A B", help=_COMPARE)] = None,
     judge_url: Annotated[str | None, Option(metavar="URL", help=_JUDGE)] = None,
     judge_model: Annotated[str | None, Option(help="The judge's name there.")] = None,
+    judge_key: Annotated[str | None, Option(metavar="VARIABLE@HOST", help=_JUDGE_KEY)] = None,
     yes: Annotated[bool, Option("--yes", help="Judge, however many requests it takes.")] = False,
     list_tasks: Annotated[bool, Option("--list", help="List the tasks and stop.")] = False,
     json: Json = False,
@@ -196,6 +198,7 @@ def evaluate(
     with command(None, **on.arguments(flags), json=json, model=model, tasks=tasks) as ctx:
         from lco_lite.evaluation.evaluate import score
 
+        ctx.recipe.eval.confirm_key(judge_key)
         score(ctx, tasks, policy, model, json, data)
 
 

@@ -1,25 +1,28 @@
-"""The user's own code, and processes that answer lines.
+"""The user's own code: a function is named ``FILE.py:NAME`` in a recipe or on the command line.
 
-A function is named ``FILE.py:NAME`` in a recipe or on the command line. One whose time is bounded runs in a process of
-its own: ``LineWorker`` is the caller's side, ``serve`` the process's; as a program this file serves a reward function.
+Objectives, targets and graders run in this process (``load_function``). As a program this file serves a reward
+function, which runs in a worker (``workers.py``). Neither can end the trainer, and no import may take for ever.
 """
 
-import atexit
+import contextlib
 import importlib.util
+import itertools
 import json
-import math
 import os
 import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping, Set
+from functools import cache, partial, wraps
 from pathlib import Path
-from subprocess import DEVNULL, PIPE
-from typing import Any
+from typing import Any, NoReturn
 
 from lco_lite.errors import UsageError
+from lco_lite.workers import serve
+
+IMPORT_SECONDS = 120.0  # that importing a file of the user's may take in this process
+LARGEST = 3.4028234663852886e38  # of float32
+_exit = os._exit
 
 
 def names_function(text: str) -> bool:
@@ -28,94 +31,93 @@ def names_function(text: str) -> bool:
     return file.endswith(".py") and name.isidentifier()
 
 
-@cache
-def load_function(spec: str) -> Callable[..., Any]:
-    """The function ``FILE.py:NAME``. Raises UsageError for a file or name that is not there, or fails."""
+def function_file(spec: str) -> Path:
+    """The file of ``FILE.py:NAME``. Raises UsageError for another form, and where there is no such file."""
     if not names_function(spec):
         raise UsageError(f"{spec!r} is no FILE.py:NAME")
-    file, _, name = spec.rpartition(":")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if module_spec is None or module_spec.loader is None or not Path(file).is_file():
+    file = Path(spec.rpartition(":")[0])
+    if not file.is_file():
         raise UsageError(f"{file}: no such file")
+    return file
+
+
+@cache
+def load_function(spec: str) -> Callable[..., Any]:
+    """The function ``FILE.py:NAME``, which ends no process (``contained``). Raises UsageError for a file or name that
+    is not there, and for a file whose import fails, ends the process or does not end."""
+    file, name = function_file(spec), spec.rpartition(":")[2]
+    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert module_spec and module_spec.loader, "it is a file that ends in .py"
     module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        with contained(), bounded(IMPORT_SECONDS):
+            module_spec.loader.exec_module(module)
     except Exception as e:
-        raise UsageError(f"{file}: cannot be imported: {type(e).__name__}: {e}") from e
+        raise UsageError(f"{file}: cannot be imported: {told(e)}") from e
     function = getattr(module, name, None)
     if not callable(function):
         raise UsageError(f"{file}: has no function {name!r}")
-    return function
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with contained():
+            return function(*args, **kwargs)
+
+    return call
 
 
-class LineWorker:
-    """``python -m MODULE ARGUMENTS``, which answers an empty line when it is ready. Callers wait for each other."""
+def told(error: BaseException) -> str:
+    """The error in one short line, whatever its own text does."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "(its message cannot be written)"
+    return f"{type(error).__name__}: {text if len(text) <= 400 else text[:400] + '…'}"
 
-    def __init__(self, module: str, *arguments: str) -> None:
-        self._command = [sys.executable, "-m", module, *arguments]
-        self._process: subprocess.Popen[str] | None = None
-        self._owner = 0
-        self._lock = threading.RLock()
-        atexit.register(self.close)
 
-    def runs(self) -> bool:
-        """Starts the process if need be; False where it does not start."""
-        with self._lock:
-            if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
-                return True
-            self.close()
-            path = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-            self._process = subprocess.Popen(
-                self._command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment, encoding="utf-8"
-            )
-            self._owner = os.getpid()
-            return self._exchange("", seconds=120) is not None
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """The user's code is run, and cannot end this process: ``sys.exit`` and ``os._exit`` are errors like others."""
+    me = os.getpid()
 
-    def ask(self, line: str, seconds: float) -> str | None:
-        """The answer to ``line``, started if need be; None if there is none within ``seconds``, or the process died."""
-        with self._lock:
-            if not self.runs():
-                return None
-            answer = self._exchange(line, seconds)
-            if answer is None:
-                self.close()  # waits for its end: a process that is dying would still be taken for a live one
-            return answer
+    def refused(status: int) -> NoReturn:
+        if os.getpid() != me:  # a fork's own end
+            _exit(status)
+        raise RuntimeError(f"it calls os._exit({status!r}), which would end the training")
 
-    def close(self) -> None:
-        """Ends the process; the next question starts another."""
-        if self._process is not None and self._owner == os.getpid():
-            self._process.kill()
-            self._process.communicate()
-        self._process = None
-
-    def _exchange(self, line: str, seconds: float) -> str | None:
-        process = self._process
-        assert process and process.stdin and process.stdout
-        timer = threading.Timer(seconds, process.kill)
-        timer.start()
-        try:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except OSError:
-            answer = ""
-        except BaseException:
-            process.kill()  # half an exchange would answer the next question with this one's result
+    os._exit = refused
+    try:
+        yield
+    except SystemExit as e:
+        if os.getpid() != me:
             raise
-        finally:
-            timer.cancel()
-        return answer.strip() or None
+        raise RuntimeError(f"it calls sys.exit({e.code!r:.80}), which would end the training") from e
+    finally:
+        os._exit = _exit
 
 
-def serve(prepare: Callable[[], Callable[[str], str]]) -> None:
-    """The process's side, until the input ends. ``prepare`` makes what answers each line, the empty one too."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever the libraries print must not look like a reply
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's: it decides when this ends
-    answer = prepare()
-    for line in sys.stdin:
-        replies.write(answer(line.strip()) + "\n")
+@contextlib.contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside a block that takes longer. Where there are no signals (Windows, other threads), and
+    in native code that does not come back, it takes as long as it takes."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    clock = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, should the block swallow the first
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *clock)
+
+
+# a reward function's side of its worker
 
 
 def answer(function: Callable[[list[str], list[str], list[dict[str, Any]]], Any], line: str) -> str:
@@ -129,29 +131,56 @@ def answer(function: Callable[[list[str], list[str], list[dict[str, Any]]], Any]
 
     try:
         given = function(prompts, responses, rows)
-    except Exception as e:
-        text = f"{type(e).__name__}: {e}"
+        if isinstance(given, (str, bytes, Mapping, Set)) or not hasattr(given, "__iter__"):
+            return wrong(f"a list of numbers is needed, not {shown(given)}")
+        rewards = list(itertools.islice(given, len(responses) + 1))
+    except BaseException as e:
+        text = told(e)
         for i, (prompt, response, row) in enumerate(zip(prompts, responses, rows, strict=True)):
             try:
-                function([prompt], [response], [row])
-            except Exception:
+                list(function([prompt], [response], [row]))
+            except BaseException:
                 return wrong(text, i)
         return wrong(text)
-    try:
-        rewards = list(given)
-    except TypeError:
-        return wrong(f"a list of numbers is needed, not {given!r:.80}")
     if len(rewards) != len(responses):
-        return wrong(f"{len(rewards)} rewards for {len(responses)} responses")
+        found = f"{len(rewards)}" if len(rewards) < len(responses) else f"more than {len(responses)}"
+        return wrong(f"{found} rewards for {len(responses)} responses")
     for i, reward in enumerate(rewards):
         try:
-            rewards[i] = float(reward)
-        except (TypeError, ValueError):
-            return wrong(f"the reward is {reward!r:.80}, not a number", i)
-        if not math.isfinite(rewards[i]):
-            return wrong(f"the reward is {reward!r}; it must be finite", i)
+            rewards[i] = as_number(reward)
+        except ValueError as e:
+            return wrong(f"the reward is {e}", i)
     return json.dumps({"rewards": rewards})
 
 
+def as_number(value: Any) -> float:
+    """A number of Python, or a scalar of numpy or torch. Raises ValueError for anything else, such as text of digits,
+    and for what is not finite in float32."""
+    plain = value.item() if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)) else value
+    if not isinstance(plain, (int, float)):
+        raise ValueError(f"{shown(value)}, not a number")
+    if not -LARGEST <= plain <= LARGEST:
+        raise ValueError(f"{shown(value)}; it must be finite in float32")
+    return float(plain)
+
+
+def shown(value: Any) -> str:
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # an int of too many digits, a __repr__ of the user's
+        return f"a {type(value).__name__}"
+
+
+def _served() -> Callable[[str], str]:
+    """In the worker. What is wrong with the file is its first word, in place of ``ready``."""
+    try:
+        return partial(answer, load_function(sys.argv[1]))
+    except UsageError as e:
+        error = str(e)
+    except BaseException as e:  # a KeyboardInterrupt of the file's own
+        error = f"{function_file(sys.argv[1])}: cannot be imported: {told(e)}"
+    return lambda line: json.dumps({"error": error, "response": None})
+
+
 if __name__ == "__main__":
-    serve(lambda: partial(answer, load_function(sys.argv[1])))
+    serve(_served)

@@ -11,7 +11,8 @@ from lco_lite.errors import UsageError
 from lco_lite.judging.classifiers import SequenceClassifier
 from lco_lite.models.chat import Message
 from lco_lite.recipe import Rl
-from lco_lite.user_code import LineWorker, load_function
+from lco_lite.user_code import function_file
+from lco_lite.workers import LineWorker, NoAnswer
 
 Conversations = Sequence[Sequence[Message]]
 DataRows = Sequence[Mapping[str, Any]]
@@ -45,12 +46,19 @@ def by_function(function: "RewardFunction") -> RewardSource:
 
 
 class RewardFunction:
-    """``spec`` is FILE.py:NAME; a batch may take ``seconds``."""
+    """``spec`` is FILE.py:NAME, which is imported in a process of its own and nowhere else; that may take ``seconds``,
+    and so may a batch. Raises UsageError for what is wrong with the file, before the first rollout."""
 
     def __init__(self, spec: str, seconds: float) -> None:
-        load_function(spec)  # what is wrong with the file is said before the first rollout
+        file = function_file(spec)
         self.spec, self.seconds = spec, seconds
-        self._worker = LineWorker("lco_lite.user_code", spec)
+        self._worker = LineWorker("lco_lite.user_code", spec, seconds=seconds)
+        try:
+            said = self._worker.ready()
+        except NoAnswer as e:
+            raise UsageError(f"{file}: cannot be imported: {e}; rl.reward_timeout sets the limit") from e
+        if said != "ready":
+            raise UsageError(json.loads(said)["error"])
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: DataRows) -> Tensor:
         """[N] rewards. Raises UsageError naming the response, counted from 1 within the phase."""
@@ -61,12 +69,13 @@ class RewardFunction:
         return torch.tensor(rewards)
 
     def _ask(self, prompts: Sequence[str], responses: Sequence[str], rows: DataRows, first: int) -> list[float]:
-        answer = self._worker.ask(json.dumps([prompts, responses, rows], default=str), self.seconds)
-        if answer is None:
+        try:
+            answer = self._worker.ask(json.dumps([prompts, responses, rows], default=str), self.seconds)
+        except NoAnswer as e:
             raise UsageError(
-                f"{self.spec}, responses {first + 1} to {first + len(responses)} of the phase: no answer within "
-                f"{self.seconds:g} s, or its process died; rl.reward_timeout sets the limit"
-            )
+                f"{self.spec}, responses {first + 1} to {first + len(responses)} of the phase: {e}; "
+                "rl.reward_timeout sets the limit"
+            ) from e
         judged = json.loads(answer)
         if "error" not in judged:
             return judged["rewards"]

@@ -1,17 +1,15 @@
 """Equality by computer algebra in a process of its own: each comparison ends in time, whatever the LaTeX says."""
 
 import json
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from lco_lite.errors import LcoError
-from lco_lite.user_code import LineWorker, serve
+from lco_lite.workers import LineWorker, NoAnswer, serve
 
 SECONDS = 3.0
 _MEMORY = 4 * 2**30  # bytes of the process's address space
-_ORPHAN_SECONDS = 10  # after which the process ends by itself, should the one that would end it be gone
 
 _worker = LineWorker("lco_lite.grading.symbolic")
 
@@ -21,10 +19,14 @@ def equal(answer: str, gold: str, tolerance: float = 0.0) -> bool | None:
 
     With a ``tolerance``, values that differ by no more than that part of gold's count as equal. Threads take turns.
     """
-    if not _worker.runs():
-        raise LcoError("the process that compares formulas does not start; is math-verify installed?")
-    line = _worker.ask(json.dumps([answer, gold, tolerance]), SECONDS)
-    return None if line is None else bool(json.loads(line))
+    try:
+        _worker.ready()
+    except NoAnswer as e:
+        raise LcoError(f"the process that compares formulas does not start ({e}); is math-verify installed?") from e
+    try:
+        return bool(json.loads(_worker.ask(json.dumps([answer, gold, tolerance]), SECONDS)))
+    except NoAnswer:
+        return None
 
 
 def _prepare() -> Callable[[str], str]:
@@ -39,21 +41,12 @@ def _prepare() -> Callable[[str], str]:
     def verdict(line: str) -> str:
         if not line:
             return "ready"
-        _alarm(_ORPHAN_SECONDS)
         try:
-            equal = same(*json.loads(line))
+            return json.dumps(same(*json.loads(line)))
         except Exception:  # sympy raises whatever it likes on malformed input: not equal
-            equal = False
-        _alarm(0)
-        return json.dumps(equal)
+            return json.dumps(False)
 
     return verdict
-
-
-def _alarm(seconds: int) -> None:
-    """Unhandled, the signal ends this process even inside native code."""
-    if sys.platform != "win32":
-        signal.alarm(seconds)
 
 
 def _comparison() -> Callable[[str, str, float], bool]:

@@ -7,23 +7,21 @@ fitted with its table of instructions' difficulties and of answers that were tol
 import importlib.util
 import json
 import math
-import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 from lco_lite.console import Console
 from lco_lite.errors import LcoError, UsageError
 from lco_lite.files import write_text
 from lco_lite.judging.judge import ChatClient, Comparison, Estimate, Judge, refuse_unconfirmed, tokens_of
+from lco_lite.judging.keys import judge_key
 from lco_lite.recipe import Eval
 
 PACKAGE, ANNOTATOR = "alpaca-eval", "weighted_alpaca_eval_gpt4_turbo"
 TABLE = "df_gamed.csv of the hub set tatsu-lab/alpaca_eval"
-KEY_VARIABLE = "OPENAI_API_KEY"
 _PACKAGE_PROMPT = 250  # tokens of what the package asks about the texts
-_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 Row = Mapping[str, Any]
 Lines: TypeAlias = list[dict[str, Any]]
@@ -31,11 +29,16 @@ Lines: TypeAlias = list[dict[str, Any]]
 
 
 def check_judge(settings: Eval, n: int, passes: int, console: Console) -> None:
-    """What can be said before there is a response. UsageError: the package or the key is absent."""
+    """What can be said before there is a response. UsageError: the package or the key is absent, or may not be sent."""
     by_package = settings.judge_url == PACKAGE
     if by_package:
         if importlib.util.find_spec("alpaca_eval") is None:
             raise UsageError(f"--judge-url {PACKAGE} needs that package: pip install 'lco-lite[alpaca]'")
+        if settings.confirmed_key is not None:
+            raise UsageError(f"--judge-key: {PACKAGE} reads OPENAI_API_KEY itself, for its own annotators alone")
+        annotator = settings.judge_model or ANNOTATOR
+        if not re.fullmatch(r"\w[\w.-]*", annotator) or Path(annotator).exists():  # a folder may name any host
+            raise UsageError(f"eval.judge_model: {annotator!r} is no annotator of the package {PACKAGE}, but a path")
     else:
         judge_key(settings)
     requests = n if by_package else 2 * n
@@ -105,20 +108,6 @@ def length_controlled(
             "nothing is judged twice"
         )
         return None
-
-
-def judge_key(settings: Eval) -> str | None:
-    """The API's key. Where no variable is named, OpenAI's goes to https and to this machine only, if it is set.
-
-    Raises UsageError where a variable is named and not set.
-    """
-    if (named := settings.judge_key_variable) is not None:
-        if key := os.environ.get(named):
-            return key
-        raise UsageError(f"eval.judge_key_variable: the environment variable {named} is not set")
-    parts = urlsplit(settings.judge_url or "")
-    private = parts.scheme == "https" or parts.hostname in _THIS_MACHINE
-    return os.environ.get(KEY_VARIABLE) if private else None
 
 
 def _by_judge(

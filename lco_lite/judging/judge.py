@@ -6,6 +6,7 @@ hash of its question, so that nothing is asked, or paid for, twice. What that wi
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import hashlib
 import json
@@ -21,13 +22,15 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from lco_lite.console import Console
+from lco_lite.console import Console, visible
 from lco_lite.errors import LcoError, UsageError
 from lco_lite.files import JsonLines
 from lco_lite.recipe import Eval
 
 ANSWERS = 3  # times that a judge may answer off the point before its verdict is a tie
-TIMEOUT = 120.0  # seconds until a request counts as lost
+TIMEOUT = 120.0  # seconds without a byte until a request counts as lost
+DEADLINE = 300.0  # seconds until it does, however many bytes have come
+LARGEST = 8 * 2**20  # bytes of an answer
 TRIES = 6  # 1 + 2 + 4 + 8 + 16 s of waiting between them, unless the server says otherwise
 LONGEST_WAIT = 300.0  # seconds; who asks for more is better asked again another day
 _LINES = 40  # of progress, where there is no terminal
@@ -74,7 +77,7 @@ class Judge:
         """A judgement each. Raises what ``ChatClient.ask`` raises; what was answered until then is kept."""
         new, _ = self._new(comparisons)
         if new:
-            self._ask_all(new, console)
+            self._ask_all(new, comparisons, console)
         return [self._judgement(one) for one in comparisons]
 
     def _new(self, comparisons: Sequence[Comparison]) -> tuple[dict[str, dict[str, Any]], int]:
@@ -83,18 +86,28 @@ class Judge:
         new = {key: request for key, request in requests.items() if key not in self._verdicts}
         return new, len(requests) - len(new)
 
-    def _ask_all(self, new: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    def _ask_all(
+        self, new: Mapping[str, Mapping[str, Any]], comparisons: Sequence[Comparison], console: Console
+    ) -> None:
         with ThreadPoolExecutor(self.settings.judge_parallel) as pool, console.progress(len(new), "judge") as line:
-            waiting = [pool.submit(self._ask, key, request) for key, request in new.items()]
+            waiting = {pool.submit(self._ask, key, request): key for key, request in new.items()}
             try:
                 for done, future in enumerate(as_completed(waiting), 1):
-                    future.result()
+                    try:
+                        future.result()
+                    except LcoError as e:
+                        raise type(e)(f"{self._place(waiting[future], comparisons)}: {e}") from e
                     if done % math.ceil(len(new) / _LINES) == 0 or done == len(new):
                         line.update(done)
             except BaseException:
                 self.client.stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def _place(self, key: str, comparisons: Sequence[Comparison]) -> str:
+        """The first pair that asks this, for messages."""
+        order = {key: i for i, one in reversed([*enumerate(comparisons, 1)]) for key, _ in self._both_orders(one)}
+        return f"pair {order[key]} of {len(comparisons)}"
 
     def _ask(self, key: str, request: Mapping[str, Any]) -> None:
         """Asks until there is a verdict, with a reminder of what is wanted; ``ANSWERS`` times at most."""
@@ -209,17 +222,22 @@ class ChatClient:
     """The chat-completions API at ``url``, such as ``http://localhost:8000/v1``. Safe to use from several threads.
 
     The key goes into one header. It is in no message, no file and, since redirects are not followed, on no other host.
-    ``stopped`` ends waiting in all threads; what is under way is still answered. ``sleep`` and ``now`` are the clock.
+    An answer counts as lost after ``timeout`` seconds without a byte, after ``deadline`` seconds in all, and beyond
+    ``LARGEST`` bytes. ``stopped`` ends waiting in all threads; what is under way is still answered. ``sleep`` and
+    ``now`` are the clock.
     """
 
-    def __init__(self, url: str, key: str | None = None, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self, url: str, key: str | None = None, timeout: float = TIMEOUT, deadline: float = DEADLINE
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self._key, self.stopped = key, threading.Event()
         self.sleep: Callable[[float], Any] = self.stopped.wait
         self.now = time.time
-        headers = {"Content-Type": "application/json", "User-Agent": "lco-lite"}
-        headers |= {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(headers=headers, timeout=timeout, verify=ssl.create_default_context())
+        self._timeout, self._deadline = timeout, deadline
+        self._headers = {"Content-Type": "application/json", "User-Agent": "lco-lite", "Accept-Encoding": "identity"}
+        self._headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        self._certificates = ssl.create_default_context()
 
     def ask(self, request: Mapping[str, Any]) -> Reply:
         """The reply to one request. Waits and tries again on 408, 429, 5xx, timeouts and broken connections.
@@ -243,29 +261,71 @@ class ChatClient:
 
     def _once(self, request: Mapping[str, Any]) -> Reply:
         try:
-            answer = self._http.post(self.url, content=json.dumps(request).encode())
+            answer, body = asyncio.run(asyncio.wait_for(self._answer(json.dumps(request).encode()), self._deadline))
+        except (asyncio.TimeoutError, TimeoutError):
+            raise _Again(f"no whole answer within {self._deadline:g} s", None) from None
         except (httpx.RequestError, httpx.InvalidURL) as e:  # refused, reset, unknown host, timed out, cut short
             raise _Again(self._safe(str(e) or type(e).__name__), None) from None
         if answer.status_code != 200:
-            said = self._safe(" ".join(answer.text.split())[:300])
-            text = f"HTTP {answer.status_code} {answer.reason_phrase}: {said}"
+            text = f"HTTP {answer.status_code} {answer.reason_phrase}: {self._safe(body.decode('utf-8', 'replace'))}"
             if answer.status_code in (408, 429) or answer.status_code >= 500:
                 raise _Again(text, retry_after(answer.headers.get("Retry-After"), self.now()))
             if answer.status_code in (401, 403):
-                held = "the key is not accepted" if self._key else "it wants a key: eval.judge_key_variable"
+                held = "the key is not accepted" if self._key else "it wants a key: --judge-key VARIABLE@HOST"
                 raise UsageError(f"{self.url}: {held}: {text}")
             raise UsageError(f"{self.url} refuses the request: {text}")
         try:
-            content = answer.json()
-            text = content["choices"][0]["message"].get("content")
-            usage = content.get("usage") or {}
-            tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise _Again(f"no chat completion: {self._safe(repr(answer.content[:100]))}", None) from None
-        return Reply(text if isinstance(text, str) else None, *tokens)
+            return read_completion(body)
+        except ValueError as e:
+            said = self._safe(body[:1000].decode("utf-8", "replace"), 100)
+            raise _Again(f"no chat completion: {e}: {said}", None) from None
 
-    def _safe(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+    async def _answer(self, content: bytes) -> tuple[httpx.Response, bytes]:
+        """Cancelled wherever it stands when its time is over, before the first header or within the body."""
+        body = bytearray()
+        async with (
+            httpx.AsyncClient(headers=self._headers, timeout=self._timeout, verify=self._certificates) as client,
+            client.stream("POST", self.url, content=content) as answer,
+        ):
+            if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
+                raise _Again(f"the answer is encoded ({self._safe(encoding, 40)}), which was not asked for", None)
+            async for part in answer.aiter_raw():
+                body += part
+                if len(body) > LARGEST:
+                    raise _Again(f"the answer is longer than {LARGEST // 2**20} MiB", None)
+        return answer, bytes(body)
+
+    def _safe(self, text: str, length: int = 300) -> str:
+        """One short line without the key, which cannot steer the terminal."""
+        text = text.replace(self._key, "[key]") if self._key else text
+        return visible(" ".join(text[: 20 * length].split())[:length])
+
+
+def read_completion(body: bytes) -> Reply:
+    """The reply in a chat completion's JSON. Raises ValueError that says what is wrong with it."""
+
+    def no_number(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        content = json.loads(body, parse_constant=no_number)
+    except RecursionError:
+        raise ValueError("nested without end") from None
+    except UnicodeDecodeError:
+        raise ValueError("no UTF-8") from None
+    choices = content.get("choices") if isinstance(content, dict) else None
+    if not isinstance(choices, list) or not choices:
+        raise ValueError("no list of choices")
+    message = choices[0].get("message") if isinstance(choices[0], dict) else None
+    if not isinstance(message, dict):
+        raise ValueError("choices[0] has no message")
+    text, usage = message.get("content"), content.get("usage") or {}
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"the message's content is a {type(text).__name__}, not text")
+    tokens = [usage.get(n) or 0 for n in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [None]
+    if not all(type(n) is int and 0 <= n < 2**53 for n in tokens):
+        raise ValueError("usage has no numbers of tokens")
+    return Reply(text, *tokens)
 
 
 def retry_after(value: str | None, now: float) -> float | None:

@@ -16,6 +16,7 @@ import torch
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from transformers import dynamic_module_utils
 
 from lco_lite import ranks
 from lco_lite.console import Console
@@ -288,9 +289,8 @@ def _from_gguf(kind: Any, weights: Weights, **options: Any) -> Any:
     file = Path(str(weights.path)) / str(weights.gguf_file)
     if file.parent.is_dir() and not file.is_file():
         raise ModelError(f"{file}: no such GGUF file")
-    options["revision"] = weights.revision or "main"
     try:
-        return kind.from_pretrained(weights.path, gguf_file=weights.gguf_file, **options)
+        return kind.from_pretrained(weights.path, gguf_file=weights.gguf_file, **_origin(weights), **options)
     except Exception as e:  # transformers raises many kinds
         raise unloadable("GGUF file", str(file), e) from e
 
@@ -352,7 +352,8 @@ def byte_tokenizer(max_length: int) -> hf.PreTrainedTokenizerFast:
 
 
 def quiet_libraries() -> None:
-    """No progress bars of transformers and datasets; no warnings that a user can do nothing about. Errors stay."""
+    """No progress bars of transformers and datasets; no warnings that a user can do nothing about, and no questions.
+    Errors stay."""
     import datasets
 
     hf.logging.disable_progress_bar()
@@ -361,3 +362,4 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*kernels.*", module="bitsandbytes.*")
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # no library asks on the terminal whether to run a model's code

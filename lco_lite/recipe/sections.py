@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from lco_lite.errors import UsageError
 
 
 def setting(default: Any, what: str, source: str, **bounds: Any) -> Any:
@@ -230,7 +232,7 @@ class Eval(Section):
     judge_url: str | None = setting(None, "base of a chat-completions API (http://HOST/v1), or alpaca-eval", "none")
     judge_model: str | None = setting(None, "the judge's name there; of alpaca-eval its annotator", "yours")
     judge_key_variable: str | None = setting(
-        None, "environment variable with the API's key; null: OPENAI_API_KEY for https and this machine", "OpenAI's"
+        None, "environment variable with the API's key; to other than known hosts --judge-key sends it", "the host's own"
     )
     judge_options: dict[str, Any] = setting(
         {"temperature": 0, "max_tokens": 1024}, "more fields of the judge's requests", "the judge answers in one word"
@@ -240,6 +242,23 @@ class Eval(Section):
     judge_confirmed: bool = setting(False, "--yes: any number of requests may be sent", "off")
     judge_parallel: int = setting(8, "requests at once", "common rate limits", ge=1, le=64)
     reward_models: RewardModels = setting(RewardModels(), "qa_feedback: what scores the answers", "yours")
+    _confirmed_key: tuple[str, str] | None = PrivateAttr(None)  # of the command line: no file can hold it
+
+    @property
+    def confirmed_key(self) -> tuple[str, str] | None:
+        """(variable, host): where ``--judge-key`` lets the environment variable go."""
+        return self._confirmed_key
+
+    def confirm_key(self, text: str | None) -> None:
+        """``VARIABLE@HOST``. Raises UsageError for another form, and where there is no judge."""
+        if text is None:
+            return
+        found = re.fullmatch(r"([A-Za-z_]\w*)@([^\s@/]+)", text)
+        if found is None:
+            raise UsageError(f"--judge-key {text}: write VARIABLE@HOST, e.g. MY_KEY@llm.example.com")
+        if self.judge_url is None:
+            raise UsageError("--judge-key: there is no judge; name it with --judge-url")
+        self._confirmed_key = (found[1], found[2].lower())
 
     def _wrong(self) -> Iterator[str]:
         yield from read_as_escape("template", self.template)

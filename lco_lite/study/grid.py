@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from lco_lite.files import write_json
 from lco_lite.recipe.file import find_recipe, load_recipe
 from lco_lite.run import stage_settings
 from lco_lite.study.base import TUNING_SEED, Cell, Results, Row, Study
+from lco_lite.workers import Keeper, environment, python
 
 _POLL = 0.2  # seconds
 
@@ -161,7 +161,7 @@ class Grid:
                     if code is None:
                         continue
                     del running[job]
-                    worker.log.close()
+                    worker.close()
                     if job.row_file.exists() and code == 0:
                         if job.start is not None:
                             here += 1
@@ -185,7 +185,7 @@ class Grid:
             worker.process.send_signal(signal.SIGTERM)
         for worker in workers:
             worker.process.wait()
-            worker.log.close()
+            worker.close()
         raise Interrupted("stopped; cells that ran have their checkpoints, and the same command goes on from there")
 
 
@@ -205,16 +205,17 @@ class Worker:
         given |= {"id": job.folder.name, "start": None if job.start is None else job.start.folder.name}
         write_json(job.folder / "cell.json", given)
         self.log: TextIO = (job.folder / "work.log").open("a", encoding="utf-8")
-        environment = {
-            "PYTHONSAFEPATH": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": str(threads),
-            **os.environ,
-        }
-        command = [sys.executable, "-m", "lco_lite.study.work", str(job.folder)]
+        own = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads), **environment()}
+        command = python("lco_lite.study.work", str(job.folder))
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=environment, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=own, start_new_session=True
         )
+        self.keeper = Keeper(self.process.pid, "TERM")  # a checkpoint, should this process be killed
+
+    def close(self) -> None:
+        """Its process has ended."""
+        self.keeper.dismiss()
+        self.log.close()
 
     def why(self, code: int) -> str:
         lines = (self.job.folder / "work.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()

@@ -5,6 +5,7 @@ import torch
 
 from lco_lite.errors import UsageError
 from lco_lite.feedback.rewards import BATCH, RewardFunction
+from lco_lite.user_code import as_number
 
 GOOD = """
 calls = []
@@ -41,7 +42,18 @@ def test_it_gets_prompts_responses_and_rows_in_batches_of_one_process(function):
         ("def score(p, r, rows): return [1.0, 'good', 1.0]", "response 2 .*not a number"),
         ("def score(p, r, rows): return [1.0, 1.0, float('nan')]", "response 3 .*finite"),
         ("def score(p, r, rows): return 7", "a list of numbers"),
-        ("import os\ndef score(p, r, rows): os._exit(1)", "responses 1 to 3.*died"),
+        ("def score(p, r, rows): return '123'", "a list of numbers is needed, not '123'"),
+        ("def score(p, r, rows): return ['1', '2', '3']", "response 1 .*'1', not a number"),
+        ("def score(p, r, rows): return dict(zip(r, [1.0, 2.0, 3.0]))", "a list of numbers is needed, not {"),
+        ("def score(p, r, rows): return [[1.0], [2.0], [3.0]]", r"response 1 .*\[1.0\], not a number"),
+        ("def score(p, r, rows): return [None, 1.0, 1.0]", "response 1 .*None, not a number"),
+        ("def score(p, r, rows): return [1.0, -1e39, 1.0]", "response 2 .*finite in float32"),
+        ("def score(p, r, rows): return [1.0, 10**9999, 1.0]", "response 2 .*finite in float32"),
+        ("def score(p, r, rows): return iter(int, 1)", "more than 3 rewards for 3 responses"),
+        ("import sys\ndef score(p, r, rows): return [sys.exit(0) if x == 'b' else 1.0 for x in r]", "response 2 .*exit"),
+        ("def score(p, r, rows): raise KeyboardInterrupt", "response 1 .*KeyboardInterrupt"),
+        ("import os\ndef score(p, r, rows): os._exit(0)", "response 1 .*os._exit"),
+        ("import os\ndef score(p, r, rows): os.kill(os.getpid(), 9)", "responses 1 to 3.*died by signal 9"),
     ],
 )
 def test_its_mistakes_are_named_by_row(function, body, message):
@@ -62,6 +74,9 @@ def test_what_hangs_is_stopped_and_the_next_batch_gets_a_new_process(function):
         ("x = 1", "score", "no function"),
         ("import nowhere", "score", "cannot be imported"),
         ("score = 3", "score", "no f"),
+        ("import sys; sys.exit(0)", "score", r"cannot be imported: .*sys.exit\(0\)"),
+        ("import os; os._exit(0)", "score", r"cannot be imported: .*os._exit\(0\)"),
+        ("raise KeyboardInterrupt", "score", "cannot be imported: KeyboardInterrupt"),
     ],
 )
 def test_what_is_wrong_with_the_file_is_said_before_any_rollout(function, body, name, message):
@@ -74,3 +89,16 @@ def test_a_name_that_is_no_file_and_function_is_refused(tmp_path):
         RewardFunction(str(tmp_path), 1.0)
     with pytest.raises(UsageError, match="no such file"):
         RewardFunction(f"{tmp_path}/absent.py:score", 1.0)
+
+
+def test_an_import_that_hangs_is_stopped_by_the_same_limit(function):
+    with pytest.raises(UsageError, match="cannot be imported: no answer within 0.5 s; rl.reward_timeout"):
+        function("while True: pass\ndef score(p, r, rows): return [1.0] * len(r)", seconds=0.5)
+
+
+def test_numbers_of_numpy_and_torch_and_truth_values_are_rewards(function):
+    body = "import numpy as np\ndef score(p, r, rows): return [np.float32(0.5), np.array(2), True]"
+    assert function(body)(["p"] * 3, ["a", "b", "c"], [{}] * 3).tolist() == [0.5, 2.0, 1.0]
+    assert as_number(torch.tensor(0.25)) == 0.25
+    with pytest.raises(ValueError, match="not a number"):
+        as_number(torch.tensor([0.25]))

@@ -328,6 +328,6 @@ def test_a_worker_process_that_was_killed_is_replaced():
     from lco_lite.grading import symbolic
 
     assert symbolic.equal(r"2\sqrt{2}", r"\sqrt{8}")
-    symbolic._worker._process.kill()
-    symbolic._worker._process.wait()
+    symbolic._worker._started.process.kill()
+    symbolic._worker._started.process.wait()
     assert symbolic.equal(r"2\sqrt{2}", r"\sqrt{8}")

@@ -21,6 +21,9 @@ class Said:
     body: bytes | None = None
     hang_up: bool = False  # close the connection instead
     silent: bool = False  # accept the request and never answer
+    endless: bytes | None = None  # the body is this again and again, with a pause of so many seconds
+    pause: float = 0.0
+    drips: bool = False  # headers without end, byte by byte
 
     def content(self) -> bytes:
         if self.body is not None:
@@ -38,6 +41,7 @@ class ChatServer:
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
+    sent: int = 0  # bytes of endless bodies
 
 
 @contextmanager
@@ -58,11 +62,24 @@ def chat_server(answer: Callable[[dict[str, Any], int], Said]) -> Iterator[ChatS
             if said.silent or said.hang_up:
                 self.close_connection = True
                 return
+            if said.drips:
+                return self.go_on(b"H", 0.1)
             self.send_response(said.status)
             for name, value in said.headers.items():
                 self.send_header(name, value)
             self.end_headers()
+            if said.endless is not None:
+                return self.go_on(said.endless, said.pause)
             self.wfile.write(said.content())
+
+        def go_on(self, part: bytes, pause: float) -> None:
+            self.close_connection = True
+            try:
+                while not closing.wait(pause):
+                    self.wfile.write(part)
+                    served.sent += len(part)
+            except OSError:
+                return
 
         do_GET = do_POST
 

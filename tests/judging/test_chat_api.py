@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import email.utils
+import gzip
 import socket
+import time
 
 import pytest
 
 from lco_lite.errors import LcoError, UsageError
+from lco_lite.judging import judge
 from lco_lite.judging.judge import LONGEST_WAIT, TRIES, ChatClient, retry_after
 from tests.judging.server import Said, chat_server
 
@@ -15,11 +18,11 @@ REQUEST = {"model": "m", "messages": [{"role": "user", "content": "Hallo, wörld
 NOW = 1_700_000_000.0
 
 
-def asked(answers: list[Said], key: str | None = None, timeout: float = 20.0):
+def asked(answers: list[Said], key: str | None = None, timeout: float = 20.0, deadline: float = 60.0):
     """What the client makes of these answers, how long it waited each time, and what the server saw."""
     waits: list[float] = []
     with chat_server(lambda request, n: answers[min(n, len(answers) - 1)]) as server:
-        client = ChatClient(server.url, key, timeout)
+        client = ChatClient(server.url, key, timeout, deadline)
         client.sleep, client.now = waits.append, lambda: NOW
         try:
             return client.ask(REQUEST), waits, server
@@ -49,10 +52,8 @@ def test_the_url_may_name_the_base_or_the_whole_path(end):
         Said(status=408),
         Said(hang_up=True),
         Said(body=b"<html>busy</html>"),
-        Said(body=b'{"choices": []}'),
-        Said(body=b'{"choices": [{"message": null}]}'),
     ],
-    ids=["500", "503", "429", "408", "hang-up", "html", "no-choice", "no-message"],
+    ids=["500", "503", "429", "408", "hang-up", "html"],
 )
 def test_what_may_pass_is_asked_again_after_twice_the_time(failure):
     reply, waits, server = asked([failure, failure, failure, Said("tie")])
@@ -121,7 +122,7 @@ def test_the_key_is_in_one_header_and_in_no_message():
 def test_without_a_key_no_such_header_is_sent_and_a_refusal_says_what_is_missing():
     error, _, server = asked([Said(status=401)])
     assert "Authorization" not in server.headers[0]
-    assert "judge_key_variable" in str(error)
+    assert "--judge-key VARIABLE@HOST" in str(error)
 
 
 def test_a_redirect_is_not_followed():
@@ -137,3 +138,61 @@ def test_a_stopped_client_neither_waits_nor_asks():
         with pytest.raises(LcoError, match="stopped"):
             client.ask(REQUEST)
         assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"[]", "no list of choices"),
+        (b'{"choices": []}', "no list of choices"),
+        (b'{"choices": {"0": {}}}', "no list of choices"),
+        (b'{"choices": [{"message": null}]}', "no message"),
+        (b'{"choices": [["A"]]}', "no message"),
+        (b'{"choices": [{"message": {"content": ["A"]}}]}', "content is a list, not text"),
+        (b'{"choices": [{"message": {"content": 1}}]}', "content is a int, not text"),
+        (b'{"choices": [{"message": {"content": "A"}}], "usage": {"prompt_tokens": NaN}}', "NaN is no JSON"),
+        (b'{"choices": [{"message": {"content": "A"}}], "usage": {"prompt_tokens": -1}}', "numbers of tokens"),
+        (b'{"choices": [{"message": {"content": "A"}}], "usage": {"completion_tokens": "9"}}', "numbers of tokens"),
+        (b'{"choices": [{"message": {"content": "A"}}], "usage": 7}', "numbers of tokens"),
+        (b"[" * 200_000, "nested without end"),
+        (b'"\xff"', "no UTF-8"),
+        (b"\x1b]0;mine\x07", r"\x1b]0;mine"),
+        (b'{"choices": [', "no chat completion: "),
+    ],
+)
+def test_an_answer_that_is_no_completion_is_asked_for_again_and_then_named(body, told):
+    reply, waits, _ = asked([Said(body=body), Said("A")])
+    assert reply.text == "A" and waits == [1.0]
+    error, _, _ = asked([Said(body=body)])
+    assert told in str(error) and "no chat completion" in str(error) and "\x1b" not in str(error)
+
+
+def test_an_answer_without_text_or_usage_is_one():
+    reply, _, _ = asked([Said(body=b'{"choices": [{"message": {"content": null}}], "usage": null}')])
+    assert tuple(reply) == (None, 0, 0)
+
+
+def test_a_body_without_end_is_left_at_its_limit(monkeypatch):
+    monkeypatch.setattr(judge, "LARGEST", 2**20)
+    monkeypatch.setattr(judge, "TRIES", 1)
+    error, _, server = asked([Said(endless=b"x" * 2**16)])
+    assert "longer than 1 MiB" in str(error) and server.sent < 2**26
+
+
+@pytest.mark.parametrize("said", [Said(endless=b"x", pause=0.1), Said(drips=True)], ids=["body", "headers"])
+def test_an_answer_that_comes_byte_by_byte_is_left_when_its_time_is_over(said, monkeypatch):
+    monkeypatch.setattr(judge, "TRIES", 1)
+    began = time.monotonic()
+    error, _, _ = asked([said], deadline=1.0)
+    assert "no whole answer within 1 s" in str(error) and time.monotonic() - began < 20
+
+
+def test_an_encoding_that_was_not_asked_for_is_not_unpacked(monkeypatch):
+    monkeypatch.setattr(judge, "TRIES", 1)
+    error, _, server = asked([Said(body=gzip.compress(b"0" * 2**20), headers={"Content-Encoding": "gzip"})])
+    assert "encoded (gzip)" in str(error) and server.headers[0]["Accept-Encoding"] == "identity"
+
+
+def test_a_key_that_stands_where_a_message_is_cut_does_not_show():
+    error, _, _ = asked([Said(status=400, body=b"x" * 295 + b" sk-secret")], key="sk-secret")
+    assert "sk" not in str(error)

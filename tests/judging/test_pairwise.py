@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from lco_lite.console import Console
-from lco_lite.errors import UsageError
+from lco_lite.errors import LcoError, UsageError
 from lco_lite.judging.judge import ANSWERS, ChatClient, Comparison, Judge, read_verdict, refuse_unconfirmed
 from lco_lite.recipe import Eval
 from tests.judging.server import Said, chat_server
@@ -208,3 +208,10 @@ def test_more_requests_than_the_limit_need_a_yes_and_the_message_has_the_cost_of
     told = str(caught.value)
     assert caught.value.exit_code == 2
     assert "4 requests" in told and "16 requests" in told and "--yes" in told and f"${4 * cost.dollars:.2f}" in told
+
+
+def test_the_pair_whose_answer_cannot_be_had_is_named(tmp_path, monkeypatch):
+    with chat_server(lambda request, n: Said(body=b"{}" if "no" in answers_of(request) else None)) as server:
+        judge = judge_of(server, tmp_path)
+        with pytest.raises(LcoError, match="pair 2 of 2: .*cannot be reached .*no list of choices"):
+            judge.scores(PAIRS, quiet())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from lco_lite import ranks
 from lco_lite.errors import ModelError, UsageError
+from lco_lite.judging.classifiers import SegmentClassifier, SequenceClassifier, load_classifier, sentences
 from lco_lite.models.chat import ChatFormat, check_same_tokenizer
 from lco_lite.models.loading import (
     base_dtype,
@@ -21,7 +24,10 @@ from lco_lite.models.loading import (
     byte_tokenizer,
     converted_gguf,
     load_base,
+    load_config,
     load_tokenizer,
+    open_tokenizer,
+    quiet_libraries,
     resolve_device,
     reward_device,
 )
@@ -210,3 +216,67 @@ def test_libraries_load_without_bars_and_warnings(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
     assert done.stdout + done.stderr == ""
+
+
+CODE = "open({!r}, 'w')\nclass Own: pass\n"
+MAP = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoModelForSequenceClassification": "own.Own"}
+
+
+def with_code(folder: Path) -> Path:
+    """A model folder of an unknown kind, whose config and tokenizer come with code; beside it a GGUF of nothing."""
+    folder.mkdir()
+    (folder / "own.py").write_text(CODE.format(str(folder / "code was run")))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "own", "architectures": ["OwnForSequenceClassification"], "auto_map": MAP})
+    )
+    tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    gguf = importlib.import_module("gguf").GGUFWriter(folder / "m.gguf", "llama")
+    gguf.add_block_count(1)
+    gguf.write_header_to_file()
+    gguf.write_kv_data_to_file()
+    gguf.write_tensors_to_file()
+    gguf.close()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path, folder: load_base(Model(path=path), CPU),
+        lambda path, folder: load_config(Model(path=path)),
+        lambda path, folder: load_tokenizer(Model(path=path)),
+        lambda path, folder: open_tokenizer(Model(path=path, gguf_file="m.gguf"), 0),
+        lambda path, folder: converted_gguf(Model(path=path, gguf_file="m.gguf"), folder / "base"),
+        lambda path, folder: load_classifier(path, ("sequence", "token"), None, CPU),
+        lambda path, folder: SequenceClassifier(path, CPU),
+        lambda path, folder: SegmentClassifier(path, sentences, CPU),
+    ],
+    ids=["base", "config", "tokenizer", "gguf-tokenizer", "gguf", "classifier", "scorer", "segments"],
+)
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(tmp_path, monkeypatch, use):
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    path = with_code(tmp_path / "m")
+    with pytest.raises(ModelError):
+        use(str(path), tmp_path)
+    assert not asked and not (path / "code was run").exists()
+
+
+def test_no_library_asks_where_the_setting_does_not_reach(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 15)
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail("a question was asked"))
+    quiet_libraries()
+    with pytest.raises(ValueError, match="execute"):
+        AutoTokenizer.from_pretrained(with_code(tmp_path / "m"))
+
+
+def test_every_loader_of_transformers_is_told_whether_code_may_run():
+    loaders = {"from_pretrained", "from_config"}
+    for file in sorted((Path(__file__).resolve().parents[2] / "lco_lite").rglob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in loaders:
+                text = ast.unparse(call)
+                told = any(word in text for word in ("trust_remote_code", "_origin(", "**origin", "LoraConfig"))
+                told |= "**options" in text and 'trust_remote_code"' in file.read_text(encoding="utf-8")
+                assert told, f"{file.name}, line {call.lineno}: {text}"

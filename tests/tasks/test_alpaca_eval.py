@@ -21,7 +21,7 @@ from lco_lite.console import Console
 from lco_lite.errors import DataError, LcoError, UsageError
 from lco_lite.evaluation.compare import paired_bootstrap
 from lco_lite.judging import alpaca
-from lco_lite.judging.alpaca import judge_key
+from lco_lite.judging.keys import judge_key
 from lco_lite.recipe import Eval
 from lco_lite.tasks import alpaca_eval, load_task
 from tests.judging.server import Said, chat_server
@@ -237,18 +237,70 @@ def test_scores_of_a_judge_are_compared_item_by_item(task, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("url", "named", "sent"),
+    ("url", "named", "confirmed", "sent"),
     [
-        ("https://api.example.com/v1", None, "sk-openai"),
-        ("http://localhost:8000/v1", None, "sk-openai"),
-        ("http://192.168.0.7:8000/v1", None, None),
-        ("http://192.168.0.7:8000/v1", "MY_KEY", "sk-mine"),
+        ("https://api.openai.com/v1", None, None, "sk-openai"),
+        ("https://API.OpenAI.com/v1", "OPENAI_API_KEY", None, "sk-openai"),
+        ("http://api.openai.com/v1", None, None, None),
+        ("https://api.example.com/v1", None, None, None),
+        ("http://localhost:8000/v1", None, None, None),
+        ("http://localhost:8000/v1", None, "MY_KEY@localhost", "sk-mine"),
+        ("http://127.0.0.1:8000/v1", "MY_KEY", "MY_KEY@127.0.0.1:8000", "sk-mine"),
+        ("https://llm.example.com/v1", None, "MY_KEY@llm.example.com", "sk-mine"),
+        ("https://api.openai.com/v1", None, "MY_KEY@api.openai.com", "sk-mine"),
     ],
 )
-def test_openais_key_goes_to_https_and_this_machine_only_and_a_named_one_everywhere(monkeypatch, url, named, sent):
+def test_a_key_goes_to_the_host_it_belongs_to_or_where_the_command_line_sends_it(
+    monkeypatch, url, named, confirmed, sent
+):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
     monkeypatch.setenv("MY_KEY", "sk-mine")
-    assert judge_key(judged(url, judge_key_variable=named)) == sent
+    settings = judged(url, judge_key_variable=named)
+    settings.confirm_key(confirmed)
+    assert judge_key(settings) == sent
+
+
+@pytest.mark.parametrize(
+    ("url", "named", "confirmed", "told"),
+    [
+        ("https://stranger.example/v1", "HOME", None, "a recipe alone sends no variable anywhere"),
+        ("https://stranger.example/v1", "OPENAI_API_KEY", None, "--judge-key OPENAI_API_KEY@stranger.example"),
+        ("https://api.openai.com/v1", "AWS_SECRET_ACCESS_KEY", None, "is not known to belong to api.openai.com"),
+        ("http://api.openai.com/v1", "OPENAI_API_KEY", None, "https is needed"),
+        ("http://192.168.0.7:8000/v1", None, "MY_KEY@192.168.0.7", "https is needed"),
+        ("https://stranger.example/v1", None, "MY_KEY@llm.example.com", "the judge is at stranger.example"),
+        ("https://llm.example.com/v1", "OTHER", "MY_KEY@llm.example.com", "names another variable, OTHER"),
+        ("https://llm.example.com/v1", None, "ABSENT@llm.example.com", "ABSENT is not set"),
+        ("https://llm.example.com/v1", None, "MY_KEY", "write VARIABLE@HOST"),
+    ],
+)
+def test_a_recipe_alone_sends_no_environment_variable_anywhere(monkeypatch, url, named, confirmed, told):
+    for name in ("OPENAI_API_KEY", "MY_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "sk-secret")
+    settings = judged(url, judge_key_variable=named)
+    with pytest.raises(UsageError, match=told):
+        settings.confirm_key(confirmed)
+        judge_key(settings)
+
+
+def test_no_file_confirms_a_key():
+    with pytest.raises(ValueError, match="_confirmed_key"):
+        judged("https://stranger.example/v1", _confirmed_key=("MY_KEY", "stranger.example"))
+    settings = judged("https://stranger.example/v1")
+    settings.confirm_key("MY_KEY@stranger.example")
+    assert "stranger" not in str(settings.model_dump(exclude={"judge_url"}))
+
+
+def test_the_key_of_the_command_line_reaches_the_judge(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-mine")
+    settings = judged("https://llm.example.com/v1")
+    settings.confirm_key("MY_KEY@llm.example.com")
+    task.check(settings, 4, 1, Screen())
+    with pytest.raises(UsageError, match="is no annotator"):
+        (tmp_path / "mine").mkdir()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+        task.check(Eval(judge_url="alpaca-eval", judge_model="mine"), 4, 1, Screen())
 
 
 @pytest.mark.parametrize(
@@ -273,7 +325,9 @@ def test_a_judge_needs_a_models_name():
 def test_a_key_variable_that_is_not_set_is_said_before_anything_is_generated(task, monkeypatch):
     monkeypatch.delenv("MY_KEY", raising=False)
     with pytest.raises(UsageError, match="MY_KEY is not set"):
-        task.check(judged("http://localhost/v1", judge_key_variable="MY_KEY"), 4, 1, Screen())
+        settings = judged("http://localhost/v1", judge_key_variable="MY_KEY")
+        settings.confirm_key("MY_KEY@localhost")
+        task.check(settings, 4, 1, Screen())
 
 
 def test_many_requests_are_announced_before_anything_is_generated(task):
