@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lco_lite import ranks
-from lco_lite.console import Console
+from lco_lite.console import Console, visible
 from lco_lite.errors import Interrupted, LcoError, MemoryExhausted, UsageError
 from lco_lite.files import write_text
 from lco_lite.metrics import peak_mib
@@ -46,7 +46,7 @@ def boundary() -> Iterator[None]:
 
 def _say(why: str) -> None:
     if stderr := ranks.stderr_of_the_first():
-        typer.echo(why, file=stderr)
+        typer.echo(visible(why), file=stderr)  # a message may quote a model, or a user's function
 
 
 @contextlib.contextmanager

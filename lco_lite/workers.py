@@ -134,7 +134,7 @@ class LineWorker:
                 process.stdin.close()
 
     def _exchange(self, line: str, seconds: float) -> str:
-        assert self._started and self._started.process.stdin
+        assert self._started and (pipe := self._started.process.stdin)
         (process, _, answers), settled = self._started, threading.Lock()  # held by who was first: answer or clock
 
         def stop() -> None:
@@ -149,7 +149,7 @@ class LineWorker:
         try:
             with contextlib.suppress(BrokenPipeError):  # then there is no answer either
                 while rest:
-                    rest = rest[process.stdin.write(rest) :]
+                    rest = rest[pipe.write(rest) :]
             while (answer := answers.get()) is not None:
                 number, _, text = answer.decode("utf-8", "replace").strip().partition(" ")
                 if number == str(self._asked) and settled.acquire(blocking=False):

@@ -227,9 +227,7 @@ class ChatClient:
     ``now`` are the clock.
     """
 
-    def __init__(
-        self, url: str, key: str | None = None, timeout: float = TIMEOUT, deadline: float = DEADLINE
-    ) -> None:
+    def __init__(self, url: str, key: str | None = None, timeout: float = TIMEOUT, deadline: float = DEADLINE) -> None:
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self._key, self.stopped = key, threading.Event()
         self.sleep: Callable[[float], Any] = self.stopped.wait

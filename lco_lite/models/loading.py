@@ -274,7 +274,11 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
             raise UsageError(f"{folder}: was converted from another GGUF file: delete it, or choose another --name")
         return folder
     tokenizer = _from_gguf(hf.AutoTokenizer, weights)
-    model = _from_gguf(hf.AutoModelForCausalLM, weights, dtype=torch.bfloat16)
+    model, loaded = _from_gguf(hf.AutoModelForCausalLM, weights, dtype=torch.bfloat16, output_loading_info=True)
+    if missing := sorted(loaded["missing_keys"]):  # see load_base
+        raise ModelError(
+            f"{weights.gguf_file}: lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]}"
+        )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now; save_pretrained refuses them with the marks
     model.hf_quantizer = None

@@ -232,7 +232,9 @@ class Eval(Section):
     judge_url: str | None = setting(None, "base of a chat-completions API (http://HOST/v1), or alpaca-eval", "none")
     judge_model: str | None = setting(None, "the judge's name there; of alpaca-eval its annotator", "yours")
     judge_key_variable: str | None = setting(
-        None, "environment variable with the API's key; to other than known hosts --judge-key sends it", "the host's own"
+        None,
+        "environment variable with the API's key; to other than known hosts --judge-key sends it",
+        "the host's own",
     )
     judge_options: dict[str, Any] = setting(
         {"temperature": 0, "max_tokens": 1024}, "more fields of the judge's requests", "the judge answers in one word"

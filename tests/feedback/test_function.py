@@ -50,7 +50,10 @@ def test_it_gets_prompts_responses_and_rows_in_batches_of_one_process(function):
         ("def score(p, r, rows): return [1.0, -1e39, 1.0]", "response 2 .*finite in float32"),
         ("def score(p, r, rows): return [1.0, 10**9999, 1.0]", "response 2 .*finite in float32"),
         ("def score(p, r, rows): return iter(int, 1)", "more than 3 rewards for 3 responses"),
-        ("import sys\ndef score(p, r, rows): return [sys.exit(0) if x == 'b' else 1.0 for x in r]", "response 2 .*exit"),
+        (
+            "import sys\ndef score(p, r, rows): return [sys.exit(0) if x == 'b' else 1.0 for x in r]",
+            "response 2 .*exit",
+        ),
         ("def score(p, r, rows): raise KeyboardInterrupt", "response 1 .*KeyboardInterrupt"),
         ("import os\ndef score(p, r, rows): os._exit(0)", "response 1 .*os._exit"),
         ("import os\ndef score(p, r, rows): os.kill(os.getpid(), 9)", "responses 1 to 3.*died by signal 9"),

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from lco_lite import ranks
 from lco_lite.errors import ModelError, UsageError
 from lco_lite.judging.classifiers import SegmentClassifier, SequenceClassifier, load_classifier, sentences
+from lco_lite.models import loading
 from lco_lite.models.chat import ChatFormat, check_same_tokenizer
 from lco_lite.models.loading import (
     base_dtype,
@@ -231,13 +232,29 @@ def with_code(folder: Path) -> Path:
     )
     tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    gguf = importlib.import_module("gguf").GGUFWriter(folder / "m.gguf", "llama")
+    empty_gguf(folder / "m.gguf")
+    return folder
+
+
+def empty_gguf(file: Path) -> None:
+    gguf = importlib.import_module("gguf").GGUFWriter(file, "llama")
     gguf.add_block_count(1)
+    gguf.add_embedding_length(16)
+    gguf.add_feed_forward_length(16)
+    gguf.add_head_count(1)
+    gguf.add_vocab_size(8)
     gguf.write_header_to_file()
     gguf.write_kv_data_to_file()
     gguf.write_tensors_to_file()
     gguf.close()
-    return folder
+
+
+def test_a_gguf_without_all_weights_is_not_filled_up_at_random(tmp_path, monkeypatch):
+    empty_gguf(tmp_path / "m.gguf")
+    real = loading._from_gguf
+    monkeypatch.setattr(loading, "_from_gguf", lambda kind, *a, **kw: kind is AutoTokenizer or real(kind, *a, **kw))
+    with pytest.raises(ModelError, match="m.gguf: lacks .* weights of LlamaForCausalLM"):
+        converted_gguf(Model(path=str(tmp_path), gguf_file="m.gguf"), tmp_path / "base")
 
 
 @pytest.mark.parametrize(

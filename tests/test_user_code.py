@@ -1,0 +1,84 @@
+"""What of the user's runs in this process, objectives, targets and graders, can neither end it nor hang its import."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from lco_lite import user_code
+from lco_lite.command import boundary
+from lco_lite.errors import UsageError
+from lco_lite.grading import Item
+from lco_lite.tasks.custom import grader_named
+from lco_lite.user_code import load_function
+
+
+@pytest.fixture
+def spec(tmp_path):
+    def write(body: str) -> str:
+        file = tmp_path / "own.py"
+        file.write_text(body)
+        return f"{file}:f"
+
+    return write
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "os._exit(0)", "exit()", "quit()", "raise SystemExit"])
+def test_a_file_that_ends_the_process_as_it_is_imported_is_one_message(spec, end):
+    with pytest.raises(UsageError, match=r"own.py: cannot be imported: .*exit.*would end the training"):
+        load_function(spec(f"import os, sys\n{end}\ndef f(): return 1"))
+    assert os._exit is user_code._exit
+
+
+def test_an_import_that_hangs_is_one_message_even_where_the_file_catches_everything(spec, monkeypatch):
+    monkeypatch.setattr(user_code, "IMPORT_SECONDS", 0.2)
+    before, clock = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    with pytest.raises(UsageError, match=r"own.py: cannot be imported: TimeoutError: it takes more than 0.2 s"):
+        load_function(spec("import time\ntry:\n    time.sleep(99)\nexcept Exception: pass\nwhile True: pass"))
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (clock[0] > 0), "a clock that ran before goes on"
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "os._exit(0)"])
+def test_a_call_that_ends_the_process_is_an_error_like_others(spec, end):
+    function = load_function(spec(f"import os, sys\ndef f(): {end}"))
+    with pytest.raises(RuntimeError, match="would end the training"):
+        function()
+
+
+def test_a_fork_in_such_a_call_ends_as_it_would_elsewhere(spec):
+    body = """
+import os
+def f():
+    if (child := os.fork()) == 0:
+        os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+"""
+    assert load_function(spec(body))() == 7
+
+
+def test_a_grader_that_exits_names_its_item(spec):
+    grade = grader_named(spec("import sys\ndef f(response, item): sys.exit(0)"))
+    with pytest.raises(UsageError, match=r"own.py:f failed on item 3: .*sys.exit\(0\)"):
+        grade("x", Item("3", "p", "g", None, {}))
+
+
+def test_a_reward_file_is_not_imported_in_this_process(tmp_path, monkeypatch):
+    from lco_lite.feedback.rewards import RewardFunction
+
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("import os\nprint(os.getpid(), file=open('pid', 'w'))\ndef f(p, r, rows): return [1.0]")
+    began = time.monotonic()
+    RewardFunction("own.py:f", 60.0)
+    assert int(Path("pid").read_text()) != os.getpid() and time.monotonic() - began < 60
+
+
+def test_an_error_cannot_steer_the_terminal(capsys):
+    with pytest.raises(typer.Exit), boundary():
+        raise UsageError("own.py:f: ValueError: \x1b]0;mine\x07\nsecond line")
+    assert capsys.readouterr().err == "error: own.py:f: ValueError: \\x1b]0;mine\\x07\nsecond line\n"
