@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,9 @@ def save_checkpoint(
             # copies: safetensors refuses tensors that share memory
             own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in saved.items()}
             save_file(own, new / name)
-        sums = {name: _sha256(new / name) for name in (TENSORS, OPTIMIZER)}
+        sums = {name: sha256(new / name) for name in (TENSORS, OPTIMIZER)}
         content = {"format": FORMAT, "step": step, "state": state, "optimizer": tree, "rng": rng, "sha256": sums}
-        write_json(new / "state.json", {"sha256": _sha256(content), "content": content})
+        write_json(new / "state.json", {"sha256": sha256(content), "content": content})
     # those after it were damaged when the stage went back before them; left there they would be tried again
     made = checkpoints(folder)
     kept = made[: made.index(path) + 1][-2:]
@@ -68,12 +69,17 @@ def save_checkpoint(
 
 
 def load_latest(
-    folder: Path, optimizer: Optimizer | None = None, device: torch.device | str = "cpu"
+    folder: Path,
+    optimizer: Optimizer | None = None,
+    device: torch.device | str = "cpu",
+    owner: str | None = None,
+    like: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint | None:
     """The newest checkpoint, tensors on ``device``; puts ``optimizer`` and all random states back. None: none was made.
 
     Call it last before the loop: whatever draws random numbers in between would move the states on. A damaged
-    checkpoint is named in a warning and the one before is taken; UsageError when all are damaged.
+    checkpoint is named in a warning and the one before is taken; UsageError when all are damaged. ``owner``, ``like``:
+    see ``load_checkpoint``.
     """
     paths = checkpoints(folder)
     for path in reversed(paths):
@@ -82,6 +88,7 @@ def load_latest(
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as e:
             warnings.warn(f"checkpoint {path} is damaged ({e}): going back to the one before", stacklevel=2)
             continue
+        _refuse_strange(path, content["state"], tensors, owner, like)
         if optimizer is not None:
             if content["optimizer"] is None:
                 raise UsageError(f"checkpoint {path} holds no optimizer state")
@@ -91,6 +98,47 @@ def load_latest(
     if paths:
         raise UsageError(f"every checkpoint under {folder} is damaged: --fresh starts this stage again")
     return None
+
+
+def load_checkpoint(
+    path: Path, device: torch.device | str, owner: str | None, like: Mapping[str, Tensor]
+) -> Checkpoint:
+    """The weights of one checkpoint, tensors on ``device``; no random state is touched. UsageError where it is damaged,
+    is of another ``owner`` than this stage, or has not the tensors that ``like`` has by name and shape."""
+    try:
+        content, tensors, _ = _read(path, device)
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as e:
+        raise UsageError(f"checkpoint {path} is damaged ({e})") from e
+    _refuse_strange(path, content["state"], tensors, owner, like)
+    return Checkpoint(path, content["step"], tensors, content["state"])
+
+
+def checkpoint_id(path: Path) -> str:
+    """Of its weights: another wherever they differ. UsageError where it is damaged."""
+    try:
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))["content"]
+        return str(content["sha256"][TENSORS])[:12]
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UsageError(f"checkpoint {path} is damaged ({e})") from e
+
+
+def _refuse_strange(
+    path: Path,
+    state: dict[str, Any],
+    tensors: dict[str, Tensor],
+    owner: str | None,
+    like: Mapping[str, Tensor] | None,
+) -> None:
+    """UsageError for a checkpoint that another stage made."""
+    remedy = "move it away, or start this stage again with --fresh"
+    if (whose := state.get("owner")) != owner:
+        found, accepted = whose or "one of an older version", owner or "those of an older version"
+        raise UsageError(f"checkpoint {path}: found that of {found}, accepted is that of {accepted}: {remedy}")
+    for name, tensor in (like or {}).items():
+        found = list(tensors[name].shape) if name in tensors else "nothing"
+        if found != list(tensor.shape):
+            accepted = f"{list(tensor.shape)} is accepted"
+            raise UsageError(f"checkpoint {path}: found {found} for {name}, {accepted}: {remedy}")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -152,18 +200,18 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
 def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     file = json.loads((path / "state.json").read_text(encoding="utf-8"))
     content = file["content"]
-    if _sha256(content) != file["sha256"]:
+    if sha256(content) != file["sha256"]:
         raise ValueError("state.json is not what was written")
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
     for name, expected in content["sha256"].items():
-        if _sha256(path / name) != expected:
+        if sha256(path / name) != expected:
             raise ValueError(f"{name} is not what was written")
     # optimizer and random states stay on the CPU: load_state_dict moves each where its parameter is
     return content, load_file(path / TENSORS, str(device)), load_file(path / OPTIMIZER)
 
 
-def _sha256(value: Any) -> str:
+def sha256(value: Any) -> str:
     """Of a file, or of anything else as JSON."""
     mapped = np.memmap(value, mode="r") if isinstance(value, Path) else json.dumps(value, sort_keys=True).encode()
     return hashlib.sha256(mapped).hexdigest()

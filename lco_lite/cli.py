@@ -35,6 +35,7 @@ _COMPARE = "Two earlier scores, STAGE or RUN/STAGE (or several, joined by commas
 _JUDGE = "alpaca_eval: chat-completions API that judges, or alpaca-eval for that package."
 _JUDGE_KEY = "Send the key in this environment variable to this host; known hosts get their own without it."
 _OBJECTIVES = f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME."
+_POLICY = "base, sft, rm, rl (the newest) or rl-OBJECTIVE; STAGE@best, STAGE@STEP; optimal (π*); else the newest."
 _SET = "Set any field of the recipe, e.g. -s rl.lr=1e-5. Repeatable."
 _WHICH = "A recipe file or a shipped recipe's name."
 
@@ -99,6 +100,11 @@ def _objective(name: str | None) -> str | None:
         raise typer.BadParameter(str(e)) from e
 
 
+Objective = Annotated[str | None, Option(help=_OBJECTIVES, callback=_objective)]
+Beta = Annotated[float | None, Option(help="Strength of the KL regulariser.")]
+Steps = Annotated[int | None, Option(help="Rollout phases; more than are done go on from the last.")]
+
+
 @app.callback()
 def _main(
     version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
@@ -107,9 +113,10 @@ def _main(
 
 @app.command()
 @spread(TrainFlags)
-def run(recipe: Recipe, on: TrainFlags) -> None:
+def run(recipe: Recipe, on: TrainFlags, objective: Objective = None, beta: Beta = None, steps: Steps = None) -> None:
     """All stages in order, then the score after each. Skips what is done."""
-    with command(recipe, **on.arguments(), dry_run=on.dry_run) as ctx:
+    flags = {"rl.objective": objective, "rl.beta": beta, "rl.steps": steps}
+    with command(recipe, **on.arguments(flags), dry_run=on.dry_run) as ctx:
         from lco_lite.train.pipeline import run_all
 
         run_all(ctx, on.fresh)
@@ -134,12 +141,12 @@ def train_rm(on: TrainFlags, recipe: RecipeOrNewest = None) -> None:
 def rl(
     on: TrainFlags,
     recipe: RecipeOrNewest = None,
-    objective: Annotated[str | None, Option(help=_OBJECTIVES, callback=_objective)] = None,
-    beta: Annotated[float | None, Option(help="Strength of the KL regulariser.")] = None,
+    objective: Objective = None,
+    beta: Beta = None,
     feedback: Annotated[
         str | None, Option(help="dpo, logprob, dpo_sampled, rule, function, reward_model; 'dpo + rule'.")
     ] = None,
-    steps: Annotated[int | None, Option(help="Rollout phases.")] = None,
+    steps: Steps = None,
 ) -> None:
     """Policy optimisation by LCO or another objective; stages it needs are trained first if missing."""
     flags = {"rl.objective": objective, "rl.beta": beta, "rl.feedback": feedback, "rl.steps": steps}
@@ -161,7 +168,7 @@ def evaluate(
     on: RunFlags,
     tasks: Annotated[list[str] | None, Argument(metavar="TASK…", help="e.g. math500; else the recipe's.")] = None,
     model: Annotated[str | None, Option(help="Score a model or adapter folder or hub id, not a run.")] = None,
-    policy: Annotated[str | None, Option(help="base, sft, rm, rl-OBJECTIVE, optimal (π*); else the newest.")] = None,
+    policy: Annotated[str | None, Option(help=_POLICY)] = None,
     beta: Annotated[float | None, Option(help="β of --policy optimal; the recipe's unless given.")] = None,
     seeds: Annotated[int | None, Option(help="Sampling passes over the items.")] = None,
     greedy: Annotated[bool, Option("--greedy", help="Decode greedily, one pass.")] = False,

@@ -17,12 +17,12 @@ import typer
 from lco_lite import ranks
 from lco_lite.console import Console, visible
 from lco_lite.errors import Interrupted, LcoError, MemoryExhausted, UsageError
-from lco_lite.files import write_text
+from lco_lite.files import still_there, write_text
 from lco_lite.metrics import peak_mib
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.file import find_recipe, load_recipe, overridden
+from lco_lite.recipe.file import find_recipe, load_recipe, overridden, said
 from lco_lite.recipe.sections import RewardModel
-from lco_lite.run import Run
+from lco_lite.run import Run, decides, verb
 
 if TYPE_CHECKING:
     from lco_lite.context import Context
@@ -94,6 +94,7 @@ def command(
                 f"{run.path} is not there for every process: name a folder that all machines share by --runs"
             )
         with _locked(run), _context(run, resolved, console, adapter) as ctx:
+            ctx.said = said(None if recipe is None else find_recipe(recipe), sets, flags)
             yield ctx
 
 
@@ -125,6 +126,7 @@ def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -
     except (LcoError, BrokenPipeError, typer.Exit):
         raise
     except Exception as e:
+        still_there(run.path)
         if out_of_memory(e):
             listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(_remedies(ctx), 1))
             where = f"phase {ctx.clock.phase}" + (f" of {ctx.stage}" if ctx.stage else "")
@@ -166,7 +168,17 @@ def _remedies(ctx: Context) -> list[str]:
         "close what else uses the device": True,
         "a smaller model": True,
     }
-    return [text for text, fits in remedies.items() if fits]
+    return [text + _with_fresh(ctx, text) for text, fits in remedies.items() if fits]
+
+
+def _with_fresh(ctx: Context, remedy: str) -> str:
+    """What else it takes where the setting that a remedy names decides a stage that has started."""
+    key = "model.path" if remedy == "a smaller model" else re.split(r"[:, ]", remedy)[0]
+    stages = ctx.recipe.stages if ctx.stage in ctx.recipe.stages else []
+    for stage in stages[: stages.index(ctx.stage) + 1] if stages else []:
+        if "." in key and decides(ctx.recipe, stage, key) and ctx.run.stage(stage).started():
+            return f" (with `{verb(stage)} --fresh`: it decides {stage}, which has started)"
+    return ""
 
 
 def _base_and_adapter(model: str) -> tuple[str, Path | None]:

@@ -55,6 +55,8 @@ class Context:
     adapter: Path | None = None  # scored on the base instead of a stage's
     clock: Clock = field(default_factory=Clock)
     stage: str = ""  # the one that is trained
+    said: frozenset[str] | None = None  # the settings, by dotted key, that recipe file and flags name; None: all
+    begins: Callable[[], None] = lambda: None  # what the stage works with is open: from here on the run remembers it
     bases: WeakSet[Any] = field(default_factory=WeakSet)  # that share the device (models/residency.py)
     _rooms: dict[str, Room] = field(default_factory=dict)
 

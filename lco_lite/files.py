@@ -22,15 +22,43 @@ from lco_lite.errors import DataError, LcoError, UsageError
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{12}\.(?P<kind>new|old|gone)$")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)  # a file where a folder should be, or a name too long
+# a file where a folder should be or the other way round, or a name too long
+_NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_held: dict[Path, tuple[Path, os.stat_result]] = {}  # folder -> what lies in it while it is held
+
+
+@contextmanager
+def held(folder: Path, witness: Path) -> Iterator[None]:
+    """While it is open, nothing is written below ``folder`` once it was deleted or moved: ``witness``, a file in it
+    that is kept open, is then no longer there. See ``still_there``."""
+    _held[folder] = witness, witness.stat()
+    try:
+        yield
+    finally:
+        del _held[folder]
+
+
+def still_there(path: Path) -> None:
+    """LcoError where the held folder that ``path`` is in, or is, was deleted or moved since."""
+    for folder, (witness, was) in _held.items():
+        if folder == path or folder in path.parents:
+            try:
+                there = os.path.samestat(witness.stat(), was)
+            except OSError:
+                there = False
+            if not there:
+                gone = f"{folder} was deleted or moved while this process worked in it: nothing more is written"
+                raise LcoError(f"{gone}. The same command starts again, or goes on once the folder is back.")
 
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """A full disk (LcoError) or a place that cannot be written (UsageError) becomes a message that names ``path``."""
+    still_there(path)
     try:
         yield
     except Exception as e:
+        still_there(path)
         number = e.errno if isinstance(e, OSError) else None
         # safetensors writes from Rust and raises an error type of its own, without a number
         if number in _DISK_FULL or (number is None and "No space left on device" in str(e)):

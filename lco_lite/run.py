@@ -2,18 +2,20 @@
 
     runs/NAME/recipe.yaml  environment.json  sft/  rm/  rl-kld/  eval/TASK--STAGE.json
 
-A stage remembers what it was started with (``stage.json``); what it made is complete once ``done.json`` is there.
-Everything is written whole, so a run can be killed at any instant and goes on.
+A stage counts as started once there is a checkpoint or a result of it. It remembers what it was started with
+(``stage.json``); what it made is complete once ``done.json`` is there. What is said goes on only where it is the same;
+what is not said stays as it was. Everything is written whole, so a run can be killed at any instant and goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,14 +23,22 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
+from pydantic import ValidationError
 
 from lco_lite import ranks
 from lco_lite.environment import environment
 from lco_lite.errors import RecipeError, UsageError
-from lco_lite.files import recover, remove, write_errors, write_json, write_text
+from lco_lite.files import held, recover, remove, write_errors, write_json, write_text
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump, flat, load_recipe
 from lco_lite.recipe.rl import REWARDS, RewardPart
+
+# what a stage writes, and so what is believed of it
+_FIELDS: dict[str, dict[str, Any]] = {
+    "stage.json": {"settings": dict, "upstream": dict, "started": str},
+    "done.json": {"id": str, "finished": str, "result": dict},
+    "best.json": {"step": int, "score": (int, float), "items": int},
+}
 
 
 class StageFolder:
@@ -37,42 +47,143 @@ class StageFolder:
     def __init__(self, path: Path) -> None:
         self.name, self.path = path.name, path
         self.adapter, self.model = path / "adapter", path / "model"
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints, self.best = path / "checkpoints", path / "best"
         self.metrics, self.samples = path / "metrics.jsonl", path / "samples.jsonl"
         self._begun = time.monotonic()
 
     @ranks.once
     def is_done(self) -> bool:
-        return (self.path / "done.json").exists()
+        return self._record("done.json") is not None
 
     @ranks.once
-    def begin(self, settings: dict[str, Any], upstream: dict[str, str]) -> None:
-        """Starts the stage or lets it go on; ``upstream`` maps the stages it builds on to the ids of their results.
-        UsageError with every difference where it was started with other settings or upstream results."""
-        file = self.path / "stage.json"
-        if not file.exists():
-            write_json(file, {"settings": settings, "upstream": upstream, "started": _now()})
-        before = _read_json(file)
-        lines, ids = differences(before["settings"], json.loads(json.dumps(settings))), before["upstream"]
+    def started(self) -> bool:
+        """Whether there is a checkpoint or a result; pairs that were sampled for a reward model are one."""
+        results = ("done.json", "adapter", "model", "best", "pairs.jsonl")
+        return bool(self.kept_steps()) or any((self.path / made).exists() for made in results)
+
+    def kept_steps(self) -> list[int]:
+        """Those of which there is a checkpoint, in order."""
+        return sorted(int(one.name.removeprefix("step-")) for one in self.checkpoints.glob("step-" + "[0-9]" * 8))
+
+    @ranks.once
+    def steps_done(self) -> int:
+        """How many steps are in the result or, while there is none, in the newest checkpoint."""
+        result = (self._record("done.json") or {"result": {}})["result"]
+        return max([result.get("steps", result.get("updates", 0)), *self.kept_steps()])
+
+    @ranks.once
+    def best_step(self) -> dict[str, Any] | None:
+        """``step``, held-out ``score`` and ``items`` of the best step that was kept, if one was."""
+        return self._record("best/best.json")
+
+    @ranks.once
+    def owner(self) -> str | None:
+        """What the stage's checkpoints carry; None of a stage that version 0.3 began."""
+        return (self._record("stage.json") or {}).get("id")
+
+    @ranks.once
+    def settings(self) -> dict[str, Any]:
+        """What the stage was started with; nothing while it does not count as started."""
+        return (self._record("stage.json") or {"settings": {}})["settings"] if self.started() else {}
+
+    @ranks.once
+    def check(self, settings: dict[str, Any], upstream: dict[str, str]) -> list[str]:
+        """Whether the stage may start or go on with this; ``upstream`` maps the stages it builds on to the ids of their
+        results. Returns a line a setting that makes it longer, or shorter than it was planned. UsageError with every
+        difference where it was started with something else, or has done more than is asked for."""
+        before = self._record("stage.json")
+        if not self.started():
+            return []
+        if before is None:
+            what = "a result" if self.is_done() else "what a stage made"
+            unknown = f"{self.path} holds {what} and no stage.json: nobody knows what it was started with."
+            raise UsageError(unknown + self._anew())
+        old, new, ids = before["settings"], json.loads(json.dumps(settings)), before["upstream"]
+        lengths = [key for key in _lengths(self.name) if old.get(key) != new.get(key)]
+        after = [s.name for s in Run(self.path.parent).stages() if s.started() and self.name in s.upstream()]
+        lines, done = list[str](), self.steps_done()
+        if lengths and (after or not _reaches(self.name, old, new, done)):
+            why = f"{', '.join(after)} rests on it as it is" if after else f"{done} steps are done"
+            lines, lengths = [f"{line} ({why})" for line in _only(lengths, old, new)], []
+        others = [key for key in {**old, **new} if key not in _lengths(self.name)]
+        lines += _only(others, old, new)
         lines += [f"{name} was trained again since" for name in upstream if ids.get(name) != upstream[name]]
         lines += [f"{name} is no longer used" for name in ids if name not in upstream]
         if lines:
             lines = [f"{self.path} was started with something else (then → now):", *lines]
-            remedy = "Go back to that, start this stage again with --fresh (deletes it and what was built on it)"
-            raise UsageError("\n  ".join(lines) + f"\n{remedy}, or start a new run with --name NAME.")
+            raise UsageError("\n  ".join(lines) + "\n" + self._anew("Go back to that, start"))
+        if lengths and self.is_done() and not self.kept_steps():
+            longer = f"{self.path}: {', '.join(_only(lengths, old, new))}"
+            raise UsageError(f"{longer} goes on from the last checkpoint, and none is left.{self._anew()}")
+        return _only(lengths, old, new)
+
+    @ranks.once
+    def begin(self, settings: dict[str, Any], upstream: dict[str, str]) -> bool:
+        """What ``check`` lets pass is remembered; returns whether anything is new. What was sampled for other settings
+        is deleted, and a stage that goes on after its end is open again."""
+        longer, before = self.check(settings, upstream), self._record("stage.json")
+        started, new = self.started(), json.loads(json.dumps(settings))
+        if before is not None and (before["settings"], before["upstream"]) == (new, upstream):
+            return False
+        if started and not longer:
+            return False  # the order of keys, or what an older version left out
+        if not started:
+            remove(self.path)
+            run = self.path.parent.name
+            before = {"upstream": upstream, "started": _now(), "id": f"{run}/{self.name} {uuid.uuid4().hex[:12]}"}
+        remove(self.path / "done.json")
+        assert before is not None
+        write_json(self.path / "stage.json", {**before, "settings": new})
+        return True
 
     @ranks.once
     def finish(self, result: dict[str, Any]) -> None:
-        """Marks the stage done. ``result`` is JSON; later stages refer to a fresh id; seconds are this process's."""
+        """Marks the stage done. ``result`` is JSON; later stages refer to a fresh id; seconds are this process's.
+        ``order`` counts what the run has made."""
         made = {"id": uuid.uuid4().hex[:12], "finished": _now(), "seconds": round(time.monotonic() - self._begun, 3)}
-        write_json(self.path / "done.json", {**made, "result": result})
+        order = 1 + max((one.order() for one in Run(self.path.parent).stages()), default=0)
+        write_json(self.path / "done.json", {**made, "order": order, "result": result})
 
     @ranks.once
     def id(self) -> str:
         """Changes whenever the stage is trained again. UsageError while it is not done."""
-        if not self.is_done():
+        done = self._record("done.json")
+        if done is None:
             raise UsageError(f"{self.path}: this stage is not done yet")
-        return str(_read_json(self.path / "done.json")["id"])
+        return str(done["id"])
+
+    def upstream(self) -> dict[str, str]:
+        """The stages that it was started on, and the ids of their results."""
+        return (self._record("stage.json") or {"upstream": {}})["upstream"]
+
+    def order(self) -> int:
+        """The how-manieth result of the run it was; 0 where it has none, or where nobody counted yet."""
+        try:
+            return int((self._record("done.json") or {}).get("order", 0))
+        except UsageError:
+            return 0  # another stage's damage is told where that stage is asked for
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        """What the stage wrote there, if it did. UsageError for a file that holds anything else."""
+        file = self.path / name
+        if not file.exists():
+            return None
+        spare = f" Delete {file.parent}: other steps may be kept there again."
+        remedy = spare if name != file.name else self._anew()
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise UsageError(f"{file} is damaged ({e}).{remedy}") from e
+        fields = _FIELDS[file.name]
+        if not isinstance(value, dict) or not all(isinstance(value.get(key), fields[key]) for key in fields):
+            found = json.dumps(value, ensure_ascii=False)
+            wanted = f"what a stage writes: an object with {', '.join(fields)}"
+            raise UsageError(f"{file}: found {found:.60}, accepted is {wanted}.{remedy}")
+        return value
+
+    def _anew(self, start: str = " Start") -> str:
+        remedy = f"{start} this stage again with `{verb(self.name)} --fresh` (deletes it and what was built on it)"
+        return f"{remedy}, or start a new run with --name NAME."
 
 
 @dataclass(frozen=True)
@@ -113,25 +224,32 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Keeps other processes out and cleans up after killed ones. UsageError names the process that has the run, as
         ``.lock`` does, whose time is that of the run's last use; a lock of its own lies beside it."""
-        holder = self.path / ".lock"
-        lock = FileLock(self.path / ".lock.held", timeout=0)
+        holder, witness = self.path / ".lock", self.path / ".lock.held"
+        for file in (holder, witness):
+            if file.is_dir():
+                raise UsageError(f"{file} is a folder, and the file that keeps other processes out lies there: move it")
+        lock = FileLock(witness, timeout=0)
         no_locks = f"{self.path}: this file system has no locks (%s): choose a local --runs DIR"
         try:
             with write_errors(holder):
-                held = lock.acquire()
+                acquired = lock.acquire()
         except Timeout as e:
             used = f"in use by process {holder.read_text(encoding='utf-8') if holder.exists() else 'unknown'}"
             raise UsageError(f"{self.path} is {used}: wait for it, stop it, or start another run with --name") from e
         except (OSError, NotImplementedError) as e:
             raise UsageError(no_locks % e) from e
-        with held:
+        with acquired, held(self.path, witness):
             if isinstance(lock, SoftFileLock):
                 raise UsageError(no_locks % "a lock file would outlive its process")
             write_text(holder, str(os.getpid()))
             recover(self.path)
             try:
                 yield
-            finally:
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.utime(holder)
+                raise
+            with write_errors(holder):
                 os.utime(holder)  # a run that ends after another began is the newer one
 
     @ranks.once
@@ -165,10 +283,15 @@ class Run:
         return [self.stage(name) for name in sorted(begun, key=_order)]
 
     @ranks.once
-    def newest_stage(self) -> str:
-        """The policy that was trained last; ``base`` where none has been."""
-        policies = [s for s in self.stages() if s.is_done() and s.name != "rm"]
-        return max(policies, key=lambda s: (s.path / "done.json").stat().st_mtime).name if policies else "base"
+    def newest_stage(self, kind: str = "") -> str:
+        """The policy that was made last, by the run's own count, of those whose name starts with ``kind``: what stands
+        later in the order of stages before what stands earlier; ``base`` where there is none."""
+        made = [
+            (_order(s.name)[0], s.order(), done["finished"], s.name)
+            for s in self.stages()
+            if s.name != "rm" and s.name.startswith(kind) and (done := s._record("done.json")) is not None
+        ]
+        return max(made)[-1] if made else "base"
 
     def eval_path(self, task: str, stage: str) -> Path:
         """Where the score of ``stage`` on ``task`` is; its items lie beside it as .jsonl."""
@@ -181,7 +304,7 @@ class Run:
         present = {begun.name for begun in self.stages()} | {stage}
         doomed = [name for name in sorted(present, key=_order) if name == stage or _order(stage)[0] < _order(name)[0]]
         for name in reversed(doomed):  # killed half-way, what is left still stands on what it was built on
-            for score in sorted((self.path / "eval").glob(f"*--{name}.*")):
+            for score in sorted(f for end in (".", "@") for f in (self.path / "eval").glob(f"*--{name}{end}*")):
                 remove(score)
             remove(self.path / name)
         for name in {"sft": ("base", "base-rm"), "rm": ("base-rm",)}.get(stage, ()):
@@ -193,14 +316,27 @@ def _order(stage: str) -> tuple[int, str]:
     return ({"sft": 0, "rm": 1}.get(stage, 2), stage)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-        return value
-    except (OSError, ValueError) as e:
-        raise UsageError(f"{path} is damaged ({e}): start the stage again with --fresh") from e
+def verb(stage: str) -> str:
+    """The command that trains it."""
+    return {"sft": "lco-lite sft", "rm": "lco-lite train-rm"}.get(stage, "lco-lite rl")
+
+
+def _lengths(stage: str) -> list[str]:
+    """The settings that say how far a stage goes, and nothing of the way."""
+    section = {"sft": "sft", "rm": "train_rm"}.get(stage)
+    return [f"{section}.max_steps", f"{section}.epochs"] if section else ["rl.steps"]
+
+
+def _reaches(stage: str, old: dict[str, Any], new: dict[str, Any], done: int) -> bool:
+    """Whether a stage that has ``done`` so many steps gets as far with ``new`` settings, or farther."""
+    steps, *epochs = _lengths(stage)
+    if new.get(steps) is None:
+        return old.get(steps) is None and all(new[key] >= old[key] for key in epochs)
+    return bool(new[steps] >= done)
+
+
+def _only(keys: Collection[str], old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return differences(*({key: value for key, value in one.items() if key in keys} for one in (old, new)))
 
 
 def _now() -> str:
@@ -213,7 +349,8 @@ _RM = [*_SFT, "reward_model", "data.preferences", "data.columns.preferences", "t
 # last part of the key, wherever it stands
 _NO_MATTER = {"gradient_checkpointing", "attention", "trust_remote_code", "micro_batch_tokens", "rollout_batch"}
 _NO_MATTER |= {"device", "gpu_share", "streaming"}
-_NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard", "reward_timeout"}
+_NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard", "keep_best"}
+_NO_MATTER |= {"reward_timeout"}
 # left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
 _NEWER: dict[str, Any] = {"sft.more_tasks": [], "rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
 _NEWER |= {"rl.evaluated": True, "rollout.engine": "auto"}
@@ -223,8 +360,8 @@ _NEWER |= dict.fromkeys(("sft.optimizer", "train_rm.optimizer", "rl.optimizer"),
 _NEWER |= dict.fromkeys(("sft.adam_eps", "train_rm.adam_eps", "rl.adam_eps"))
 
 
-def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The settings, by dotted key, that decide the outcome of ``stage`` (``sft``, ``rm`` or ``rl-OBJECTIVE``)."""
+def decides(recipe: Recipe, stage: str, key: str) -> bool:
+    """Whether the setting, by dotted key, is one that decides the outcome of ``stage``: see ``stage_settings``."""
     if stage not in ("sft", "rm") and not stage.startswith("rl-"):
         raise UsageError(f"no stage {stage!r}: sft, rm or rl-OBJECTIVE")
     roots = _RM if stage == "rm" or (stage != "sft" and recipe.rl.needs_reward_model) else _SFT
@@ -233,16 +370,62 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage.startswith("rl-"):
         judge = ["reward_model"] if recipe.rl.dense == "logprob" else []  # its base is φ
         roots = [*roots, *judge, "data.prompts", "data.columns.prompts", "rollout", "rl"]
+    counts = key.startswith(("rl.settings.", "rl.reward_function.")) or key.rpartition(".")[2] not in _NO_MATTER
+    return counts and any(f"{key}.".startswith(f"{root}.") for root in roots)
 
-    def decides(key: str, value: Any) -> bool:
+
+def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The settings, by dotted key, that decide the outcome of ``stage`` (``sft``, ``rm`` or ``rl-OBJECTIVE``)."""
+
+    def counts(key: str, value: Any) -> bool:
         if key in _NEWER and value == _NEWER[key]:
             return False
         if key == "rl.logprob_temperature" and recipe.rl.compared_at == 1:
             return False  # as version 0.1 had it always: at another temperature its policy gradients do not go on
-        counts = key.startswith(("rl.settings.", "rl.reward_function.")) or key.rpartition(".")[2] not in _NO_MATTER
-        return counts and any(f"{key}.".startswith(f"{root}.") for root in roots)
+        return decides(recipe, stage, key)
 
-    return {key: value for key, value in flat(recipe.model_dump(mode="json")).items() if decides(key, value)}
+    return {key: value for key, value in flat(recipe.model_dump(mode="json")).items() if counts(key, value)}
+
+
+def as_started(recipe: Recipe, stage: StageFolder, said: Collection[str] | None) -> tuple[Recipe, list[str]]:
+    """The recipe in which what nobody ``said``, by dotted key, is as the stage was started with, whatever a newer
+    version fills in, and a line a setting that this changes. None: everything was said."""
+    before = stage.settings()
+    if not before or said is None:
+        return recipe, []
+    now = json.loads(json.dumps(stage_settings(recipe, stage.name)))
+    other = [key for key in {**now, **before} if now.get(key, ...) != before.get(key, ...)]
+    unsaid = [key for key in other if not _said(key, said)]
+    tree = recipe.model_dump(mode="json")
+    for key in unsaid:
+        _drop(tree, key.split("."))
+    for key in unsaid:
+        if key in before or key in _NEWER:
+            _put(tree, key.split("."), before.get(key, _NEWER.get(key)))
+    try:
+        kept = Recipe.model_validate(tree)
+    except ValidationError:  # it does not go with what is said, which is then another setting too
+        return recipe, []
+    return kept, differences(now, stage_settings(kept, stage.name))
+
+
+def _said(key: str, said: Collection[str]) -> bool:
+    return any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in said)
+
+
+def _drop(tree: dict[str, Any], path: Sequence[str]) -> None:
+    for name in path[:-1]:
+        if not isinstance(tree := tree.get(name), dict):  # type: ignore[assignment]
+            return
+    tree.pop(path[-1], None)
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for name in path[:-1]:
+        if not isinstance(tree.get(name), dict):
+            tree[name] = {}
+        tree = tree[name]
+    tree[path[-1]] = value
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -10,25 +10,32 @@ reference       what the reward model started from       start
 ==============  =======================================  ===========================================
 
 A model from scratch is trained whole by sft; from there on it is a base like any other.
+
+What users call them, ``sft``, ``rl-kld``, ``rl`` (the newest of these), ``rl@best``, ``rl@4``: ``named_policy``.
 """
 
 import gc
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from lco_lite import ranks
+from lco_lite.checkpoint import checkpoint_id, load_checkpoint, sha256
 from lco_lite.context import Context
+from lco_lite.errors import UsageError
+from lco_lite.files import write_folder, write_json
 from lco_lite.models.chat import check_same_tokenizer
 from lco_lite.models.language_model import LanguageModel, Role, known_tokens
 from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_config, load_tokenizer, reward_device
 from lco_lite.models.residency import FrozenWeights, make_room
 from lco_lite.recipe.sections import Init, RewardModel, Weights
-from lco_lite.run import StageFolder
+from lco_lite.run import Run, StageFolder
 from lco_lite.sequences import derive
 
 START, POLICY, REWARD = "start", "policy", "rm"
@@ -114,8 +121,62 @@ def open_feedback_models(ctx: Context, start: Role) -> tuple[Role | None, Role |
     return _own_reward_base(ctx, start) or start, None
 
 
+def policies(run: Run) -> list[str]:
+    """The names of all weights in a run, as ``open_stage`` takes them; of π* too where there is a reward model."""
+    names = ["base"]
+    for stage in run.stages():
+        last = stage.steps_done() if stage.is_done() else None
+        names += [stage.name] if last is not None else []
+        names += [f"{stage.name}@best"] if stage.best_step() else []
+        names += [f"{stage.name}@{step}" for step in stage.kept_steps() if step != last]
+        names += ["optimal"] if stage.name == "rm" and last is not None else []
+    return names
+
+
+@ranks.once
+def named_policy(run: Run, name: str | None) -> str:
+    """What a user calls a policy of the run, as ``open_stage`` takes it. None: the one that was made last; ``rl``: the
+    last made of rl stages; ``STAGE@best``: its best step by held-out score; ``STAGE@N``: step N, where its weights are
+    still there. UsageError with all that are."""
+    if name is None:
+        return run.newest_stage()
+    stage, _, which = name.partition("@")
+    if stage == "rl":
+        begun = [one.name for one in run.stages() if one.name.startswith("rl-")]
+        newest = run.newest_stage("rl-")
+        stage = newest if newest != "base" else begun[-1] if begun else stage
+    there, found = policies(run), f"{stage}@{which}" if "@" in name else stage
+    if which.isdecimal():
+        folder, found = run.stage(stage), f"{stage}@{int(which)}"
+        if folder.is_done() and folder.steps_done() == int(which):
+            return stage
+        best = folder.best_step()
+        if found not in there and best and best["step"] == int(which):
+            found = f"{stage}@best"
+    if found not in there:
+        raise UsageError(f"policy {name}: run {run.name} has no weights of that name; there are: {', '.join(there)}")
+    return found
+
+
+@ranks.once
+def policy_id(run: Run, stage: str) -> str:
+    """Another wherever the weights are others. ``stage``: as ``open_stage`` takes it, and not the base."""
+    name, _, which = stage.partition("@")
+    folder = run.stage(name)
+    if not which:
+        return folder.id()
+    if which != "best":
+        return f"step {which} {checkpoint_id(_checkpoint(folder, which))}"
+    best, files = folder.best_step(), sorted(folder.best.glob("*/*.safetensors"))
+    return " ".join([f"step {best and best['step']}", *(sha256(file)[:12] for file in files)])
+
+
 def open_stage(ctx: Context, stage: str) -> Role:
-    """What a stage made, as a policy to sample from: ``base``, ``sft``, ``rm`` or ``rl-OBJECTIVE``."""
+    """What a stage made, as a policy to sample from: ``base``, ``sft``, ``rm`` or ``rl-OBJECTIVE``; with ``@best`` or
+    ``@N`` what it was then. ``named_policy`` makes such a name of what a user writes."""
+    stage, _, which = stage.partition("@")
+    if which not in ("", "best"):
+        return _at_step(ctx, stage, which)
     if stage == "base":
         model = open_base(ctx)
         if ctx.adapter is None:
@@ -127,7 +188,26 @@ def open_stage(ctx: Context, stage: str) -> Role:
         return start
     if stage == "rm":
         return open_reward_model(ctx, start)[0]
-    return _made_by(ctx, stage, POLICY, start.model)
+    return _made_by(ctx, StageFolder(ctx.run.stage(stage).best) if which else stage, POLICY, start.model)
+
+
+def _at_step(ctx: Context, stage: str, step: str) -> Role:
+    """What the stage trains, with the weights of a checkpoint."""
+    folder, role = ctx.run.stage(stage), open_sft(ctx) if stage == "sft" else open_start(ctx)
+    if stage == "rm":
+        role, _ = open_untrained_reward_model(ctx, role)
+    elif stage != "sft" and ctx.recipe.model.lora is not None:
+        role = open_policy(ctx, role)
+    parameters = {f"weights.{name}": parameter for name, parameter in trainable(ctx, role, stage)}
+    saved = load_checkpoint(_checkpoint(folder, step), "cpu", folder.owner(), parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved.tensors[name])
+    return role
+
+
+def _checkpoint(folder: StageFolder, step: str) -> Path:
+    return folder.checkpoints / f"step-{int(step):08d}"
 
 
 def trainable(ctx: Context, role: Role, stage: str) -> list[tuple[str, Parameter]]:
@@ -158,15 +238,23 @@ def save(role: Role, stage: StageFolder, masters: Mapping[str, Tensor]) -> Path:
 
 
 @ranks.once
+def save_best(role: Role, stage: StageFolder, masters: Mapping[str, Tensor], best: dict[str, Any]) -> None:
+    """The policy as it is now in ``best/``, in one with its step and score."""
+    with write_folder(stage.best) as new:
+        save(role, StageFolder(new), masters)
+        write_json(new / "best.json", best)
+
+
+@ranks.once
 def _built_once(init: Init, folder: Path, seed: int) -> None:
     if not folder.exists():
         build_scratch(init, folder, seed)
 
 
-def _made_by(ctx: Context, stage: str, name: str, base: LanguageModel | None = None) -> Role:
+def _made_by(ctx: Context, stage: str | StageFolder, name: str, base: LanguageModel | None = None) -> Role:
     """What a stage left: a model of its own, or an adapter on the policy's base, which is opened unless given."""
-    folder = ctx.run.stage(stage)
-    if trains_whole_model(ctx, stage):
+    folder = ctx.run.stage(stage) if isinstance(stage, str) else stage
+    if trains_whole_model(ctx, folder.name):
         return Role(_load(ctx, ctx.recipe.model, folder.model))
     base = base or open_base(ctx)
     base.load_adapter(name, folder.adapter)

@@ -73,6 +73,8 @@ def find(runs: Path, name: str | None, task: str, which: str, scoring: str, grad
     run_name, _, stage = which.rpartition("/")
     run_name = run_name or name or Run.newest(runs).name
     run = Run(runs / run_name)
+    if stage.partition("@")[0] == "rl":
+        stage = run.newest_stage("rl-") + stage.removeprefix("rl")
     if not stage or not run.path.is_dir():
         raise UsageError(f"--compare {which}: a stage of the run, or RUN/STAGE; no run {run_name!r} is in {runs}/")
     file = run.eval_path(score_name(load_task(task).name, scoring, grader), stage)

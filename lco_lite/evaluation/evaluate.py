@@ -49,11 +49,7 @@ def score(
         raise UsageError(
             f"--data {data}: one file holds the items of one task, and {len(names)} are named; give a folder"
         )
-    stage = "base" if model else stage or ctx.run.newest_stage()
-    needed = "rm" if stage == "optimal" else stage
-    if needed != "base" and not ctx.run.stage(needed).is_done():
-        done = ", ".join(["base", *(s.name for s in ctx.run.stages() if s.is_done())])
-        raise UsageError(f"eval --policy {stage}: that is not trained in run {ctx.run.name}; there are: {done}")
+    stage = "base" if model else weights.named_policy(ctx.run, stage)
     loaded = [_graded(load_task(name, data or _task_file(ctx.recipe, name)), ctx.recipe.eval) for name in names]
     results = [evaluate_stage(ctx, task, stage) for task in loaded]
     if as_json:
@@ -66,7 +62,11 @@ def score(
 def score_all(ctx: Context) -> None:
     """Every stage of the recipe, and the base where it is no model from scratch, on the recipe's evaluation tasks."""
     stages = [*([] if ctx.recipe.model.init else ["base"]), *ctx.recipe.stages]
-    show(ctx.console, [evaluate_stage(ctx, task, stage) for task in _eval_tasks(ctx.recipe) for stage in stages])
+    best = {stage: ctx.run.stage(stage) for stage in stages if stage.startswith("rl-")}
+    best_step = {stage: found["step"] for stage, one in best.items() if (found := one.best_step())}
+    labels = {s: f"{s} (best: step {n})" for s, n in best_step.items() if n != best[s].steps_done()}
+    results = [evaluate_stage(ctx, task, stage) for task in _eval_tasks(ctx.recipe) for stage in stages]
+    show(ctx.console, results, labels)
 
 
 def check_all(ctx: Context) -> None:
@@ -76,8 +76,9 @@ def check_all(ctx: Context) -> None:
         task.check(ctx.recipe.eval, n, _passes(ctx.recipe.eval), ctx.console)
 
 
-def show(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
+def show(console: Console, results: Sequence[Mapping[str, Any]], labels: Mapping[str, str] | None = None) -> None:
     """The paper's table, mean ± std over seeds in percent: a row a stage, a column a task (and metric, if not pass@1).
+    ``labels``: what stages are called that have more to say than their name.
 
     A task's own metrics are shown in the task's own unit.
     """
@@ -89,7 +90,9 @@ def show(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
             values = [metric[key] for key in ("mean", "std") if metric[key] is not None]
             cells[result["stage"], column] = " ± ".join(f"{scale * value:.{digits}f}" for value in values)
     stages, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    lines = [[stage, *(cells.get((stage, column), "") for column in columns)] for stage in stages]
+    lines = [
+        [(labels or {}).get(stage, stage), *(cells.get((stage, column), "") for column in columns)] for stage in stages
+    ]
     console.table("mean ± std over seeds, %", ["stage", *columns], lines)
     for r in results:
         errors = [f"{100 * r['stderr']:.1f}"] if r["stderr"] is not None else []

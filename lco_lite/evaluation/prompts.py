@@ -24,6 +24,7 @@ from lco_lite.recipe import Eval, Recipe
 from lco_lite.rollout.engine import engine_for
 from lco_lite.tasks.base import Item, Problem, Task, answer_text, fill, read_rows, text
 from lco_lite.tasks.custom import UsersGrader
+from lco_lite.weights import policy_id
 
 
 class Question(NamedTuple):
@@ -177,7 +178,7 @@ def _made_by(ctx: Context, stage: str) -> str:
     if stage == "optimal":
         return f"rm {ctx.run.stage('rm').id()}, beta {ctx.recipe.rl.beta}"
     if stage != "base":
-        return ctx.run.stage(stage).id()
+        return policy_id(ctx.run, stage)
     model = ctx.recipe.model
     if model.path is None:
         return "base"

@@ -240,6 +240,7 @@ def plan(
         tasks[stage] = row | {"hours": None if seconds is None else seconds / 3600}
     digits = 2 + len(str(recipe.model.init and 260 or load_config(recipe.model).get_text_config().vocab_size))
     disk = {stage: 4.0 * n * (1 + 3 * 3) for stage, n in trained.items()}  # adapter; of three checkpoints: AdamW's too
+    disk |= {"rl": disk["rl"] + 2 * 4.0 * trained["rl"]} if recipe.rl.keep_best else {}  # the best, and the one before
     disk["responses"] = digits * (3.0 * drawn + ((tasks.get("rm") or {}).get("tokens") or 0))
     host = max(12.0 * n for n in trained.values()) + max(held["host"] + held["kept"] for held in phases.values())
     facts = {"memory": memory, "reserve": RESERVE, "on": what, "phases": phases, "changes": changes, "host": host}

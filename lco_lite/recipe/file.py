@@ -67,6 +67,13 @@ def overridden(
     return recipe
 
 
+def said(path: Path | None, sets: list[str] | None, flags: dict[str, Any] | None) -> frozenset[str]:
+    """The settings, by dotted key, that the recipe file (None: there is none), ``--set`` and flags name. Those of the
+    file that make room for another objective's are not among them."""
+    data = {} if path is None else parse_yaml(path.read_text(encoding="utf-8-sig"))[0]
+    return frozenset(key for key, value in flat(override(data, sets, flags)).items() if value != {})
+
+
 def override(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any] | None) -> dict[str, Any]:
     """``data`` with ``a.b=c`` items and then flags laid over it. Flags that are None were not given."""
     if gone := makes_room(data, sets, flags):

@@ -286,6 +286,9 @@ class Rl(Training):
     save_every: int = setting(1, "steps between checkpoints", "a phase is minutes of work", ge=1)
     eval_every: int = setting(1, "steps between held-out evaluations; 0: none", "one a phase", ge=0)
     eval_items: int = setting(256, "held-out items of such an evaluation", "std error 0.03", ge=1)
+    keep_best: bool = setting(
+        True, "keep the best step by held-out score beside the last", "the last is not always best"
+    )
     guard: Literal["warn", "stop", "off"] = setting(
         "warn", "on a collapse, and where nothing is learned", "stop: exit 4 on a collapse"
     )

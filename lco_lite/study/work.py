@@ -45,8 +45,8 @@ def main(folder: Path) -> None:
         row = {name: cell[name] for name in ("label", "seed", "sets", "id", "options")}
         row |= {"version": __version__, "seconds": round(time.monotonic() - began, 1)}
         write_json(folder / "row.json", row | made)
-        for checkpoints in folder.glob("*/checkpoints"):
-            remove(checkpoints)
+        for spare in (*folder.glob("*/checkpoints"), *folder.glob("*/best")):
+            remove(spare)
 
 
 def train_start(ctx: Context, options: dict[str, Any]) -> Row:

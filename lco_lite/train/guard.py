@@ -96,7 +96,7 @@ def _collapse(history: Mapping[str, list[float]], vocab_size: int | None) -> dic
         if vocab_size is not None and now >= ENTROPY_NOISE * math.log(vocab_size):
             signs["entropy high"] = (
                 f"entropy {now:.2f} nats is near that of random tokens ({math.log(vocab_size):.2f}): "
-                "the policy has come apart. Go back to the last good checkpoint with a lower rl.lr."
+                "the policy has come apart. Start again with a lower rl.lr."
             )
     if values := history["accuracy"]:
         if values[-1] < ACCURACY_SHARE * values[0]:
@@ -140,7 +140,7 @@ def _overfit(evals: Sequence[tuple[float, float]], items: int) -> str | None:
     return (
         f"over the last {EVALS} evaluations reward rises from {rewards[0]:.3f} to {rewards[-1]:.3f}, and the held-out "
         f"score (eval) falls from {scores[0]:.3f} to {scores[-1]:.3f}: the policy learns to please the reward, not the "
-        "task. Read samples.jsonl; go back to the best checkpoint, or mend the reward."
+        "task. Read samples.jsonl; take the best step (--policy rl@best), or mend the reward."
     )
 
 

@@ -1,6 +1,7 @@
 """The order of the stages, and what each rests on: sft, then rm, then rl, then a score of each."""
 
 from collections.abc import Callable
+from functools import partial
 
 from lco_lite.checkpoint import checkpoints
 from lco_lite.context import Context
@@ -9,7 +10,7 @@ from lco_lite.evaluation.evaluate import check_all, score_all
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.rollout.vllm import missing
-from lco_lite.run import StageFolder, stage_settings
+from lco_lite.run import StageFolder, as_started, stage_settings, verb
 from lco_lite.train.methods import method_of
 from lco_lite.train.reward_model import train_rm
 from lco_lite.train.rl import train_rl
@@ -51,24 +52,53 @@ def refuse_untrainable(recipe: Recipe) -> None:
 
 def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
     stage, ctx.stage = ctx.run.stage(name), name
-    stage.begin(stage_settings(ctx.recipe, name), upstream)
-    if not ctx.run.has_recipe():
-        ctx.run.write_recipe(ctx.recipe)
-    if stage.is_done():
+    ctx.recipe, kept = as_started(ctx.recipe, stage, ctx.said)
+    if kept:
+        ctx.console.note(f"{name} stays what it was started with where nothing else is said: {', '.join(kept)}")
+    other_length = stage.check(stage_settings(ctx.recipe, name), upstream)
+    if stage.is_done() and not other_length:
         ctx.console.note(f"{name}: done already ({stage.path})")
         return
+    section = {"sft": "sft", "rm": "train_rm"}.get(name, "rl")
+    schedule, done = getattr(ctx.recipe, section).schedule, stage.steps_done()
+    if other_length:
+        course = f"; its {schedule} schedule is now that of the new length: another course than this at once"
+        goes_on = f"{name}: {', '.join(other_length)}: goes on after step {done}"
+        ctx.console.note(goes_on + (course if schedule != "constant" and done else ""))
+    ctx.begins = partial(_begin, ctx, stage, upstream)
     trainer: Callable[[Context, StageFolder], None] = {"sft": train_sft, "rm": train_rm}.get(name, train_rl)
     try:
         trainer(ctx, stage)
     except Diverged as e:
         good = checkpoints(stage.checkpoints)
         where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-        raise Diverged(
-            f"{name}: {e}; {where}. A lower learning rate or max_grad_norm helps; --fresh starts again."
-        ) from e
+        with_fresh = f", with `{verb(name)} --fresh`" if good else ""
+        helps = f"A lower {section}.lr or {section}.max_grad_norm helps{with_fresh}."
+        raise Diverged(f"{name}: {e}; {where}. {helps}") from e
     about = stage.adapter / "README.md"
     if about.exists():
         ctx.console.note(f"{name}: {about.read_text(encoding='utf-8').strip()}")
+
+
+def _begin(ctx: Context, stage: StageFolder, upstream: dict[str, str]) -> None:
+    """Everything that the stage works with is there: the run remembers it. Its recipe is the one that its stages were
+    started with; another objective's stands beside it in that stage alone."""
+    ctx.begins = lambda: None
+    sampled, nothing = stage.path / ("responses.jsonl" if stage.name == "rm" else "rollouts"), not _any_started(ctx)
+    was_sampled = sampled.exists()
+    is_new = stage.begin(stage_settings(ctx.recipe, stage.name), upstream)
+    if was_sampled and not sampled.exists():
+        ctx.console.warn(f"{stage.name}: what was sampled for other settings, before the first checkpoint, is deleted")
+    try:
+        own = ctx.run.recipe().rl.stage if ctx.run.has_recipe() else None
+    except UsageError:  # damaged: the one that is given takes its place
+        own = None
+    if own is None or nothing or (is_new and own == ctx.recipe.rl.stage):
+        ctx.run.write_recipe(ctx.recipe)
+
+
+def _any_started(ctx: Context) -> bool:
+    return any(stage.started() for stage in ctx.run.stages())
 
 
 def announce(ctx: Context, stage: str) -> None:

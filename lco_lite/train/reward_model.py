@@ -73,6 +73,7 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
                 metrics = ranks.total(training.within_memory(accumulate, lengths, reward_model, reference, rm, chosen))
                 metrics |= training.update()
             training.keep(step, metrics)
+        training.end()
     weights.save(reward_model, stage, training.masters)
     training.let_go()
     result: dict[str, float] = {"updates": updates, "pairs": len(pairs)}
@@ -85,7 +86,7 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
         result |= {"pair_accuracy": accuracy, "held_out_pairs": len(held)}
     told = reward_model_stands([row["margin"] for row in read_log(stage.metrics)], result.get("pair_accuracy"))
     if told and recipe.rl.guard != "off":
-        ctx.console.warn(told)
+        ctx.console.warn(f"{told} (`lco-lite train-rm --fresh`)")
     stage.finish(result | score_as_policy(ctx, start, reward_model, chat))
 
 
@@ -155,8 +156,9 @@ def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFor
     )
     if after <= before:
         ctx.console.warn(
-            "φ_DPO is no better than the policy that it will teach: its advantages may point the wrong way. More or "
-            "cleaner pairs, train_rm.sft_weight, cut_rejected or more updates help; rl would not."
+            "φ_DPO is no better than the policy that it will teach: its advantages may point the wrong way. More updates "
+            "help, or with `lco-lite train-rm --fresh` more or cleaner pairs, train_rm.sft_weight, cut_rejected; rl "
+            "would not."
         )
     return {"rm_as_policy": after, "policy_before": before}
 
@@ -178,6 +180,7 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
     engine = open_engine([start], chat.end, rows=rows, settings=recipe.rollout, say=ctx.console.note)
     total = len(asked) * rm.samples_per_prompt
     ids = [ids for _, ids in asked for _ in range(rm.samples_per_prompt)]
+    ctx.begins()
     kept = JsonLines(stage.path / "responses.jsonl")
     ctx.console.stage(
         "train-rm", f"sampling {rm.samples_per_prompt} responses to each of {len(asked)} prompts for pairs"

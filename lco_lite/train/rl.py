@@ -21,6 +21,7 @@ from lco_lite.evaluation.evaluate import held_out_accuracy
 from lco_lite.feedback.advantages import live_groups
 from lco_lite.metrics import JsonLog, read_log
 from lco_lite.models.chat import ChatFormat
+from lco_lite.models.language_model import Role
 from lco_lite.objectives.logprobs import kl_divergence
 from lco_lite.objectives.policy_gradient import ADVANTAGE_ONLY, ValueHead
 from lco_lite.recipe import Rl
@@ -87,15 +88,20 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                     report.kl_to_old = ranks.total(kl)
             if rl.eval_every and (step + 1) % rl.eval_every == 0:
                 report.eval = evaluate(ctx, models, rollouts)
+                keep_best(stage, rl, policy, training, step + 1, report.eval)
             metrics = report.metrics(ctx.clock.seconds, history[-1]["samples_seen"] if history else 0)
             history.append(metrics)
             for row in readable(phase, rollouts, rl):
                 samples.write({"step": step + 1, **row})
             training.keep(step, metrics, guard.check(metrics) if rl.guard != "off" else ())
             rollouts.forget(training.oldest_checkpoint())
+        training.end()
     weights.save(policy, stage, training.masters)
     rollouts.forget(rl.steps)
     stage.finish({"steps": rl.steps, "objective": rl.objective})
+    if (best := stage.best_step()) and best["step"] != rl.steps:
+        told = f"the best held-out score, {best['score']:.3f}, is that of step {best['step']}, not of the last"
+        ctx.console.note(f"{stage.name}: {told}: `lco-lite eval --policy {stage.name}@best`")
 
 
 def compounding(rl: Rl) -> str | None:
@@ -177,6 +183,19 @@ def evaluate(ctx: Context, models: Models, rollouts: Rollouts) -> float | None:
     with ctx.clock("eval"):
         engine = open_engine([models.policy], chat.end, settings=recipe.rollout, say=ctx.console.note)
         return held_out_accuracy(ctx, engine, chat, task, held_out(recipe, task, recipe.rl.eval_items))
+
+
+def keep_best(
+    stage: StageFolder, rl: Rl, policy: Role, training: StageTraining, step: int, score: float | None
+) -> None:
+    """``best/`` becomes the policy after ``step`` where no step has scored as high on as many held-out items. Steps
+    that are made again after a kill score the same, and the earliest stays."""
+    if not rl.keep_best or score is None:
+        return
+    best = stage.best_step()
+    if best is None or best["items"] != rl.eval_items or score > best["score"]:
+        now = {"step": step, "score": score, "items": rl.eval_items}
+        weights.save_best(policy, stage, training.masters, now)
 
 
 class Report:

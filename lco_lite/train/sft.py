@@ -41,10 +41,11 @@ def train_sft(ctx: Context, stage: StageFolder) -> None:
                 metrics = ranks.total(training.within_memory(accumulate, [[len(e) for e in chosen]], policy, chosen))
                 metrics |= training.update()
             training.keep(step, metrics)
+        training.end()
     weights.save(policy, stage, training.masters)
     told = sft_stands([row["loss"] for row in read_log(stage.metrics)])
     if told and recipe.rl.guard != "off":
-        ctx.console.warn(told)
+        ctx.console.warn(f"{told} (`lco-lite sft --fresh`)")
     stage.finish({"updates": updates, "examples": len(examples)})
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lco_lite import ranks
-from lco_lite.checkpoint import checkpoints, load_latest, save_checkpoint
+from lco_lite.checkpoint import load_latest, save_checkpoint
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.errors import DataError, Diverged, Interrupted, UsageError
 from lco_lite.metrics import JsonLog, MetricsLog, peak_mib
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe.sections import Training
-from lco_lite.run import StageFolder
+from lco_lite.run import StageFolder, verb
 from lco_lite.sequences import halved, seeded
 from lco_lite.train.guard import Warned
 
@@ -64,7 +64,9 @@ class StageTraining:
         self.done = self.updates = 0
         self.saved: int | None = None  # step of the newest checkpoint
         self.inside_step = False  # some of the next step's updates are made
-        checkpoint = load_latest(stage.checkpoints, self.adamw, ctx.device)
+        self.owner = stage.owner()
+        held = {f"weights.{name}": master for name, master in self.masters.items()}
+        checkpoint = load_latest(stage.checkpoints, self.adamw, ctx.device, self.owner, held)
         if checkpoint is not None:
             page_out(self.adamw)
             if "phase" in checkpoint.state:
@@ -72,12 +74,19 @@ class StageTraining:
                     f"{checkpoint.path}: version 0.1 stopped here inside a step, and this version goes on between "
                     "steps only: finish the stage with version 0.1, or start it again with --fresh"
                 )
+            if checkpoint.step > steps:
+                raise UsageError(
+                    f"{checkpoint.path}: {checkpoint.step} steps are done, and {steps} are asked for: ask for as many, "
+                    f"or start this stage again with `{verb(stage.name)} --fresh`"
+                )
             self.done = self.saved = checkpoint.step
             self.updates = checkpoint.state.get("updates", checkpoint.step * updates // steps)
             with torch.no_grad():
                 for name, master in self.masters.items():
                     master.copy_(checkpoint.tensors[f"weights.{name}"])
             self.round()
+        ctx.begins()
+        self.owner = stage.owner()  # that of a stage that starts
 
     def __enter__(self) -> StageTraining:
         self._open = contextlib.ExitStack()
@@ -96,8 +105,7 @@ class StageTraining:
 
     def oldest_checkpoint(self) -> int:
         """The step of the oldest checkpoint that is kept: a damaged one makes the stage go back to it. 0: none."""
-        kept = checkpoints(self.stage.checkpoints)
-        return int(kept[0].name.removeprefix("step-")) if kept else 0
+        return min(self.stage.kept_steps(), default=0)
 
     def within_memory(
         self, work: Callable[..., Made], minibatches: Sequence[Sequence[int]], *given: Any, group: int = 1
@@ -216,6 +224,8 @@ class StageTraining:
         warnings = ranks.from_main(warnings)  # all stop, or none
         for warning in warnings:
             self.ctx.console.warn(f"step {step + 1}: {warning.text}")
+        if warnings:
+            self.ctx.console.note(f"other settings take `{verb(self.stage.name)} --fresh`, or a new run by --name")
         collapses = [warning.text for warning in warnings if warning.stops and self.ctx.recipe.rl.guard == "stop"]
         if (step + 1) % self.settings.save_every == 0 or collapses:
             self.save()
@@ -226,8 +236,14 @@ class StageTraining:
     def save(self) -> None:
         """A checkpoint after the steps that are done."""
         tensors = {f"weights.{name}": p.detach() for name, p in self.masters.items()}
-        save_checkpoint(self.stage.checkpoints, self.done, tensors, self.adamw, {"updates": self.updates})
+        state = {"updates": self.updates} | ({"owner": self.owner} if self.owner else {})
+        save_checkpoint(self.stage.checkpoints, self.done, tensors, self.adamw, state)
         self.saved = self.done
+
+    def end(self) -> None:
+        """All steps are done. The last has a checkpoint whatever ``save_every`` is: more steps would go on from it."""
+        if self.saved != self.done:
+            self.save()
 
     def stop_if_asked(self) -> None:
         """Raises Interrupted after Ctrl-C. Between two steps nothing is lost; inside one its updates are made again."""
