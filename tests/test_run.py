@@ -25,6 +25,14 @@ def started(run: Run, stage: str, upstream: dict[str, str] | None = None):
     return folder
 
 
+def under_way(run: Run, stage: str, *steps: int, **given: dict[str, str]):
+    """A stage that has these checkpoints, as far as their names go."""
+    folder = started(run, stage, **given)
+    for step in steps or (1,):
+        write_json(folder.checkpoints / f"step-{step:08d}" / "state.json", {})
+    return folder
+
+
 def finished(run: Run, *stages: str) -> None:
     for stage in stages:
         started(run, stage).finish({})
@@ -194,7 +202,7 @@ def test_a_stage_goes_on_with_the_same_settings(run):
 
 
 def test_changed_settings_are_refused_each_with_old_and_new_value(run):
-    started(run, "rl-kld")
+    under_way(run, "rl-kld")
     changed = recipe(rl={"beta": 0.5, "schedule": "cosine"}, seed=3)
     with pytest.raises(UsageError) as caught:
         run.stage("rl-kld").begin(stage_settings(changed, "rl-kld"), {})
@@ -208,7 +216,7 @@ def test_changed_settings_are_refused_each_with_old_and_new_value(run):
 def test_an_upstream_stage_that_was_trained_again_is_refused(run):
     finished(run, "sft")
     old = run.stage("sft").id()
-    started(run, "rm", {"sft": old})
+    under_way(run, "rm", upstream={"sft": old})
     finished(run, "sft")
     assert run.stage("sft").id() != old
     with pytest.raises(UsageError, match="sft was trained again since"):

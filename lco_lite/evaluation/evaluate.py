@@ -62,9 +62,9 @@ def score(
 def score_all(ctx: Context) -> None:
     """Every stage of the recipe, and the base where it is no model from scratch, on the recipe's evaluation tasks."""
     stages = [*([] if ctx.recipe.model.init else ["base"]), *ctx.recipe.stages]
-    best = {stage: ctx.run.stage(stage) for stage in stages if stage.startswith("rl-")}
-    best_step = {stage: found["step"] for stage, one in best.items() if (found := one.best_step())}
-    labels = {s: f"{s} (best: step {n})" for s, n in best_step.items() if n != best[s].steps_done()}
+    rl = ctx.run.stage(ctx.recipe.rl.stage)
+    best = rl.best_step() or {"step": rl.steps_done()}
+    labels = {rl.name: f"{rl.name} (best: step {best['step']})"} if best["step"] != rl.steps_done() else {}
     results = [evaluate_stage(ctx, task, stage) for task in _eval_tasks(ctx.recipe) for stage in stages]
     show(ctx.console, results, labels)
 

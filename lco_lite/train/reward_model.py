@@ -156,9 +156,9 @@ def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFor
     )
     if after <= before:
         ctx.console.warn(
-            "φ_DPO is no better than the policy that it will teach: its advantages may point the wrong way. More updates "
-            "help, or with `lco-lite train-rm --fresh` more or cleaner pairs, train_rm.sft_weight, cut_rejected; rl "
-            "would not."
+            "φ_DPO is no better than the policy that it will teach: its advantages may point the wrong way. More "
+            "updates help, or with `lco-lite train-rm --fresh` more or cleaner pairs, train_rm.sft_weight, "
+            "cut_rejected; rl would not."
         )
     return {"rm_as_policy": after, "policy_before": before}
 
