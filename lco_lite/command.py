@@ -175,9 +175,10 @@ def _with_fresh(ctx: Context, remedy: str) -> str:
     """What else it takes where the setting that a remedy names decides a stage that has started."""
     key = "model.path" if remedy == "a smaller model" else re.split(r"[:, ]", remedy)[0]
     stages = ctx.recipe.stages if ctx.stage in ctx.recipe.stages else []
-    for stage in stages[: stages.index(ctx.stage) + 1] if stages else []:
-        if "." in key and decides(ctx.recipe, stage, key) and ctx.run.stage(stage).started():
-            return f" (with `{verb(stage)} --fresh`: it decides {stage}, which has started)"
+    with ranks.apart():  # the others may have memory left
+        for stage in stages[: stages.index(ctx.stage) + 1] if stages else []:
+            if "." in key and decides(ctx.recipe, stage, key) and ctx.run.stage(stage).started():
+                return f" (with `{verb(stage)} --fresh`: it decides {stage}, which has started)"
     return ""
 
 

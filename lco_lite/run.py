@@ -53,7 +53,13 @@ class StageFolder:
 
     @ranks.once
     def is_done(self) -> bool:
-        return self._record("done.json") is not None
+        """UsageError where the stage says so and what it made is gone."""
+        if self._record("done.json") is None:
+            return False
+        if not (self.adapter.exists() or self.model.exists()):
+            gone = f"{self.path / 'done.json'} says that this stage is done, and neither adapter/ nor model/ is there."
+            raise UsageError(gone + self._anew())
+        return True
 
     @ranks.once
     def started(self) -> bool:
@@ -182,8 +188,8 @@ class StageFolder:
         return value
 
     def _anew(self, start: str = " Start") -> str:
-        remedy = f"{start} this stage again with `{verb(self.name)} --fresh` (deletes it and what was built on it)"
-        return f"{remedy}, or start a new run with --name NAME."
+        remedy = f"{start} this stage again with `{verb(self.name)} --fresh` and the recipe and flags that you want (it"
+        return f"{remedy} deletes the stage and what was built on it), or start a new run by RECIPE --name NAME."
 
 
 @dataclass(frozen=True)

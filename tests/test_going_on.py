@@ -343,6 +343,14 @@ def test_checkpoints_of_another_run_and_of_unknown_settings_are_refused(made, sh
     assert refused.exit_code == 2 and "no stage.json" in refused.stderr and "`lco-lite rl --fresh`" in refused.stderr
 
 
+def test_a_stage_that_is_done_and_has_lost_what_it_made_is_told(made):
+    shutil.rmtree(made.stage("rl-kld").adapter)
+    for verb in ("rl", "eval"):
+        told = on(made, verb)
+        assert told.exit_code == 2 and "neither adapter/ nor model/ is there" in told.stderr
+    assert "`lco-lite rl --fresh`" in told.stderr
+
+
 @pytest.mark.parametrize("name", [".lock", ".lock.held"])
 def test_a_folder_in_the_place_of_a_lock_is_told(made, name):
     (made.path / name).unlink(missing_ok=True)

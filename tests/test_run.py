@@ -35,7 +35,8 @@ def under_way(run: Run, stage: str, *steps: int, **given: dict[str, str]):
 
 def finished(run: Run, *stages: str) -> None:
     for stage in stages:
-        started(run, stage).finish({})
+        write_json(started(run, stage).adapter / "adapter_config.json", {})
+        run.stage(stage).finish({})
         write_json(run.eval_path("math500", stage), {})
         write_json(run.eval_path("math500", stage).with_suffix(".jsonl"), {})
 
@@ -227,6 +228,7 @@ def test_an_upstream_stage_that_was_trained_again_is_refused(run):
 
 def test_a_finished_stage_keeps_its_result_and_time(run):
     stage = started(run, "sft")
+    write_json(stage.adapter / "adapter_config.json", {})
     stage.finish({"loss": 0.5, "by": {"a": [1]}})
     assert stage.is_done()
     made = json.loads((stage.path / "done.json").read_text())

@@ -1,8 +1,10 @@
 """The order of the stages, and what each rests on: sft, then rm, then rl, then a score of each."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
+from lco_lite import ranks
 from lco_lite.checkpoint import checkpoints
 from lco_lite.context import Context
 from lco_lite.errors import Diverged, UsageError
@@ -57,6 +59,7 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
         ctx.console.note(f"{name} stays what it was started with where nothing else is said: {', '.join(kept)}")
     other_length = stage.check(stage_settings(ctx.recipe, name), upstream)
     if stage.is_done() and not other_length:
+        _own_objective(ctx)
         ctx.console.note(f"{name}: done already ({stage.path})")
         return
     section = {"sft": "sft", "rm": "train_rm"}.get(name, "rl")
@@ -80,25 +83,27 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
         ctx.console.note(f"{name}: {about.read_text(encoding='utf-8').strip()}")
 
 
+@ranks.once
 def _begin(ctx: Context, stage: StageFolder, upstream: dict[str, str]) -> None:
     """Everything that the stage works with is there: the run remembers it. Its recipe is the one that its stages were
     started with; another objective's stands beside it in that stage alone."""
-    ctx.begins = lambda: None
-    sampled, nothing = stage.path / ("responses.jsonl" if stage.name == "rm" else "rollouts"), not _any_started(ctx)
-    was_sampled = sampled.exists()
+    sampled = stage.path / ("responses.jsonl" if stage.name == "rm" else "rollouts")
+    was_sampled, nothing = sampled.exists(), not any(one.started() for one in ctx.run.stages())
     is_new = stage.begin(stage_settings(ctx.recipe, stage.name), upstream)
     if was_sampled and not sampled.exists():
         ctx.console.warn(f"{stage.name}: what was sampled for other settings, before the first checkpoint, is deleted")
-    try:
-        own = ctx.run.recipe().rl.stage if ctx.run.has_recipe() else None
-    except UsageError:  # damaged: the one that is given takes its place
-        own = None
-    if own is None or nothing or (is_new and own == ctx.recipe.rl.stage):
+    if nothing or (_own_objective(ctx) == ctx.recipe.rl.stage and is_new):
         ctx.run.write_recipe(ctx.recipe)
 
 
-def _any_started(ctx: Context) -> bool:
-    return any(stage.started() for stage in ctx.run.stages())
+@ranks.once
+def _own_objective(ctx: Context) -> str:
+    """The rl stage of the run's recipe. Where that is missing or damaged, the one at hand takes its place."""
+    if ctx.run.has_recipe():
+        with contextlib.suppress(UsageError):
+            return ctx.run.recipe().rl.stage
+    ctx.run.write_recipe(ctx.recipe)
+    return ctx.recipe.rl.stage
 
 
 def announce(ctx: Context, stage: str) -> None:
