@@ -139,7 +139,8 @@ def named_policy(run: Run, name: str | None) -> str:
     last made of rl stages; ``STAGE@best``: its best step by held-out score; ``STAGE@N``: step N, where its weights are
     still there. UsageError with all that are."""
     if name is None:
-        return run.newest_stage()
+        run.stage(newest := run.newest_stage()).is_done()  # or says what is gone
+        return newest
     stage, _, which = name.partition("@")
     if stage == "rl":
         begun = [one.name for one in run.stages() if one.name.startswith("rl-")]
