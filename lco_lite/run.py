@@ -75,7 +75,7 @@ class StageFolder:
     def steps_done(self) -> int:
         """How many steps are in the result or, while there is none, in the newest checkpoint."""
         result = (self._record("done.json") or {"result": {}})["result"]
-        return max([result.get("steps", result.get("updates", 0)), *self.kept_steps()])
+        return max([int(result.get("steps", result.get("updates", 0))), *self.kept_steps()])
 
     @ranks.once
     def best_step(self) -> dict[str, Any] | None:
@@ -85,12 +85,13 @@ class StageFolder:
     @ranks.once
     def owner(self) -> str | None:
         """What the stage's checkpoints carry; None of a stage that version 0.3 began."""
-        return (self._record("stage.json") or {}).get("id")
+        begun = self._record("stage.json") or {}
+        return str(begun["id"]) if "id" in begun else None
 
     @ranks.once
     def settings(self) -> dict[str, Any]:
         """What the stage was started with; nothing while it does not count as started."""
-        return (self._record("stage.json") or {"settings": {}})["settings"] if self.started() else {}
+        return dict((self._record("stage.json") or {"settings": {}})["settings"]) if self.started() else {}
 
     @ranks.once
     def check(self, settings: dict[str, Any], upstream: dict[str, str]) -> list[str]:
@@ -101,8 +102,7 @@ class StageFolder:
         if not self.started():
             return []
         if before is None:
-            what = "a result" if self.is_done() else "what a stage made"
-            unknown = f"{self.path} holds {what} and no stage.json: nobody knows what it was started with."
+            unknown = f"{self.path} holds what a stage made and no stage.json: what it was started with is not known."
             raise UsageError(unknown + self._anew())
         old, new, ids = before["settings"], json.loads(json.dumps(settings)), before["upstream"]
         lengths = [key for key in _lengths(self.name) if old.get(key) != new.get(key)]
@@ -160,7 +160,7 @@ class StageFolder:
 
     def upstream(self) -> dict[str, str]:
         """The stages that it was started on, and the ids of their results."""
-        return (self._record("stage.json") or {"upstream": {}})["upstream"]
+        return dict((self._record("stage.json") or {"upstream": {}})["upstream"])
 
     def order(self) -> int:
         """The how-manieth result of the run it was; 0 where it has none, or where nobody counted yet."""
@@ -297,7 +297,7 @@ class Run:
             for s in self.stages()
             if s.name != "rm" and s.name.startswith(kind) and (done := s._record("done.json")) is not None
         ]
-        return max(made)[-1] if made else "base"
+        return str(max(made)[-1]) if made else "base"
 
     def eval_path(self, task: str, stage: str) -> Path:
         """Where the score of ``stage`` on ``task`` is; its items lie beside it as .jsonl."""
