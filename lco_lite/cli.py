@@ -66,6 +66,10 @@ class RunFlags:
 class TrainFlags(RunFlags):
     fresh: Annotated[bool, Option("--fresh", help="Delete this stage and what was built on it; start anew.")] = False
     dry_run: Annotated[bool, Option("--dry-run", help="Show recipe, an example, step counts; train nothing.")] = False
+    tracker: Annotated[list[str] | None, Option(help="trackio, wandb, tensorboard: told each step. Repeatable.")] = None
+
+    def arguments(self, flags: dict[str, Any] | None = None) -> dict[str, Any]:
+        return super().arguments({"trackers": self.tracker or None, **(flags or {})})
 
 
 def spread(kind: type[RunFlags]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -207,6 +211,45 @@ def evaluate(
 
         ctx.recipe.eval.confirm_key(judge_key)
         score(ctx, tasks, policy, model, json, data)
+
+
+@app.command()
+def chat(
+    which: Annotated[
+        str | None, Argument(metavar="RUN|PATH", help="A run, model or adapter; else the newest run.")
+    ] = None,
+    policy: Annotated[str | None, Option(help="As eval names it: base, sft, rl-OBJECTIVE, optimal (π*) …")] = None,
+    beside: Annotated[str | None, Option(metavar="NAME", help="A second one: of the same run, or a run or path.")] = None,
+    temperature: Annotated[float | None, Option(help="0 is greedy; else eval's of the recipe.")] = None,
+    max_tokens: Annotated[int | None, Option("--max", help="Longest answer, tokens.")] = None,
+    system: Annotated[str | None, Option(help="System message; the recipe's unless given.")] = None,
+    seed: Annotated[int | None, Option(help="Of sampling.")] = None,
+    device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None,
+    sets: Sets = None,
+    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
+) -> None:
+    """Talk to a policy, or to two side by side. /help there lists the commands."""
+    flags = {"eval.temperature": temperature, "eval.max_new_tokens": max_tokens, "chat.system": system}
+    with boundary():
+        from lco_lite.chat import chat
+
+        chat(which, policy, beside, runs, sets, flags | {"device": device}, seed)
+
+
+@app.command("runs")
+def list_runs(
+    name: Annotated[str | None, Argument(help="One run in detail; without it all are listed.")] = None,
+    clean: Annotated[bool, Option("--clean", help="Delete what nothing needs any more; it is shown first.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
+    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
+    json: Json = False,
+) -> None:
+    """Stages, scores and sizes of the runs, and what of them can go."""
+    with boundary():
+        from lco_lite.runs import clean_runs, show_runs
+
+        screen = Console(json=json)
+        clean_runs(runs, name, screen, yes, json) if clean else show_runs(runs, name, screen, json)
 
 
 @app.command()

@@ -71,11 +71,8 @@ def command(
         if model is not None:
             if not tasks:
                 raise UsageError("eval --model: name at least one task, e.g. `lco-lite eval math500 --model PATH`")
-            base, adapter = _base_and_adapter(model)
-            # nothing is trained: no demonstrations are needed and no pairs are sampled
-            bare = {"model": {"path": base}, "task": tasks[0], "sft": {"enabled": False}, "data": {"preferences": "-"}}
-            resolved = overridden(bare, sets, flags, console.note, "eval --model")
-            name = name or "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")[-100:]
+            resolved, adapter = _of_model(model, tasks[0], sets, flags, console, "eval --model")
+            name = name or _name_of(model)
         elif recipe is not None:
             resolved = load_recipe(find_recipe(recipe), sets, flags, console.note)
             name = name or resolved.name
@@ -96,6 +93,45 @@ def command(
         with _locked(run), _context(run, resolved, console, adapter) as ctx:
             ctx.said = said(None if recipe is None else find_recipe(recipe), sets, flags)
             yield ctx
+
+
+def known_run(which: str | None, runs: Path) -> Run | None:
+    """The run of that name, or in that folder; None: the newest. None where there is no such run."""
+    if which is None:
+        return Run.newest(runs)
+    return next((run for run in (Run(runs / which), Run(Path(which))) if run.has_recipe()), None)
+
+
+@contextlib.contextmanager
+def reading(
+    source: Run | str, runs: Path, sets: list[str] | None, flags: dict[str, Any], console: Console
+) -> Iterator[Context]:
+    """A run that is only read, or any model or adapter folder or hub id. It takes no lock: what is done in a run stands
+    whole, whoever works there."""
+    adapter = None
+    if isinstance(source, Run):
+        kept = source.recipe().model_dump(mode="json")
+        resolved, run = overridden(kept, sets, flags, console.note, "the run's recipe with your flags"), source
+    else:
+        resolved, adapter = _of_model(source, None, sets, flags, console, source)
+        run = Run(runs / _name_of(source))
+    with _context(run, resolved, console, adapter) as ctx:
+        yield ctx
+
+
+def _of_model(
+    model: str, task: str | None, sets: list[str] | None, flags: dict[str, Any], console: Console, origin: str
+) -> tuple[Recipe, Path | None]:
+    """A recipe around a model, with which nothing is trained: no demonstrations are needed and no pairs are sampled;
+    and the adapter, where the model is one."""
+    base, adapter = _base_and_adapter(model)
+    data = {"preferences": "-"} | ({} if task else {"prompts": "-"})
+    bare = {"model": {"path": base}, "task": task, "sft": {"enabled": False}, "data": data}
+    return overridden(bare, sets, flags, console.note, origin), adapter
+
+
+def _name_of(model: str) -> str:
+    return "eval-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")[-100:]
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Column, Table
@@ -106,6 +107,41 @@ class Console:
                 self._bars = None
             elif self._bars is not None:
                 self._bars.remove_task(progress.bar)
+
+    def write(self, text: str) -> None:
+        """To stdout, where the line before ended: for text that is made piece by piece."""
+        self._stdout.write(self._clean(text))
+        self._stdout.flush()
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether two texts can be read side by side."""
+        return self._screen.is_interactive and self._screen.width >= 80
+
+    @contextmanager
+    def beside(self, titles: Sequence[str]) -> Iterator[Callable[[Sequence[str]], None]]:
+        """Texts in columns, drawn anew as often as they are given: their ends while they grow, all of them at last."""
+        texts = [""] * len(titles)
+
+        def columns(rows: int | None) -> Table:
+            grid, room = Table.grid(expand=True, padding=(0, 1)), self._screen.width // len(titles) - 2
+            wrapped = [Text(self._clean(text)).wrap(self._screen, room) for text in texts]
+            for title in titles:
+                grid.add_column(ratio=1, header=Text(self._clean(title)))
+            grid.add_row(*(Text(self._clean(title), "bold") for title in titles))
+            grid.add_row(*(Text("\n").join(lines[-(rows or len(lines)) :]) for lines in wrapped))
+            return grid
+
+        try:
+            with Live(console=self._screen, transient=True, refresh_per_second=12) as live:
+
+                def draw(now: Sequence[str]) -> None:
+                    texts[:] = now
+                    live.update(columns(max(1, self._screen.height - 4)))
+
+                yield draw
+        finally:
+            self._screen.print(columns(None))
 
     def emit(self, value: Any) -> None:
         """One JSON document on stdout, for ``--json``."""

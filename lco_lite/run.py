@@ -143,6 +143,13 @@ class StageFolder:
         return True
 
     @ranks.once
+    def plan(self, steps: int) -> None:
+        """How many steps the stage takes, in ``stage.json``, for who looks at it from outside."""
+        file = self.path / "stage.json"
+        if file.exists() and (begun := _read_json(file)).get("steps") != steps:
+            write_json(file, {**begun, "steps": steps})
+
+    @ranks.once
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the stage done. ``result`` is JSON; later stages refer to a fresh id; seconds are this process's.
         ``order`` counts what the run has made."""

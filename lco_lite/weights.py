@@ -172,24 +172,27 @@ def policy_id(run: Run, stage: str) -> str:
     return " ".join([f"step {best and best['step']}", *(sha256(file)[:12] for file in files)])
 
 
-def open_stage(ctx: Context, stage: str) -> Role:
+def open_stage(ctx: Context, stage: str, start: Role | None = None, name: str = POLICY) -> Role:
     """What a stage made, as a policy to sample from: ``base``, ``sft``, ``rm`` or ``rl-OBJECTIVE``; with ``@best`` or
-    ``@N`` what it was then. ``named_policy`` makes such a name of what a user writes."""
+    ``@N`` what it was then. ``named_policy`` makes such a name of what a user writes. With the ``start`` that is open
+    already it shares that one's base, where it can, as the adapter ``name``."""
     stage, _, which = stage.partition("@")
     if which not in ("", "best"):
         return _at_step(ctx, stage, which)
     if stage == "base":
+        if start is not None and not (ctx.recipe.sft.enabled and trains_whole_model(ctx, "sft")):
+            return Role(start.model)
         model = open_base(ctx)
         if ctx.adapter is None:
             return Role(model)
         model.load_adapter(POLICY, ctx.adapter)
         return Role(model, POLICY)
-    start = open_start(ctx)
+    start = start or open_start(ctx)
     if stage == "sft":
         return start
     if stage == "rm":
         return open_reward_model(ctx, start)[0]
-    return _made_by(ctx, StageFolder(ctx.run.stage(stage).best) if which else stage, POLICY, start.model)
+    return _made_by(ctx, StageFolder(ctx.run.stage(stage).best) if which else stage, name, start.model)
 
 
 def _at_step(ctx: Context, stage: str, step: str) -> Role:

@@ -49,6 +49,9 @@ class Recipe(Section):
         "bases on the GPU: those of the phase, while the others lie in the host's memory; or all. auto: phase on a GPU",
         "the machine",
     )
+    trackers: list[Literal["trackio", "wandb", "tensorboard"]] = setting(
+        [], "who else is told each step's metrics: trackio, wandb, tensorboard", "none: nothing leaves the run"
+    )
     task: str | None = setting(None, "prompts, grader and held-out items; null: your data only", "none")
     model: Model
     reward_model: Literal["self"] | RewardModel = setting(

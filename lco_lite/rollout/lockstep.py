@@ -4,7 +4,7 @@ Each role keeps its own key-value cache; at every position all of them read the 
 distribution of their logits. Legend: B sequences, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ def optimal_policy(beta: float) -> Combine:
         return policy + (reward_model.log_softmax(-1) - reference.log_softmax(-1)) / beta
 
     return combine
+
+
+def alone(logits: list[Tensor]) -> Tensor:
+    """(z,) -> z: one policy by itself, for ``LockstepEngine.stream``."""
+    return logits[0]
 
 
 def mixture(share: float) -> Combine:
@@ -52,7 +57,22 @@ class LockstepEngine(Engine):
         with together(*self.roles):
             return self._in_step(prompts, sampling)
 
+    @torch.no_grad()
+    def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
+        """One response, token by token as they are drawn; what closes it comes last. Close it where it is left early."""
+        with together(*self.roles):
+            for chosen in self._columns([prompt], sampling):
+                yield (token := int(chosen))
+                if token in self.stop_ids:
+                    return
+
     def _in_step(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
+        strings, columns = StopStrings(self.tokenizer, sampling.stop), list(self._columns(prompts, sampling))
+        rows = torch.stack(columns, 1).tolist()
+        return [finished(prompt, row, self.stop_ids, strings) for prompt, row in zip(prompts, rows, strict=True)]
+
+    def _columns(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[Tensor]:
+        """[B] after [B]: the next token of each response, until all have ended or are as long as they may be."""
         device, strings = self.roles[0].model.device, StopStrings(self.tokenizer, sampling.stop)
         tokens, mask = (padded.to(device) for padded in left_padded(prompts, self.pad_id))
         stops, running = torch.tensor(sorted(self.stop_ids), device=device), mask.any(-1)
@@ -64,14 +84,13 @@ class LockstepEngine(Engine):
             logits = [z / (sampling.temperature or 1.0) for z in logits]
             chosen = draw(self.combine(logits), sampling).where(running, self.pad_id)
             made.append(chosen)
+            yield chosen
             running = running & ~torch.isin(chosen, stops)
             if sampling.stop:
                 running = running & ~strings.reached(torch.stack(made, 1))
             if len(made) % self.look_every == 0 and not running.any():
                 break
             tokens, mask = chosen.unsqueeze(1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        columns = torch.stack(made, 1).tolist()
-        return [finished(prompt, row, self.stop_ids, strings) for prompt, row in zip(prompts, columns, strict=True)]
 
     def _next_logits(self, role: Role, cache: Any, tokens: Tensor, mask: Tensor) -> Tensor:
         """[B, V] for the position after ``tokens``, over the tokens that all roles have."""

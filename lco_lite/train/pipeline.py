@@ -13,6 +13,7 @@ from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.rollout.vllm import missing
 from lco_lite.run import StageFolder, as_started, stage_settings, verb
+from lco_lite.trackers import refuse_missing
 from lco_lite.train.methods import method_of
 from lco_lite.train.reward_model import train_rm
 from lco_lite.train.rl import train_rl
@@ -36,7 +37,8 @@ def train(ctx: Context, stage: str, fresh: bool = False) -> None:
 
 def refuse_untrainable(recipe: Recipe) -> None:
     """Raises UsageError where gradients would pass through float16, in which scores may be made, where a function of
-    the user's does not fit the feedback, and where the engine that samples is not installed."""
+    the user's does not fit the feedback, and where the engine that samples, or a tracker, is not installed."""
+    refuse_missing(recipe.trackers)
     method_of(recipe.rl)
     if recipe.rollout.engine == "vllm" and (reason := missing(recipe.model.quantization)) is not None:
         raise UsageError(reason)
@@ -117,6 +119,7 @@ def announce(ctx: Context, stage: str) -> None:
 def run_all(ctx: Context, fresh: bool) -> None:
     """``lco-lite run``: every stage of the recipe, then the score after each."""
     last = ctx.recipe.stages[-1]
+    refuse_untrainable(ctx.recipe)
     if fresh or not ctx.run.stage(last).is_done():
         check_all(ctx)
     train(ctx, ctx.recipe.stages[0] if fresh else last, fresh)

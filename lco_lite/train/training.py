@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lco_lite import ranks
-from lco_lite.checkpoint import load_latest, save_checkpoint
+from lco_lite.checkpoint import checkpoints, load_latest, save_checkpoint
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.errors import DataError, Diverged, Interrupted, UsageError
 from lco_lite.metrics import JsonLog, MetricsLog, peak_mib
@@ -23,6 +23,7 @@ from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe.sections import Training
 from lco_lite.run import StageFolder, verb
 from lco_lite.sequences import halved, seeded
+from lco_lite.trackers import Trackers
 from lco_lite.train.guard import Warned
 
 Sized = TypeVar("Sized", bound=Any)
@@ -90,6 +91,11 @@ class StageTraining:
 
     def __enter__(self) -> StageTraining:
         self._open = contextlib.ExitStack()
+        self.stage.plan(self.steps_planned)
+        self.trackers, random_states = Trackers(), capture_rng()
+        self.trackers.start(self.ctx.recipe, self.ctx.run, self.stage, self.done, self.ctx.console.warn)
+        restore_rng(*random_states)  # a tracker may draw a name
+        self._open.callback(self.trackers.finish)
         self.interrupt = self._open.enter_context(InterruptGuard())
         self.metrics = self.log(self.stage.metrics)
         label = "train-rm" if self.stage.name == "rm" else self.stage.name
@@ -219,7 +225,9 @@ class StageTraining:
         """``step`` is done: writes and shows its metrics, says what the guard saw, saves where it is time, and leaves
         where the user, or ``rl.guard: stop``, asks for it."""
         self.done, self.inside_step = step + 1, False
-        self.metrics.write({"step": step + 1, **metrics, "seconds": self.ctx.clock.lap(), "peak_mib": peak_mib()})
+        line = {"step": step + 1, **metrics, "seconds": self.ctx.clock.lap(), "peak_mib": peak_mib()}
+        self.metrics.write(line)
+        self.trackers.log(step + 1, line)
         self.line.update(step + 1, **metrics)
         warnings = ranks.from_main(warnings)  # all stop, or none
         for warning in warnings:
