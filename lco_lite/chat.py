@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Voice:
     def messages(self) -> list[dict[str, str]]:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
-    def answer(self, sampling: Sampling, seed: int) -> Iterator[str]:
+    def answer(self, sampling: Sampling, seed: int) -> Generator[str]:
         """The answer to the last turn, longer each time. Raises UsageError where the window has no room for one."""
         prompt = self.form.prompt(self.messages)
         room = min(sampling.max_new_tokens, self.window - len(prompt))
@@ -233,7 +233,7 @@ class Conversation:
     def turn(self, text: str) -> None:
         """All answer, each in its own conversation; in columns they write in turns, else one after another."""
         sampling = Sampling(self.temperature, self.top_p, self.longest, 1)
-        answers = list[Iterator[str]]()
+        answers = list[Generator[str]]()
         for voice in self.voices:
             voice.turns.append({"role": "user", "content": text})
             answers.append(voice.answer(sampling, self.seed))

@@ -219,7 +219,9 @@ def chat(
         str | None, Argument(metavar="RUN|PATH", help="A run, model or adapter; else the newest run.")
     ] = None,
     policy: Annotated[str | None, Option(help="As eval names it: base, sft, rl-OBJECTIVE, optimal (π*) …")] = None,
-    beside: Annotated[str | None, Option(metavar="NAME", help="A second one: of the same run, or a run or path.")] = None,
+    beside: Annotated[
+        str | None, Option(metavar="NAME", help="A second one: of the same run, or a run or path.")
+    ] = None,
     temperature: Annotated[float | None, Option(help="0 is greedy; else eval's of the recipe.")] = None,
     max_tokens: Annotated[int | None, Option("--max", help="Longest answer, tokens.")] = None,
     system: Annotated[str | None, Option(help="System message; the recipe's unless given.")] = None,

@@ -70,7 +70,9 @@ def show_runs(root: Path, name: str | None, console: Console, json: bool) -> Non
         return console.emit(told[0] if name else told)
     if not told:
         return console.note(f"no run under {root}/ yet: start with `lco-lite run recipes/quickstart.yaml`")
-    console.table("", ["run", "stage", "state", "score", "size", "last change"], [r for one in told for r in _rows(one)])
+    console.table(
+        "", ["run", "stage", "state", "score", "size", "last change"], [r for one in told for r in _rows(one)]
+    )
     if name:
         parts = [[part["path"], _size(part["bytes"]), part["can_go"] or ""] for part in told[0]["parts"]]
         console.table("", ["folder or file", "size", "can go"], parts)

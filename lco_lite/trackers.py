@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from lco_lite import ranks
@@ -147,7 +148,7 @@ class Trackers:
         named = {name.replace(".", "/"): value for name, value in flat(dict(metrics)).items() if name != "step"}
         numbers = {n: v for n, v in named.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         for name, tracker in list(self.open.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(step, numbers))
+            self._try(name, partial(tracker.log, step, numbers))
 
     @ranks.by_main
     def finish(self) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -60,7 +61,9 @@ def answers(runs: Path, said: str, *args: object) -> list[str]:
 
 
 def test_without_a_terminal_a_line_is_a_turn_and_stdout_has_the_answers_alone(runs):
-    again = "12 + 34 = ?\n/reset\n12 + 34 = ?\n/reset\n/seed 5\n12 + 34 = ?\n/seed 0\n/temperature 0\n/reset\n12 + 34 = ?\n"
+    again = (
+        "12 + 34 = ?\n/reset\n12 + 34 = ?\n/reset\n/seed 5\n12 + 34 = ?\n/seed 0\n/temperature 0\n/reset\n12 + 34 = ?\n"
+    )
     first, second, reseeded, _ = answers(runs, again)
     assert first == second != reseeded
     assert answers(runs, again, "tiny", "--policy", "rl-kld") == answers(runs, again, runs / "tiny")
@@ -118,12 +121,23 @@ def test_a_policy_that_is_not_there_is_one_message(runs, args, told):
 
 def test_commands_that_are_wrong_are_told_in_a_line_and_the_chat_goes_on(runs, tmp_path):
     (tmp_path / "notes.txt").write_text("no JSON")
-    wrong = ["/foo", "/seed x", "/seed -1", "/temperature -1", "/temperature nan", "/max 0", "/save", "/save none.jsonl"]
-    said = "\n".join([*wrong, "x" * 400, f"hi\n/save {tmp_path / 'notes.txt'}", f"/save {tmp_path}", "/quit", "unheard"])
+    wrong = [
+        "/foo",
+        "/seed x",
+        "/seed -1",
+        "/temperature -1",
+        "/temperature nan",
+        "/max 0",
+        "/save",
+        "/save none.jsonl",
+    ]
+    said = "\n".join(
+        [*wrong, "x" * 400, f"hi\n/save {tmp_path / 'notes.txt'}", f"/save {tmp_path}", "/quit", "unheard"]
+    )
     result = call("chat", "--runs", runs, "--max", 4, said=said)
     assert result.exit_code == 0 and "Traceback" not in result.output
     told = result.stderr.splitlines()
-    assert len([line for line in told if line.startswith("/") or "no command /foo" in line]) == len(wrong) + 1
+    assert len([line for line in told if line.startswith("/") or "no command /foo" in line]) == len(wrong) + 2
     assert any("fills the window of 256" in line for line in told)
     assert any("notes.txt, line 1: is not JSON" in line for line in told)
     assert (tmp_path / "notes.txt").read_text() == "no JSON"
@@ -141,7 +155,7 @@ def test_a_saved_conversation_is_a_demonstration_for_sft(runs, tmp_path):
 
 
 def test_model_output_reaches_the_terminal_without_control_characters(runs):
-    said = "".join(f"{i} + {i}\n/reset\n/seed {i}\n" for i in range(12))
+    said = "".join(f"{i} + {i}\n/reset\n/seed {i}\n" for i in range(4))
     raw = call("chat", "--runs", runs, "--max", 12, "--temperature", 1.5, said=said).stdout
     assert not {c for c in raw if ord(c) < 32 and c not in "\n\t"} and "\\x" in raw
 
@@ -228,7 +242,12 @@ def test_no_run_and_an_unknown_one_are_said(tmp_path, runs):
 
 def test_after_clean_a_done_run_says_so_and_eval_chat_and_the_logs_are_as_before(copied):
     root, kept = copied.path.parent, {}
-    for name in ("sft/metrics.jsonl", "rl-kld/samples.jsonl", "rl-kld/updates.jsonl", "eval/arithmetic--sft.rows.jsonl"):
+    for name in (
+        "sft/metrics.jsonl",
+        "rl-kld/samples.jsonl",
+        "rl-kld/updates.jsonl",
+        "eval/arithmetic--sft.rows.jsonl",
+    ):
         kept[name] = (copied.path / name).read_bytes()
     before = describe(copied)
     result = call("runs", "tiny", "--clean", "--yes", "--runs", root, "--json")
@@ -261,8 +280,7 @@ def test_clean_asks_first_and_leaves_which_run_is_the_newest(copied):
 
 @pytest.mark.parametrize(("answer", "left"), [("n", True), ("y", False)])
 def test_on_a_terminal_the_answer_decides(copied, monkeypatch, answer, left):
-    monkeypatch.setattr("lco_lite.runs.sys.stdin", io.StringIO())  # the runner's has no terminal either
-    monkeypatch.setattr("lco_lite.runs.sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("lco_lite.runs.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
     monkeypatch.setattr("lco_lite.runs.typer.confirm", lambda text, err: answer == "y")
     assert call("runs", "--clean", "--runs", copied.path.parent).exit_code == 0
     assert bool(spare(copied)) is left
@@ -294,7 +312,8 @@ def stopped(copied: Run) -> Iterator[Run]:
     yield copied
 
 
-def test_of_a_stage_under_way_only_what_no_kept_checkpoint_goes_back_to_can_go(stopped):
+def test_of_a_stage_under_way_only_what_no_kept_checkpoint_goes_back_to_can_go(stopped, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     can_go = {str(one.path.relative_to(stopped.path)) for one in spare(stopped)}
     assert {name for name in can_go if name.startswith("rl-kld")} == {"rl-kld/rollouts/step-000001.jsonl"}
     assert "stopped at step 2 of 5" in " ".join(call("runs", "--runs", stopped.path.parent).stdout.split())

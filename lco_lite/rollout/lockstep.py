@@ -4,7 +4,7 @@ Each role keeps its own key-value cache; at every position all of them read the 
 distribution of their logits. Legend: B sequences, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,8 @@ class LockstepEngine(Engine):
             return self._in_step(prompts, sampling)
 
     @torch.no_grad()
-    def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
-        """One response, token by token as they are drawn; what closes it comes last. Close it where it is left early."""
+    def stream(self, prompt: list[int], sampling: Sampling) -> Generator[int]:
+        """One response, token by token as they are drawn; what closes it comes last. Close what is left early."""
         with together(*self.roles):
             for chosen in self._columns([prompt], sampling):
                 yield (token := int(chosen))
