@@ -19,7 +19,13 @@ ACCEPTED = {
 }
 # as packages without a licence expression name them
 NAMES = dict.fromkeys(("apache", "apache 2.0", "apache 2.0 license", "apache software license"), "Apache-2.0")
-NAMES |= {"bsd": "BSD-3-Clause", "bsd license": "BSD-3-Clause", "isc license": "ISC", "isc license (iscl)": "ISC"}
+NAMES |= {
+    "bsd": "BSD-3-Clause",
+    "bsd license": "BSD-3-Clause",
+    "3-clause bsd license": "BSD-3-Clause",
+    "isc license": "ISC",
+    "isc license (iscl)": "ISC",
+}
 NAMES |= {"mit license": "MIT", "mozilla public license 2.0 (mpl 2.0)": "MPL-2.0", "dfsg approved": ""}
 NAMES |= {"python software foundation license": "PSF-2.0"}
 
