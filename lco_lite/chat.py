@@ -29,11 +29,9 @@ from lco_lite.models.chat import ChatFormat, PlainText
 from lco_lite.models.language_model import Role
 from lco_lite.rollout.engine import Sampling, before_stop, open_engine
 from lco_lite.rollout.lockstep import LockstepEngine, alone, optimal_policy
-from lco_lite.run import Run
 from lco_lite.sequences import seeded
 
 LONGEST = 512  # tokens of an answer where neither recipe nor task says
-ALIASES = {"pi-star": "optimal", "π*": "optimal"}
 HELP = """\
 /seed N           draws the next answers anew; the same N, the same answers
 /temperature X    0: greedy
@@ -118,10 +116,10 @@ def open_voices(
     ctx = opened.enter_context(reading(run or str(which), runs, sets, flags, console))
     if run is None:
         return _of_model(ctx, str(which), beside, runs, sets, flags, console, opened)
-    names = [named_policy(run, policy)]
+    names = [weights.named_policy(run, policy)]
     other = None
-    if beside is not None and (ALIASES.get(beside, beside) in policies(run) or not _elsewhere(beside, runs)):
-        names.append(named_policy(run, beside))
+    if beside is not None and (beside in weights.policies(run) or not _elsewhere(beside, runs)):
+        names.append(weights.named_policy(run, beside))
     elif beside is not None:
         other = open_voices(beside, None, None, runs, sets, flags, console, opened)
     roles = open_roles(ctx, names)
@@ -150,19 +148,6 @@ def _of_model(
 def _elsewhere(name: str, runs: Path) -> bool:
     """Whether it names another run, or a folder or hub id."""
     return known_run(name, runs) is not None or "/" in name or Path(name).exists()
-
-
-def policies(run: Run) -> list[str]:
-    done = [stage.name for stage in run.stages() if stage.is_done()]
-    return ["base", *done, *(["optimal"] if "rm" in done else [])]
-
-
-def named_policy(run: Run, name: str | None) -> str:
-    """As ``eval --policy`` names it; the newest unless given. Raises UsageError where it is not trained."""
-    name = run.newest_stage() if name is None else ALIASES.get(name, name)
-    if name not in (there := policies(run)):
-        raise UsageError(f"chat: policy {name} is not trained in run {run.name}; there are: {', '.join(there)}")
-    return name
 
 
 def open_roles(ctx: Context, names: Sequence[str]) -> list[list[Role]]:

@@ -145,9 +145,9 @@ class StageFolder:
     @ranks.once
     def plan(self, steps: int) -> None:
         """How many steps the stage takes, in ``stage.json``, for who looks at it from outside."""
-        file = self.path / "stage.json"
-        if file.exists() and (begun := _read_json(file)).get("steps") != steps:
-            write_json(file, {**begun, "steps": steps})
+        begun = self._record("stage.json")
+        if begun is not None and begun.get("steps") != steps:
+            write_json(self.path / "stage.json", {**begun, "steps": steps})
 
     @ranks.once
     def finish(self, result: dict[str, Any]) -> None:

@@ -141,6 +141,7 @@ def named_policy(run: Run, name: str | None) -> str:
     if name is None:
         run.stage(newest := run.newest_stage()).is_done()  # or says what is gone
         return newest
+    name = "optimal" if name in ("pi-star", "π*") else name
     stage, _, which = name.partition("@")
     if stage == "rl":
         begun = [one.name for one in run.stages() if one.name.startswith("rl-")]

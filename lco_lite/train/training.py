@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lco_lite import ranks
-from lco_lite.checkpoint import checkpoints, load_latest, save_checkpoint
+from lco_lite.checkpoint import capture_rng, load_latest, restore_rng, save_checkpoint
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.errors import DataError, Diverged, Interrupted, UsageError
 from lco_lite.metrics import JsonLog, MetricsLog, peak_mib
