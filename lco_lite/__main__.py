@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False) and sys.path[0] == os.getcwd():
     del sys.path[0]  # python -m: a json.py in the working folder is not the library
@@ -14,12 +15,22 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from lco_lite import ranks
+    from lco_lite.visible import uncaught, visible
 
+    sys.excepthook = uncaught
     ranks.join()
+    from typer import BadParameter
+
     from lco_lite.cli import app
 
+    usage_error: Any = BadParameter.__mro__[2]  # click's ClickException, or that of typer's own copy of click
     try:
-        app(prog_name="lco-lite")
+        sys.exit(app(prog_name="lco-lite", standalone_mode=False))
+    except usage_error as e:  # what was typed is in it
+        e.message = visible(e.message)
+        e.show()
+        ranks.leave(well=False)
+        sys.exit(e.exit_code)
     except SystemExit as end:
         ranks.leave(well=not end.code)
         raise

@@ -54,7 +54,7 @@ class RunFlags:
     seed: Annotated[int | None, Option(help="Seed of weights, data order and sampling.")] = None
     device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs")
-    quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings and the last line.")] = False
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings, scores and the last line.")] = False
 
     def arguments(self, flags: dict[str, Any] | None = None) -> dict[str, Any]:
         """For ``command``; ``flags`` are the command's own, by the recipe's field."""
@@ -92,7 +92,7 @@ def spread(kind: type[RunFlags]) -> Callable[[Callable[..., None]], Callable[...
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"lco-lite {__version__}")
+        Console().say(f"lco-lite {__version__}")
         raise typer.Exit
 
 
@@ -193,7 +193,7 @@ def evaluate(
     if list_tasks:
         from lco_lite.tasks import task_names
 
-        return typer.echo("\n".join(task_names()))
+        return Console().say("\n".join(task_names()))
     if compare:
         with boundary():
             from lco_lite.evaluation.compare import compare_scores
@@ -265,7 +265,7 @@ def study(
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
     out: Annotated[Path | None, Option(help="Folder of its page; in --runs unless given. Known rows count.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the grid and what of it is done.")] = False,
-    quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings and the last line.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings, scores and the last line.")] = False,
     json: Json = False,
 ) -> None:
     """A grid of runs that answers a question: a page with verdicts, tables, plots. Started again, it goes on."""
@@ -273,7 +273,7 @@ def study(
         from lco_lite.study.verb import list_studies, run_study
 
         if name is None:
-            return list_studies()
+            return list_studies(Console())
         run_study(name, recipe, sets or [], seeds, runs, out, jobs, only or [], dry_run, Console(quiet, json), json)
 
 
@@ -317,7 +317,7 @@ def recipes(
 ) -> None:
     """List, show or copy the shipped recipes."""
     with boundary():
-        copy_recipes(name, copy) if copy else show_recipes(name)
+        copy_recipes(name, copy, Console()) if copy else show_recipes(name, Console())
 
 
 @app.command()
@@ -329,4 +329,4 @@ def env(json: Json = False) -> None:
             return Console(json=True).emit(facts)
         for topic, value in facts.items():
             for name, text in (value if isinstance(value, dict) else {"": value}).items():
-                typer.echo(f"{topic:10} {name:14} {text if text is not None else 'not installed'}")
+                Console().say(f"{topic:10} {name:14} {text if text is not None else 'not installed'}")

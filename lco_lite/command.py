@@ -23,6 +23,7 @@ from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import find_recipe, load_recipe, overridden, said
 from lco_lite.recipe.sections import RewardModel
 from lco_lite.run import Run, decides, verb
+from lco_lite.visible import visible
 
 if TYPE_CHECKING:
     from lco_lite.context import Context
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def boundary() -> Iterator[None]:
-    """The one place where an exception becomes a message on stderr and an exit status (see errors.py)."""
+    """The one place where an exception becomes a message on stderr and an exit status (see errors.py). What is nobody's
+    message is a mistake in here: it keeps its traceback."""
     try:
         yield
     except LcoError as e:
@@ -42,11 +44,16 @@ def boundary() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more can be said
         raise typer.Exit(1) from None
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception:
+        _say(traceback.format_exc().rstrip())
+        raise typer.Exit(1) from None
 
 
 def _say(why: str) -> None:
     if stderr := ranks.stderr_of_the_first():
-        typer.echo(visible(why), file=stderr)  # a message may quote a model, or a user's function
+        Console(stderr=stderr).error(why)
 
 
 @contextlib.contextmanager
@@ -169,7 +176,7 @@ def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -
             head = f"out of memory in {where}, peak {peak_mib():.0f} MiB. Change, in this order:"
             raise MemoryExhausted(f"{head}\n{listed}\n({(str(e) or type(e).__name__).splitlines()[0]})") from e
         log = run.path / "error.log"
-        write_text(log, traceback.format_exc())
+        write_text(log, visible(traceback.format_exc()))
         raise LcoError(f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\nThe traceback is in {log}") from e
 
 

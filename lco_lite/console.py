@@ -1,7 +1,8 @@
-"""The screen. Everything that a run says goes through ``Console``; nothing else prints.
+"""The screen. Everything that is said goes through ``Console``; nothing else prints, and nothing of others' text gets
+there raw (visible.py).
 
-On a terminal bars show the progress; elsewhere each step is one plain line. What comes from a model or a file is shown
-as it is: no markup, no control characters.
+On a terminal the lowest lines are alive: time left, stage, phase, numbers, the last response; each step leaves a line
+above them. Elsewhere each step is one plain line.
 """
 
 from __future__ import annotations
@@ -9,42 +10,34 @@ from __future__ import annotations
 import json as json_format
 import re
 import sys
+import textwrap
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
+from rich.console import ConsoleRenderable, Group
+from rich.control import Control
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
-from rich.table import Column, Table
+from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
-from lco_lite.metrics import peak_mib
+from lco_lite.progress import Progress, bar, clock_time, flow
+from lco_lite.visible import visible
 
-# what the screen shows of a step's metrics, in this order: name, label, format
-SHOWN: tuple[tuple[str, str, str], ...] = (
-    ("loss", "loss", ".4f"),
-    ("reward", "reward", ".3f"),
-    ("dead_groups", "dead groups", ".2f"),
-    ("skipped_updates", "skipped", "d"),
-    ("accuracy", "accuracy", ".3f"),
-    ("eval", "held-out", ".3f"),
-    ("grad_norm", "grad", ".3g"),
-    ("entropy", "entropy", ".3f"),
-    ("kl_to_old", "KL(old)", ".4f"),
-    ("tokens_per_second", "tok/s", ".0f"),
-    ("peak_mib", "MiB", ".0f"),
-)
-_LIFE_SIGN_EVERY = 30.0  # seconds; without a terminal, a long phase inside a step still shows that it goes on
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+WIDEST = 100  # columns of the live lines at most: they are read at a glance, and a narrower window breaks none of them
+PANEL = (100, 24)  # columns and rows from which on the last response is shown
+SHARE = 0.004  # of a processor's time, for the live lines at most
 _NUMBER = re.compile(r"([-+]?[\d.,]+([eE][-+]?\d+)?%?( ?[±] ?[\d.]+)?)?")
 
 
 class Console:
-    """``quiet``: only warnings (stderr) and the last line. ``json``: stdout is for ``emit``, stderr for all else."""
+    """``quiet``: only warnings (stderr), results and the last line. ``json``: stdout is for ``emit``, stderr for all
+    else."""
 
     def __init__(
         self,
@@ -60,8 +53,12 @@ class Console:
         plain = partial(RichConsole, markup=False, emoji=False, highlight=False)
         self._err = plain(file=stderr or sys.stderr)
         self._screen = self._err if json else plain(file=self._stdout)
-        self._depth = 0  # how many progresses are open, one inside another
-        self._bars: Bars | None = None
+        self.draws = self._screen.is_interactive and self._screen.file.isatty() and not quiet  # lines anew, in place
+        self._open: list[Progress] = []  # one inside another
+        self._live: _Area | None = None
+        self._phase: tuple[str, float] | None = None  # its name and beginning
+        self._sample: tuple[str, str, str] | None = None  # verdict, prompt, response
+        self._notice = ""
 
     def stage(self, name: str, detail: str = "") -> None:
         """Says what begins: ``rl-kld  3 steps of 512 prompts``."""
@@ -71,14 +68,26 @@ class Console:
         if not self._quiet:
             self._print(self._screen, text, style)
 
+    def result(self, text: str) -> None:
+        """What the command was for: also when quiet."""
+        self._print(self._screen, text)
+
     def warn(self, text: str) -> None:
         """To stderr, also when quiet."""
-        above_bars = self._bars is not None and self._err.is_terminal
-        self._print(self._screen if above_bars else self._err, f"warning: {text}", "yellow")
+        above = self._live is not None and self._err.is_terminal
+        self._print(self._screen if above else self._err, f"warning: {text}", "yellow")
 
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Numbers are set right; floats are shown as given in text or with three decimals."""
-        if self._quiet:
+    def error(self, text: str) -> None:
+        self._print(self._err, text)
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """To stdout as it is, but for control characters: a recipe, an example, a list."""
+        self._screen.print(Text(self._clean(text)), soft_wrap=True, end=end)
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], result: bool = False) -> None:
+        """Numbers are set right; floats are shown as given in text or with three decimals. ``result``: also when
+        quiet."""
+        if self._quiet and not result:
             return
         body = [[self._cell(value) for value in row] for row in rows]
         table = Table(title=self._clean(title), title_justify="left")
@@ -87,26 +96,46 @@ class Console:
             table.add_column(self._clean(column), justify="right" if numeric else "left", overflow="fold")
         for row in body:
             table.add_row(*row)
-        self._screen.print(table)
+        self._put(self._screen, table)
 
     @contextmanager
-    def progress(self, total: int, label: str, done: int = 0) -> Iterator[Progress]:
-        """Shows ``total`` equal parts of work, ``done`` of them earlier; one inside another is shown below it."""
-        outermost = self._depth == 0
-        if outermost and self._screen.is_interactive and not self._quiet:
-            self._bars = _bars(self._screen, self.clock)
-            self._bars.start()
-        self._depth += 1
-        progress = Progress(self, self._bars, self._clean(label), total, done, outermost)
+    def progress(
+        self, total: int, label: str, done: int = 0, every: Mapping[str, int] | None = None
+    ) -> Iterator[Progress]:
+        """Shows how far the work is (progress.py); one inside another is its phase."""
+        columns = (lambda: self._screen.width) if self.draws else None
+        label = self._clean(label, lines=False)
+        progress = Progress(label, total, done, self.clock, self.note, columns, not self._open, every)
+        if not self._open:
+            self._phase, self._sample, self._notice = None, None, ""
+        self._open.append(progress)
         try:
+            if len(self._open) == 1 and self.draws:
+                self._live = _Area(self._screen, self._area)
+                self._live.start()
             yield progress
         finally:
-            self._depth -= 1
-            if self._bars is not None and outermost:
-                self._bars.stop()  # leaves the last state of the outermost bar on the screen
-                self._bars = None
-            elif self._bars is not None:
-                self._bars.remove_task(progress.bar)
+            if len(self._open) == 1 and self._live is not None:
+                self._live.stop()  # the terminal is as it was, whatever has happened
+                self._live = None
+            self._open.remove(progress)
+        progress.end()
+
+    def phase(self, name: str) -> None:
+        """What a step is at; nothing where it is empty."""
+        self._phase = (name, self.clock()) if name else None
+
+    def sample(self, prompt: str, response: str, right: bool | None, reward: float | None = None) -> None:
+        """The last response and its grade, for the panel."""
+        verdict = {True: "✓ right", False: "✗ wrong", None: ""}[right]
+        told = "" if reward is None else f"reward {reward:.3g}"
+        self._sample = "  ".join(filter(None, (verdict, told))) or "last response", prompt, response
+
+    def notice(self, text: str) -> bool:
+        """Says it below the live lines; False where there are none. A signal may come at any moment: nothing is drawn
+        here."""
+        self._notice = text
+        return self._live is not None
 
     def write(self, text: str) -> None:
         """To stdout, where the line before ended: for text that is made piece by piece."""
@@ -145,7 +174,8 @@ class Console:
 
     def emit(self, value: Any) -> None:
         """One JSON document on stdout, for ``--json``."""
-        self._stdout.write(json_format.dumps(value, ensure_ascii=True, allow_nan=False) + "\n")
+        text = json_format.dumps(value, ensure_ascii=True, allow_nan=False)
+        self._stdout.write(text.replace("\x7f", "\\u007f") + "\n")
         self._stdout.flush()
 
     def done(self, path: Any, next_command: str | None = None) -> None:
@@ -157,77 +187,113 @@ class Console:
         return f"{value:.3f}" if isinstance(value, float) else self._clean("" if value is None else str(value))
 
     def _print(self, console: RichConsole, text: str, style: str = "") -> None:
-        console.print(Text(self._clean(text, console), style), soft_wrap=True)
+        """On a terminal wrapped at words; elsewhere a line is a line."""
+        text = self._clean(text, console)
+        self._put(console, Text(at_words(text, console.width) if console.is_terminal else text, style))
 
-    def _clean(self, text: str, console: RichConsole | None = None) -> str:
+    def _put(self, console: RichConsole, what: Text | Table) -> None:
+        if self._live is not None and console is self._screen:
+            self._live.above.append(what)
+        else:
+            console.print(what, soft_wrap=isinstance(what, Text))
+
+    def _clean(self, text: str, console: RichConsole | None = None, lines: bool = True) -> str:
         encoding = (console or self._screen).encoding
-        return visible(text).encode(encoding, "replace").decode(encoding)
+        return visible(text, lines).encode(encoding, "replace").decode(encoding)
+
+    def _area(self) -> Group:
+        """The live lines. Drawn by another thread than the one that works: it reads, and changes nothing."""
+        at, phase, sample, (columns, rows) = list(self._open), self._phase, self._sample, self._screen.size
+        if not at:
+            return Group()
+        outer, inner = at[0], at[-1] if len(at) > 1 else None
+        width = min(columns, WIDEST) - 1  # a full line would make some terminals begin another
+        left = outer.seconds_left()
+        if left is not None or inner is None or (of_phase := inner.seconds_left()) is None:
+            head = Text(f"{'…' if left is None else clock_time(left)} left", "bold cyan")
+        else:
+            head = Text(f"{inner.label} {clock_time(of_phase)} left", "bold cyan")
+        meters = [outer] if inner is None else [outer, inner]
+        texts = [meter.counted() for meter in meters]
+        if inner is None and phase is not None:
+            texts.append(Text.assemble((f"{phase[0]} ", "dim"), clock_time(self.clock() - phase[1])))
+        room = (width - sum(len(text) + 2 for text in (head, *texts))) // len(meters) - 1
+        for meter, text in zip(meters, texts, strict=False):
+            text.append(" ").append_text(bar(meter.done, meter.total, max(4, min(room, 24))))
+        lines = [*flow([head, *texts], width), *flow(outer.items(), width)]
+        if self._notice:
+            lines.append(Text(self._notice, "yellow"))
+        for line in lines:
+            line.truncate(width, overflow="ellipsis")  # in a window of some thirty columns
+        if sample is None or columns < PANEL[0] or rows < PANEL[1]:
+            return Group(*lines[: max(1, rows - 1)])
+        return Group(self._panel(*sample, width, min(8, rows // 3)), *lines)
+
+    def _panel(self, verdict: str, prompt: str, response: str, width: int, rows: int) -> Panel:
+        asked = clipped(self._clean(" ".join(prompt.split())), self._screen, width - 4, 1)
+        said = clipped(self._clean(response.expandtabs(4)), self._screen, width - 4, rows)
+        for line in asked:
+            line.stylize("dim")
+        colour = {"✓": "green", "✗": "red"}.get(verdict[0], "cyan")
+        title = Text(self._clean(verdict), colour)
+        return Panel(Group(*asked, *said), title=title, title_align="left", border_style="dim", width=width)
 
 
-class Progress:
-    """Made by ``Console.progress``: a bar on a terminal, plain lines elsewhere."""
+class _Area(Live):
+    """rich's live lines, with what is said above them; the window may become narrower while they stand there.
 
-    def __init__(self, console: Console, bars: Bars | None, label: str, total: int, done: int, outermost: bool) -> None:
-        self._console, self._bars, self._label, self._total, self._outermost = console, bars, label, total, outermost
-        self._metrics: dict[str, Any] = {}
-        self._start = self._said_at = console.clock()
-        self._done_at_start = self._said = done
-        if bars is not None:
-            self.bar = bars.add_task(label, total=total, completed=done, left="", numbers="")
+    They are drawn by a thread, at most four times a second and less often where that would take more than ``SHARE`` of
+    a processor: who says something does not wait for it.
+    """
 
-    def update(self, done: int, **metrics: Any) -> None:
-        """``done`` of the total; ``metrics`` by their names in METRICS stay until they are given again. May be called
-        as often as one likes."""
-        self._metrics |= metrics
-        shown, now = {**self._metrics, "peak_mib": peak_mib()}, self._console.clock()
-        here = done - self._done_at_start  # what was done before this process took none of its time
-        seconds_left = (now - self._start) / here * (self._total - done) if here > 0 else None
-        if self._bars is not None:
-            numbers = "  ".join(_numbers(shown))
-            self._bars.update(self.bar, completed=done, left=_left(seconds_left), numbers=numbers, refresh=True)
-        elif (self._outermost and done != self._said) or now - self._said_at >= _LIFE_SIGN_EVERY:
-            self._said, self._said_at = done, now
-            self._console.note(progress_line(self._label, done, self._total, shown, seconds_left))
+    def __init__(self, screen: RichConsole, render: Callable[[], Group]) -> None:
+        super().__init__(console=screen, get_renderable=render, transient=True, refresh_per_second=4)
+        self.above = deque[Text | Table]()
+        self._render, self._drawn = render, Group()
+        self._widths: list[int] = []  # of the lines that stand there
+        self._due = 0.0
 
+    def refresh(self) -> None:
+        if self._started and time.monotonic() < self._due:
+            return
+        began, said = time.thread_time(), list[Any]()
+        while self.above:
+            said.append(self.above.popleft())
+        with self._lock:
+            self._drawn = self._render()
+            self._live_render.set_renderable(self._drawn)
+            self.console.print(*(said or [Control()]), sep="\n", soft_wrap=True)
+        self._due = time.monotonic() + (time.thread_time() - began) / SHARE
 
-def progress_line(label: str, done: int, total: int, metrics: Mapping[str, Any], seconds_left: float | None) -> str:
-    """``rl-kld 2/4  reward 0.412  grad 0.83  …  1:20 left``; metrics that are absent or None are left out."""
-    return "  ".join(filter(None, [f"{label} {done}/{total}", *_numbers(metrics), _left(seconds_left)]))
-
-
-def _numbers(metrics: Mapping[str, Any]) -> list[str]:
-    """The SHOWN ones, and after the reward its parts, where there are several."""
-    numbers = list[str]()
-    for name, text, form in SHOWN:
-        if metrics.get(name) is not None:
-            numbers.append(f"{text} {metrics[name]:{form}}")
-        if name == "reward" and len(parts := metrics.get("rewards") or {}) > 1:
-            numbers += [f"{part} {value:{form}}" for part, value in parts.items()]
-    return numbers
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        if self._widths:  # a line that is wider than the window by now has become several
+            rows = sum(max(1, -(-width // self.console.width)) for width in self._widths)
+            self._live_render._shape = max(self._widths), rows
+        self._widths = [width for part in self._drawn.renderables for width in _widths(part)]
+        return super().process_renderables(renderables)
 
 
-def _left(seconds: float | None) -> str:
-    return f"{clock_time(seconds)} left" if seconds else ""
+def _widths(part: Any) -> list[int]:
+    """Of the lines of a Text without line ends, or of a panel."""
+    return [part.cell_len] if isinstance(part, Text) else [part.width] * (2 + len(part.renderable.renderables))
 
 
-def clock_time(seconds: float) -> str:
-    """``0:07``, ``12:30``, ``1:02:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def at_words(text: str, width: int) -> str:
+    """Every line wrapped to ``width``, indented as it begins; a word that is wider, a path, stays whole."""
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent=line[: len(line) - len(line.lstrip())], **how) if line else line
+        for line in text.split("\n")
+    )
 
 
-def visible(text: str) -> str:
-    """``text`` with control characters written out (``\\x1b``), so that what a model says cannot steer the terminal."""
-    return _CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", text)
-
-
-def _bars(screen: RichConsole, clock: Callable[[], float]) -> Bars:
-    """Bars without rich's own time left: it looks back 30 s only, and one step may take minutes."""
-
-    def text(field: str, column: Column | None = None) -> TextColumn:
-        return TextColumn("{task." + field + "}", markup=False, table_column=column)
-
-    numbers = text("fields[numbers]", Column(ratio=1, no_wrap=True, overflow="ellipsis"))  # whatever width is left
-    columns = (text("description"), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn(), text("fields[left]"))
-    return Bars(*columns, numbers, console=screen, get_time=clock, refresh_per_second=4, expand=True)
+def clipped(text: str, screen: RichConsole, width: int, rows: int) -> list[Text]:
+    """``text`` in lines, wrapped at words; what is more than ``rows`` of them is left out of the middle."""
+    most = width * rows  # characters from either end: no more can be seen
+    text = text if len(text) <= 2 * most else f"{text[:most]}{text[-most:]}"
+    lines = list(Text(text).wrap(screen, width))
+    if len(lines) <= rows:
+        return lines
+    if rows == 1:
+        return [Text(f"{text[: width // 2 - 2]} … {text[2 - width // 2 :]}", no_wrap=True)]
+    return [*lines[: rows // 2], Text("⋯", "dim"), *lines[rows // 2 + 1 - rows :]]

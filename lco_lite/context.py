@@ -24,6 +24,7 @@ from lco_lite.recipe import Recipe
 from lco_lite.run import Run
 
 Made = TypeVar("Made")
+STOPPING = "finishing the current batch, then a checkpoint; press Ctrl-C again to stop at once"
 
 
 @dataclass
@@ -32,14 +33,17 @@ class Clock:
 
     phase: str = "loading"
     seconds: dict[str, float] = field(default_factory=dict)
+    tell: Callable[[str], object] = lambda phase: None  # which begins; an empty one where it has ended
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self.phase, start = phase, time.perf_counter()
+        self.tell(phase)
         yield
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self.tell("")
 
     def lap(self) -> dict[str, float]:
         seconds, self.seconds = {k: round(v, 3) for k, v in self.seconds.items()}, {}
@@ -59,6 +63,9 @@ class Context:
     begins: Callable[[], None] = lambda: None  # what the stage works with is open: from here on the run remembers it
     bases: WeakSet[Any] = field(default_factory=WeakSet)  # that share the device (models/residency.py)
     _rooms: dict[str, Room] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.clock.tell = self.console.phase
 
     def room(self, setting: str, size: int) -> Room:
         """The one room of this setting, which begins with ``size``."""
@@ -129,8 +136,8 @@ class InterruptGuard:
     got it: ``ranks.any_of(guard.requested)``.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, console: Console | None = None) -> None:
+        self.requested, self._console = False, console
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> InterruptGuard:
@@ -149,7 +156,9 @@ class InterruptGuard:
         self.requested = True
         if ranks.world() > 1:
             return  # torchrun says that it stops them
+        if self._console is not None and self._console.notice(STOPPING):
+            return
         # print is not safe here: the signal may have come in the middle of another print. And a stderr that was closed
         # must not keep the checkpoint from being written
         with contextlib.suppress(OSError):
-            os.write(2, b"\nfinishing the current batch, then a checkpoint; press Ctrl-C again to stop at once\n")
+            os.write(2, f"\n{STOPPING}\n".encode())

@@ -4,12 +4,10 @@ import math
 from collections.abc import Sequence
 from statistics import median_high
 
-import typer
-
 from lco_lite.console import Console
 from lco_lite.data.prompts import file_pairs, held_out, recipe_task, rl_prompts, sft_examples
 from lco_lite.models.chat import ChatFormat
-from lco_lite.models.loading import open_tokenizer
+from lco_lite.models.loading import open_tokenizer, quiet_libraries
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump
 from lco_lite.sequences import Example
@@ -19,7 +17,8 @@ from lco_lite.train.reward_model import hold_out
 
 def preview(recipe: Recipe, console: Console) -> None:
     """Opens tokenizer and data as the stages do, and prints what they would work with; refuses what they refuse."""
-    typer.echo(dump(recipe))
+    quiet_libraries()
+    console.say(dump(recipe))
     refuse_untrainable(recipe)
     task, tokenizer = recipe_task(recipe), open_tokenizer(recipe.model, recipe.seed)
     chat = ChatFormat(tokenizer, recipe.chat.template_args, console.warn)
@@ -27,20 +26,20 @@ def preview(recipe: Recipe, console: Console) -> None:
     if recipe.sft.enabled:
         examples = sft_examples(recipe, task, chat)
         prompt, response = map(chat.tokenizer.decode, (examples[0].prompt, examples[0].response))
-        typer.echo(f"one demonstration, [trained tokens in brackets]:\n{prompt}[{response}]\n")
+        console.say(f"one demonstration, [trained tokens in brackets]:\n{prompt}[{response}]\n")
         updates = recipe.sft.max_steps or math.ceil(recipe.sft.epochs * len(examples) / recipe.sft.batch_size)
-        typer.echo(f"sft      {len(examples)} demonstrations of {_lengths(examples)} tokens, {updates} updates")
+        console.say(f"sft      {len(examples)} demonstrations of {_lengths(examples)} tokens, {updates} updates")
     else:
-        typer.echo(f"one prompt:\n{chat.prompt_text(prompts[0].messages)}\n")
+        console.say(f"one prompt:\n{chat.prompt_text(prompts[0].messages)}\n")
     if recipe.rl.needs_reward_model:
-        typer.echo(f"rm       {_pairs(recipe, chat, len(prompts))}")
+        console.say(f"rm       {_pairs(recipe, chat, len(prompts))}")
     rl = recipe.rl
     responses = rl.prompts_per_step * rl.responses_per_prompt
     updates = rl.inner_epochs * math.ceil(responses / rl.minibatch)
-    typer.echo(f"rl       {len(prompts)} prompts; {rl.steps} steps of {responses} responses and {updates} updates")
+    console.say(f"rl       {len(prompts)} prompts; {rl.steps} steps of {responses} responses and {updates} updates")
     if task is not None:
         items = held_out(recipe, task, recipe.eval.items)
-        typer.echo(f"eval     {len(items)} held-out items, {recipe.eval.seeds} passes")
+        console.say(f"eval     {len(items)} held-out items, {recipe.eval.seeds} passes")
 
 
 def _pairs(recipe: Recipe, chat: ChatFormat, prompts: int) -> str:

@@ -17,9 +17,11 @@ from typing import Any
 
 from lco_lite import ranks
 from lco_lite.errors import DataError, LcoError, UsageError
+from lco_lite.visible import CONTROLS
 
 # .NAME.TOKEN.new is being written, .old stepped aside to be replaced, .gone is on its way out
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{12}\.(?P<kind>new|old|gone)$")
+_CONTROL = re.compile(f"[{CONTROLS}]")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 # a file where a folder should be or the other way round, or a name too long
@@ -94,7 +96,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces ``path`` by ``value`` as indented JSON, whole or not at all. NaN and infinities raise ValueError."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 @contextmanager
@@ -260,4 +262,10 @@ class JsonLines:
 
 def json_line(value: dict[str, Any]) -> bytes:
     """``value`` and a line end in UTF-8, lone surrogates as question marks. ValueError for NaN and infinities."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+    return json_text(value).encode("utf-8", "replace") + b"\n"
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON to be read: letters of every script as they are, but escapes for all that would steer a terminal."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return _CONTROL.sub(lambda match: json.dumps(match[0])[1:-1].replace("\x7f", "\\u007f"), text)

@@ -7,6 +7,7 @@ and, of an rl stage, one an update in ``updates.jsonl``.
 import json
 import math
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def peak_mib() -> float:
     if torch is not None and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated()) / 2**20
     if sys.platform == "win32":
-        import psutil  # comes with accelerate
+        import psutil
 
         return float(psutil.Process().memory_info().peak_wset) / 2**20
     if sys.platform == "linux":  # not getrusage: its peak is passed on from the parent process, however small the child
@@ -139,3 +140,20 @@ def peak_mib() -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on other systems
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def memory_mib() -> tuple[float, float, float]:
+    """(in use now, the most so far, all there is) of the GPU, or without one of the process and the host, MiB."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return torch.cuda.memory_allocated() / 2**20, peak_mib(), there / 2**20
+    process, there = _host()
+    return process.memory_info().rss / 2**20, peak_mib(), there / 2**20
+
+
+@cache
+def _host() -> tuple[Any, int]:
+    import psutil
+
+    return psutil.Process(), psutil.virtual_memory().total

@@ -16,11 +16,11 @@ import datetime
 import functools
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TextIO, TypeVar
 
 from lco_lite.errors import LcoError, RankLost
+from lco_lite.visible import uncaught, visible
 
 P = ParamSpec("P")
 Made = TypeVar("Made")
@@ -51,7 +51,7 @@ def join() -> None:
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     distributed.init_process_group(backend, store=_store, rank=_rank, world_size=_world, timeout=PATIENCE)
     if _rank > 0:
-        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+        sys.excepthook = uncaught
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
@@ -192,7 +192,7 @@ def sum_gradients(weights: Sequence[Any]) -> None:
 def aside(text: str) -> None:
     """What the user should know of another rank than 0, whose screen is."""
     if _rank > 0:
-        print(f"rank {_rank}: {text}", file=sys.__stderr__)
+        print(visible(f"rank {_rank}: {text}"), file=sys.__stderr__)
 
 
 def stderr_of_the_first() -> TextIO | None:

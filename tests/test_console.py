@@ -4,7 +4,9 @@ import re
 
 import pytest
 
-from lco_lite.console import Console, clock_time, progress_line, visible
+from lco_lite.console import Console
+from lco_lite.progress import clock_time, sparkline
+from lco_lite.visible import visible
 
 
 class Terminal(io.StringIO):
@@ -31,25 +33,43 @@ def screen(terminal=False, **options):
     return Console(stdout=out, stderr=err, clock=clock, **options), out, err, clock
 
 
-def test_without_a_terminal_each_step_is_one_plain_line():
+NUMBERS = {"reward": 0.25, "grad_norm": 1.5, "entropy": 0.4, "kl_to_old": 0.01, "tokens_per_second": 321.4}
+
+
+def test_without_a_terminal_each_step_is_one_plain_line_and_begins_with_the_time_left():
     console, out, _, clock = screen()
     with console.progress(4, "rl-kld") as line:
         for step in (1, 2):
             clock.now += 10
-            line.update(step, reward=0.25, grad_norm=1.5, entropy=0.4, kl_to_old=0.01, tokens_per_second=321.4)
+            line.step(step, {"rollout": 9.0}, NUMBERS)
     first, second = out.getvalue().splitlines()
-    assert first.startswith("rl-kld 1/4  reward 0.250  grad 1.5  entropy 0.400  KL(old) 0.0100  tok/s 321  MiB ")
-    assert first.endswith("  0:30 left") and second.endswith("  0:20 left")
+    numbers = "reward 0.250  grad 1.5  KL 0.0100  entropy 0.400  tok/s 321  memory "
+    assert first.startswith(f"0:30 left  rl-kld 1/4  {numbers}") and second.startswith("0:20 left  rl-kld 2/4  ")
+    assert re.search(r"memory [\d.]+ of [\d.]+ GiB, peak [\d.]+$", first)
     assert "\x1b" not in out.getvalue()
 
 
 def test_a_step_that_is_updated_many_times_is_still_one_line():
     console, out, _, clock = screen()
     with console.progress(2, "rl") as line:
-        for _ in range(50):
-            line.update(1, loss=1.0)
-        line.update(2, loss=0.5)
+        for step in (1, 2):
+            for _ in range(50):
+                line.update(step - 1, metrics={"loss": 1.0})
+            line.step(step, {}, {"loss": 0.5})
     assert len(out.getvalue().splitlines()) == 2
+
+
+def test_other_work_says_a_line_at_its_end_and_now_and_then():
+    console, out, _, clock = screen()
+    with console.progress(70, "eval") as line:
+        for done in range(1, 71):
+            clock.now += 1
+            line.update(done)
+    assert [line.split("  memory")[0] for line in out.getvalue().splitlines()] == [
+        "0:40 left  eval 30/70",
+        "0:10 left  eval 60/70",
+        "eval 70/70",
+    ]
 
 
 def test_a_phase_inside_a_step_shows_life_only_now_and_then():
@@ -58,19 +78,63 @@ def test_a_phase_inside_a_step_shows_life_only_now_and_then():
         for done in range(1, 101):
             clock.now += 1
             inner.update(done)
-    assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == [
-        "rollout 30/100",
-        "rollout 60/100",
-        "rollout 90/100",
+    assert [line.split("  memory")[0] for line in out.getvalue().splitlines()] == [
+        "1:10 left  rollout 30/100",
+        "0:40 left  rollout 60/100",
+        "0:10 left  rollout 90/100",
     ]
 
 
+def times_left(steps, total, every=None, done=0):
+    """Seconds left as shown after each step and each second within, of steps given as {phase: seconds}."""
+    console, _, _, clock = screen()
+    shown = []
+    with console.progress(total, "rl", done, every) as line:
+        for step, seconds in enumerate(steps, done + 1):
+            for _ in range(round(sum(seconds.values()))):
+                clock.now += 1
+                shown.append(line.seconds_left())
+            line.step(step, seconds, {})
+            shown.append(line.seconds_left())
+    return [left for left in shown if left is not None]
+
+
 def test_the_time_left_counts_only_what_was_done_here():
-    console, out, _, clock = screen()
-    with console.progress(100, "sft", done=90) as line:
-        clock.now += 10
-        line.update(95)
-    assert out.getvalue().rstrip().endswith("0:10 left")
+    assert times_left([{"update": 2.0}], 100, done=90)[-1] == 18
+
+
+def test_the_time_left_never_rises_for_the_noise_of_steps():
+    steps = [{"rollout": 10.0 + (7 * i) % 4, "update": 3.0 + (5 * i) % 3} for i in range(20)]
+    shown = times_left(steps, 20)
+    assert shown == sorted(shown, reverse=True) and shown[-1] == 0 and shown[0] > 200
+
+
+def test_one_slow_step_says_little_about_the_time_left():
+    shown = times_left([{"rollout": 10.0}] * 5 + [{"rollout": 60.0}], 100)
+    assert shown[-1] == 94 * 10
+
+
+def test_held_out_scores_to_come_are_in_the_time_left_at_their_own_price():
+    steps = [{"rollout": 10.0} | ({"eval": 30.0} if i % 5 == 4 else {}) for i in range(10)]
+    shown = times_left(steps, 20, {"eval": 5})
+    assert shown[-1] == 10 * 10 + 2 * 30
+    after_first_eval = shown[shown.index(15 * 10 + 3 * 30) :]
+    assert after_first_eval == sorted(after_first_eval, reverse=True)
+
+
+def test_the_time_left_rises_where_steps_really_become_slower():
+    shown = times_left([{"rollout": 10.0}] * 4 + [{"rollout": 30.0}] * 16, 40)
+    assert shown[-1] == 20 * 30
+
+
+def test_a_stage_that_goes_on_knows_the_time_left_before_its_first_step():
+    console, _, _, _ = screen()
+    with console.progress(10, "rl", 4) as line:
+        line.recall([{"reward": 0.5, "seconds": {"rollout": 8.0, "update": 2.0, "loading": 100.0}}] * 4)
+        assert line.seconds_left() == 60
+        assert "▄▄▄▄" not in "".join(item.plain for item in line.items())  # it has no reward yet
+        line.update(4, metrics={"reward": 0.5})
+        assert "reward 0.500 ▄▄▄▄" in [item.plain for item in line.items()]
 
 
 def text(written: str) -> str:
@@ -78,59 +142,57 @@ def text(written: str) -> str:
     return re.sub(r" *[━╸╺]+ *", " | ", re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", written))
 
 
-def test_on_a_terminal_one_bar_is_redrawn_and_its_last_state_stays():
+def test_on_a_terminal_the_live_lines_go_and_a_row_of_each_step_stays():
     console, out, _, _ = screen(terminal=True)
     with console.progress(2, "rl") as line, console.progress(10, "rollout") as inner:
         inner.update(5)
-        line.update(1, reward=0.1)
+        line.step(1, {}, {"reward": 0.1})
         console.note("said in between")
-        line.update(2, reward=0.2)
-    written = out.getvalue()
-    assert "\x1b[2K" in written and "rollout | 5/10" in text(written) and "said in between" in written
-    last = text(written.rpartition("\x1b[2K")[2])
-    assert last.startswith("rl | 2/2") and "  reward 0.200" in last and "rollout" not in last
+        line.step(2, {}, {"reward": 0.2, "eval": 0.5})
+    rows = [line.split() for line in text(out.getvalue()).splitlines() if line.strip()]
+    assert rows[:6] == [
+        ["step", "reward", "s"],
+        ["1/2", "0.100", "0.0"],
+        ["said", "in", "between"],
+        ["step", "reward", "held-out", "s"],  # which is new
+        ["2/2", "0.200", "0.500", "0.0"],
+        ["0:00", "left", "rl", "2/2", "|"],
+    ]
+    assert out.getvalue().rstrip().endswith("\x1b[2K"), "the live lines are taken away"
 
 
-def test_a_bar_on_a_terminal_says_the_time_spent_and_the_time_left():
-    console, out, _, clock = screen(terminal=True)
-    with console.progress(100, "sft", done=90) as line:
-        clock.now += 60
-        line.update(95)
-    assert "sft | 95/100 0:01:00 1:00 left" in text(out.getvalue())
-
-
-def test_a_terminal_that_cannot_redraw_gets_plain_lines(monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
+@pytest.mark.parametrize("variable", [("TERM", "dumb"), ("TTY_INTERACTIVE", "0")])
+def test_a_terminal_that_cannot_redraw_gets_plain_lines(monkeypatch, variable):
+    monkeypatch.setenv(*variable)
     console, out, _, _ = screen(terminal=True)
     with console.progress(2, "rl") as line:
-        line.update(1, reward=0.1)
-    assert out.getvalue().startswith("rl 1/2  reward 0.100") and "\x1b" not in out.getvalue()
+        line.step(1, {}, {"reward": 0.1})
+    assert "rl 1/2  reward 0.100" in out.getvalue() and "\x1b" not in out.getvalue()
+
+
+def test_no_lines_are_redrawn_in_a_file_whose_colours_are_forced(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console, out, _, _ = screen()
+    with console.progress(2, "rl") as line:
+        line.step(1, {}, {"reward": 0.1})
+    assert "rl 1/2  reward 0.100" in out.getvalue() and "\x1b[2K" not in out.getvalue()
 
 
 def test_the_screen_works_again_after_an_error_inside_a_progress():
     console, out, _, _ = screen(terminal=True)
     with pytest.raises(KeyboardInterrupt), console.progress(2, "rl"), console.progress(2, "rollout"):
         raise KeyboardInterrupt
+    assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h") == 1  # the cursor is back
     with console.progress(3, "again") as line:
         line.update(3)
-    assert "again | 3/3" in text(out.getvalue())
-
-
-@pytest.mark.parametrize("label", ["rl", "x" * 100])
-def test_a_line_longer_than_the_terminal_does_not_wrap(monkeypatch, label):
-    monkeypatch.setenv("COLUMNS", "40")
-    console, out, _, _ = screen(terminal=True)
-    with console.progress(2, label) as line:
-        line.update(1, loss=1.0, reward=0.5, grad_norm=1.0, entropy=2.0)
-    frames = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-JL-Z]", "", out.getvalue()).rstrip().split("\x1b[2K")
-    assert len(frames) > 2 and all(len(frame.strip("\r\n")) <= 40 and "\n" not in frame.strip() for frame in frames)
+    assert text(out.getvalue()).rstrip().endswith("again 3/3 in 0:00")
 
 
 def test_a_label_with_control_characters_or_markup_does_not_steer_the_terminal():
     console, out, _, _ = screen(terminal=True)
-    with console.progress(2, "[red]a\x1b[2Jb[/red]") as line:
+    with console.progress(2, "[red]a\x1b[2J\nb[/red]") as line:
         line.update(1)
-    assert "[red]a\\x1b[2Jb[/red] | 1/2" in text(out.getvalue()) and "\x1b[2J" not in out.getvalue()
+    assert "[red]a\\x1b[2J\\nb[/red] 1/2 | " in text(out.getvalue()) and "\x1b[2J" not in out.getvalue()
 
 
 def test_what_a_model_says_is_neither_markup_nor_a_terminal_command():
@@ -157,16 +219,20 @@ def test_the_last_line_is_the_path_and_the_next_command_on_one_line():
     assert out.getvalue().splitlines()[-1] == "runs/" + "very-" * 40 + "long/sft/adapter  next: lco-lite train-rm"
 
 
-def test_quiet_leaves_only_warnings_and_the_last_line():
+def test_quiet_leaves_only_warnings_results_and_the_last_line():
     console, out, err, _ = screen(quiet=True)
     console.stage("sft", "62 updates")
     console.note("a note")
     console.table("t", ["a"], [[1]])
     with console.progress(1, "sft") as line:
-        line.update(1, loss=1.0)
+        line.update(1, metrics={"loss": 1.0})
     console.warn("mind this")
+    console.result("a score")
+    console.table("of", ["a"], [[1]], result=True)
     console.done("runs/a/sft/adapter", "lco-lite train-rm")
-    assert out.getvalue() == "runs/a/sft/adapter  next: lco-lite train-rm\n"
+    lines = out.getvalue().splitlines()
+    assert lines[:2] == ["a score", "of"] and lines[-1] == "runs/a/sft/adapter  next: lco-lite train-rm"
+    assert "a note" not in out.getvalue() and "loss" not in out.getvalue()
     assert err.getvalue() == "warning: mind this\n"
 
 
@@ -184,9 +250,10 @@ def test_json_leaves_stdout_to_json():
     console.table("t", ["a"], [[1]])
     with console.progress(1, "eval") as line:
         line.update(1)
-    console.emit({"math500": {"mean": 0.5, "text": "ü\n"}})
+    console.emit({"math500": {"mean": 0.5, "text": "ü\n\x1b\x7f\u202e"}})
     console.done("runs/a/eval", "lco-lite report")
-    assert json.loads(out.getvalue()) == {"math500": {"mean": 0.5, "text": "ü\n"}}
+    assert json.loads(out.getvalue()) == {"math500": {"mean": 0.5, "text": "ü\n\x1b\x7f\u202e"}}
+    assert out.getvalue().rstrip().isprintable()
     for said in ("eval", "a note", "next: lco-lite report"):
         assert said in err.getvalue()
 
@@ -206,18 +273,30 @@ def test_text_that_the_stream_cannot_encode_is_replaced_and_not_fatal():
     console.table("β", ["→"], [["中"]])
     console.done("runs/β")
     out.flush()
-    assert b"? ? 0.5 ?" in out.buffer.getvalue()
+    assert b"? ? 0.5 \\ud800" in out.buffer.getvalue()
 
 
-def test_a_progress_line_leaves_out_what_is_absent():
-    assert progress_line("sft", 1, 2, {"loss": 0.5, "reward": None}, None) == "sft 1/2  loss 0.5000"
-    assert progress_line("sft", 2, 2, {}, 0.0) == "sft 2/2"
+def line_of(metrics):
+    console, out, _, _ = screen()
+    with console.progress(1, "rl") as line:
+        line.step(1, {}, metrics)
+    return out.getvalue().split("  memory")[0]
 
 
-def test_a_progress_line_has_each_of_several_rewards():
+def test_a_line_leaves_out_what_is_absent_and_what_says_the_same():
+    assert line_of({"loss": 0.5, "reward": None, "skipped_updates": 0}) == "rl 1/1  loss 0.5000"
+    assert line_of({"reward": -0.4, "accuracy": 0.3}) == "rl 1/1  reward -0.400"
+    assert line_of({"reward": 0.5, "accuracy": 0.3}) == "rl 1/1  reward 0.500  accuracy 0.300"
+
+
+def test_a_line_has_each_of_several_rewards():
     numbers = {"reward": 0.5, "rewards": {"rule": 1.0, "short": -0.25}}
-    assert progress_line("rl-grpo", 1, 2, numbers, None) == "rl-grpo 1/2  reward 0.500  rule 1.000  short -0.250"
-    assert progress_line("rl-grpo", 1, 2, {"reward": 0.5, "rewards": {"short": 0.5}}, None).endswith("reward 0.500")
+    assert line_of(numbers) == "rl 1/1  reward 0.500  rule 1.000  short -0.250"
+    assert line_of({"reward": 0.5, "rewards": {"short": 0.5}}).endswith("reward 0.500")
+
+
+def test_a_trend_goes_from_the_least_to_the_greatest():
+    assert sparkline([0.0, 0.5, 1.0, 0.25]) == "▁▅█▃" and sparkline([2.0, 2.0]) == "▄▄"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(7.4, "0:07"), (750, "12:30"), (3723, "1:02:03"), (59.9, "1:00")])
@@ -227,3 +306,26 @@ def test_times_read_as_on_a_clock(seconds, text):
 
 def test_line_ends_and_tabs_stay_while_other_controls_are_written_out():
     assert visible("a\tb\nc\r\x00\x9b") == "a\tb\nc\\x0d\\x00\\x9b"
+    assert visible("a\nb", lines=False) == "a\\nb"
+
+
+def test_what_hides_or_turns_text_around_is_written_out():
+    assert visible("a\u202eb\u2066c\u200bd\ufeff\ud800\U000e0041") == (
+        "a\\u202eb\\u2066c\\u200bd\\ufeff\\ud800\\U000e0041"
+    )
+    assert visible("naïve 中文 עברית 😀 β") == "naïve 中文 עברית 😀 β"
+
+
+def test_on_a_terminal_warnings_are_wrapped_at_words_and_paths_stay_whole(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    console, out, _, _ = screen(terminal=True)
+    path = "/a/" + "long-" * 12 + "path"
+    console.note(f"  1. some words that are too many for one line {path}\n\nand more")
+    assert text(out.getvalue()).split("\n")[:6] == [
+        "  1. some words that are too many for",
+        "  one line",
+        f"  {path}",
+        "",
+        "and more",
+        "",
+    ]

@@ -142,16 +142,16 @@ def show(console: Console, task: str, result: Mapping[str, Any]) -> None:
         return f"95 % interval {low} to {high}, p = {found['p']:.4f}"
 
     name = " ".join(filter(None, (task, result.get("metric"))))
-    console.note(f"{name}: {result['a']} {told(result['mean_a'])} → {result['b']} {told(result['mean_b'])}")
-    console.note(
+    console.result(f"{name}: {result['a']} {told(result['mean_a'])} → {result['b']} {told(result['mean_b'])}")
+    console.result(
         f"difference {told(result['difference'], '+')}, {tested(result)} "
         f"(paired bootstrap over {result['items']} items, {result['resamples']:,} resamples)"
     )
     if runs := result.get("runs"):
         a, b = (f"{told(runs[f'mean_{x}'])} ± {told(runs[f'std_{x}'])} ({runs[f'n_{x}']})" for x in "ab")
         found = "no spread to test with" if runs["p"] is None else f"Welch {tested(runs)}"
-        console.note(f"over training runs: {b} against {a}, {found}")
-    console.note(f"{result['b']}: {result['wins']} wins, {result['losses']} losses, {result['ties']} ties")
+        console.result(f"over training runs: {b} against {a}, {found}")
+    console.result(f"{result['b']}: {result['wins']} wins, {result['losses']} losses, {result['ties']} ties")
     if flips := result["flipped"]:
         cells = [[f["id"], f["seed"], *(_short(f[key]) for key in ("gold", "a", "b"))] for f in flips[:_SHOWN]]
         more = f", the first {_SHOWN} of {len(flips)}; all with --json" if len(flips) > _SHOWN else ""

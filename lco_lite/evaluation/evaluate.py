@@ -23,13 +23,13 @@ from lco_lite.errors import DataError, Interrupted, UsageError
 from lco_lite.evaluation.likelihood import likeliest_letters
 from lco_lite.evaluation.prompts import Question, eval_prompts, question, score_name, score_settings
 from lco_lite.evaluation.summary import Graded, graded, main_first, over_items, spread, summarise
-from lco_lite.files import JsonLines, read_jsonl, remove, write_json, write_text
+from lco_lite.files import JsonLines, json_line, read_jsonl, remove, write_bytes, write_json
 from lco_lite.grading.choice import answer_index
 from lco_lite.grading.math import MathGrader
 from lco_lite.models.chat import ChatFormat, PlainText
 from lco_lite.models.language_model import Role
 from lco_lite.recipe import Eval, Recipe
-from lco_lite.rollout.engine import OTHER_NUMBERS, Engine, Response, Sampling, before_stop, in_order, open_engine
+from lco_lite.rollout.engine import OTHER_NUMBERS, Engine, Made, Response, Sampling, before_stop, in_order, open_engine
 from lco_lite.rollout.lockstep import optimal_policy
 from lco_lite.sequences import seeded
 from lco_lite.tasks import graded_as, load_task
@@ -93,14 +93,16 @@ def show(console: Console, results: Sequence[Mapping[str, Any]], labels: Mapping
     lines = [
         [(labels or {}).get(stage, stage), *(cells.get((stage, column), "") for column in columns)] for stage in stages
     ]
-    console.table("mean ± std over seeds, %", ["stage", *columns], lines)
+    console.table("mean ± std over seeds, %", ["stage", *columns], lines, result=True)
     for r in results:
         errors = [f"{100 * r['stderr']:.1f}"] if r["stderr"] is not None else []
         if r.get("own"):
             errors = [f"{m['stderr']:.3f} ({name})" for name, m in r["metrics"].items() if m["stderr"] is not None]
         error = f", standard error over items {', '.join(errors)}" if errors else ""
         cut = f", {100 * r['truncated']:.1f} % cut at the length limit" if r["truncated"] else ""
-        console.note(f"{r['task']} {r['stage']}: {r['n']} items, {r['seeds']} seed{'s' * (r['seeds'] > 1)}{error}{cut}")
+        console.result(
+            f"{r['task']} {r['stage']}: {r['n']} items, {r['seeds']} seed{'s' * (r['seeds'] > 1)}{error}{cut}"
+        )
 
 
 def _eval_tasks(recipe: Recipe) -> list[Task]:
@@ -206,8 +208,7 @@ def graded_again(file: Path, task: Task, settings: Eval) -> list[Graded]:
 
 
 def _write_rows(file: Path, passes: Mapping[int, Sequence[Graded]]) -> None:
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in passes.values() for row in rows)
-    write_text(file, "".join(lines))
+    write_bytes(file, b"".join(json_line(row) for rows in passes.values() for row in rows))
 
 
 def respond_to_all(
@@ -222,7 +223,7 @@ def respond_to_all(
     new_tokens = 1 if by_likelihood else sampling.max_new_tokens
     with ctx.clock("loading"):
         role, chat, engine = open_policy(ctx, stage)
-    with ctx.clock("eval"), InterruptGuard() as guard:
+    with ctx.clock("eval"), InterruptGuard(ctx.console) as guard:
         window = role.model.max_length
         questions = [question(chat, p, by_likelihood) for p in prompts]
         questions = [q for q in questions if len(q.prompt) + max(map(len, q.letters), default=new_tokens) <= window]
@@ -259,6 +260,9 @@ def respond_to_all(
                     lines.append({"pass": k, "batch": b, "rows": rows})
                     done += len(rows)
                 line.update(done)
+                if answered:
+                    last: dict[str, Any] = list(answered.values())[-1][-1]
+                    ctx.console.sample(last["prompt"], last["response"], last["right"] if task.graded else None)
                 if ranks.any_of(guard.requested):
                     made_so_far = f"stopped after {done} of {total} responses; they are in {file}"
                     raise Interrupted(f"{made_so_far}, and the same command goes on from there")
@@ -301,7 +305,9 @@ def held_out_accuracy(ctx: Context, engine: Engine, chat: ChatFormat, task: Task
     task, questions = _graded(task, settings), [question(chat, p) for p in prompts]
     own = ranks.share(questions)
     rank = [f"rank {ranks.rank()} of {ranks.world()}"] if ranks.world() > 1 else []
-    responses = respond(ctx, engine, chat, task, own, _sampling(settings, task), ctx.recipe.seed, *rank) if own else []
+    with ctx.console.progress(len(own), "eval") as line:
+        sampling, seed = _sampling(settings, task), ctx.recipe.seed
+        responses = respond(ctx, engine, chat, task, own, sampling, seed, *rank, tell=line.update) if own else []
     return ranks.total(sum(r["right"] for r in responses)) / len(questions)
 
 
@@ -314,14 +320,18 @@ def respond(
     sampling: Sampling,
     seed: int,
     *batch: int | str,
+    tell: Callable[[int], object] = lambda made: None,
 ) -> list[Graded]:
     """One graded response a question, as many at once as ``eval.batch_tokens`` lets in and the memory holds. The random
-    numbers are those of the seed, the task and the batch's number."""
+    numbers are those of the seed, the task and the batch's number. ``tell`` hears how many there are."""
 
     def generate(at_once: int) -> list[Response]:
+        made = list[Made]()
         with seeded(seed, "eval", task.name, *batch):
-            made = engine.generate([q.prompt for q in questions], replace(sampling, batch=at_once))
-            return in_order(made)
+            for some in engine.generate([q.prompt for q in questions], replace(sampling, batch=at_once)):
+                made.append(some)
+                tell(sum(len(places) for places, _ in made))
+        return in_order(made)
 
     width = max(len(q.prompt) for q in questions) + sampling.max_new_tokens
     responses = _within_memory(ctx, width, sampling.batch, len(questions), generate, OTHER_NUMBERS)

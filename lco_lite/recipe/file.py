@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import typer
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from lco_lite.console import Console
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.rl import LCO, RewardPart, defaults_of, feedbacks
@@ -351,18 +351,18 @@ def find_recipe(name: str) -> Path:
     raise RecipeError(f"{name}: no such recipe file, and no shipped recipe of that name; {nearest}")
 
 
-def show_recipes(name: str | None) -> None:
+def show_recipes(name: str | None, console: Console) -> None:
     if name is not None:
-        return typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+        return console.say(find_recipe(name).read_text(encoding="utf-8"), end="")
     for known, path in shipped().items():
-        typer.echo(f"{known:14} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+        console.say(f"{known:14} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
-def copy_recipes(name: str | None, target: Path) -> None:
+def copy_recipes(name: str | None, target: Path, console: Console) -> None:
     """Raises UsageError rather than write over a file."""
     target.mkdir(parents=True, exist_ok=True)
     for path in [find_recipe(name)] if name else shipped().values():
         if (target / path.name).exists():
             raise UsageError(f"{target / path.name} is there already; nothing was overwritten")
         shutil.copy(path, target / path.name)
-        typer.echo(str(target / path.name))
+        console.say(str(target / path.name))

@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from lco_lite.console import Console, clock_time
+from lco_lite.console import Console
 from lco_lite.context import InterruptGuard
 from lco_lite.errors import Interrupted, LcoError
 from lco_lite.files import write_json
+from lco_lite.progress import clock_time
 from lco_lite.recipe.file import find_recipe, load_recipe
 from lco_lite.run import stage_settings
 from lco_lite.study.base import TUNING_SEED, Cell, Results, Row, Study
@@ -142,7 +143,10 @@ class Grid:
         }
         waiting, running, failed = [*starts.values(), *missing], dict[Job, Worker](), dict[Job, str]()
         here = 0
-        with InterruptGuard() as guard, self.console.progress(total, self.study.name, total - len(missing)) as line:
+        with (
+            InterruptGuard(self.console) as guard,
+            self.console.progress(total, self.study.name, total - len(missing)) as line,
+        ):
             while waiting or running:
                 if guard.requested:
                     self._stop(list(running.values()))

@@ -9,11 +9,10 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-import typer
-
-from lco_lite.console import Console, clock_time
+from lco_lite.console import Console
 from lco_lite.errors import LcoError, UsageError
 from lco_lite.models.loading import resolve_device
+from lco_lite.progress import clock_time
 from lco_lite.study.base import TUNING_SEED, Findings, Study
 from lco_lite.study.grid import Grid
 from lco_lite.study.page import known_rows, ordered, write
@@ -84,7 +83,7 @@ def run_study(
 
 def show(report: Findings, console: Console) -> None:
     for claim in ordered(report.claims):
-        console.note(f"{claim.verdict}: {claim.says} {claim.why}")
+        console.result(f"{claim.verdict}: {claim.says} {claim.why}")
     for table in report.tables:
         if table.shown:
             console.table(table.title, table.columns, table.rows)
@@ -104,9 +103,9 @@ def preview(grid: Grid, seeds: Sequence[int], at_once: int, console: Console) ->
     console.note(f"{len(jobs)} cells known so far, {len(done)} done, {at_once} at once{time}")
 
 
-def list_studies() -> None:
+def list_studies(console: Console) -> None:
     for name in STUDIES:
-        typer.echo(f"{name:12} {load_study(name).asks}")
+        console.say(f"{name:12} {load_study(name).asks}")
 
 
 def load_study(name: str) -> Study:

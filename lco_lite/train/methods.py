@@ -144,17 +144,24 @@ def method_of(rl: Rl) -> Method:
 
 
 @torch.no_grad()
-def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]], rl: Rl) -> list[list[MicroBatch]]:
+def score(
+    models: Models,
+    phase: Phase,
+    plan: Sequence[Sequence[Sequence[int]]],
+    rl: Rl,
+    tell: Callable[[int, int], object] = lambda done, total: None,
+) -> list[list[MicroBatch]]:
     """The phase's minibatches (``plan``: response indices of their micro-batches), scored by the policy as it is now.
 
     Each micro-batch is scored in the very shape in which it is trained on, so that h_θ = h_old, and with it r = A/β,
     holds to the last bit at the first update. It leaves the device at once. The policy's base is asked about all of
-    them before the reward model's: the device need not hold both.
+    them before the reward model's: the device need not hold both. ``tell`` hears how far it is.
     """
     method, policy = method_of(rl), models.policy
     asks_all = names_function(rl.objective) or rl.target is not None
     old_head = policy.model.head.frozen() if policy.model.head.is_trained else None
     scored, scores = [], phase.scores(rl)
+    total = 2 * sum(bool(places) for minibatch in plan for places in ranks.share(minibatch))
     with together(policy, models.start if rl.anchor or rl.kl_coef or asks_all else None):
         for minibatch in plan:
             tokens = sum(len(phase.examples[i].response) for places in minibatch for i in places)
@@ -170,12 +177,14 @@ def score(models: Models, phase: Phase, plan: Sequence[Sequence[Sequence[int]]],
                 if asks_all:
                     micro.per_token.update(policy_logprobs(models, micro, compared_at(rl)))
                 scored.append(method.policy(models, micro, rl).to("cpu"))
+                tell(len(scored), total)
     with together(models.reward_model, models.reference):
         for i, micro in enumerate(scored):
             if asks_all and models.reward_model is not None:
                 says = logprobs(models.reward_model, micro.batch, temperature=compared_at(rl))
                 micro.per_token["reward_model_logprobs"] = says.cpu()
             scored[i] = method.feedback(models, micro, rl).to("cpu")
+            tell(len(scored) + i + 1, total)
     rest = iter(scored if method.compare is None else method.compare(models, phase, scored, rl))
     return [[next(rest) for places in ranks.share(minibatch) if places] for minibatch in plan]
 

@@ -6,7 +6,6 @@ mistake may be sound in itself. φ_DPO is then scored as a policy on held-out it
 that it will teach, its advantage points the wrong way.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from lco_lite.data.prompts import (
 )
 from lco_lite.errors import DataError, Interrupted
 from lco_lite.evaluation.evaluate import held_out_accuracy
-from lco_lite.files import JsonLines, read_jsonl, remove, write_text
+from lco_lite.files import JsonLines, json_line, read_jsonl, remove, write_bytes
 from lco_lite.metrics import read_log
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role, together
@@ -185,7 +184,7 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
     ctx.console.stage(
         "train-rm", f"sampling {rm.samples_per_prompt} responses to each of {len(asked)} prompts for pairs"
     )
-    with InterruptGuard() as interrupt:
+    with InterruptGuard(ctx.console) as interrupt:
 
         def stop_if_asked() -> None:
             if ranks.any_of(interrupt.requested):
@@ -249,7 +248,7 @@ def save_pairs(file: Path, pairs: Sequence[Pair], chat: ChatFormat) -> None:
         }
         for p in pairs
     ]
-    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_bytes(file, b"".join(map(json_line, lines)))
 
 
 def load_pairs(file: Path) -> list[Pair]:

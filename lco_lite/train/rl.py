@@ -6,7 +6,7 @@ once more, and doing so after every batch compounds noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -64,10 +64,12 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
         for step in training.steps():
             engine.sync()  # π_old is the policy as it is now
             phase = rollouts.phase(step, training.stop_if_asked)  # on disk, batch by batch
-            with ctx.clock("score"):
+            rows = readable(phase, rollouts, rl)
+            ctx.console.sample(*(rows[-1][name] for name in ("prompt", "response", "right", "reward")))
+            with ctx.clock("score"), ctx.console.progress(1, "score") as line:
                 plan = plan_minibatches(phase.examples, rl, recipe.seed, step)
                 lengths = [[len(phase.examples[i]) for places in minibatch for i in places] for minibatch in plan]
-                in_plan = partial(score_in_plan, models, phase, rl, recipe.seed, step)
+                in_plan = partial(score_in_plan, models, phase, rl, recipe.seed, step, line.update)
                 # A and z* stand still until the next step
                 minibatches = training.within_memory(in_plan, lengths, group=rl.unit)
                 live = [any(of) for of in zip(*ranks.gather([has_gradient(m, rl) for m in minibatches]), strict=True)]
@@ -75,13 +77,15 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
             report.skipped = sum(not live[which] for which in order)  # AdamW would move by its momentum alone
             order = [which for which in order if live[which]]
             training.expect(len(order))
-            with ctx.clock("update"), policy.model.training_mode():
+            updating = ctx.console.progress(len(order), "update")
+            with ctx.clock("update"), updating as line, policy.model.training_mode():
                 for which in order:
                     training.stop_if_asked()
                     minibatch, lengths = minibatches[which], [micro.batch.lengths for micro in minibatches[which]]
                     training.within_memory(accumulate, lengths, models, rl, report, minibatch, group=rl.unit)
                     update_log.write({"step": step + 1, **report.update(training.update())})
-                    training.line.update(step, **report.updates[-1])
+                    line.update(len(report.updates))
+                    training.line.update(step, metrics=report.updates[-1])
             if order:
                 with ctx.clock("score"):
                     kl = training.within_memory(kl_to_old, lengths, models, rl, minibatch, group=rl.unit)
@@ -91,7 +95,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                 keep_best(stage, rl, policy, training, step + 1, report.eval)
             metrics = report.metrics(ctx.clock.seconds, history[-1]["samples_seen"] if history else 0)
             history.append(metrics)
-            for row in readable(phase, rollouts, rl):
+            for row in rows:
                 samples.write({"step": step + 1, **row})
             training.keep(step, metrics, guard.check(metrics) if rl.guard != "off" else ())
             rollouts.forget(training.oldest_checkpoint())
@@ -140,9 +144,15 @@ def rollout_engine(ctx: Context, models: Models, end: int) -> Engine:
 
 
 def score_in_plan(
-    models: Models, phase: Phase, rl: Rl, seed: int, step: int, micro_batch_tokens: int
+    models: Models,
+    phase: Phase,
+    rl: Rl,
+    seed: int,
+    step: int,
+    tell: Callable[[int, int], None],
+    micro_batch_tokens: int,
 ) -> list[list[MicroBatch]]:
-    return score(models, phase, plan_minibatches(phase.examples, rl, seed, step, micro_batch_tokens), rl)
+    return score(models, phase, plan_minibatches(phase.examples, rl, seed, step, micro_batch_tokens), rl, tell)
 
 
 def on_device(models: Models, rl: Rl, minibatch: list[MicroBatch], micro_batch_tokens: int) -> Iterator[MicroBatch]:
@@ -278,6 +288,7 @@ def readable(phase: Phase, rollouts: Rollouts, rl: Rl) -> list[dict[str, Any]]:
             "prompt": rollouts.prompts[phase.chosen[i // rl.responses_per_prompt]].messages[-1]["content"],
             "response": rollouts.chat.text(response.example.response),
             "truncated": response.truncated,
+            "right": None if phase.grades is None else phase.grades[i] > 0,
             "reward": None if scores is None else scores[i].item(),
         }
         for i, response in enumerate(phase.responses[:SAMPLES_A_STEP])

@@ -18,7 +18,7 @@ from lco_lite import ranks
 from lco_lite.checkpoint import capture_rng, load_latest, restore_rng, save_checkpoint
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.errors import DataError, Diverged, Interrupted, UsageError
-from lco_lite.metrics import JsonLog, MetricsLog, peak_mib
+from lco_lite.metrics import JsonLog, MetricsLog, peak_mib, read_log
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe.sections import Training
 from lco_lite.run import StageFolder, verb
@@ -96,10 +96,13 @@ class StageTraining:
         self.trackers.start(self.ctx.recipe, self.ctx.run, self.stage, self.done, self.ctx.console.warn)
         restore_rng(*random_states)  # a tracker may draw a name
         self._open.callback(self.trackers.finish)
-        self.interrupt = self._open.enter_context(InterruptGuard())
+        self.interrupt = self._open.enter_context(InterruptGuard(self.ctx.console))
         self.metrics = self.log(self.stage.metrics)
         label = "train-rm" if self.stage.name == "rm" else self.stage.name
-        self.line = self._open.enter_context(self.ctx.console.progress(self.steps_planned, label, self.done))
+        every = {"eval": self.ctx.recipe.rl.eval_every} if self.stage.name.startswith("rl") else {}
+        line = self.ctx.console.progress(self.steps_planned, label, self.done, every)
+        self.line = self._open.enter_context(line)
+        self.line.recall(read_log(self.stage.metrics))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -225,10 +228,11 @@ class StageTraining:
         """``step`` is done: writes and shows its metrics, says what the guard saw, saves where it is time, and leaves
         where the user, or ``rl.guard: stop``, asks for it."""
         self.done, self.inside_step = step + 1, False
-        line = {"step": step + 1, **metrics, "seconds": self.ctx.clock.lap(), "peak_mib": peak_mib()}
+        seconds = self.ctx.clock.lap()
+        line = {"step": step + 1, **metrics, "seconds": seconds, "peak_mib": peak_mib()}
         self.metrics.write(line)
         self.trackers.log(step + 1, line)
-        self.line.update(step + 1, **metrics)
+        self.line.step(step + 1, seconds, metrics)
         warnings = ranks.from_main(warnings)  # all stop, or none
         for warning in warnings:
             self.ctx.console.warn(f"step {step + 1}: {warning.text}")

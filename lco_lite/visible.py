@@ -1,0 +1,31 @@
+"""What of others' text reaches a terminal or a log: nothing that steers it, nothing that hides or turns around what is
+read there. Recipes, data, exceptions and models are others."""
+
+import re
+import sys
+import traceback
+from types import TracebackType
+
+# C0 but tab and line end, DEL, C1; marks of direction, overrides and isolates; what has no width; line separators;
+# lone surrogates; tags
+CONTROLS = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f"
+)
+_CONTROL = re.compile(f"[{CONTROLS}\ud800-\udfff]")
+
+
+def visible(text: str, lines: bool = True) -> str:
+    """``text`` with such characters written out: ``\\x1b``, ``\\u202e``. Tabs stay, and line ends where ``lines``."""
+    text = _CONTROL.sub(_written_out, text)
+    return text if lines else text.replace("\n", "\\n")
+
+
+def uncaught(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """A ``sys.excepthook``: the traceback, on the stderr that the process began with."""
+    print(visible("".join(traceback.format_exception(kind, error, where))), end="", file=sys.__stderr__)
+
+
+def _written_out(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
