@@ -234,9 +234,8 @@ class Console:
         said = clipped(self._clean(response.expandtabs(4)), self._screen, width - 4, rows)
         for line in asked:
             line.stylize("dim")
-        colour = {"✓": "green", "✗": "red"}.get(verdict[0], "cyan")
-        title = Text(self._clean(verdict), colour)
-        return Panel(Group(*asked, *said), title=title, title_align="left", border_style="dim", width=width)
+        title = Text(self._clean(verdict), {"✓": "bold green", "✗": "bold red"}.get(verdict[0], "bold cyan"))
+        return Panel(Group(*asked, *said), title=title, title_align="left", border_style="bright_black", width=width)
 
 
 class _Area(Live):

@@ -83,6 +83,8 @@ class Progress:
         """A step is done, which took ``seconds`` by phase: it leaves its line."""
         self._note_trend(metrics)
         took = self._clock() - self._at
+        if took and metrics.get("response_tokens"):
+            metrics = {"tokens_per_second": metrics["response_tokens"] / took, **metrics}
         own = {phase: time for phase, time in seconds.items() if phase != "loading"}
         self._steps.append({p: s for p, s in own.items() if p not in ONCE} | {"": max(0.0, took - sum(own.values()))})
         self._metrics, self._at, self.done = dict(metrics), self._clock(), done

@@ -58,10 +58,22 @@ def resize(terminal: int, columns: int, rows: int = 24) -> None:
 
 
 class Drawn:
-    """What stands on a terminal after ``written``: ``lines``, with all that has scrolled away, and the ``widest``."""
+    """What stands on a terminal after ``written``: ``lines``, with all that has scrolled away, and the ``widest``.
 
-    def __init__(self, written: str) -> None:
+    ``narrowed``: after how many characters the window got fewer columns, and which; lines that are wider are wrapped.
+    """
+
+    def __init__(self, written: str, narrowed: tuple[int, int] | None = None) -> None:
         self.lines, self.row, self.column, self.widest, self.cursor = [""], 0, 0, 0, True
+        at, columns = narrowed or (len(written), 0)
+        self._write(written[:at])
+        if columns:
+            pieces = [[line[i : i + columns] for i in range(0, max(1, len(line)), columns)] for line in self.lines]
+            self.row = sum(map(len, pieces[: self.row])) + self.column // columns
+            self.lines, self.column = sum(pieces, []), self.column % columns
+        self._write(written[at:])
+
+    def _write(self, written: str) -> None:
         for part in re.split(r"(\x1b\[[0-9;?]*[A-Za-z]|\r|\n)", written):
             self._take(part)
 

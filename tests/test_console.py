@@ -231,7 +231,11 @@ def test_quiet_leaves_only_warnings_results_and_the_last_line():
     console.table("of", ["a"], [[1]], result=True)
     console.done("runs/a/sft/adapter", "lco-lite train-rm")
     lines = out.getvalue().splitlines()
-    assert lines[:2] == ["a score", "of"] and lines[-1] == "runs/a/sft/adapter  next: lco-lite train-rm"
+    assert (
+        lines[0] == "a score"
+        and lines[1].strip() == "of"
+        and lines[-1] == "runs/a/sft/adapter  next: lco-lite train-rm"
+    )
     assert "a note" not in out.getvalue() and "loss" not in out.getvalue()
     assert err.getvalue() == "warning: mind this\n"
 

@@ -152,7 +152,7 @@ def test_where_one_of_two_is_stopped_or_killed_both_leave_and_one_process_goes_o
         run_stage(base, "rl-kld", *sets, name=how)
 
     def end_rank_1(line: str, processes: list[psutil.Process]) -> None:
-        if line.startswith("rl-kld 3/8"):
+        if "  rl-kld 3/8  " in line:
             processes[1].send_signal(signal.SIGTERM if how == "stopped" else signal.SIGKILL)
 
     words = [word for setting in sets for word in ("-s", setting)]

@@ -76,34 +76,37 @@ def test_on_a_terminal_everything_is_there_and_nothing_is_cut(columns):
     assert re.search(r"rl-kld 0/3 ━+  rollout (64|128|192)/256 ━+", re.sub(r"\x1b\[[\d;]*m", "", written))
 
 
-def test_a_window_that_becomes_narrower_leaves_nothing_behind():
+def test_a_window_that_becomes_narrower_leaves_nothing_behind_and_takes_nothing_away():
+    at: list[int] = []
+
     def narrow(written: bytes, terminal: int) -> None:
-        if b"held-out" in written:
+        if b"held-out" in written and not at:
             resize(terminal, 80, 30)
+            at.append(len(written.decode("utf-8", "ignore")))
 
     written, status = on_terminal(["-c", STEPS], 120, rows=30, then=narrow)
-    assert status == 0 and "left" not in str(Drawn(written)).replace("left to", "")
+    end = str(Drawn(written, (at[0], 80)))
+    assert status == 0 and " left" not in end and "╭" not in end and "│" not in end
+    assert [row.split()[0] for row in end.splitlines() if "/3 " in row] == ["1/3", "2/3"]
 
 
-def test_below_80_columns_nothing_breaks():
-    written, status = on_terminal(["-c", STEPS], 30, rows=6)
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_below_80_columns_nothing_breaks_and_terminals_without_colours_are_heeded(environment):
+    written, status = on_terminal(["-c", STEPS], 30, rows=6, **environment)
     assert status == 0 and Drawn(written).cursor and "runs/quickstart" in written
+    assert not re.search(r"\x1b\[[\d;]*3[0-9][;\d]*m", written)
+    assert ("\x1b" in written) == ("NO_COLOR" in environment)
 
 
-@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_terminals_without_colours_are_heeded(variable, value):
-    written, status = on_terminal(["-c", STEPS], **{variable: value})
-    assert status == 0 and not re.search(r"\x1b\[[\d;]*3[0-9][;\d]*m", written)
-    assert ("\x1b" in written) == (variable == "NO_COLOR")
-
-
-def test_the_live_lines_take_less_than_half_a_percent_of_a_processor():
-    measured = STEPS.replace("line.step(step", "began = time.thread_time(); line.step(step").replace(
-        "    time.sleep(0.4)\n", "    began, cpu = time.monotonic(), time.process_time(); time.sleep(2.5)\n"
-        "    share = (time.process_time() - cpu) / (time.monotonic() - began)\n"
-    )  # fmt: skip
-    written, _ = on_terminal(["-c", measured + "\nprint('share', share)"], 120, 30)
-    assert 0 < float(written.rpartition("share ")[2].split()[0]) < 0.0075  # rich's thread, and its clock, besides
+def test_the_live_lines_take_half_a_percent_of_a_processor():
+    measured = STEPS.replace(
+        "    time.sleep(0.4)\n",
+        "    began, cpu = time.monotonic(), time.process_time()\n"
+        "    time.sleep(2.5)\n"
+        "    share = (time.process_time() - cpu) / (time.monotonic() - began)\n",
+    )
+    written, _ = on_terminal(["-c", f"{measured}\nprint('share', share)"], 120, 30)
+    assert 0 < float(written.rpartition("share ")[2].split()[0]) < 0.0075, "rich's thread and its clock are in it, too"
 
 
 @pytest.mark.slow
@@ -241,7 +244,7 @@ def picture() -> str:
         console.sample(*record["sample"])
         shown.print()
         shown.print(console._area())
-    return shown.export_svg(title="lco-lite rl quickstart", unique_id="screen")
+    return shown.export_svg(title='lco-lite rl quickstart --feedback "dpo + rule" --steps 8', unique_id="screen")
 
 
 def test_the_picture_in_the_docs_is_what_the_screen_draws():

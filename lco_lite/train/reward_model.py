@@ -109,7 +109,7 @@ def accumulate(
     share; with ``train`` off only measures. ``margin``: of the implicit reward β log φ_DPO/φ_ref; ``accuracy``: where
     it is > 0."""
     chosen_tokens = sum(len(p.chosen.response) for p in pairs)
-    totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+    totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "response_tokens": 0}
     for places in own_micro_batches([len(p) for p in pairs], micro_batch_tokens):
         with torch.set_grad_enabled(train):
             logps, ref_logps = pair_logprobs(reward_model, reference, [pairs[i] for i in places])
@@ -118,6 +118,7 @@ def accumulate(
         if train:
             part.backward()
         totals["loss"] += part.item()
+        totals["response_tokens"] += sum(len(e.response) for i in places for e in (pairs[i].chosen, pairs[i].rejected))
         totals["accuracy"] += (margins > 0).sum().item() / len(pairs)
         totals["margin"] += margins.sum().item() / len(pairs)
     return totals

@@ -534,6 +534,9 @@ def test_the_table_has_a_row_a_stage_a_column_a_task_and_percent():
     out = io.StringIO()
     results = [made("math500", "sft", 0.4162, 0.0049), made("math500", "rl", 0.5, None), made("gsm8k", "sft", 0.7, 0.1)]
     evaluate.show(Console(stdout=out), results)
+    quiet = io.StringIO()
+    evaluate.show(Console(stdout=quiet, quiet=True), results)
+    assert quiet.getvalue() == out.getvalue(), "a score is what was asked for"
     lines = out.getvalue().splitlines()
     (head,) = [line for line in lines if "math500" in line and "gsm8k" in line]
     assert head.index("math500") < head.index("gsm8k")
