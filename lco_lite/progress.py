@@ -44,7 +44,7 @@ class Progress:
         total: int,
         done: int,
         clock: Callable[[], float],
-        say: Callable[[str, str], object],
+        say: Callable[..., object],
         columns: Callable[[], int] | None = None,
         outermost: bool = True,
         every: Mapping[str, int] | None = None,
@@ -90,8 +90,8 @@ class Progress:
         self._metrics, self._at, self.done = dict(metrics), self._clock(), done
         if self._columns is None:
             return self._say_line(self._at)
-        for line in self._row(metrics, took, self._columns()):
-            self._say(*line)
+        for line, style in self._row(metrics, took, self._columns()):
+            self._say(line, style=style)
 
     def seconds_left(self) -> float | None:
         """Of steps: what each phase of those to come usually takes, less what the one under way has had; of other
@@ -142,12 +142,12 @@ class Progress:
 
     def _say_line(self, now: float) -> None:
         self._said, self._said_at = self.done, now
-        self._say(self.line(), "")
+        self._say(self.line())
 
     def end(self) -> None:
         """Work that is no steps leaves a line on a terminal, too."""
         if self._columns is not None and self._outermost and not self._names and self.done > self._done_at_start:
-            self._say(f"{self.label} {self.done}/{self.total} in {clock_time(self._clock() - self._start)}", "")
+            self._say(f"{self.label} {self.done}/{self.total} in {clock_time(self._clock() - self._start)}")
 
     def _row(self, metrics: Mapping[str, Any], took: float, columns: int) -> list[tuple[str, str]]:
         """(line, style) of a step: a row below its header, which is said again where there are new columns; with

@@ -306,7 +306,7 @@ def test_a_mixed_target_has_the_reward_models_advice_and_the_responses_advantage
     file.write_text("def long(prompts, responses, rows): return [float(len(r)) for r in responses]")
     looked, score = [], methods.score
 
-    def looking(models, phase, plan, rl):
+    def looking(models, phase, plan, rl, *told):
         scored = score(models, phase, plan, rl)
         dense = score(models, replace(phase, rewards={}), plan, rl.model_copy(update={"feedback": "dpo"}))
         reward = torch.tensor(phase.rewards["function"])
@@ -370,7 +370,7 @@ def test_policies_are_compared_at_the_temperature_of_the_rollouts_and_rewarded_a
         ratios.append(batch.log_ratio.detach().abs().max().item())
         return pg.ppo(batch, clip)
 
-    def looking(models, phase, plan, rl):
+    def looking(models, phase, plan, rl, *told):
         scored = score(models, phase, plan, rl)
         for micro in (micro for minibatch in scored for micro in minibatch):
             index = micro.batch.actions.unsqueeze(-1)

@@ -81,7 +81,7 @@ def test_placed_credit_is_in_the_target_token_by_token_and_a_killed_run_ends_in_
     sets, score, seen = credited(feedback, objective), methods.score, []
     sets += ["rl.responses_per_prompt=1", "rl.baseline=batch"]
 
-    def looking(models, phase, plan, rl):
+    def looking(models, phase, plan, rl, *told):
         scored = score(models, phase, plan, rl)
         assert phase.errors is not None and [e is None for e in phase.errors] == [g > 0 for g in phase.grades]
         placed = placed_rule(phase, rl)
