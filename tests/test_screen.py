@@ -24,7 +24,7 @@ import lco_lite.progress
 from lco_lite.cli import app
 from lco_lite.console import Console
 from tests.conftest import TINY
-from tests.terminal import Drawn, on_terminal, resize
+from tests.terminal import Drawn, on_terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE, RECORD = ROOT / "docs" / "screen.svg", Path(__file__).with_name("screen.json")
@@ -42,12 +42,12 @@ with console.progress(3, "rl-kld", every={"eval": 2}) as line:
         with console.progress(256, "rollout") as phase:
             for done in (64, 128, 192):
                 phase.update(done)
-                time.sleep(0.1)
+                time.sleep(0.15)
         console.sample("What is 12+34?", "\\x1b[2J" + "so many words " * 200 + "#46", step > 1, 1.0)
         console.phase("score")
         time.sleep(0.1)
         console.warn("words that are too many for one line of this terminal and are wrapped " * 2)
-        line.step(step, {"rollout": 0.3}, numbers | {"reward": 0.25 * step} | ({"eval": 0.5} if step > 1 else {}))
+        line.step(step, {"rollout": 0.45}, numbers | {"reward": 0.25 * step} | ({"eval": 0.5} if step > 1 else {}))
     time.sleep(0.4)
 console.done("runs/quickstart", "lco-lite eval")
 """
@@ -73,19 +73,24 @@ def test_on_a_terminal_everything_is_there_and_nothing_is_cut(columns):
     assert ("╭─ ✓ right  reward 1 " in alive) == (columns >= 100)
     if columns >= 100:
         assert "\\x1b[2J so" not in alive and "\\x1b[2Jso many" in alive and "#46" in alive and "⋯" in alive
-    assert re.search(r"rl-kld 0/3 ━+  rollout (64|128|192)/256 ━+", re.sub(r"\x1b\[[\d;]*m", "", written))
+    assert re.search(r"rl-kld [01]/3 ━+  rollout (64|128|192)/256 ━+", re.sub(r"\x1b\[[\d;]*m", "", written))
+
+
+NARROWER = """
+    import fcntl, os, struct, termios
+    time.sleep(0.4)
+    with console._live._lock:  # between two frames
+        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 80, 0, 0))
+        os.write(1, bytes(1))
+    time.sleep(0.6)
+"""
 
 
 def test_a_window_that_becomes_narrower_leaves_nothing_behind_and_takes_nothing_away():
-    at: list[int] = []
-
-    def narrow(written: bytes, terminal: int) -> None:
-        if b"held-out" in written and not at:
-            resize(terminal, 80, 30)
-            at.append(len(written.decode("utf-8", "ignore")))
-
-    written, status = on_terminal(["-c", STEPS], 120, rows=30, then=narrow)
-    end = str(Drawn(written, (at[0], 80)))
+    written, status = on_terminal(["-c", STEPS.replace("    time.sleep(0.4)\n", NARROWER.lstrip("\n"))], 120, rows=30)
+    before, after = written.split("\0")
+    assert "╭" in str(Drawn(before)), "the panel stands there, and is wider than the window will be"
+    end = str(Drawn(before + after, (len(before), 80)))
     assert status == 0 and " left" not in end and "╭" not in end and "│" not in end
     assert [row.split()[0] for row in end.splitlines() if "/3 " in row] == ["1/3", "2/3"]
 
