@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lco_lite import ranks
-from lco_lite.console import Console, visible
+from lco_lite.console import Console
 from lco_lite.errors import Interrupted, LcoError, MemoryExhausted, UsageError
 from lco_lite.files import still_there, write_text
 from lco_lite.metrics import peak_mib

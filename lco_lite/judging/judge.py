@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from lco_lite.console import Console, visible
+from lco_lite.console import Console
 from lco_lite.errors import LcoError, UsageError
 from lco_lite.files import JsonLines
 from lco_lite.recipe import Eval
+from lco_lite.visible import visible
 
 ANSWERS = 3  # times that a judge may answer off the point before its verdict is a tie
 TIMEOUT = 120.0  # seconds without a byte until a request counts as lost
