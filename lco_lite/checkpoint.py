@@ -5,6 +5,7 @@ state and the random states) and ``state.json`` (step, positions in the data, sh
 one ends with the same weights as one that was never stopped, bit for bit on a CPU.
 """
 
+import contextlib
 import hashlib
 import json
 import random
@@ -22,11 +23,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lco_lite import ranks
-from lco_lite.errors import UsageError
+from lco_lite.errors import Diverged, UsageError
 from lco_lite.files import remove, write_folder, write_json
+from lco_lite.finite import not_finite_in
 
 FORMAT = 1
 TENSORS, OPTIMIZER = "tensors.safetensors", "optimizer.safetensors"
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,15 @@ def save_checkpoint(
     """Writes ``folder/step-N`` whole, prunes all but the newest two, and returns its path.
 
     Tensors may live anywhere and share memory. ``state`` is nested JSON (data positions, scheduler, counters). Raises
-    LcoError on a full disk, UsageError without permission; the checkpoints before stay as they were.
+    Diverged where a number of them, or of the optimizer, is not finite, LcoError on a full disk, UsageError without
+    permission; the checkpoints before stay as they were.
     """
     rng_tensors, rng = capture_rng()
     optimizer_tensors: dict[str, Tensor] = {}
     tree = None if optimizer is None else pack(optimizer.state_dict(), optimizer_tensors, "optimizer")
     path = folder / f"step-{step:08d}"
+    if (name := not_finite_in({**tensors, **optimizer_tensors})) is not None:
+        raise Diverged(f"after step {step} {name} is not finite: no checkpoint is made of it")
     with write_folder(path) as new:
         for name, saved in ((TENSORS, tensors), (OPTIMIZER, optimizer_tensors | rng_tensors)):
             # copies: safetensors refuses tensors that share memory
@@ -85,7 +91,7 @@ def load_latest(
     for path in reversed(paths):
         try:
             content, tensors, extra = _read(path, device)
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as e:
+        except _DAMAGED as e:
             warnings.warn(f"checkpoint {path} is damaged ({e}): going back to the one before", stacklevel=2)
             continue
         _refuse_strange(path, content["state"], tensors, owner, like)
@@ -107,7 +113,7 @@ def load_checkpoint(
     is of another ``owner`` than this stage, or has not the tensors that ``like`` has by name and shape."""
     try:
         content, tensors, _ = _read(path, device)
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as e:
+    except _DAMAGED as e:
         raise UsageError(f"checkpoint {path} is damaged ({e})") from e
     _refuse_strange(path, content["state"], tensors, owner, like)
     return Checkpoint(path, content["step"], tensors, content["state"])
@@ -139,6 +145,15 @@ def _refuse_strange(
         if found != list(tensor.shape):
             accepted = f"{list(tensor.shape)} is accepted"
             raise UsageError(f"checkpoint {path}: found {found} for {name}, {accepted}: {remedy}")
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The checkpoint that ``load_latest`` would take: the newest that is whole, and finite."""
+    for path in reversed(checkpoints(folder)):
+        with contextlib.suppress(*_DAMAGED):
+            _read(path, "cpu")
+            return path
+    return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -208,7 +223,10 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[
         if sha256(path / name) != expected:
             raise ValueError(f"{name} is not what was written")
     # optimizer and random states stay on the CPU: load_state_dict moves each where its parameter is
-    return content, load_file(path / TENSORS, str(device)), load_file(path / OPTIMIZER)
+    tensors, extra = load_file(path / TENSORS, str(device)), load_file(path / OPTIMIZER)
+    if (name := not_finite_in({**tensors, **extra})) is not None:
+        raise ValueError(f"{name} is not finite")
+    return content, tensors, extra
 
 
 def sha256(value: Any) -> str:

@@ -35,9 +35,13 @@ class MemoryExhausted(LcoError):
 
 
 class Diverged(LcoError):
-    """The loss or a gradient is not finite; the last good checkpoint is named."""
+    """A number of the training is not finite, or it collapsed; the last good checkpoint is named."""
 
     exit_code = 4
+
+
+class WeightsLost(Diverged):
+    """A weight is not finite any more: the stage goes on from its last checkpoint, without the batch that is named."""
 
 
 class RankLost(LcoError):

@@ -5,12 +5,13 @@ names is dealt with by ``recover`` when the run is opened again. Failures of the
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,60 @@ def recover(root: Path) -> None:
                         os.replace(left_over, original)
                     else:
                         _delete(left_over)
+
+
+def sha256(file: Path) -> str:
+    """Of the file's bytes, which are never in memory as a whole."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def checksums(folder: Path, *left_out: str) -> dict[str, str]:
+    """sha256 of every file below ``folder`` by its path there, without what lies in the folders ``left_out``."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path: path.relative_to(folder) for path in files}
+    sums = {name.as_posix(): sha256(path) for path, name in names.items() if name.parts[0] not in left_out}
+    _VERIFIED.update(_state(folder / name, found) for name, found in sums.items())
+    return sums
+
+
+def verify(folder: Path, sums: Mapping[str, str], remedy: str) -> None:
+    """Raises DataError with the first file below ``folder`` that is missing, or not what ``sums`` say was written. A
+    file that was read by this process and has not changed since is not read again."""
+    for name, expected in sums.items():
+        file = folder / name
+        if not file.is_file():
+            raise DataError(f"{file}: is missing, which this run has made. {remedy}")
+        if _state(file, expected) in _VERIFIED:
+            continue
+        if (found := sha256(file)) != expected:
+            raise DataError(
+                f"{file}: has changed since this run made it: sha256 {found[:12]}…, it was {expected[:12]}…. {remedy}"
+            )
+        _VERIFIED.add(_state(file, expected))
+
+
+def _state(file: Path, digest: str) -> tuple[str, int, int, int, str]:
+    about = file.stat()
+    return str(file.absolute()), about.st_size, about.st_mtime_ns, about.st_ino, digest
+
+
+def seal(folder: Path) -> None:
+    """Notes the checksums of what is in ``folder`` now, beside it, for ``verify_sealed``."""
+    write_json(folder / _SEAL, checksums(folder))
+
+
+def verify_sealed(folder: Path, remedy: str) -> None:
+    """``verify`` by what ``seal`` noted; a folder without a seal passes."""
+    if (folder / _SEAL).is_file():
+        verify(folder, json.loads((folder / _SEAL).read_text(encoding="utf-8")), remedy)
+
+
+_SEAL = "sha256.json"
+_VERIFIED: set[tuple[str, int, int, int, str]] = set()
 
 
 def _temporary(path: Path, kind: str) -> Path:

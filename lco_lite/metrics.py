@@ -4,6 +4,7 @@ and, of an rl stage, one an update in ``updates.jsonl``.
 ``docs/metrics.md`` is the same list for readers.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lco_lite import ranks
+from lco_lite.errors import DataError
 from lco_lite.files import json_line, write_bytes, write_errors
 
 METRICS: dict[str, str] = {
@@ -31,6 +33,7 @@ METRICS: dict[str, str] = {
     "margin": "mean implicit reward of chosen minus rejected, nats times beta (rm)",
     "dead_groups": "share of groups whose responses all have the same reward and so teach nothing, 0 to 1",
     "skipped_updates": "updates of the step that were not made: no advantage in them gives a gradient",
+    "not_finite": "batches of the step that were left out: a number of theirs is not finite (skipped.jsonl)",
     "kl_to_old": "KL(pi || pi_old) a token after the step's last update, on that update's responses, nats",
     "entropy": "entropy of the policy at temperature 1 a token, over all response tokens of the step's updates, nats",
     "sampled_prob": "mean probability of the sampled tokens at temperature 1, over all of the step's updates, 0 to 1",
@@ -100,19 +103,26 @@ class MetricsLog(JsonLog):
 
 @ranks.once
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics, updates or samples file; none where there is no file. Lines that a kill or a full disk
-    cut short are passed over."""
+    """The objects of a metrics, updates or samples file; none where there is no file. A last line without its end was
+    cut short by a kill or a full disk, and is passed over. DataError with file and line for any other that is none."""
     if not path.exists():
         return []
-    objects = []
-    for line in path.read_bytes().splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and "step" in value:
-            objects.append(value)
-    return objects
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [_logged(path, i, line) for i, line in enumerate(lines, 1)]
+
+
+def _logged(path: Path, i: int, line: bytes) -> dict[str, Any]:
+    what = "is not JSON"
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(line)
+        step = value.get("step") if isinstance(value, dict) else None
+        if isinstance(step, int) and not isinstance(step, bool):
+            return dict(value)
+        what = "is no object with its step, a whole number"
+    raise DataError(
+        f"{path}, line {i}: {what}, found {line[:60].decode('utf-8', 'replace')!r}: the file is damaged. Put it back, "
+        "delete the line, or start the stage again with --fresh"
+    )
 
 
 def finite(value: Any) -> Any:

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from lco_lite import ranks
 from lco_lite.environment import environment
 from lco_lite.errors import RecipeError, UsageError
-from lco_lite.files import held, recover, remove, write_errors, write_json, write_text
+from lco_lite.files import checksums, held, recover, remove, verify, write_errors, write_json, write_text
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump, flat, load_recipe
 from lco_lite.recipe.rl import REWARDS, RewardPart
@@ -152,10 +152,21 @@ class StageFolder:
     @ranks.once
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the stage done. ``result`` is JSON; later stages refer to a fresh id; seconds are this process's.
-        ``order`` counts what the run has made."""
+        ``order`` counts what the run has made, ``files`` has the sha256 of all that the stage made."""
         made = {"id": uuid.uuid4().hex[:12], "finished": _now(), "seconds": round(time.monotonic() - self._begun, 3)}
         order = 1 + max((one.order() for one in Run(self.path.parent).stages()), default=0)
-        write_json(self.path / "done.json", {**made, "order": order, "result": result})
+        files = checksums(self.path, "checkpoints", "rollouts")
+        write_json(self.path / "done.json", {**made, "order": order, "result": result, "files": files})
+
+    @ranks.once
+    def verify(self, *parts: str) -> None:
+        """That these files and folders of a stage that is done (``adapter``, ``model``, ``metrics.jsonl``) are as it
+        left them. Whoever opens them asks first. DataError with the file and what to do where one is not; runs of
+        earlier versions noted no checksums, and pass."""
+        made = (self._record("done.json") or {}).get("files", {})
+        loaded = {name for name in made if name.partition("/")[0] in parts and not name.endswith(".md")}
+        remedy = f"Put it back as it was.{self._anew()}"
+        verify(self.path, {name: made[name] for name in made if name in loaded}, remedy)
 
     @ranks.once
     def id(self) -> str:
@@ -363,7 +374,7 @@ _RM = [*_SFT, "reward_model", "data.preferences", "data.columns.preferences", "t
 _NO_MATTER = {"gradient_checkpointing", "attention", "trust_remote_code", "micro_batch_tokens", "rollout_batch"}
 _NO_MATTER |= {"device", "gpu_share", "streaming"}
 _NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard", "keep_best"}
-_NO_MATTER |= {"reward_timeout"}
+_NO_MATTER |= {"reward_timeout", "skip_batches"}
 # left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
 _NEWER: dict[str, Any] = {"sft.more_tasks": [], "rl.settings": {}, "rl.target": None, "rl.whole_groups": False}
 _NEWER |= {"rl.evaluated": True, "rollout.engine": "auto"}

@@ -28,11 +28,19 @@ from torch.nn import Parameter
 from lco_lite import ranks
 from lco_lite.checkpoint import checkpoint_id, load_checkpoint, sha256
 from lco_lite.context import Context
-from lco_lite.errors import UsageError
-from lco_lite.files import write_folder, write_json
+from lco_lite.errors import Diverged, UsageError
+from lco_lite.files import remove, verify_sealed, write_folder, write_json
 from lco_lite.models.chat import check_same_tokenizer
 from lco_lite.models.language_model import LanguageModel, Role, known_tokens
-from lco_lite.models.loading import build_scratch, converted_gguf, load_base, load_config, load_tokenizer, reward_device
+from lco_lite.models.loading import (
+    build_scratch,
+    converted_gguf,
+    load_base,
+    load_config,
+    load_tokenizer,
+    reward_device,
+    weight_not_finite,
+)
 from lco_lite.models.residency import FrozenWeights, make_room
 from lco_lite.recipe.sections import Init, RewardModel, Weights
 from lco_lite.run import Run, StageFolder
@@ -108,7 +116,8 @@ def open_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
     own = _own_reward_base(ctx, start)
     if own is None:
         return _made_by(ctx, "rm", REWARD, start.model), start
-    own.model.load_adapter(REWARD, ctx.run.stage("rm").adapter)
+    _verify(made := ctx.run.stage("rm"))
+    own.model.load_adapter(REWARD, made.adapter)
     return Role(own.model, REWARD), own
 
 
@@ -234,12 +243,17 @@ def unrounded(ctx: Context, role: Role) -> dict[str, Tensor]:
 
 @ranks.once
 def save(role: Role, stage: StageFolder, masters: Mapping[str, Tensor]) -> Path:
-    """The stage's product: a plain PEFT adapter, or an ordinary model folder with what AdamW worked on."""
+    """The stage's product: a plain PEFT adapter, or an ordinary model folder with what AdamW worked on. It is read
+    back: raises Diverged, and leaves none, where a weight of it is not finite."""
+    folder = stage.model if role.adapter is None else stage.adapter
     if role.adapter is None:
-        role.model.save_full(stage.model, masters)
-        return stage.model
-    role.model.save_adapter(role.adapter, stage.adapter)
-    return stage.adapter
+        role.model.save_full(folder, masters)
+    else:
+        role.model.save_adapter(role.adapter, folder)
+    if (name := weight_not_finite(folder)) is not None:
+        remove(folder)
+        raise Diverged(f"the weights are trained, and {name} is not finite: they are not kept")
+    return folder
 
 
 @ranks.once
@@ -259,11 +273,20 @@ def _built_once(init: Init, folder: Path, seed: int) -> None:
 def _made_by(ctx: Context, stage: str | StageFolder, name: str, base: LanguageModel | None = None) -> Role:
     """What a stage left: a model of its own, or an adapter on the policy's base, which is opened unless given."""
     folder = ctx.run.stage(stage) if isinstance(stage, str) else stage
+    _verify(folder)
     if trains_whole_model(ctx, folder.name):
         return Role(_load(ctx, ctx.recipe.model, folder.model))
     base = base or open_base(ctx)
     base.load_adapter(name, folder.adapter)
     return Role(base, name)
+
+
+def _verify(folder: StageFolder) -> None:
+    """A stage's product, or its best step, is about to be opened. DataError where it is not what the stage left."""
+    if folder.name == "best":
+        StageFolder(folder.path.parent).verify("best")
+    else:
+        folder.verify("adapter", "model")
 
 
 def _own_reward_base(ctx: Context, start: Role) -> Role | None:
@@ -279,6 +302,8 @@ def _own_reward_base(ctx: Context, start: Role) -> Role | None:
 def _load(ctx: Context, weights: Weights, folder: Path | None) -> LanguageModel:
     """Where only what a phase needs is on the device, other bases leave before this one is there."""
     device, streamed = ctx.device, False
+    if folder is not None:
+        verify_sealed(folder, f"Delete {folder}: the same command makes it again.")
     if isinstance(weights, RewardModel):
         device, streamed = reward_device(weights.device, ctx.device), weights.streaming
     by_phase = ctx.recipe.residency == "phase" or (ctx.recipe.residency == "auto" and ctx.device.type == "cuda")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lco_lite.errors import LcoError
+from lco_lite.errors import DataError, LcoError
 from lco_lite.metrics import METRICS, JsonLog, MetricsLog, read_log
 
 DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -51,7 +51,7 @@ def test_the_updates_of_a_step_share_its_number_and_are_kept_or_dropped_together
     assert [(one["step"], one["update"]) for one in read_log(path)] == [(1, 1), (1, 2), (2, 1)]
 
 
-@pytest.mark.parametrize("cut", [b'{"step": 3, "lo', b'{"step": 3}\xc3', b"nul", b"[3]\n"])
+@pytest.mark.parametrize("cut", [b'{"step": 3, "lo', b'{"step": 3}\xc3', b"nul", b"\0\0\0"])
 def test_resuming_drops_a_line_that_was_cut_short(tmp_path, cut):
     write(tmp_path / "m.jsonl", [1, 2])
     with (tmp_path / "m.jsonl").open("ab") as file:
@@ -59,6 +59,20 @@ def test_resuming_drops_a_line_that_was_cut_short(tmp_path, cut):
     write(tmp_path / "m.jsonl", [3], done=2)
     rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_bytes().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"nul", b'{"step": 2, "lo', b"[2]", b'{"loss": 1.0}', b'{"step": true}', b"\xff", b""]
+)
+def test_a_damaged_line_that_no_kill_leaves_is_named_with_its_file_and_changes_nothing(tmp_path, damage):
+    path = tmp_path / "m.jsonl"
+    write(path, [1, 2, 3])
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(before := b"\n".join([lines[0], damage, *lines[2:]]))
+    for reads in (read_log, lambda path: MetricsLog(path, 3)):
+        with pytest.raises(DataError, match="m.jsonl, line 2: .*damaged.*--fresh"):
+            reads(path)
+    assert path.read_bytes() == before
 
 
 def test_a_stage_that_starts_anew_starts_with_an_empty_file(tmp_path):

@@ -112,7 +112,7 @@ def test_on_the_same_rollouts_every_kind_of_method_has_the_gradient_of_one_proce
         (base.parent / f"{name}.sets").write_text(" ".join([objective, *sets]))
         copied(base, f"one-{name}")
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(StageTraining, "update", lambda self: (_ for _ in ()).throw(Killed))
+            patch.setattr(StageTraining, "update", lambda *_: (_ for _ in ()).throw(Killed))
             run_stage(base, f"rl-{objective}", f"rl.objective={objective}", *sets, name=f"one-{name}")
         copied(base, f"two-{name}", f"one-{name}")
         run_stage(base, f"rl-{objective}", f"rl.objective={objective}", *sets, name=f"one-{name}")

@@ -263,6 +263,28 @@ def test_of_a_value_that_may_be_several_things_only_the_branch_that_is_meant_com
     assert len(found) == (2 if "rank" in text else 1)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("seed: true", "seed (line 3): should be a whole number, found True"),
+        ("threads: false", "threads (line 3): should be a whole number, found False"),
+        ("rl: {beta: true}", "rl.beta (line 3): should be a number, found True"),
+        ("rl: {rewards: {rule: {weight: true}}}", "rl.rewards.rule.weight (line 3): should be a number, found True"),
+        (
+            "sft: {adam_betas: [0.9, true]}",
+            "sft.adam_betas (line 3): numbers are needed, and true and false are none, found [0.9, True]",
+        ),
+    ],
+)
+def test_true_is_no_number(tmp_path, text, problem):
+    assert problem in problems(tmp_path, text + "\n")
+
+
+def test_settings_that_may_be_true_still_may(tmp_path):
+    made = load(tmp_path, "chat: {template_args: {enable_thinking: true}}\nsft: {enabled: true}\n")
+    assert made.chat.template_args == {"enable_thinking": True} and made.sft.enabled
+
+
 def test_an_empty_section_is_told_from_a_wrong_one(tmp_path):
     assert problems(tmp_path, "rl:\n") == ["rl (line 3): is empty: give it a value, or delete the line"]
 

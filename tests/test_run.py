@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lco_lite.errors import UsageError
+from lco_lite.errors import DataError, UsageError
 from lco_lite.files import write_json
 from lco_lite.recipe import Recipe
 from lco_lite.run import Run, stage_settings
@@ -44,6 +45,56 @@ def finished(run: Run, *stages: str) -> None:
 @pytest.fixture
 def run(tmp_path) -> Run:
     return Run.open(tmp_path / "runs", "math")
+
+
+# --- what a stage made is what is opened
+
+
+def made(run: Run) -> Path:
+    stage = started(run, "sft")
+    (stage.path / "adapter").mkdir()
+    (stage.path / "adapter" / "weights").write_bytes(b"0123")
+    (stage.path / "adapter" / "README.md").write_text("of the user's")
+    (stage.path / "checkpoints").mkdir()
+    (stage.path / "checkpoints" / "x").write_text("goes")
+    stage.finish({})
+    stage.verify("adapter")
+    return stage.path
+
+
+def test_a_file_that_a_stage_made_and_that_changed_is_named_with_both_sums_and_the_remedy(run):
+    path = made(run)
+    (path / "checkpoints" / "x").unlink()
+    (path / "adapter" / "README.md").write_text("rewritten")
+    run.stage("sft").verify("adapter", "checkpoints")
+    (path / "adapter" / "weights").write_bytes(b"0124")
+    os.utime(path / "adapter" / "weights", (1, 1))  # a clock may be coarser than a test is long
+    sums = [hashlib.sha256(content).hexdigest()[:12] for content in (b"0124", b"0123")]
+    with pytest.raises(DataError, match=f"adapter/weights: has changed .*{sums[0]}…, it was {sums[1]}.*sft .*--fresh"):
+        run.stage("sft").verify("adapter")
+    (path / "adapter" / "weights").unlink()
+    with pytest.raises(DataError, match="adapter/weights: is missing"):
+        run.stage("sft").verify("adapter")
+
+
+def test_a_stage_of_an_earlier_version_has_no_sums_and_opens(run):
+    path = made(run)
+    done = json.loads((path / "done.json").read_text())
+    assert set(done.pop("files")) >= {"adapter/weights", "stage.json"}
+    write_json(path / "done.json", done)
+    (path / "adapter" / "weights").write_bytes(b"")
+    run.stage("sft").verify("adapter")
+
+
+def test_a_large_file_that_has_not_changed_is_read_once(run, monkeypatch):
+    path, read = made(run), []
+    monkeypatch.setattr("lco_lite.files.sha256", lambda file: read.append(file))
+    run.stage("sft").verify("adapter")
+    assert not read
+    os.utime(path / "adapter" / "weights", (1, 1))
+    with pytest.raises((DataError, TypeError)):
+        run.stage("sft").verify("adapter")
+    assert read == [path / "adapter" / "weights"]
 
 
 # --- the folder

@@ -195,6 +195,8 @@ def _prompt(row: Row, at: str) -> Prompt:
             return Prompt(_turns(value, f"{at}, field {key}"), row=row)
         if isinstance(value, str) and value.strip():
             more = row.get("input") if key == "instruction" else None
+            if more is not None and not isinstance(more, str):
+                raise DataError(f"{at}, field input: a text is needed, found {more!r:.80}")
             return Prompt(conversation(f"{value}\n\n{more}" if more else value), row=row)
     raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)} or messages is needed, {_found(row)}")
 

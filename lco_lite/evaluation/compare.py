@@ -4,7 +4,6 @@ A and B are stages of one run (``sft``, ``rl-lch``) or ``RUN/STAGE``, or several
 runs of one method. What is told is B less A.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -19,8 +18,7 @@ from torch import Tensor
 from lco_lite.console import Console
 from lco_lite.errors import UsageError
 from lco_lite.evaluation.prompts import score_name
-from lco_lite.evaluation.summary import Graded
-from lco_lite.files import read_jsonl
+from lco_lite.evaluation.summary import Graded, read_rows, read_score
 from lco_lite.recipe.file import flat
 from lco_lite.run import Run, differences
 from lco_lite.tasks import load_task
@@ -86,7 +84,8 @@ def find(runs: Path, name: str | None, task: str, which: str, scoring: str, grad
         raise UsageError(
             f"run {run_name} has no score of {stage} on {task} yet; this makes it:\n  lco-lite eval {task} {flags}"
         )
-    return Score(which, json.loads(file.read_text(encoding="utf-8")), read_jsonl(responses))
+    result = read_score(file)
+    return Score(which, result, read_rows(file, result))
 
 
 def compare(a: Sequence[Score], b: Sequence[Score]) -> tuple[dict[str, Any], list[str]]:

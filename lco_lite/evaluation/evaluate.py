@@ -8,7 +8,6 @@ A batch is on disk as soon as it is graded. The batches and their random numbers
 score that was stopped anywhere goes on with the next batch and ends in the same lines as one that was not.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from operator import eq
@@ -22,8 +21,8 @@ from lco_lite.data.prompts import Prompt
 from lco_lite.errors import DataError, Interrupted, UsageError
 from lco_lite.evaluation.likelihood import likeliest_letters
 from lco_lite.evaluation.prompts import Question, eval_prompts, question, score_name, score_settings
-from lco_lite.evaluation.summary import Graded, graded, main_first, over_items, spread, summarise
-from lco_lite.files import JsonLines, json_line, read_jsonl, remove, write_bytes, write_json
+from lco_lite.evaluation.summary import Graded, graded, main_first, over_items, read_rows, read_score, spread, summarise
+from lco_lite.files import JsonLines, json_line, remove, sha256, write_bytes, write_json
 from lco_lite.grading.choice import answer_index
 from lco_lite.grading.math import MathGrader
 from lco_lite.models.chat import ChatFormat, PlainText
@@ -149,7 +148,7 @@ def evaluate_stage(ctx: Context, task: Task, stage: str) -> dict[str, Any]:
     passes: dict[int, list[Graded]] = {}  # by seed
     if answered := next((one for one in known if _same_responses(known[one]["settings"], asked)), None):
         console.note(f"{task.name}: {stage} has answered already; only the scores are made anew")
-        for row in ranks.once(graded_again)(answered.with_suffix(".rows.jsonl"), task, settings):
+        for row in ranks.once(graded_again)(answered, known[answered], task, settings):
             passes.setdefault(row["seed"], []).append(row)
     else:
         passes = respond_to_all(ctx, task, stage, prompts, asked, started)
@@ -180,6 +179,7 @@ def _conclude(
     result["settings"] = asked
     if missing := result.get("missing"):  # another setting than is asked for: scored anew the next time
         result["settings"] = asked | {"scored_by": {**asked.get("scored_by", {}), "missing": missing}}
+    result["rows_sha256"] = sha256(rows_file)
     write_json(file, result)
     remove(file.with_suffix(".partial.jsonl"))
     return result
@@ -187,7 +187,7 @@ def _conclude(
 
 def _read(*scores: Path) -> dict[Path, dict[str, Any]]:
     """Those that are there."""
-    return {file: json.loads(file.read_text(encoding="utf-8")) for file in scores if file.exists()}
+    return {file: read_score(file) for file in scores if file.exists()}
 
 
 def _same_responses(settings: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
@@ -198,9 +198,9 @@ def _same_responses(settings: Mapping[str, Any], asked: Mapping[str, Any]) -> bo
     return own == other
 
 
-def graded_again(file: Path, task: Task, settings: Eval) -> list[Graded]:
-    """The rows with the task's grades of their responses."""
-    rows = read_jsonl(file)
+def graded_again(file: Path, result: Mapping[str, Any], task: Task, settings: Eval) -> list[Graded]:
+    """The rows of a score with the task's grades of their responses."""
+    rows = read_rows(file, result)
     if not task.graded or settings.scoring == "likelihood":
         return rows
     items = {item.id: item for item in task.items("test")}

@@ -1,11 +1,15 @@
 """Graded responses to numbers: pass@1, pass@k, maj@k, with their spread over seeds and their error over items."""
 
+import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import eq
+from pathlib import Path
 from typing import Any
 
+from lco_lite.errors import DataError
+from lco_lite.files import read_jsonl, verify
 from lco_lite.grading import Grade, Item
 
 Graded = dict[str, Any]
@@ -17,6 +21,30 @@ Same = Callable[[str, str], bool]
 def graded(item: Item, response: str, grade: Grade, truncated: bool) -> Graded:
     asked = {"id": item.id, "prompt": item.prompt, "response": response, "extracted": grade.extracted}
     return asked | {"gold": item.gold, "right": grade.right, "why": grade.why, "truncated": truncated}
+
+
+def read_score(file: Path) -> dict[str, Any]:
+    """A score as it lies on disk. DataError where it is damaged."""
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise DataError(f"{file}: is not JSON ({e}): it is damaged. Delete it: eval makes it again") from e
+    if not isinstance(result, dict) or "settings" not in result:
+        raise DataError(f"{file}: is no score with its settings: it is damaged. Delete it: eval makes it again")
+    return result
+
+
+def read_rows(file: Path, result: Mapping[str, Any]) -> list[Graded]:
+    """The responses that the score ``result`` in ``file`` was made of. DataError where those beside it are others, or
+    damaged; scores of earlier versions do not say which they were."""
+    rows, remedy = file.with_suffix(".rows.jsonl"), f"Put it back, or delete {file}: eval makes both again"
+    if "rows_sha256" in result:
+        verify(rows.parent, {rows.name: result["rows_sha256"]}, remedy)
+    read = read_jsonl(rows)
+    for i, row in enumerate(read, 1):
+        if absent := [name for name in ("id", "seed", "right") if name not in row]:
+            raise DataError(f"{rows}, line {i}: has no {', '.join(absent)}: it is damaged. {remedy}")
+    return read
 
 
 def pass_at(k: int, n: int, right: int) -> float:

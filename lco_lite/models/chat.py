@@ -147,10 +147,24 @@ class ChatFormat:
             self._warned.add(kind)
             self._warn(text)
 
+    def _prove_template(self) -> None:
+        """Raises ModelError where the template leaves out what is said: every prompt would be the same."""
+        asked = self.prompt_text(conversation(_MARK))
+        told = self._render([*conversation("x"), {"role": "assistant", "content": _MARK}])
+        left_out = [who for who, text in (("user", asked), ("assistant", told)) if _MARK not in text]
+        if left_out:
+            template = self.tokenizer.chat_template
+            what = "is empty" if not str(template).strip() else f"leaves out what {' and '.join(left_out)} say"
+            raise ModelError(
+                f"{self.tokenizer.name_or_path or 'the tokenizer'}: its chat_template (tokenizer_config.json or "
+                f"chat_template.jinja) {what}: mend it, or delete it for the plain format"
+            )
+
     def _end_of_turn(self) -> tuple[int, str]:
         """(the token that closes a response, all that the template writes after a last response)."""
         closing = ""
         if self.tokenizer.chat_template is not None:
+            self._prove_template()
             turn = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARK}])
             closing = turn.partition(_MARK)[2]
             after = self.ids(closing.strip())

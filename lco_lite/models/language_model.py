@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lco_lite.context import deadline
 from lco_lite.errors import ModelError
 from lco_lite.files import write_folder
+from lco_lite.finite import not_finite_in, rows_not_finite
 from lco_lite.models.residency import FrozenWeights
 from lco_lite.objectives.head import Head
 from lco_lite.recipe.sections import Lora
@@ -122,6 +123,8 @@ class LanguageModel:
             raise ModelError(f"{file}: missing; an adapter is read from safetensors only")
         try:
             state = load_file(file)
+            if (wrong := not_finite_in(state)) is not None:
+                raise ModelError(f"{file}: {wrong} is not finite: the adapter is damaged")
             self._attach(name, self._config_of_adapter(folder))
             result: Any = set_peft_model_state_dict(self._peft, state, adapter_name=name)
         except SafetensorError as e:
@@ -386,6 +389,8 @@ def prove_head(base: PreTrainedModel, head: Head) -> None:
         hidden = decoder_of(base)(input_ids=ids, use_cache=False).last_hidden_state[0]  # [3, d]
     except (TypeError, ValueError, AttributeError) as e:
         raise ModelError(f"{name}: does not take token ids alone to logits ({e}): it is not supported") from e
+    if rows_not_finite(hidden) is not None:
+        raise ModelError(f"{base.name_or_path or name}: its hidden states are not finite: a weight of it is damaged")
     error = _difference(head.logits(hidden).float(), logits[:, : head.rows])
     if not error < TOLERANCE.get(hidden.dtype, 3e-2):
         raise ModelError(

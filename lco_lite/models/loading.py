@@ -7,21 +7,26 @@ loaded is one ModelError that says what was found and what is accepted.
 import importlib.util
 import json
 import logging
+import re
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import dynamic_module_utils
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from lco_lite import ranks
 from lco_lite.console import Console
 from lco_lite.errors import ModelError, UsageError
-from lco_lite.files import write_folder, write_json
+from lco_lite.files import seal, write_folder, write_json
+from lco_lite.finite import not_finite_in
 from lco_lite.recipe.sections import MOST_LAYERS, Init, Model, RewardModel, Weights, size_in_bytes
 
 # what a config may say, and how large the files beside the weights may be, MiB: far beyond any model's
@@ -96,6 +101,7 @@ def load_base(
         config = hf.AutoConfig.from_pretrained(source, **origin)
         refuse_implausible(config, source)
         kind = language_model_class(config)
+        refuse_unknown_quantisation(source, config)
         model, loaded = kind.from_pretrained(source, config=config, output_loading_info=True, **origin, **options)
     except torch.OutOfMemoryError:
         raise
@@ -107,6 +113,7 @@ def load_base(
             f"{source}: is {_architecture(config)}, and lacks {len(missing)} weights of {type(model).__name__}, e.g. "
             f"{missing[0]}: a causal language model with its LM head is needed"
         )
+    refuse_homeless(source, model, loaded["unexpected_keys"])
     keep = model.generation_config
     model.generation_config = hf.GenerationConfig(
         eos_token_id=keep.eos_token_id, pad_token_id=keep.pad_token_id, bos_token_id=keep.bos_token_id
@@ -118,6 +125,55 @@ def load_base(
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False).eval()
+
+
+def refuse_unknown_quantisation(source: str, config: Any) -> None:
+    """Raises ModelError for a kind that transformers does not know: it reads such weights as if they were plain."""
+    quantised = getattr(config, "quantization_config", None) or {}
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+    method = getattr(method, "value", method)
+    kinds = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}
+    if method is not None and method not in kinds:
+        known = ", ".join(sorted(kinds))
+        raise ModelError(
+            f"{source}/config.json: quantization_config.quant_method: {method!r} is unknown to transformers "
+            f"{hf.__version__}, which would read the weights as plain ones; known: {known}"
+        )
+
+
+def refuse_homeless(source: str, model: hf.PreTrainedModel, unexpected: Iterable[str]) -> None:
+    """Raises ModelError where the folder has weights of the model's own modules that the config has no place for: a
+    layer or an expert more, a bias. Other heads and towers, which a language model leaves aside, are named in a
+    warning."""
+    homeless, modules = sorted(unexpected), dict(model.named_modules())
+    alike = {re.sub(r"\.\d+\.", ".#.", name) for name in model.state_dict()}
+
+    def belongs(key: str) -> bool:
+        owner, _, name = key.rpartition(".")
+        absent = owner in modules and getattr(modules[owner], name, None) is None  # no buffer that is made anew
+        return absent or re.sub(r"\.\d+\.", ".#.", key) in alike
+
+    lost = [key for key in homeless if belongs(key)]
+    if lost:
+        config = model.config.get_text_config()
+        raise ModelError(
+            f"{source}: {len(lost)} of its weights have no place in the model that its config.json describes "
+            f"({config.num_hidden_layers} layers), e.g. {lost[0]}: config.json is of another model, or has a wrong "
+            "num_hidden_layers or the like"
+        )
+    if homeless:
+        warnings.warn(f"{source}: {len(homeless)} weights are not used, e.g. {homeless[0]}", stacklevel=2)
+
+
+def weight_not_finite(folder: Path) -> str | None:
+    """The first tensor of a folder's safetensors with a number that is not finite; None where all are. One tensor at a
+    time is in memory."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if not_finite_in({name: tensors.get_tensor(name)}):
+                    return str(name)
+    return None
 
 
 def load_config(weights: Weights, folder: Path | None = None) -> Any:
@@ -286,6 +342,7 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         write_json(new / record.name, origin)
+        seal(new)
     return folder
 
 
@@ -319,6 +376,7 @@ def build_scratch(init: Init, folder: Path, seed: int) -> None:
     with write_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        seal(new)
 
 
 def _scratch_config(init: Init, tokenizer: hf.PreTrainedTokenizerFast) -> hf.LlamaConfig:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from lco_lite.errors import UsageError
 
@@ -24,6 +25,20 @@ class Section(BaseModel):
 
     def _wrong(self) -> Iterator[str]:
         yield from ()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes True for 1, and so does pydantic."""
+        wanted = str(cls.model_fields[str(info.field_name)].annotation)
+        kind = next((kind for kind in ("int", "float") if re.search(rf"\b{kind}\b", wanted)), None)
+        if kind and not re.search(r"\b(bool|Any)\b", wanted):
+            if isinstance(value, bool):
+                raise PydanticCustomError(f"{kind}_type", "a number is needed")  # type: ignore[arg-type]
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            if any(isinstance(one, bool) for one in inside):
+                raise PydanticCustomError("no_number", "numbers are needed, and true and false are none")
+        return value
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Section:
@@ -308,6 +323,9 @@ class Training(Section):
     max_grad_norm: float | None = setting(1.0, "clip the gradient's 2-norm; null: never. Logged unclipped", "TRL", gt=0)
     micro_batch_tokens: int = setting(8192, "padded tokens a pass; fewer need less memory", "fits 3B in 12 GB", ge=16)
     max_length: int = setting(2048, "prompt and response, tokens; longer ones are skipped and counted", "paper", ge=8)
+    skip_batches: int = setting(
+        3, "batches that may be left out since a number of theirs is not finite; one more: status 4", "a few", ge=0
+    )
     save_every: int = setting(50, "updates between checkpoints (in rl: steps)", "minutes of work at risk", ge=1)
 
     @property

@@ -137,8 +137,9 @@ def fill(template: str, row: Mapping[str, Any], problem: str | None = None) -> s
 
 
 def lettered(choices: Any) -> str:
-    """Raises ValueError unless these are some texts, and not more than there are letters."""
-    if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
+    """Raises ValueError unless these are some texts or numbers, and not more than there are letters."""
+    known = isinstance(choices, (list, tuple)) and all(isinstance(one, (str, int, float)) for one in choices)
+    if not known or not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"field choices is {choices!r:.60}, not a list of 2 to {len(LETTERS)} texts")
     return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from lco_lite import ranks
 from lco_lite.errors import UsageError
 from lco_lite.feedback import advantages as adv
+from lco_lite.finite import rows_not_finite
 from lco_lite.models.language_model import Role, together
 from lco_lite.objectives import authors_code
 from lco_lite.objectives.distillation import Teacher, jsd_loss, minillm, mixture_weights
@@ -198,6 +199,33 @@ def has_gradient(minibatch: Sequence[MicroBatch], rl: Rl) -> bool:
     if rl.objective not in ADVANTAGE_ONLY:
         return True
     return any(bool((m.advantages > 0 if rl.objective == "raft" else m.advantages != 0).any()) for m in minibatch)
+
+
+IN_WORDS = {
+    "old": "hidden states",
+    "shift": "hidden states of the reward model",
+    "hidden": "hidden states of the teacher",
+}
+IN_WORDS |= {"shift_base": "hidden states of the reference", "reference": "hidden states before rl"}
+
+
+def not_finite(minibatch: Sequence[MicroBatch]) -> dict[int, list[str]]:
+    """Of responses of this rank's share for which a number was scored that is not finite, the names of those numbers
+    in words: rewards, advantages, hidden states, and what else a method keeps of a token."""
+    found = dict[int, list[str]]()
+    for micro in minibatch:
+        target = getattr(micro.target, "__dict__", {})  # a user's may be anything
+        numbers = {"old": micro.old, "advantages": micro.advantages} | micro.per_token | target
+        numbers.pop("log_w", None)  # NaN where the engine did not tell
+        for name, values in numbers.items():
+            if not isinstance(values, Tensor) or len(values) != len(micro.responses):
+                continue
+            if (rows := rows_not_finite(values)) is not None:
+                for response in micro.responses[rows].unique().tolist():
+                    told = found.setdefault(response, [])
+                    if (words := IN_WORDS.get(name, name.replace("_", " "))) not in told:
+                        told.append(words)
+    return found
 
 
 # LCO

@@ -1,13 +1,14 @@
 """The order of the stages, and what each rests on: sft, then rm, then rl, then a score of each."""
 
 import contextlib
+import gc
 from collections.abc import Callable
 from functools import partial
 
 from lco_lite import ranks
-from lco_lite.checkpoint import checkpoints
+from lco_lite.checkpoint import capture_rng, newest_good, restore_rng
 from lco_lite.context import Context
-from lco_lite.errors import Diverged, UsageError
+from lco_lite.errors import Diverged, UsageError, WeightsLost
 from lco_lite.evaluation.evaluate import check_all, score_all
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import RewardModel, Weights
@@ -72,14 +73,23 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
         ctx.console.note(goes_on + (course if schedule != "constant" and done else ""))
     ctx.begins = partial(_begin, ctx, stage, upstream)
     trainer: Callable[[Context, StageFolder], None] = {"sft": train_sft, "rm": train_rm}.get(name, train_rl)
-    try:
-        trainer(ctx, stage)
-    except Diverged as e:
-        good = checkpoints(stage.checkpoints)
-        where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-        with_fresh = f", with `{verb(name)} --fresh`" if good else ""
-        helps = f"A lower {section}.lr or {section}.max_grad_norm helps{with_fresh}."
-        raise Diverged(f"{name}: {e}; {where}. {helps}") from e
+    random_states = capture_rng()
+    while True:
+        try:
+            trainer(ctx, stage)
+            break
+        except WeightsLost as e:
+            lost = str(e)
+        except Diverged as e:
+            good = newest_good(stage.checkpoints)
+            where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+            with_fresh = f", with `{verb(name)} --fresh`" if good else ""
+            helps = f"A lower {section}.lr or {section}.max_grad_norm helps{with_fresh}."
+            raise Diverged(f"{name}: {e}; {where}. {helps}") from e
+        gc.collect()  # out here no traceback holds the models any more
+        restore_rng(*random_states)
+        good = newest_good(stage.checkpoints)
+        ctx.console.warn(f"{name}: {lost}: back to {good or 'the start'}, and on from there without that batch")
     about = stage.adapter / "README.md"
     if about.exists():
         ctx.console.note(f"{name}: {about.read_text(encoding='utf-8').strip()}")

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lco_lite import ranks, weights
 from lco_lite.context import Context, InterruptGuard
@@ -29,6 +30,7 @@ from lco_lite.data.prompts import (
 from lco_lite.errors import DataError, Interrupted
 from lco_lite.evaluation.evaluate import held_out_accuracy
 from lco_lite.files import JsonLines, json_line, read_jsonl, remove, write_bytes
+from lco_lite.finite import witness
 from lco_lite.metrics import read_log
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role, together
@@ -40,6 +42,7 @@ from lco_lite.sequences import Example, collate, endless, own_micro_batches
 from lco_lite.tasks.base import Item, Task
 from lco_lite.train.guard import reward_model_stands
 from lco_lite.train.rollouts import first_wrong_token, sample
+from lco_lite.train.skipped import BatchRow
 from lco_lite.train.training import StageTraining, fitting
 
 
@@ -66,12 +69,14 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
     with training, together(reference, reward_model), reward_model.model.training_mode():
         training.try_longest(pairs, partial(accumulate, reward_model, reference, rm))
         for step in training.steps():
-            chosen = [pairs[i] for i in endless(len(pairs), recipe.seed, step * rm.batch_size, rm.batch_size)]
+            places = endless(len(pairs), recipe.seed, step * rm.batch_size, rm.batch_size)
+            chosen = [pairs[i] for i in places]
             with ctx.clock("update"):
                 lengths = [[len(pair) for pair in chosen]]
                 metrics = ranks.total(training.within_memory(accumulate, lengths, reward_model, reference, rm, chosen))
-                metrics |= training.update()
-            training.keep(step, metrics)
+                numbers = {"loss": metrics["loss"], "hidden states": metrics.pop("hidden")}
+                made = training.update(numbers, partial(batch_rows, chat, pairs, places))
+            training.keep(step, metrics | made if made else {})
         training.end()
     weights.save(reward_model, stage, training.masters)
     training.let_go()
@@ -83,7 +88,8 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
             accuracy = measured["accuracy"]
         ctx.console.note(f"implicit reward: {accuracy:.3f} of {len(held)} held-out pairs are in the right order")
         result |= {"pair_accuracy": accuracy, "held_out_pairs": len(held)}
-    told = reward_model_stands([row["margin"] for row in read_log(stage.metrics)], result.get("pair_accuracy"))
+    margins = [row["margin"] for row in read_log(stage.metrics) if row.get("margin") is not None]
+    told = reward_model_stands(margins, result.get("pair_accuracy"))
     if told and recipe.rl.guard != "off":
         ctx.console.warn(f"{told} (`lco-lite train-rm --fresh`)")
     stage.finish(result | score_as_policy(ctx, start, reward_model, chat))
@@ -107,36 +113,55 @@ def accumulate(
 ) -> dict[str, float]:
     """Adds the gradient of mean DPO loss + sft_weight · mean over the chosen responses' tokens of -log φ, each rank its
     share; with ``train`` off only measures. ``margin``: of the implicit reward β log φ_DPO/φ_ref; ``accuracy``: where
-    it is > 0."""
+    it is > 0; ``hidden`` is finite where all hidden states are."""
     chosen_tokens = sum(len(p.chosen.response) for p in pairs)
-    totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "response_tokens": 0}
+    totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "response_tokens": 0, "hidden": 0.0}
     for places in own_micro_batches([len(p) for p in pairs], micro_batch_tokens):
         with torch.set_grad_enabled(train):
-            logps, ref_logps = pair_logprobs(reward_model, reference, [pairs[i] for i in places])
+            logps, ref_logps, states = pair_logprobs(reward_model, reference, [pairs[i] for i in places])
             losses, margins = dpo_loss(logps, ref_logps, rm.beta)
             part = losses.sum() / len(pairs) - rm.sft_weight * logps[0].sum() / chosen_tokens
         if train:
             part.backward()
         totals["loss"] += part.item()
         totals["response_tokens"] += sum(len(e.response) for i in places for e in (pairs[i].chosen, pairs[i].rejected))
+        totals["hidden"] += states.item()
         totals["accuracy"] += (margins > 0).sum().item() / len(pairs)
         totals["margin"] += margins.sum().item() / len(pairs)
     return totals
 
 
-def pair_logprobs(reward_model: Role, reference: Role, pairs: Sequence[Pair]) -> tuple[ChosenRejected, ChosenRejected]:
-    """((chosen, rejected) under the reward model, likewise under the reference): each [pairs], summed over tokens."""
+def pair_logprobs(
+    reward_model: Role, reference: Role, pairs: Sequence[Pair]
+) -> tuple[ChosenRejected, ChosenRejected, Tensor]:
+    """((chosen, rejected) under the reward model, likewise under the reference): each [pairs], summed over tokens; and
+    a number that is finite where the hidden states of both are."""
     batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], reward_model.model.pad_id)
     batch = batch.to(reward_model.model.device)
 
+    states = list[Tensor]()
+
     def summed(role: Role) -> ChosenRejected:
-        logprobs, _ = token_logprobs(role.hidden(batch), role.model.head, batch.actions)
+        hidden = role.hidden(batch)
+        states.append(witness([hidden]))
+        logprobs, _ = token_logprobs(hidden, role.model.head, batch.actions)
         chosen, rejected = logprobs.new_zeros(2 * len(pairs)).index_add(0, batch.rows, logprobs).chunk(2)
         return chosen, rejected
 
     with torch.no_grad():
         ref = summed(reference)
-    return summed(reward_model), ref
+    return summed(reward_model), ref, sum(states, torch.zeros((), device=states[0].device))
+
+
+def batch_rows(chat: ChatFormat, pairs: Sequence[Pair], places: Sequence[int]) -> list[BatchRow]:
+    """What a reader finds the pairs of a batch by: the number of each in their order, from 1, and its texts."""
+
+    def row(i: int) -> BatchRow:
+        texts = {"prompt": pairs[i].chosen.prompt, "chosen": pairs[i].chosen.response}
+        texts["rejected"] = pairs[i].rejected.response
+        return {"pair": i + 1} | {name: chat.tokenizer.decode(ids) for name, ids in texts.items()}
+
+    return [row(i) for i in places]
 
 
 def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFormat) -> dict[str, float]:

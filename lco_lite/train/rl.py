@@ -6,6 +6,7 @@ once more, and doing so after every batch compounds noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import fmean
@@ -19,6 +20,7 @@ from lco_lite.context import Context
 from lco_lite.data.prompts import held_out
 from lco_lite.evaluation.evaluate import held_out_accuracy
 from lco_lite.feedback.advantages import live_groups
+from lco_lite.finite import rows_not_finite
 from lco_lite.metrics import JsonLog, read_log
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import Role
@@ -30,8 +32,9 @@ from lco_lite.rollout.lockstep import mixture
 from lco_lite.run import StageFolder
 from lco_lite.sequences import Example
 from lco_lite.train.guard import Guard, ends_in_loop
-from lco_lite.train.methods import MicroBatch, Models, Seen, has_gradient, method_of, score
+from lco_lite.train.methods import MicroBatch, Models, Seen, has_gradient, method_of, not_finite, score
 from lco_lite.train.rollouts import Phase, Rollouts, order_of_updates, plan_minibatches
+from lco_lite.train.skipped import BatchRow
 from lco_lite.train.training import StageTraining
 
 SAMPLES_A_STEP = 8  # responses kept in samples.jsonl for people to read
@@ -73,20 +76,32 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                 # A and z* stand still until the next step
                 minibatches = training.within_memory(in_plan, lengths, group=rl.unit)
                 live = [any(of) for of in zip(*ranks.gather([has_gradient(m, rl) for m in minibatches]), strict=True)]
+                of_ranks = zip(*ranks.gather([not_finite(m) for m in minibatches]), strict=True)
+                unfit = [{response: names for own in of for response, names in own.items()} for of in of_ranks]
+                live = [has or bool(wrong) for has, wrong in zip(live, unfit, strict=True)]
             report, order = Report(phase, rl), list(order_of_updates(len(minibatches), rl, recipe.seed, step))
             report.skipped = sum(not live[which] for which in order)  # AdamW would move by its momentum alone
             order = [which for which in order if live[which]]
             training.expect(len(order))
+            last: tuple[list[MicroBatch], list[list[int]]] | None = None  # of the updates that were made
             updating = ctx.console.progress(len(order), "update")
             with ctx.clock("update"), updating as line, policy.model.training_mode():
                 for which in order:
                     training.stop_if_asked()
                     minibatch, lengths = minibatches[which], [micro.batch.lengths for micro in minibatches[which]]
-                    training.within_memory(accumulate, lengths, models, rl, report, minibatch, group=rl.unit)
-                    update_log.write({"step": step + 1, **report.update(training.update())})
-                    line.update(len(report.updates))
-                    training.line.update(step, metrics=report.updates[-1])
-            if order:
+                    numbers, wrong = {name: math.nan for names in unfit[which].values() for name in names}, unfit[which]
+                    if not wrong:
+                        training.within_memory(accumulate, lengths, models, rl, report, minibatch, group=rl.unit)
+                        numbers, wrong = report.numbers()
+                    places = [i for micro in plan[which] for i in micro]
+                    made = training.update(numbers, partial(batch_rows, phase, rollouts, rl, places, wrong))
+                    if made is not None:
+                        update_log.write({"step": step + 1, **report.update(made)})
+                        line.update(len(report.updates))
+                        training.line.update(step, metrics=report.updates[-1])
+                        last = minibatch, lengths
+            if last is not None:
+                minibatch, lengths = last
                 with ctx.clock("score"):
                     kl = training.within_memory(kl_to_old, lengths, models, rl, minibatch, group=rl.unit)
                     report.kl_to_old = ranks.total(kl)
@@ -172,7 +187,7 @@ def accumulate(
         loss, seen = method_of(rl).loss(models, micro, hidden, rl)
         loss.backward()
         if report is not None:
-            report.add(micro, loss, seen)
+            report.add(micro, loss, seen | {"hidden": hidden.detach().sum(-1)})
 
 
 @torch.no_grad()
@@ -228,12 +243,23 @@ class Report:
         if (log_w := micro.per_token.get("log_w")) is not None:
             told = log_w[~log_w.isnan()]
             seen = seen | {"mismatch": told.abs(), "mismatch_kl": told.exp() - 1 - told}
-        self._tokens.append({name: value.cpu() for name, value in seen.items()} | {"A": micro.advantages.cpu()})
+        of_batch = {"A": micro.advantages.cpu(), "of": micro.responses.cpu()}
+        self._tokens.append({name: value.cpu() for name, value in seen.items()} | of_batch)
+
+    def numbers(self) -> tuple[dict[str, float], dict[int, list[str]]]:
+        """(what must be finite of the update that ``add`` has seen all of, other ranks' too, by its name in words; of
+        responses whose own numbers are not, their names)."""
+        self._tokens, self._loss = sum(ranks.gather(self._tokens), []), ranks.total(self._loss)
+        wrong = dict[int, list[str]]()
+        for tokens in self._tokens:
+            if (rows := rows_not_finite(tokens["hidden"])) is not None:
+                wrong |= dict.fromkeys(tokens["of"][rows].tolist(), ["hidden states"])
+        return {"loss": self._loss, **({"hidden states": math.nan} if wrong else {})}, wrong
 
     def update(self, step_of_optimiser: dict[str, float]) -> dict[str, float]:
-        """The update that ``add`` has seen all of: means over its tokens, those of other ranks too."""
-        parts, loss = sum(ranks.gather(self._tokens), []), ranks.total(self._loss)
-        names = dict.fromkeys(name for tokens in parts for name in tokens)
+        """The update that ``numbers`` has told of: means over its tokens."""
+        parts, loss = self._tokens, self._loss
+        names = dict.fromkeys(name for tokens in parts for name in tokens if name not in ("of", "hidden"))
         seen = {name: torch.cat([tokens[name] for tokens in parts if name in tokens]) for name in names}
         advantages, norm = seen.pop("A"), seen.pop("logit_grad_norm", None)
         seen.pop("loss", None)  # that of the whole minibatch is told
@@ -278,6 +304,21 @@ class Report:
         spent = sum(seconds.get(phase_name, 0.0) for phase_name in ("rollout", "score", "update"))
         metrics["tokens_per_second"] = metrics["response_tokens"] / spent
         return metrics | {"samples_seen": samples_before + phase.drawn}
+
+
+def batch_rows(
+    phase: Phase, rollouts: Rollouts, rl: Rl, places: list[int], wrong: dict[int, list[str]]
+) -> list[BatchRow]:
+    """What a reader finds the responses of a batch by: number in the phase, from 1, and texts; those of ``wrong`` with
+    what is not finite of them."""
+
+    def row(i: int) -> BatchRow:
+        prompt = rollouts.prompts[phase.chosen[i // rl.responses_per_prompt]]
+        texts = {"prompt": prompt.messages[-1]["content"], "response": rollouts.chat.text(phase.examples[i].response)}
+        named = {"response_number": i + 1} | ({} if prompt.item is None else {"item": prompt.item.id}) | texts
+        return named | ({"not_finite": wrong[i]} if i in wrong else {})
+
+    return [row(i) for i in places]
 
 
 def readable(phase: Phase, rollouts: Rollouts, rl: Rl) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ Legend: N responses, G of them to a prompt, in a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,7 @@ from lco_lite.errors import DataError
 from lco_lite.feedback.advantages import live_groups
 from lco_lite.feedback.rewards import reward_sources
 from lco_lite.files import JsonLines, remove
+from lco_lite.metrics import finite
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe import Rl
@@ -157,6 +159,7 @@ class Rollouts:
         grades, rewards, longest = judged["grades"], judged["rewards"] or {}, self.sampling.max_new_tokens
         if isinstance(rewards, list):  # a phase that version 0.3 began
             rewards = {recipe.rl.feedback: rewards}
+        rewards = {name: [math.nan if x is None else x for x in told] for name, told in rewards.items()}
         return Phase(chosen, longest, responses, grades, rewards, shown, shown.count(False), judged.get("errors"))
 
     def _judge(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> dict[str, Any]:
@@ -170,7 +173,7 @@ class Rollouts:
                 right = [self.task.grade(text, item).right for text, item in zip(texts, items, strict=True)]
                 grades = torch.tensor([1.0 if r else -1.0 for r in right])
             asked = [p.messages for p in prompts], [p.row for p in prompts], texts, grades
-            rewards = {name: source(*asked).tolist() for name, source in self.rewards.items()}
+            rewards = finite({name: source(*asked).tolist() for name, source in self.rewards.items()})
             judged: dict[str, Any] = {"grades": None if grades is None else grades.tolist(), "rewards": rewards}
             if self.ctx.recipe.rl.places_rule:
                 assert self.task is not None and grades is not None, "the recipe makes sure of a task"

@@ -17,7 +17,8 @@ from torch.nn import Parameter
 from lco_lite import ranks
 from lco_lite.checkpoint import capture_rng, load_latest, restore_rng, save_checkpoint
 from lco_lite.context import Context, InterruptGuard
-from lco_lite.errors import DataError, Diverged, Interrupted, UsageError
+from lco_lite.errors import DataError, Diverged, Interrupted, UsageError, WeightsLost
+from lco_lite.finite import witness
 from lco_lite.metrics import JsonLog, MetricsLog, peak_mib, read_log
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe.sections import Training
@@ -25,11 +26,13 @@ from lco_lite.run import StageFolder, verb
 from lco_lite.sequences import halved, seeded
 from lco_lite.trackers import Trackers
 from lco_lite.train.guard import Warned
+from lco_lite.train.skipped import BatchRow, Skipped
 
 Sized = TypeVar("Sized", bound=Any)
 Made = TypeVar("Made")
 SMALLEST_PAGED = 100_000  # numbers of a weight whose moments bitsandbytes pages out; smaller ones stay on the device
 SMALLEST_8BIT = 4096  # numbers of a weight whose moments are in 8 bits; bitsandbytes' default
+LARGEST_NORM = 1e18  # of a gradient: AdamW keeps squares, and those of larger numbers are none in fp32
 
 
 class StageTraining:
@@ -52,8 +55,8 @@ class StageTraining:
         unrounded: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.ctx, self.stage, self.settings = ctx, stage, settings
-        section = {"sft": "sft", "rm": "train_rm"}.get(stage.name, "rl")
-        self.room = ctx.room(f"{section}.micro_batch_tokens", settings.micro_batch_tokens)
+        self.section = {"sft": "sft", "rm": "train_rm"}.get(stage.name, "rl")
+        self.room = ctx.room(f"{self.section}.micro_batch_tokens", settings.micro_batch_tokens)
         self.steps_planned, self.updates_planned = steps, updates
         self.updates_a_step = updates // steps
         self.parameters = dict(parameters)
@@ -82,12 +85,15 @@ class StageTraining:
                 )
             self.done = self.saved = checkpoint.step
             self.updates = checkpoint.state.get("updates", checkpoint.step * updates // steps)
+        self.updates_kept = self.updates  # of the steps that are done
+        if checkpoint is not None:
             with torch.no_grad():
                 for name, master in self.masters.items():
                     master.copy_(checkpoint.tensors[f"weights.{name}"])
             self.round()
         ctx.begins()
         self.owner = stage.owner()  # that of a stage that starts
+        self.skipped, self.left_out = Skipped(stage.path / "skipped.jsonl", settings.skip_batches), 0
 
     def __enter__(self) -> StageTraining:
         self._open = contextlib.ExitStack()
@@ -191,11 +197,15 @@ class StageTraining:
         left = self.steps_planned - self.done - 1
         self.updates_planned = self.updates + updates + left * self.updates_a_step
 
-    def update(self) -> dict[str, float]:
+    def update(
+        self, numbers: Mapping[str, float] | None = None, rows: Callable[[], Sequence[BatchRow]] = tuple
+    ) -> dict[str, float] | None:
         """One step of AdamW on the gradients there are, summed over ranks. ``grad_norm``, and of a critic
-        ``critic_grad_norm``, are measured before clipping.
+        ``critic_grad_norm``, are measured before clipping. ``numbers`` are those of the batch, the same on every rank,
+        by their names in words; ``rows`` are the batch's.
 
-        Raises Diverged where one is not finite.
+        Where a number or a gradient is not finite no weight changes and None is returned: the batch is left out (see
+        ``skip``). Raises WeightsLost where a weight is not finite after the step, Diverged as ``skip`` does.
         """
         ranks.sum_gradients(list(self.masters.values()))
         limit, norms = self.settings.max_grad_norm, dict[str, float]()
@@ -203,19 +213,54 @@ class StageTraining:
         policy = [p for name, p in self.masters.items() if not name.startswith("critic.")]
         for name, trained in {"grad_norm": policy, "critic_grad_norm": critic}.items():
             if trained:
-                norm = torch.nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit).item()
-                if not math.isfinite(norm):
-                    raise Diverged(f"the gradient's norm is {norm} at update {self.updates + 1}")
-                norms[name] = norm
+                norms[name] = torch.nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit).item()
+        wrong = [name for name, value in (numbers or {}).items() if not math.isfinite(value)]
+        wrong += ["gradient"] * any(not norm < LARGEST_NORM for norm in norms.values())
+        if wrong or self.updates + 1 in self.skipped:
+            self.skip(wrong, rows)
+            return None
         lr = learning_rate(self.updates, self.updates_planned, self.settings)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
         self.round()
+        if not self.weights_are_finite():
+            self.skip(["weights after the step"], rows)
+            return None
         self.drop_gradients()
         self.updates += 1
         self.inside_step = True
         return {**norms, "lr": lr}
+
+    def weights_are_finite(self) -> bool:
+        """Those that are trained, and what they are rounded from. One pass over them, which is read at once."""
+        rounded = [p for name, p in self.parameters.items() if p is not self.masters[name]]
+        return math.isfinite(sum(witness(weights).item() for weights in (self.masters.values(), rounded)))
+
+    def skip(self, wrong: Sequence[str], rows: Callable[[], Sequence[BatchRow]]) -> None:
+        """The next update is not made: its batch, where ``wrong`` is not finite, is named in ``skipped.jsonl``.
+
+        Raises Diverged where more batches are left out than ``skip_batches``, after a checkpoint if weights are
+        finite and no update of the step is made; WeightsLost where weights are not: the stage goes on from its last
+        checkpoint without this batch.
+        """
+        self.drop_gradients()
+        update, sound = self.updates + 1, self.weights_are_finite()
+        known = update in self.skipped
+        may = known or self.skipped.add(self.done + 1, update, wrong, rows())
+        told = self.skipped.say(update)
+        if not may:
+            if sound and not self.inside_step and self.saved != self.done:
+                self.save()
+            allowed = f"{self.section}.skip_batches allows {self.settings.skip_batches} such batches"
+            raise Diverged(f"{told}. {allowed}; all are in {self.skipped.lines.path}")
+        if not sound and known:  # not by this batch, and going back would not end
+            raise Diverged(f"{told}. It was left out, and weights are not finite all the same")
+        if not sound:
+            raise WeightsLost(told)
+        self.ctx.console.warn(f"{told}. The batch is left out ({self.skipped.lines.path})")
+        self.updates += 1
+        self.left_out += 1
 
     @torch.no_grad()
     def round(self) -> None:
@@ -227,7 +272,9 @@ class StageTraining:
     def keep(self, step: int, metrics: dict[str, Any], warnings: Sequence[Warned] = ()) -> None:
         """``step`` is done: writes and shows its metrics, says what the guard saw, saves where it is time, and leaves
         where the user, or ``rl.guard: stop``, asks for it."""
-        self.done, self.inside_step = step + 1, False
+        self.done, self.inside_step, self.updates_kept = step + 1, False, self.updates
+        left_out, self.left_out = self.left_out, 0
+        metrics = metrics | ({"not_finite": left_out} if left_out else {})
         seconds = self.ctx.clock.lap()
         line = {"step": step + 1, **metrics, "seconds": seconds, "peak_mib": peak_mib()}
         self.metrics.write(line)
@@ -239,7 +286,7 @@ class StageTraining:
         if warnings:
             self.ctx.console.note(f"other settings take `{verb(self.stage.name)} --fresh`, or a new run by --name")
         collapses = [warning.text for warning in warnings if warning.stops and self.ctx.recipe.rl.guard == "stop"]
-        if (step + 1) % self.settings.save_every == 0 or collapses:
+        if (step + 1) % self.settings.save_every == 0 or collapses or left_out:  # which may be the first of several
             self.save()
         if collapses:
             raise Diverged(f"stopped by rl.guard: stop after step {step + 1}: {collapses[0]}")
@@ -248,7 +295,7 @@ class StageTraining:
     def save(self) -> None:
         """A checkpoint after the steps that are done."""
         tensors = {f"weights.{name}": p.detach() for name, p in self.masters.items()}
-        state = {"updates": self.updates} | ({"owner": self.owner} if self.owner else {})
+        state = {"updates": self.updates_kept} | ({"owner": self.owner} if self.owner else {})
         save_checkpoint(self.stage.checkpoints, self.done, tensors, self.adamw, state)
         self.saved = self.done
 

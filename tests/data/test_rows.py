@@ -200,6 +200,8 @@ HUMAN = "\n\nHuman: a"
         (read_prompts, {"messages": [{"role": "robot", "content": "a"}]}, "robot"),
         (read_prompts, {"messages": [["user", "a"]]}, "a turn is {role"),
         (read_prompts, {"prompt": 7}, "no prompt"),
+        (read_prompts, {"instruction": "sum", "input": [2, 2]}, "field input: a text is needed, found [2, 2]"),
+        (read_demonstrations, {"instruction": "sum", "input": {"a": 2}, "output": "4"}, "field input"),
     ],
 )
 def test_a_malformed_row_is_named_with_file_and_line(tmp_path, read, row, named):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lco_lite.evaluation.compare import paired_bootstrap, welch
+from lco_lite.files import sha256
 from tests.evaluation.eval_cases import call
 
 SEEDS = (0, 1)
@@ -207,6 +208,27 @@ def test_only_the_first_flips_are_shown_and_how_many_there_are_is_said(tmp_path,
     shown = compare(tmp_path, "--compare", "sft", "rl-kld").stdout
     assert "the first 20 of 60" in " ".join(shown.split())
     assert "arithmetic/19" in shown and "arithmetic/20" not in shown
+
+
+def test_responses_that_are_not_those_of_the_score_are_refused(tmp_path, write):
+    right = [[True, True], [False, False]]
+    write("sft", right)
+    write("rl-lch", right)
+    score = tmp_path / "run/eval/arithmetic--sft.json"
+    rows = tmp_path / "run/eval/arithmetic--sft.rows.jsonl"
+    lines = rows.read_text().splitlines(keepends=True)
+    score.write_text(json.dumps(json.loads(score.read_text()) | {"rows_sha256": sha256(rows)}))
+    assert compare(tmp_path, "--compare", "sft", "rl-lch").exit_code == 0
+    rows.write_text("".join(lines[:-1]))  # of another size
+    told = compare(tmp_path, "--compare", "sft", "rl-lch")
+    assert told.exit_code == 2 and "sft.rows.jsonl: has changed" in told.stderr
+    write("sft", right)
+    rows.write_text(lines[0] + '{"seed": 0}\n' + "".join(lines[2:]))
+    told = compare(tmp_path, "--compare", "sft", "rl-lch")
+    assert told.exit_code == 2 and "sft.rows.jsonl, line 2: has no id, right" in told.stderr
+    score.write_text("{")
+    told = compare(tmp_path, "--compare", "sft", "rl-lch")
+    assert told.exit_code == 2 and "sft.json: is not JSON" in told.stderr
 
 
 def test_other_seeds_are_averaged_over_and_other_settings_warned_of(tmp_path, write):

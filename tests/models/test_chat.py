@@ -48,6 +48,22 @@ def test_a_turn_ends_with_the_templates_token_and_a_cut_response_with_none():
     assert example.response[-1] == chat.end and chat.example(ASKED, "4", closed=False).response == example.response[:-1]
 
 
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ("{{ messages[0].role }}", "leaves out what user and assistant say"),
+        ("{{ messages[0].content }}", "what assistant say"),
+    ],
+)
+def test_a_template_that_leaves_out_what_is_said_is_refused_with_file_and_field(template, told):
+    tokenizer = templated(template)
+    tokenizer.name_or_path = "some/model"
+    with pytest.raises(ModelError, match=rf"some/model: its chat_template \(tokenizer_config.json .*{told}"):
+        ChatFormat(tokenizer)
+
+
 def test_without_a_template_the_plain_format_ends_with_eos():
     tokenizer = templated(None)
     chat = ChatFormat(tokenizer)

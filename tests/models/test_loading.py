@@ -6,12 +6,14 @@ import ast
 import importlib
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lco_lite import ranks
@@ -57,6 +59,49 @@ def test_a_model_from_scratch_is_an_ordinary_folder_that_depends_on_its_seed_alo
     assert tokenizer.apply_chat_template(
         [{"role": "user", "content": "1+1"}], tokenize=False, add_generation_prompt=True
     )
+
+
+def changed(folder: Path, **config: object) -> Path:
+    """The model folder with other words in its config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return folder
+
+
+def test_layers_that_the_config_has_no_place_for_are_refused(tmp_path):
+    folder = save("llama", tmp_path / "m")
+    less = json.loads((folder / "config.json").read_text())["num_hidden_layers"] - 1
+    load(folder)
+    with pytest.raises(ModelError, match=rf"9 of its weights have no place .*\({less} layers\), e.g. .*\.{less}\."):
+        load(changed(folder, num_hidden_layers=less))
+
+
+def test_a_bias_that_the_config_says_nothing_of_is_refused_and_another_head_is_left_aside_with_a_warning(tmp_path):
+    folder = save("qwen2", tmp_path / "m")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"v_head.summary.weight": torch.zeros(1, 4)}, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="1 weights are not used, e.g. v_head.summary.weight"):
+        load(folder)
+    bias = "model.layers.0.mlp.up_proj.bias"
+    save_file(weights | {bias: torch.zeros(4)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"1 of its weights have no place .*{bias}"):
+        load(folder)
+
+
+def test_an_unknown_quantisation_is_refused_instead_of_read_as_plain_weights(tmp_path):
+    folder = changed(save("llama", tmp_path / "m"), quantization_config={"quant_method": "zip"})
+    with pytest.raises(ModelError, match=r"config.json: quantization_config.quant_method: 'zip' is unknown .*gptq"):
+        load(folder)
+
+
+def test_weights_that_are_no_numbers_are_refused_when_they_are_opened(tmp_path):
+    folder = save("llama", tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="hidden states are not finite"):
+        load(folder)
 
 
 def test_the_models_own_sampling_defaults_are_dropped_and_its_stop_tokens_kept(tmp_path):

@@ -91,12 +91,12 @@ def test_an_update_that_does_not_fit_is_made_in_halves_with_the_same_gradient(ti
     gradients: dict[str, dict[str, torch.Tensor]] = {}
     real = StageTraining.update
 
-    def update(self):
+    def update(self, *batch):
         if self.stage.name == stage and self.updates == 0:
             gradients[self.ctx.run.name] = {
                 name: p.grad.clone() for name, p in self.masters.items() if p.grad is not None
             }
-        return real(self)
+        return real(self, *batch)
 
     for name in ("whole", "halves"):
         if stage == "rm":

@@ -104,11 +104,11 @@ def test_a_phase_is_on_disk_before_its_first_update(tiny, monkeypatch):
     seen: list[list[dict]] = []
     real = StageTraining.update
 
-    def update(self):
+    def update(self, *batch):
         if self.stage.name == "rl-kld":
             file = self.stage.path / f"rollouts/step-{self.done + 1:06d}.jsonl"
             seen.append([json.loads(line) for line in file.read_text().splitlines()])
-        return real(self)
+        return real(self, *batch)
 
     monkeypatch.setattr(StageTraining, "update", update)
     run_stage(tiny, "rl-kld", FOUR_BATCHES)
