@@ -255,6 +255,26 @@ def list_runs(
 
 
 @app.command()
+def export(
+    run: Annotated[str | None, Argument(metavar="RUN", help="A run's name or folder; else the newest.")] = None,
+    to: Annotated[str, Option(help="adapter, merged, gguf, gguf-lora or ollama.")] = "merged",
+    policy: Annotated[str | None, Option(help="sft, rm, rl-OBJECTIVE; else the newest.")] = None,
+    out: Annotated[Path | None, Option(help="Folder to write; in the run unless given.")] = None,
+    dtype: Annotated[str, Option(help="float32, bfloat16, float16, of a GGUF q8_0; auto: the base's.")] = "auto",
+    converter: Annotated[Path | None, Option(help="llama.cpp, or its convert_hf_to_gguf.py; else $LLAMA_CPP.")] = None,
+    push: Annotated[str | None, Option(metavar="OWNER/NAME", help="Upload it to this repository of the hub.")] = None,
+    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
+    fresh: Annotated[bool, Option("--fresh", help="Replace an earlier export.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings and the last line.")] = False,
+) -> None:
+    """What a stage made, for other programs: an adapter, a merged model, a GGUF, an Ollama model."""
+    with boundary():
+        from lco_lite.export.forms import export
+
+        export(run, runs, to, policy, out, dtype, converter, push, fresh, Console(quiet))
+
+
+@app.command()
 def study(
     name: Annotated[str | None, Argument(help="Which study; without it they are listed.")] = None,
     recipe: Annotated[str | None, Argument(help=f"{_WHICH} The study's own unless given.")] = None,

@@ -22,7 +22,7 @@ from lco_lite.metrics import peak_mib
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import find_recipe, load_recipe, overridden, said
 from lco_lite.recipe.sections import RewardModel
-from lco_lite.run import Run, decides, verb
+from lco_lite.run import Run, decides, named_base, verb
 from lco_lite.visible import visible
 
 if TYPE_CHECKING:
@@ -239,4 +239,4 @@ def _base_and_adapter(model: str) -> tuple[str, Path | None]:
     base = adapter.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise UsageError(f"{config}: names no base_model_name_or_path, so its base is unknown; found {base!r:.80}")
-    return base, config.parent
+    return named_base(base, config.parent), config.parent

@@ -336,6 +336,23 @@ class Run:
         return doomed
 
 
+def base_name(base: str, folder: Path, run: Path | None) -> str:
+    """How an adapter in ``folder`` names its base: a hub id as it is, a folder by its absolute path or, where both are
+    inside of ``run``, by its path from ``folder``."""
+    if not Path(base).is_dir():
+        return base
+    there, here = Path(base).resolve(), folder.resolve()
+    if run is not None and there.is_relative_to(run.resolve()) and here.is_relative_to(run.resolve()):
+        return Path(os.path.relpath(there, here)).as_posix()
+    return str(there)
+
+
+def named_base(name: str, folder: Path) -> str:
+    """Where that base is, for an adapter that now lies in ``folder``."""
+    near = folder / name
+    return str(near.resolve()) if name.startswith(".") and near.is_dir() else name
+
+
 def _order(stage: str) -> tuple[int, str]:
     return ({"sft": 0, "rm": 1}.get(stage, 2), stage)
 

@@ -42,6 +42,7 @@ from lco_lite.models.loading import (
     weight_not_finite,
 )
 from lco_lite.models.residency import FrozenWeights, make_room
+from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Init, RewardModel, Weights
 from lco_lite.run import Run, StageFolder
 from lco_lite.sequences import derive
@@ -61,6 +62,17 @@ def open_base(ctx: Context) -> LanguageModel:
         return _load(ctx, model, converted_gguf(model, folder))
     _built_once(model.init, folder, derive(ctx.recipe.seed, "weights"))
     return _load(ctx, model, folder)
+
+
+def base_of(run: Run, recipe: Recipe, stage: str) -> tuple[Weights, Path | None]:
+    """(settings, folder, or None where it is theirs) of the base that the adapter of a finished stage belongs to. One
+    from a GGUF file is converted again where the run has it no more."""
+    own, model = recipe.reward_model, recipe.model
+    if stage == "rm" and isinstance(own, RewardModel):
+        return own, converted_gguf(own, run.path / "base-rm")
+    if model.init is not None:
+        return model, run.stage("sft").model if recipe.sft.enabled else run.path / "base"
+    return model, converted_gguf(model, run.path / "base")
 
 
 def open_sft(ctx: Context) -> Role:
@@ -249,7 +261,8 @@ def save(role: Role, stage: StageFolder, masters: Mapping[str, Tensor]) -> Path:
     if role.adapter is None:
         role.model.save_full(folder, masters)
     else:
-        role.model.save_adapter(role.adapter, folder)
+        run = next((p for p in stage.path.parents if (p / "recipe.yaml").is_file()), stage.path.parent)
+        role.model.save_adapter(role.adapter, folder, run)
     if (name := weight_not_finite(folder)) is not None:
         remove(folder)
         raise Diverged(f"the weights are trained, and {name} is not finite: they are not kept")

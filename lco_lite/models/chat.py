@@ -23,6 +23,10 @@ Message = Mapping[str, str]
 _OPENED = re.compile(r"<(\w+)>\s*$")  # a generation prompt that ends in the thought it opens
 _MARK = "lcoliteresponse"
 TEMPLATE_SECONDS = 10  # the longest took milliseconds
+PLAIN_TEMPLATE = (  # the plain format, for programs that know templates only
+    "{{ bos_token }}{% for m in messages %}{{ '### ' + m.role | capitalize + ':\\n' + m.content + '\\n\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
 
 
 class ChatFormat:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,6 +32,7 @@ from lco_lite.finite import not_finite_in, rows_not_finite
 from lco_lite.models.residency import FrozenWeights
 from lco_lite.objectives.head import Head
 from lco_lite.recipe.sections import Lora
+from lco_lite.run import base_name
 from lco_lite.sequences import Batch
 
 PATTERN_SECONDS = 5  # for all modules; the longest took milliseconds
@@ -224,19 +226,38 @@ class LanguageModel:
         config = self._peft.peft_config[name]
         return max(config.r, *(config.rank_pattern or {"": 0}).values())
 
-    def save_adapter(self, name: str, folder: Path) -> None:
+    def save_adapter(self, name: str, folder: Path, run: Path | None = None) -> None:
         """A plain PEFT folder, whole or not at all: ``PeftModel.from_pretrained(base, folder)`` loads it. Its README.md
-        says so where the base was quantised."""
+        says so where the base was quantised. In a ``run`` tokenizer and template lie beside it, and a base of the same
+        run is named by its path from here, so that the run can be moved."""
         state = {key: value.cpu().contiguous() for key, value in self.adapter_state(name).items()}
         config = copy.deepcopy(self._peft.peft_config[name])
         config.inference_mode = True
-        config.base_model_name_or_path = self.base.config._name_or_path
+        config.base_model_name_or_path = base_name(self.base.config._name_or_path, folder, run)
         with write_folder(folder) as new:
+            if run is not None:
+                self.tokenizer.save_pretrained(new)
             save_file(state, new / "adapter_model.safetensors", metadata={"format": "pt"})
             config.save_pretrained(str(new))
             if getattr(self.base, "is_quantized", False):
                 stored = "NF4" if getattr(self.base, "is_loaded_in_4bit", False) else "LLM.int8"
                 (new / "README.md").write_text(_OF_QUANTISED_BASE.format(stored=stored), encoding="utf-8")
+
+    def merge(self, name: str, each: Callable[[int, int], object] = lambda done, total: None) -> PreTrainedModel:
+        """The base with this adapter in its weights, of which no other use is left: computed in fp32, rounded once to
+        the base's dtype. ``each`` is told how many layers are done, of how many. Raises ModelError where an adapter's
+        weights are not finite."""
+        layers = [layer for layer in self.base.modules() if isinstance(layer, LoraLayer)]
+        for done, layer in enumerate(layers, 1):
+            dtype = layer.get_base_layer().weight.dtype
+            layer.float()
+            try:
+                layer.merge(safe_merge=True, adapter_names=[name])
+            except ValueError as e:
+                raise ModelError(f"adapter {name}: its weights are not finite: it cannot be merged") from e
+            layer.get_base_layer().to(dtype)
+            each(done, len(layers))
+        return self._peft.base_model.unload()
 
     def save_full(self, folder: Path, masters: Mapping[str, Tensor]) -> None:
         """Model and tokenizer as an ordinary folder, whole or not at all; a weight with a master is saved as that."""

@@ -1,0 +1,1 @@
+"""How does what a stage made leave its run? ``forms.py`` writes it, ``card.py`` says what it is."""

@@ -1,0 +1,151 @@
+"""The model card: what it is, how it is served, its scores, data, licence and recipe, from the run's own files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import httpx
+from gguf import GGUFReader
+from huggingface_hub import hf_hub_download
+
+from lco_lite.export.job import Export, read_object
+from lco_lite.recipe import Recipe
+from lco_lite.recipe.file import dump, write_yaml
+
+
+def model_card(job: Export, folder: Path) -> str:
+    """README.md: what it is, how it is served, what was scored, and the recipe; from the run's files alone, but for the
+    licence, which is the base's."""
+    recipe, run, stage = job.recipe, job.run, job.stage
+    on_hub, base = not job.is_local, _base_title(job)
+    licence = licence_of(job)
+    front: dict[str, Any] = {"library_name": "peft" if job.form == "adapter" else "transformers"}
+    front |= {"base_model": base} if on_hub else {}
+    front |= {"license": licence} if licence else {}
+    front |= {"pipeline_tag": "text-generation", "tags": ["lco-lite", *(["lora"] if job.form == "adapter" else [])]}
+    done = read_object(stage.path / "done.json")
+    versions = read_object(run.path / "environment.json")["packages"]
+    with_ = ", ".join(f"{k} {versions[k]}" for k in ("lco-lite", "torch", "transformers", "peft") if versions.get(k))
+    what = {"adapter": "A LoRA adapter (PEFT)", "gguf-lora": "A LoRA adapter as GGUF"}.get(job.form, "A language model")
+    how = "all weights" if job.whole else "a LoRA adapter"
+    if job.form not in ("adapter", "gguf-lora") and not job.whole:
+        how += ", merged into the unquantised base in fp32"
+    sections = [
+        f"---\n{write_yaml(front)}---\n\n# {job.name}",
+        f"{what}, trained from {base} with lco-lite: stage `{stage.name}` of run `{run.name}` ({how}); finished "
+        f"{done['finished']}, with {with_ or 'versions unknown'}.",
+    ]
+    if job.base.quantization != "none" and not job.whole:
+        sections.append(
+            f"It was trained, and scored below, on its base in {job.base.quantization}. On the full-precision base it "
+            "answers otherwise: score it again where it will run."
+        )
+    sections += ["## Use\n\n" + _usage(job, folder), "## Scores\n\n" + _scores(job), "## Data\n\n" + _sources(recipe)]
+    sections.append(
+        "## Licence\n\n"
+        + (
+            f"The base's licence ({licence}) holds for what is made from it."
+            if licence
+            else f"The licence of {base} holds for what is made from it; it is not stated beside these weights."
+        )
+    )
+    sections.append(f"## Recipe\n\n```yaml\n{dump(recipe)}```")
+    return "\n\n".join(sections) + "\n"
+
+
+def _usage(job: Export, folder: Path) -> str:
+    """Commands and, for Python, the call; what the model was asked with."""
+    lines = [f"```sh\n{following(job, folder)}\n```"]
+    if job.form == "adapter":
+        rank = read_object(folder / "adapter_config.json")["r"]
+        lines.insert(0, f'```python\nmodel = PeftModel.from_pretrained(base, "{job.out.name}")  # rank {rank}\n```')
+    elif job.form == "merged":
+        lines.insert(0, f'```python\nmodel = AutoModelForCausalLM.from_pretrained("{job.out.name}", dtype="auto")\n```')
+    elif job.form != "gguf-lora":
+        lines.append("In 4 bits, with llama.cpp's own tool: `llama-quantize FILE.gguf OUT.gguf Q4_K_M`.")
+    s = job.recipe.eval
+    asked = f"The recipe samples answers with temperature {s.temperature} and top_p {s.top_p}"
+    lines.append(asked + (f"; asked with the system message\n\n> {_indented(job.system)}" if job.system else "."))
+    if job.recipe.chat.template_args:
+        lines.append(
+            f"Arguments of its chat template: `{json.dumps(job.recipe.chat.template_args, ensure_ascii=False)}`."
+        )
+    return "\n\n".join(lines)
+
+
+def _scores(job: Export) -> str:
+    """A row a score, of this stage as it is now and of the base it began with."""
+    rows = list[list[object]]()
+    for file in sorted((job.run.path / "eval").glob("*.json")):
+        score = read_object(file)
+        settings = score["settings"]
+        if score["stage"] == "base" or settings["made_by"] == job.stage.id():
+            spread = f" ± {score['std']:.4f}" if score["std"] is not None else ""
+            temperature = settings["sampling"]["temperature"] or "greedy"
+            mean = f"{score['mean']:.4f}{spread}"
+            rows.append([score["task"], score["stage"], score["metric"], mean, score["n"], score["seeds"], temperature])
+    if not rows:
+        return f"None yet: `lco-lite eval --name {job.run.name} --policy {job.stage.name}`."
+    head = ["task", "stage", "metric", "mean ± std over seeds", "items", "seeds", "temperature"]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _sources(recipe: Recipe) -> str:
+    own = f"those of task `{recipe.task}`" if recipe.task else "none"
+    used = {"demonstrations": recipe.data.demonstrations, "prompts": recipe.data.prompts}
+    used |= {"preference pairs": recipe.data.preferences} if "rm" in recipe.stages else {}
+    lines = [f"- {what}: {f'`{source}`' if source else own}" for what, source in used.items()]
+    return "\n".join([*lines, f"- seed {recipe.seed}, {recipe.sft.examples or 'all'} demonstrations at most"])
+
+
+def licence_of(job: Export) -> str | None:
+    """Of the base: what its model card or GGUF file states, on disk or on the hub; None where neither can be had."""
+    if job.base.gguf_file is not None and (file := Path(str(job.base.path)) / job.base.gguf_file).is_file():
+        field = GGUFReader(file).get_field("general.license")
+        return None if field is None else str(field.contents())
+    if job.base.path is None:
+        return None
+    card = Path(job.base.path) / "README.md"
+    try:
+        if not Path(job.base.path).is_dir():
+            card = Path(hf_hub_download(job.base.path, "README.md", revision=job.base.revision))
+        found = re.search(r"\A---\n.*?^license: *([\w.-]+) *$.*?^---", card.read_text(encoding="utf-8"), re.M | re.S)
+    except (OSError, httpx.HTTPError):  # no card, or no network: the card says that it is not known
+        return None
+    return found and found[1]
+
+
+def _base_title(job: Export) -> str:
+    if job.base.path is None:
+        return "a model from scratch"
+    return (job.base.gguf_file or Path(job.base.path).name) if job.is_local else job.base.path
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n> ")
+
+
+def following(job: Export, folder: Path | None = None) -> str:
+    """The command that serves what was made, which lies in ``out`` (while it is made, in ``folder``)."""
+    out = job.out
+    base = job.base_path
+    gguf = out / next((file.name for file in sorted((folder or out).glob("*.gguf"))), f"{job.name}.gguf")
+    if job.form == "adapter":
+        rank = int(read_object((folder or out) / "adapter_config.json")["r"])
+        room = next((r for r in (8, 16, 32, 64, 128, 256) if r >= rank), 512)  # those that vLLM takes
+        words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(room)]
+        words += ["--tokenizer", str(out), "--lora-modules", f"{job.name}={out}"]
+    elif job.form == "merged":
+        words = ["vllm", "serve", str(out), "--served-model-name", job.name]
+    elif job.form == "gguf-lora":
+        own = Path(str(job.base.path)) / str(job.base.gguf_file)
+        words = ["llama-server", "-m", str(own) if own.is_file() else "BASE.gguf", "--lora", str(gguf)]
+    elif job.form == "gguf":
+        words = ["llama-server", "-m", str(gguf)]
+    else:
+        words = ["ollama", "create", job.name.lower(), "-f", str(out / "Modelfile")]
+    return shlex.join(words)

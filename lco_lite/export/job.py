@@ -1,0 +1,86 @@
+"""What is exported, of which run, and where it goes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lco_lite.console import Console
+from lco_lite.errors import UsageError
+from lco_lite.models.chat import PLAIN_TEMPLATE, ChatFormat
+from lco_lite.models.loading import load_tokenizer
+from lco_lite.recipe import Recipe
+from lco_lite.recipe.sections import Weights
+from lco_lite.run import Run, StageFolder
+from lco_lite.tasks import load_task
+
+
+@dataclass
+class Export:
+    """``base``: the settings of the weights that the stage's adapter belongs on, which lie in ``folder``, or where the
+    settings say; of a stage that trained all weights ``folder`` has these."""
+
+    run: Run
+    recipe: Recipe
+    stage: StageFolder
+    form: str
+    dtype: str
+    out: Path
+    base: Weights
+    folder: Path | None
+    converter: Path | None
+    console: Console
+
+    @property
+    def whole(self) -> bool:
+        """Whether the stage trained all weights."""
+        return not self.stage.adapter.exists()
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.name}-{self.stage.name}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether others do not have the base."""
+        path = self.base.path
+        return path is None or self.base.gguf_file is not None or Path(path).is_dir()
+
+    @property
+    def base_path(self) -> str:
+        return str(self.folder or self.base.path)
+
+    @property
+    def system(self) -> str | None:
+        """The system message that the model was trained with."""
+        own, task = self.recipe.chat.system, self.recipe.task
+        return load_task(task).system if own is None and task else own
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """With a template in any case: where the model has none, that of the plain format."""
+        tokenizer = load_tokenizer(self.base, self.folder)
+        tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+        return tokenizer
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer, self.recipe.chat.template_args, self.console.warn)
+
+    def made_from(self) -> dict[str, str]:
+        """What tells one export from another."""
+        return {"form": self.form, "stage": self.stage.name, "id": self.stage.id(), "dtype": self.dtype}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises UsageError where there is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{file}: cannot be read: {e}") from e
+    return value
