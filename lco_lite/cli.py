@@ -269,6 +269,9 @@ def export(
 ) -> None:
     """What a stage made, for other programs: an adapter, a merged model, a GGUF, an Ollama model."""
     with boundary():
+        from lco_lite.models.loading import quiet_libraries
+
+        quiet_libraries()  # bitsandbytes speaks as it is imported
         from lco_lite.export.forms import export
 
         export(run, runs, to, policy, out, dtype, converter, push, fresh, Console(quiet))

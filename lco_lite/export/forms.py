@@ -32,7 +32,7 @@ from lco_lite.export.job import Export, read_object
 from lco_lite.export.ollama import modelfile
 from lco_lite.files import write_folder, write_json, write_text
 from lco_lite.models.language_model import LanguageModel
-from lco_lite.models.loading import load_base, load_config, quiet_libraries
+from lco_lite.models.loading import load_base, load_config
 from lco_lite.run import Run, StageFolder, base_name
 from lco_lite.weights import base_of
 
@@ -56,7 +56,6 @@ def export(
 ) -> None:
     """The verb. Raises UsageError for what is not there, cannot be had in this form, or would be overwritten; LcoError
     where the converter or the hub fails."""
-    quiet_libraries()
     if form not in FORMS:
         raise UsageError(f"export --to {form}: there are {', '.join(FORMS)}")
     accepted = ["auto", *DTYPES, *(["q8_0"] if form != "merged" else [])]
@@ -170,8 +169,8 @@ def _merged(job: Export, new: Path) -> str:
         opened = LanguageModel(base, tokenizer)
         ends |= opened.eos_ids
         opened.load_adapter("merged", job.stage.adapter)
-        with job.console.progress(1, f"merge {job.stage.name}") as line:
-            model = opened.merge("merged", lambda done, total: line.update(done / total))
+        with job.console.progress(10, f"merge {job.stage.name}") as line:
+            model = opened.merge("merged", lambda done, total: line.update(10 * done // total))
     model.generation_config.eos_token_id = sorted(ends)
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
@@ -253,7 +252,7 @@ def _convert(job: Export, arguments: Sequence[str]) -> None:
     script, tail = converter_for(job), list[str]()
     words = [sys.executable, str(script), *arguments]
     with (
-        job.console.progress(100, f"{script.name}") as line,
+        job.console.progress(10, script.name) as line,
         subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
         ) as process,
@@ -261,7 +260,7 @@ def _convert(job: Export, arguments: Sequence[str]) -> None:
         assert process.stdout is not None
         for text in process.stdout:  # its bars end in \r, which ends a line here
             if percent := re.match(r"\s*Writing:\s+(\d+)%", text):
-                line.update(int(percent[1]))
+                line.update(int(percent[1]) // 10)
             elif text.strip():
                 tail = [*tail[-7:], text.rstrip()]
     if process.returncode:

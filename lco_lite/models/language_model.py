@@ -127,7 +127,9 @@ class LanguageModel:
             state = load_file(file)
             if (wrong := not_finite_in(state)) is not None:
                 raise ModelError(f"{file}: {wrong} is not finite: the adapter is damaged")
-            self._attach(name, self._config_of_adapter(folder))
+            config = self._config_of_adapter(folder)
+            config.base_model_name_or_path = None  # PEFT warns where the base has another name
+            self._attach(name, config)
             result: Any = set_peft_model_state_dict(self._peft, state, adapter_name=name)
         except SafetensorError as e:
             raise ModelError(f"{file}: damaged: {e}") from e

@@ -1,4 +1,4 @@
-"""The adapter's half of the test's converter: reads what llama.cpp's reads, writes the LoRA matrices under GGUF's names."""
+"""The same for adapters: reads what llama.cpp's reads, and writes the LoRA matrices under GGUF's names."""
 
 import argparse
 import json

@@ -6,7 +6,10 @@ import io
 import json
 import re
 import shutil
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -223,6 +226,52 @@ def test_the_card_has_the_runs_own_scores_recipe_data_and_the_licence_of_the_bas
     )
 
 
+class Hub(BaseHTTPRequestHandler):
+    """What an upload asks the hub for; keeps what it was given."""
+
+    given: list[tuple[str, bytes]] = []
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.given.append((self.path, body))
+        url = f"http://{self.headers['Host']}/me/it"
+        answer: dict[str, Any] = {"url": url, "commitUrl": f"{url}/commit/1", "commitOid": "1"}
+        if "/preupload/" in self.path:
+            answer = {"files": [{**one, "uploadMode": "regular"} for one in json.loads(body)["files"]]}
+        self._send(json.dumps(answer).encode())
+
+    def do_GET(self):
+        self.given.append((self.path, b""))
+        self._send(b"{}")
+
+    def _send(self, body: bytes):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_hub_is_asked_for_nothing_unless_named_and_then_gets_a_private_repository(run, monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        folder, _ = made(run, fresh=True)
+        assert Hub.given == []
+        made(run, push="me/it")
+        server.shutdown()
+    asked = dict(Hub.given)
+    assert json.loads(asked["/api/repos/create"])["private"] is True
+    (commit,) = (body for path, body in Hub.given if "/commit/" in path)
+    sent = {json.loads(line)["value"].get("path") for line in commit.splitlines()}
+    assert sent >= {file.name for file in folder.iterdir()}
+    with pytest.raises(LcoError, match="(?s)--push me/it: .*is complete"):
+        made(run, push="me/it")
+
+
 def test_what_cannot_be_exported_is_refused_in_one_message(run):
     for options, message in {
         ("onnx",): "there are adapter, merged",
@@ -237,14 +286,15 @@ def test_what_cannot_be_exported_is_refused_in_one_message(run):
 
 
 CHATML = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}"
+    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim"
-    " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+    "{{ m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 GEMMA = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
