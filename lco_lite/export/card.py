@@ -33,7 +33,8 @@ def model_card(job: Export, folder: Path) -> str:
     what = {"adapter": "A LoRA adapter (PEFT)", "gguf-lora": "A LoRA adapter as GGUF"}.get(job.form, "A language model")
     how = "all weights" if job.whole else "a LoRA adapter"
     if job.form not in ("adapter", "gguf-lora") and not job.whole:
-        how += ", merged into the unquantised base in fp32"
+        of = f" (dequantised from {job.base.gguf_file})" if job.base.gguf_file else ""
+        how += f", merged in fp32 into the unquantised base{of}"
     sections = [
         f"---\n{write_yaml(front)}---\n\n# {job.name}",
         f"{what}, trained from {base} with lco-lite: stage `{stage.name}` of run `{run.name}` ({how}); finished "
