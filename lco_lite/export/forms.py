@@ -211,12 +211,17 @@ def _ollama(job: Export, new: Path) -> None:
 
 
 def _dtype(job: Export) -> str:
-    """In which the weights are written: the base's own unless asked for."""
+    """In which the weights are written unless asked for: as the adapter saw its base (rounded further, a small update
+    drowns), or as the whole model lies in the run."""
     if job.dtype in DTYPES:
         return job.dtype
-    config = load_config(job.base, job.folder)
-    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
-    return str(own).removeprefix("torch.")
+    if job.whole:
+        config = load_config(job.base, job.folder)
+        return str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
+    if job.base.dtype != "auto":
+        return job.base.dtype
+    made_on = read_object(job.run.path / "environment.json")["device"]["kind"]
+    return "bfloat16" if job.recipe.device != "cpu" and made_on == "cuda" else "float32"
 
 
 # llama.cpp's converter

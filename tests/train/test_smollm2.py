@@ -76,7 +76,7 @@ def test_a_real_model_in_4_bits_goes_from_gguf_through_all_training_stages(ctx):
 def test_its_merged_model_answers_as_the_adapter_does_and_so_it_does_in_a_run_that_was_moved(ctx, tmp_path):
     shutil.move(ctx.run.path, tmp_path / "moved")
     run, out, quiet = Run(tmp_path / "moved"), tmp_path / "merged", Console(quiet=True)
-    export(str(run.path), tmp_path, "merged", None, out, "float32", None, None, False, quiet)
+    export(str(run.path), tmp_path, "merged", None, out, "auto", None, None, False, quiet)
     tokenizer = AutoTokenizer.from_pretrained(run.stage("rl-kld").adapter)
     base, merged = (AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32) for one in (run.path / "base", out))
     adapted = PeftModel.from_pretrained(base, run.stage("rl-kld").adapter)
