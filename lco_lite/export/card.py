@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import httpx
 from gguf import GGUFReader
 from huggingface_hub import hf_hub_download
 
@@ -115,7 +114,7 @@ def licence_of(job: Export) -> str | None:
         if not Path(job.base.path).is_dir():
             card = Path(hf_hub_download(job.base.path, "README.md", revision=job.base.revision))
         found = re.search(r"\A---\n.*?^license: *([\w.-]+) *$.*?^---", card.read_text(encoding="utf-8"), re.M | re.S)
-    except (OSError, httpx.HTTPError):  # no card, or no network: the card says that it is not known
+    except Exception:  # no card, or no network, of which each HTTP library has its own: the card says so
         return None
     return found and found[1]
 
