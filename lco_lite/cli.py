@@ -260,7 +260,7 @@ def export(
     to: Annotated[str, Option(help="adapter, merged, gguf, gguf-lora or ollama.")] = "merged",
     policy: Annotated[str | None, Option(help="sft, rm, rl-OBJECTIVE; else the newest.")] = None,
     out: Annotated[Path | None, Option(help="Folder to write; in the run unless given.")] = None,
-    dtype: Annotated[str, Option(help="float32, bfloat16, float16, of a GGUF q8_0; auto: the base's.")] = "auto",
+    dtype: Annotated[str, Option(help="float32, bfloat16, float16, of a GGUF q8_0; auto: the run's.")] = "auto",
     converter: Annotated[Path | None, Option(help="llama.cpp, or its convert_hf_to_gguf.py; else $LLAMA_CPP.")] = None,
     push: Annotated[str | None, Option(metavar="OWNER/NAME", help="Upload it to this repository of the hub.")] = None,
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
