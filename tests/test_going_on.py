@@ -264,6 +264,10 @@ def test_where_the_best_step_is_not_the_last_the_end_and_the_table_of_run_name_i
     scored = on(made, "eval", "--policy", "rl@best", "--json", "--limit", "2", "--seeds", "1")
     assert json.loads(scored.stdout)["arithmetic"]["stage"] == "rl-kld@best"
     assert made.eval_path("arithmetic", "rl-kld@best").exists()
+    folder = Path(on(made, "export", made.name, "--to", "adapter", "--policy", "rl@best").stdout.split()[0])
+    assert folder.name == "rl-kld-best-adapter" and "policy `rl-kld@best`" in (folder / "README.md").read_text()
+    best, kept = made.stage("rl-kld").best / "adapter/adapter_model.safetensors", folder / "adapter_model.safetensors"
+    assert same(load_file(best), load_file(kept))
 
 
 def test_a_step_whose_weights_are_there_is_a_policy_by_its_number(made):

@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from lco_lite.export.job import Export, read_object
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump, write_yaml
+from lco_lite.weights import policy_id
 
 
 def model_card(job: Export, folder: Path) -> str:
@@ -26,7 +27,7 @@ def model_card(job: Export, folder: Path) -> str:
     front |= {"base_model": base} if on_hub else {}
     front |= {"license": licence} if licence else {}
     front |= {"pipeline_tag": "text-generation", "tags": ["lco-lite", *(["lora"] if job.form == "adapter" else [])]}
-    done = read_object(stage.path / "done.json")
+    ended = read_object(stage.path / "done.json")["finished"] if stage.is_done() else "not yet"
     versions = read_object(run.path / "environment.json")["packages"]
     with_ = ", ".join(f"{k} {versions[k]}" for k in ("lco-lite", "torch", "transformers", "peft") if versions.get(k))
     what = {"adapter": "A LoRA adapter (PEFT)", "gguf-lora": "A LoRA adapter as GGUF"}.get(job.form, "A language model")
@@ -36,8 +37,8 @@ def model_card(job: Export, folder: Path) -> str:
         how += f", merged in fp32 into the unquantised base{of}"
     sections = [
         f"---\n{write_yaml(front)}---\n\n# {job.name}",
-        f"{what}, trained from {base} with lco-lite: stage `{stage.name}` of run `{run.name}` ({how}); finished "
-        f"{done['finished']}, with {with_ or 'versions unknown'}.",
+        f"{what}, trained from {base} with lco-lite: policy `{job.policy}` of run `{run.name}` ({how}); finished "
+        f"{ended}, with {with_ or 'versions unknown'}.",
     ]
     if job.base.quantization != "none" and not job.whole:
         sections.append(
@@ -79,17 +80,17 @@ def _usage(job: Export, folder: Path) -> str:
 
 def _scores(job: Export) -> str:
     """A row a score, of this stage as it is now and of the base it began with."""
-    rows = list[list[object]]()
+    rows = list[list[Any]]()
     for file in sorted((job.run.path / "eval").glob("*.json")):
         score = read_object(file)
         settings = score["settings"]
-        if score["stage"] == "base" or settings["made_by"] == job.stage.id():
+        if score["stage"] == "base" or settings["made_by"] == policy_id(job.run, job.policy):
             spread = f" ± {score['std']:.4f}" if score["std"] is not None else ""
             temperature = settings["sampling"]["temperature"] or "greedy"
             mean = f"{score['mean']:.4f}{spread}"
             rows.append([score["task"], score["stage"], score["metric"], mean, score["n"], score["seeds"], temperature])
     if not rows:
-        return f"None yet: `lco-lite eval --name {job.run.name} --policy {job.stage.name}`."
+        return f"None yet: `lco-lite eval --name {job.run.name} --policy {job.policy}`."
     head = ["task", "stage", "metric", "mean ± std over seeds", "items", "seeds", "temperature"]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
 

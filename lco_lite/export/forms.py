@@ -32,8 +32,8 @@ from lco_lite.export.ollama import modelfile
 from lco_lite.files import write_folder, write_json, write_text
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.models.loading import load_base, load_config
-from lco_lite.run import Run, StageFolder, base_name
-from lco_lite.weights import base_of
+from lco_lite.run import Run, base_name
+from lco_lite.weights import base_of, named_policy
 
 FORMS = ("adapter", "merged", "gguf", "gguf-lora", "ollama")
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # and what they are called in GGUF
@@ -66,11 +66,15 @@ def export(
     run = _run(name, runs)
     recipe = run.recipe()
     with run.lock():
-        stage = _stage(run, policy)
-        out = out or run.path / "export" / f"{stage.name}-{form}"
-        job = Export(run, recipe, stage, form, dtype, out, *base_of(run, recipe, stage.name), converter, console)
+        policy = _policy(run, policy)
+        stage = run.stage(policy.removesuffix("@best"))
+        stage.verify("best" if "@" in policy else "adapter", "model")
+        out = out or run.path / "export" / f"{policy.replace('@', '-')}-{form}"
+        job = Export(
+            run, recipe, stage, policy, form, dtype, out, *base_of(run, recipe, stage.name), converter, console
+        )
         if job.whole:
-            job.folder = stage.model
+            job.folder = job.files.model
         _refuse_form(job, push)
         if _is_made(job, fresh):
             console.note(f"{out}: exported already")
@@ -99,20 +103,21 @@ def _run(name: str | None, runs: Path) -> Run:
     return Run(folder) if (folder / "recipe.yaml").is_file() else Run(runs / name)
 
 
-def _stage(run: Run, policy: str | None) -> StageFolder:
-    done = [stage.name for stage in run.stages() if stage.is_done()]
-    name = policy or run.newest_stage()
-    if name not in done:
-        there = f"there are: {', '.join(done)}" if done else "nothing is: `lco-lite run` trains its stages"
-        raise UsageError(f"export: {name} is not trained in run {run.name}; {there}")
-    return run.stage(name)
+def _policy(run: Run, policy: str | None) -> str:
+    """As ``weights.named_policy``. Raises UsageError for what no stage has made, and for a step in a checkpoint."""
+    name = named_policy(run, policy)
+    if name in ("base", "optimal"):
+        untrained = policy is None
+        told = "nothing is trained yet: `lco-lite run` trains its stages" if untrained else "no stage has made it"
+        raise UsageError(f"export: {name} of run {run.name}: {told}")
+    if "@" in name and not name.endswith("@best"):
+        raise UsageError(f"export: {name} is a checkpoint to go on from; a stage's end or STAGE@best can be exported")
+    return name
 
 
 def _refuse_form(job: Export, push: str | None) -> None:
     if job.whole and job.form in ("adapter", "gguf-lora"):
-        raise UsageError(
-            f"export --to {job.form}: {job.stage.name} trained all weights, there is no adapter: --to merged"
-        )
+        raise UsageError(f"export --to {job.form}: {job.policy} trained all weights, there is no adapter: --to merged")
     if push is not None and job.form == "adapter" and job.is_local:
         raise UsageError(f"export --push: the adapter's base is {job.base_path}, which others do not have: --to merged")
     if job.form in ("adapter", "gguf-lora"):
@@ -147,7 +152,7 @@ def _is_made(job: Export, fresh: bool) -> bool:
 
 def _adapter(job: Export, new: Path) -> None:
     for file in ("adapter_model.safetensors", "adapter_config.json"):
-        shutil.copyfile(job.stage.adapter / file, new / file)
+        shutil.copyfile(job.files.adapter / file, new / file)
     config = read_object(new / "adapter_config.json")
     base = base_name(job.base_path, job.out, job.run.path)
     write_json(new / "adapter_config.json", {**config, "base_model_name_or_path": base})
@@ -167,8 +172,8 @@ def _merged(job: Export, new: Path) -> str:
     else:
         opened = LanguageModel(base, tokenizer)
         ends |= opened.eos_ids
-        opened.load_adapter("merged", job.stage.adapter)
-        with job.console.progress(10, f"merge {job.stage.name}") as line:
+        opened.load_adapter("merged", job.files.adapter)
+        with job.console.progress(10, f"merge {job.policy}") as line:
             model = opened.merge("merged", lambda done, total: line.update(10 * done // total))
     model.generation_config.eos_token_id = sorted(ends)
     model.save_pretrained(new)
@@ -191,7 +196,7 @@ def _gguf(job: Export, new: Path) -> Path:
 
 def _gguf_lora(job: Export, new: Path) -> None:
     kind = "q8_0" if job.dtype == "q8_0" else DTYPES.get(job.dtype, "f32")
-    config = read_object(job.stage.adapter / "adapter_config.json")
+    config = read_object(job.files.adapter / "adapter_config.json")
     odd = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(key)]
     if odd:
         raise UsageError(f"export --to gguf-lora: llama.cpp has no {', '.join(odd)} of this adapter: --to gguf")
@@ -199,7 +204,7 @@ def _gguf_lora(job: Export, new: Path) -> None:
     about.mkdir()
     load_config(job.base, job.folder).save_pretrained(about)
     job.tokenizer.save_pretrained(about)
-    _convert(job, [str(job.stage.adapter), "--base", str(about), "--outfile", str(file), "--outtype", kind])
+    _convert(job, [str(job.files.adapter), "--base", str(about), "--outfile", str(file), "--outtype", kind])
     shutil.rmtree(about)
     _one_file(job, file)
 

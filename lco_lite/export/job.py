@@ -16,6 +16,7 @@ from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Weights
 from lco_lite.run import Run, StageFolder
 from lco_lite.tasks import load_task
+from lco_lite.weights import policy_id
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Export:
     run: Run
     recipe: Recipe
     stage: StageFolder
+    policy: str  # the stage, or its best step
     form: str
     dtype: str
     out: Path
@@ -37,11 +39,16 @@ class Export:
     @property
     def whole(self) -> bool:
         """Whether the stage trained all weights."""
-        return not self.stage.adapter.exists()
+        return not self.files.adapter.exists()
+
+    @property
+    def files(self) -> StageFolder:
+        """Where adapter or model lie."""
+        return StageFolder(self.stage.best) if self.policy != self.stage.name else self.stage
 
     @property
     def name(self) -> str:
-        return f"{self.run.name}-{self.stage.name}"
+        return f"{self.run.name}-{self.policy.replace('@', '-')}"
 
     @property
     def is_local(self) -> bool:
@@ -72,7 +79,7 @@ class Export:
 
     def made_from(self) -> dict[str, str]:
         """What tells one export from another."""
-        return {"form": self.form, "stage": self.stage.name, "id": self.stage.id(), "dtype": self.dtype}
+        return {"form": self.form, "policy": self.policy, "id": policy_id(self.run, self.policy), "dtype": self.dtype}
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -251,7 +251,9 @@ class LanguageModel:
         weights are not finite."""
         layers = [layer for layer in self.base.modules() if isinstance(layer, LoraLayer)]
         for done, layer in enumerate(layers, 1):
-            dtype = layer.get_base_layer().weight.dtype
+            weight = layer.get_base_layer().weight
+            assert isinstance(weight, Tensor)
+            dtype = weight.dtype
             layer.float()
             try:
                 layer.merge(safe_merge=True, adapter_names=[name])

@@ -278,7 +278,7 @@ def test_the_hub_is_asked_for_nothing_unless_named_and_then_gets_a_private_repos
 def test_what_cannot_be_exported_is_refused_in_one_message(run):
     for options, message in {
         ("onnx",): "there are adapter, merged",
-        ("merged", "policy", "rl-kld"): "rl-kld is not trained in run tiny; there are: sft",
+        ("merged", "policy", "rl-kld"): "has no weights of that name; there are: base, sft",
         ("merged", "dtype", "q4"): "one of auto, float32",
         ("adapter", "push", "me/it"): "others do not have: --to merged",
         ("merged", "push", "it"): "OWNER/NAME",
