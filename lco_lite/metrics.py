@@ -56,6 +56,7 @@ METRICS: dict[str, str] = {
     "seconds.rollout": "time spent generating, s",
     "seconds.score": "time spent on advantages and old hidden states, s",
     "seconds.update": "time spent on forward, backward and optimizer, s",
+    "seconds.samples": "time spent on the tokens of samples.jsonl (rl.samples), s",
     "seconds.eval": "time spent on the held-out score, s",
     "peak_mib": "most memory in use so far: of the GPU where there is one, else of the process, MiB",
 }

@@ -390,7 +390,7 @@ _RM = [*_SFT, "reward_model", "data.preferences", "data.columns.preferences", "t
 # last part of the key, wherever it stands
 _NO_MATTER = {"gradient_checkpointing", "attention", "trust_remote_code", "micro_batch_tokens", "rollout_batch"}
 _NO_MATTER |= {"device", "gpu_share", "streaming"}
-_NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "guard", "keep_best"}
+_NO_MATTER |= {"save_every", "eval_every", "eval_items", "check_items", "samples", "guard", "keep_best"}
 _NO_MATTER |= {"reward_timeout", "skip_batches"}
 # left out while unset, so that runs of version 0.1, whose recipes did not have them, go on
 _NEWER: dict[str, Any] = {"sft.more_tasks": [], "rl.settings": {}, "rl.target": None, "rl.whole_groups": False}

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from lco_lite.context import deadline
 from lco_lite.errors import ModelError
 from lco_lite.sequences import Example
@@ -47,6 +49,7 @@ class ChatFormat:
         self.template_args = dict(template_args or {})
         self.end, self._closing = self._end_of_turn()
         self._warn, self._warned = warn, set[str]()
+        self._pieces: dict[int, str] = {}
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -54,6 +57,21 @@ class ChatFormat:
     def text(self, ids: Sequence[int]) -> str:
         """The response as text, specials left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def piece(self, token: int) -> str:
+        """One token as it stands inside a text, specials too; part of a character as its bytes, ``<0xE2>``."""
+        if token not in self._pieces:
+            before = self.ids("a")  # a decoder drops the space that a text begins with
+            alone, after = (
+                self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (before, [*before, token])
+            )
+            piece = after.removeprefix(alone)
+            if "\ufffd" in piece:
+                names = {letter: f"<0x{byte:02X}>" for byte, letter in bytes_to_unicode().items()}
+                piece = str(self.tokenizer.convert_ids_to_tokens(token))
+                piece = piece if piece.startswith("<0x") else "".join(names.get(letter, letter) for letter in piece)
+            self._pieces[token] = piece
+        return self._pieces[token]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to where the response begins. Raises ModelError where the template refuses the messages."""

@@ -289,6 +289,9 @@ class Rl(Training):
     keep_best: bool = setting(
         True, "keep the best step by held-out score beside the last", "the last is not always best"
     )
+    samples: int = setting(
+        4, "responses a step that samples.jsonl keeps with A and the likeliest tokens of each", "1 % of a step", ge=0
+    )
     guard: Literal["warn", "stop", "off"] = setting(
         "warn", "on a collapse, and where nothing is learned", "stop: exit 4 on a collapse"
     )

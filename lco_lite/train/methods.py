@@ -89,9 +89,10 @@ class MicroBatch:
     def within(self, max_tokens: int, group: int) -> list[MicroBatch]:
         """Itself where its padded size is in ``max_tokens``, else parts that are, in units of ``group`` sequences."""
         parts = micro_batches(self.batch.lengths, max_tokens, group)
-        return [self] if len(parts) == 1 else [self._only(sorted(rows)) for rows in parts]
+        return [self] if len(parts) == 1 else [self.only(sorted(rows)) for rows in parts]
 
-    def _only(self, rows: list[int]) -> MicroBatch:
+    def only(self, rows: list[int]) -> MicroBatch:
+        """These of its sequences."""
         mine = torch.isin(self.batch.rows, torch.tensor(rows))
         kept: dict[str, Any] = {name: getattr(self, name)[mine] for name in ("responses", "old")}
         kept["advantages"] = self.advantages[mine] if len(self.advantages) else self.advantages

@@ -34,10 +34,10 @@ from lco_lite.sequences import Example
 from lco_lite.train.guard import Guard, ends_in_loop
 from lco_lite.train.methods import MicroBatch, Models, Seen, has_gradient, method_of, not_finite, score
 from lco_lite.train.rollouts import Phase, Rollouts, order_of_updates, plan_minibatches
+from lco_lite.train.samples import looked_at, readable, with_tokens
 from lco_lite.train.skipped import BatchRow
 from lco_lite.train.training import StageTraining
 
-SAMPLES_A_STEP = 8  # responses kept in samples.jsonl for people to read
 FEW_REFRESHES = 3  # on the quickstart task the paper's target is still sound after three, and worse after eight
 
 
@@ -105,6 +105,11 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                 with ctx.clock("score"):
                     kl = training.within_memory(kl_to_old, lengths, models, rl, minibatch, group=rl.unit)
                     report.kl_to_old = ranks.total(kl)
+            if rl.samples:
+                with ctx.clock("samples"):
+                    lengths = [micro.batch.lengths for minibatch in minibatches for micro in minibatch]
+                    looks = training.within_memory(looked_at, lengths, models, rl, minibatches)
+                    with_tokens(rows, looks, rollouts.chat)
             if rl.eval_every and (step + 1) % rl.eval_every == 0:
                 report.eval = evaluate(ctx, models, rollouts)
                 keep_best(stage, rl, policy, training, step + 1, report.eval)
@@ -319,21 +324,6 @@ def batch_rows(
         return named | ({"not_finite": wrong[i]} if i in wrong else {})
 
     return [row(i) for i in places]
-
-
-def readable(phase: Phase, rollouts: Rollouts, rl: Rl) -> list[dict[str, Any]]:
-    """The first responses of a step, as rows for samples.jsonl."""
-    scores = phase.scores(rl)
-    return [
-        {
-            "prompt": rollouts.prompts[phase.chosen[i // rl.responses_per_prompt]].messages[-1]["content"],
-            "response": rollouts.chat.text(response.example.response),
-            "truncated": response.truncated,
-            "right": None if phase.grades is None else phase.grades[i] > 0,
-            "reward": None if scores is None else scores[i].item(),
-        }
-        for i, response in enumerate(phase.responses[:SAMPLES_A_STEP])
-    ]
 
 
 def try_out(models: Models, rl: Rl, examples: list[Example], micro_batch_tokens: int) -> None:

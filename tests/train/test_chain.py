@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,20 @@ def test_metrics_hold_one_line_a_step_with_the_contracts_names(done):
     assert names <= set(rows[-1]), names - set(rows[-1])
     assert {"logit_grad_norm_pos", "logit_grad_norm_neg"} & set(rows[-1])
     assert rows[-1]["samples_seen"] == 16
-    assert set(rows[-1]["seconds"]) == {"rollout", "score", "update", "eval"}
+    assert set(rows[-1]["seconds"]) == {"rollout", "score", "update", "samples", "eval"}
+
+
+def test_samples_have_every_token_of_the_first_responses_with_three_policies(done):
+    rows = read_log(done.run.stage("rl-kld").samples)
+    assert [("tokens" in row) for row in rows] == 2 * (4 * [True] + 4 * [False])
+    for row in rows[:4]:
+        assert len(row["tokens"]) == row["response_tokens"]
+        pieces = [of[0][0] for of in row["tokens"] if not re.fullmatch(r"<\|\w+\|>", of[0][0])]
+        said = [bytes([int(p[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", p) else p.encode() for p in pieces]
+        assert b"".join(said).decode("utf-8", "replace") == row["response"]
+        assert all(0 <= p <= 1 for of in row["tokens"] for _, _, *ps in of for p in ps)
+    old, new = ([of[0][k] for row in rows for of in row.get("tokens", [])] for k in (2, 4))
+    assert old != new, "the policy after the updates"
 
 
 def test_scores_have_mean_and_spread_over_seeds_and_a_row_an_item_and_seed(done):
@@ -165,9 +179,10 @@ def test_changed_settings_are_refused_with_the_difference(done, capsys):
     assert "rl.beta: 1.0 → 0.5" in message and "--fresh" in message and "--name" in message
 
 
-def test_two_runs_with_one_seed_end_in_the_same_bits_and_another_seed_does_not(tiny):
+def test_two_runs_with_one_seed_end_in_the_same_bits_whatever_samples_are_kept_and_another_seed_does_not(tiny):
     one = run_stage(tiny, "rl-kld", name="one")
-    two = run_stage(tiny, "rl-kld", name="two")
+    two = run_stage(tiny, "rl-kld", "rl.samples=0", name="two")
+    assert all("tokens" not in row for row in read_log(two.run.stage("rl-kld").samples))
     other = run_stage(tiny, "rl-kld", "seed=1", name="other")
     assert same(trained(one, "rl-kld"), trained(two, "rl-kld"))
     assert not same(trained(one, "rl-kld"), trained(other, "rl-kld"))
@@ -200,6 +215,9 @@ def test_a_stage_killed_after_a_checkpoint_ends_with_the_same_bits(tiny, monkeyp
         run_stage(tiny, stage, name="cut")
     cut = run_stage(tiny, stage, name="cut")
     assert same(trained(whole, stage), trained(cut, stage))
+    if stage == "rl-kld":
+        samples = [ctx.run.stage(stage).samples.read_bytes() for ctx in (whole, cut)]
+        assert samples[0] == samples[1] and b'"tokens"' in samples[0]
     steps = [[row["step"] for row in read_log(ctx.run.stage(stage).metrics)] for ctx in (whole, cut)]
     assert steps[0] == steps[1]
 
