@@ -300,6 +300,25 @@ def study(
         run_study(name, recipe, sets or [], seeds, runs, out, jobs, only or [], dry_run, Console(quiet, json), json)
 
 
+@app.command()
+def report(
+    names: Annotated[
+        list[str] | None, Argument(metavar="[RUN…|STUDY]", help="Runs by name or folder, or a study's folder.")
+    ] = None,
+    out: Annotated[
+        Path | None, Option(metavar="FILE", help="The page; report.html in the run, or of several in --runs.")
+    ] = None,
+    figures: Annotated[Path | None, Option(metavar="DIR", help="Write the figures there too, as SVG and PNG.")] = None,
+    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings and the last line.")] = False,
+) -> None:
+    """One HTML page of a run, of several compared, or of a study: scores, curves, recipe, samples token by token."""
+    with boundary():
+        from lco_lite.report import report
+
+        report(names or [], runs, out, figures, Console(quiet))
+
+
 @data_app.command("check")
 def data_check(recipe: Recipe, sets: Sets = None, json: Json = False) -> None:
     """Rows, lengths, template, duplicates, and evaluation items among the training prompts."""

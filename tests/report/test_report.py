@@ -1,0 +1,223 @@
+"""The report's data and its one file, without a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lco_lite import report as package
+from lco_lite.cli import app
+from lco_lite.evaluation.compare import paired_bootstrap, t_quantile
+from lco_lite.report import as_html, gather, visible
+from lco_lite.report import runs as gathering
+from lco_lite.run import Run
+from lco_lite.study.statistics import paired
+from tests.report.made_runs import HOSTILE, make_run, make_study
+
+TEMPLATE = (Path(package.__file__).parent / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods on three seeds each."""
+    root = tmp_path_factory.mktemp("report") / "runs"
+    for seed, low, high in ((1, 0.5, 0.7), (2, 0.55, 0.7), (3, 0.4, 0.65)):
+        make_run(root, f"one-seed-{seed}", seed, beta=1.0, right=low)
+        make_run(root, f"two-seed-{seed}", seed, beta=0.5, right=high)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(runs: Path) -> dict:
+    return gather([Run(folder) for folder in sorted(runs.iterdir())])
+
+
+def typed(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["report", *map(str, words)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def read(page: Path) -> dict:
+    text = page.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+def test_runs_that_differ_by_seed_alone_are_one_method_named_by_what_it_has_of_its_own(data):
+    found = {method["label"]: (len(method["runs"]), method["seeds"]) for method in data["methods"]}
+    assert found == {"sft": (6, [1, 2, 3] * 2), "rl-kld, beta 1.0": (3, [1, 2, 3]), "rl-kld, beta 0.5": (3, [1, 2, 3])}
+    assert [row["key"] for row in data["differences"]] == ["seed", "rl.beta"]
+
+
+def test_scores_have_the_interval_over_seeds_and_a_lone_run_that_over_items(data, runs):
+    by_label = {data["methods"][row["method"]]["label"]: row for row in data["scores"]}
+    row, values = by_label["rl-kld, beta 0.5"], [0.7, 0.7, 0.65]
+    half = t_quantile(2) * stdev(values) / 3**0.5
+    assert (row["mean"], row["std"], row["over"]) == (
+        pytest.approx(fmean(values)),
+        pytest.approx(stdev(values)),
+        "seeds",
+    )
+    assert row["interval"] == pytest.approx([fmean(values) - half, fmean(values) + half])
+    assert len(by_label["sft"]["runs"]) == 3, "a seed that was made twice counts once"
+    assert sum("the same recipe and seed" in text for text in data["left_out"]) == 3
+    (alone,) = (r for r in gather([Run(runs / "one-seed-1")])["scores"] if r["stage"] == "rl-kld")
+    drawn = paired_bootstrap(torch.tensor([1.0] * 20 + [0.0] * 20))
+    assert alone["over"] == "items" and alone["interval"] == pytest.approx([drawn.low, drawn.high])
+
+
+def test_methods_are_tested_against_each_other_over_seeds_and_over_items(data):
+    labels = [method["label"] for method in data["methods"]]
+    (test,) = (t for t in data["tests"] if "sft" not in (labels[t["a"]], labels[t["b"]]))
+    scores = {"rl-kld, beta 1.0": {1: 0.5, 2: 0.55, 3: 0.4}, "rl-kld, beta 0.5": {1: 0.7, 2: 0.7, 3: 0.65}}
+    assert test["seeds"] == pytest.approx(paired(scores[labels[test["b"]]], scores[labels[test["a"]]])._asdict())
+    assert (
+        abs(test["items"]["difference"]) == pytest.approx(0.2) and test["items"]["items"] == 40 and not test["warnings"]
+    )
+    assert len(data["tests"]) == 3
+
+
+def test_curves_have_the_mean_and_spread_over_seeds_and_every_run(data, runs):
+    figures = {figure["id"]: figure for figure in data["figures"]}
+    assert list(figures) == ["rl-reward", "rl-loss", "rl-grad_norm", "sft-loss", "sft-grad_norm"]
+    series = figures["rl-reward"]["series"][0]
+    curves = [run["y"] for run in series["runs"]]
+    assert len(curves) == 3 and series["band"]["x"] == [1, 2, 3, 4] and series["band"]["samples"] == [16, 32, 48, 64]
+    assert series["band"]["mean"] == pytest.approx([fmean(at) for at in zip(*curves, strict=True)])
+    assert series["band"]["std"] == pytest.approx([stdev(at) for at in zip(*curves, strict=True)])
+    assert figures["sft-loss"]["series"][0]["band"]["n"] == 3
+
+
+def test_what_does_not_fit_is_left_out_evenly_and_said(runs, monkeypatch):
+    monkeypatch.setattr(gathering, "POINTS", 2)
+    size = (runs / "one-seed-1" / "rl-kld" / "samples.jsonl").stat().st_size
+    monkeypatch.setattr(gathering, "SAMPLES", int(0.8 * size))
+    monkeypatch.setattr(gathering, "LONGEST", 10)
+    found = gather([Run(runs / "one-seed-1")])
+    steps = [s["step"] for s in found["samples"] if "task" not in s]
+    assert steps == [1, 1, 1, 4, 4, 4]
+    assert all(run["x"] == [1, 3, 4] for f in found["figures"] for s in f["series"] for run in s["runs"])
+    said = " ".join(found["left_out"])
+    assert "2 of 4 training steps with samples" in said and "one of 2 steps" in said and "10 characters" in said
+    assert all(len(s["response"]) < 60 for s in found["samples"])
+
+
+def test_no_text_leaves_its_place_and_what_cannot_be_seen_is_written_out(runs, tmp_path):
+    page = tmp_path / "page.html"
+    typed("one-seed-1", "--runs", runs, "--out", page)
+    text = page.read_text(encoding="utf-8")
+    data = text.partition('id="data">')[2].partition("</script>")[0]
+    assert not set("<>&\u2028\u2029\u202e\x1b") & set(data) and "hacked" in data
+    assert text.replace(data, "{{data}}").replace("one-seed-1", "{{title}}") == TEMPLATE
+    (sample,) = (s for s in read(page)["samples"] if "hacked" in s["response"])
+    assert sample["response"] == visible(HOSTILE)
+    assert "⟨U+202E⟩⟨U+001B⟩[31m" in sample["response"] and "<img src=x" in sample["response"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("a\tb\nc", "a\tb\nc"),
+        ("\u2066x\u2069\u200f", "⟨U+2066⟩x⟨U+2069⟩⟨U+200F⟩"),
+        ("\U000e0041\ufeff\x00\x7f\x9b", "⟨U+E0041⟩⟨U+FEFF⟩⟨U+0000⟩⟨U+007F⟩⟨U+009B⟩"),
+        ("\ud800", "⟨U+D800⟩"),
+        ("👩\u200d🔬 שלום é", "👩\u200d🔬 שלום é"),
+    ],
+)
+def test_invisible_characters_are_written_out_and_scripts_of_the_world_are_left_alone(text, seen):
+    assert visible(text) == seen
+
+
+def test_the_page_loads_nothing_and_puts_data_in_as_text_alone():
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in TEMPLATE
+    for way in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "import(",
+        "fetch(",
+        "@import",
+        "url(",
+    ):
+        assert way not in TEMPLATE, way
+    assert set(re.findall(r"https?://[^\"' )]+", TEMPLATE)) == {"http://www.w3.org/2000/svg"}
+    assert TEMPLATE.count("{{data}}") == TEMPLATE.count("{{title}}") == 1
+
+
+def test_names_are_escaped_in_the_title_too():
+    assert "<title>&lt;b&gt;{{data}}" in as_html({"title": "<b>{{data}}"})
+
+
+def test_without_a_name_the_newest_run_is_shown_and_the_last_line_is_the_page(tmp_path):
+    folder = make_run(tmp_path / "runs", "only", tokens=False)
+    assert typed("--runs", tmp_path / "runs", "-q").splitlines()[-1] == str(folder / "report.html")
+    found = read(folder / "report.html")
+    assert len([s for s in found["samples"] if "task" not in s]) == 12 and not any(
+        "tokens" in s for s in found["samples"]
+    )
+
+
+def test_a_run_without_samples_and_one_that_has_just_begun_are_shown_too(tmp_path):
+    folder = make_run(tmp_path, "early")
+    (folder / "rl-kld" / "samples.jsonl").unlink()
+    for file in [*(folder / "eval").iterdir(), folder / "rl-kld" / "done.json"]:
+        file.unlink()
+    with (folder / "rl-kld" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # being written
+    found = gather([Run(folder)])
+    assert not found["samples"] and not found["scores"] and len(found["figures"]) == 5
+    assert [stage["done"] for stage in found["runs"][0]["stages"]] == [True, False]
+
+
+def test_figures_are_written_as_svg_and_png_under_the_names_of_the_page(runs, tmp_path):
+    typed("one-seed-1", "one-seed-2", "--runs", runs, "--out", tmp_path / "p.html", "--figures", tmp_path / "figures")
+    names = [figure["id"] for figure in read(tmp_path / "p.html")["figures"]] + ["scores-arithmetic"]
+    assert {f.name for f in (tmp_path / "figures").iterdir()} == {
+        f"{n}.{kind}" for n in names for kind in ("svg", "png")
+    }
+    assert "mean ± std" in (tmp_path / "figures" / "rl-reward.svg").read_text(encoding="utf-8")
+
+
+def test_a_studys_folder_becomes_a_page_of_claims_tables_and_figures(tmp_path):
+    folder = make_study(tmp_path / "studies" / "methods")
+    typed(folder, "--figures", tmp_path / "figures")
+    found = read(folder / "report.html")
+    assert found["kind"] == "study" and [c["verdict"] for c in found["claims"]] == ["unclear"]
+    assert found["tables"] == [
+        {"title": "scores", "columns": ["method", "pass@1"], "rows": [["a, b", "0.5"], ["c", "0.25"]]}
+    ]
+    assert [(f["id"], f["title"]) for f in found["figures"]] == [("learning", "Curves")]
+    assert found["figures"][0]["picture"].startswith("data:image/svg+xml;base64,")
+    assert found["notes"] == ["Two seeds alone."]
+    assert (tmp_path / "figures" / "learning.svg").exists()
+
+
+@pytest.mark.parametrize("study", ["convexity", "dynamics", "efficiency", "methods"])
+def test_the_studies_that_are_kept_have_a_page(study):
+    folder = Path(package.__file__).parents[2] / "docs" / "studies" / study
+    found = package.gather_study(folder)
+    assert found["claims"] and found["tables"] and found["figures"] and len(as_html(found)) > len(TEMPLATE)
+
+
+def test_what_cannot_be_shown_is_one_message(tmp_path, runs):
+    study, empty = make_study(tmp_path / "study"), tmp_path / "empty"
+    empty.mkdir()
+    assert "there are: one-seed-1, " in typed("nowhere", "--runs", runs, code=2)
+    assert "is a study" in typed(study, "one-seed-1", "--runs", runs, code=2)
+    assert "no recipe, stage or score" in typed(empty, "--runs", runs, code=2)
+    assert "is a folder" in typed("one-seed-1", "--runs", runs, "--out", tmp_path, code=2)
+    (study / "study.json").write_text('{"study": "x"}')
+    assert "study.json" in typed(study, code=2)
+    broken = make_run(tmp_path, "broken")
+    (broken / "eval" / "arithmetic--sft.json").write_text("{")
+    assert "arithmetic--sft.json: cannot be read as JSON" in typed(broken, code=2)
+    assert not (broken / "report.html").exists()
