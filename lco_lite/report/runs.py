@@ -351,7 +351,8 @@ def _sample(row: Row, left_out: list[str]) -> Row:
 
 
 def _state(stage: StageFolder) -> Row:
-    done = _json(stage.path / "done.json") if stage.is_done() else {}
+    file = stage.path / "done.json"  # a run is shown without its weights too
+    done = _json(file) if file.exists() else {}
     return {"name": stage.name, "done": bool(done), "finished": done.get("finished"), "seconds": done.get("seconds")}
 
 

@@ -36,7 +36,7 @@ def readable(phase: Phase, rollouts: Rollouts, rl: Rl) -> list[dict[str, Any]]:
     scores, rows = phase.scores(rl), list[dict[str, Any]]()
     for i, response in enumerate(phase.responses[: max(RESPONSES, rl.samples)]):
         asked, said = rollouts.prompts[phase.chosen[i // rl.responses_per_prompt]], response.example.response
-        row = {"prompt": asked.messages[-1]["content"], "response": rollouts.chat.text(said)}
+        row: dict[str, Any] = {"prompt": asked.messages[-1]["content"], "response": rollouts.chat.text(said)}
         row |= {"truncated": response.truncated, "right": None if phase.grades is None else phase.grades[i] > 0}
         row |= {"reward": None if scores is None else scores[i].item()}
         rows.append(row | {"shown": phase.shown[i], "response_tokens": len(said)})
