@@ -17,6 +17,7 @@ from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lco_lite.calling import RETURNS, Adapted, adapted
 from lco_lite.errors import UsageError
 from lco_lite.workers import serve
 
@@ -49,10 +50,13 @@ def load_function(spec: str) -> Callable[..., Any]:
     module_spec = importlib.util.spec_from_file_location(file.stem, file)
     assert module_spec and module_spec.loader, "it is a file that ends in .py"
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules.setdefault(module_spec.name, module)  # dataclasses look there
     try:
-        with contained(), bounded(IMPORT_SECONDS):
+        with siblings(file), contained(), bounded(IMPORT_SECONDS):
             module_spec.loader.exec_module(module)
     except Exception as e:
+        if sys.modules[module_spec.name] is module:
+            del sys.modules[module_spec.name]
         raise UsageError(f"{file}: cannot be imported: {told(e)}") from e
     function = getattr(module, name, None)
     if not callable(function):
@@ -64,6 +68,20 @@ def load_function(spec: str) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return call
+
+
+@contextlib.contextmanager
+def siblings(file: Path) -> Iterator[None]:
+    """The files beside ``file`` can be imported: first of all while it is read itself, as where Python runs it, and
+    after all others by what it calls later."""
+    folder = str(file.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def told(error: BaseException) -> str:
@@ -120,36 +138,41 @@ def bounded(seconds: float) -> Iterator[None]:
 # a reward function's side of its worker
 
 
-def answer(function: Callable[[list[str], list[str], list[dict[str, Any]]], Any], line: str) -> str:
-    """[prompts, responses, data rows] -> ``{"rewards": [...]}`` or ``{"error": text, "response": index or null}``."""
+def answer(function: Adapted, line: str) -> str:
+    """[prompts, responses, what is known of each] -> ``{"rewards": [...]}``, None for one that does not apply, or
+    ``{"error": text, "response": index or null}``. ``about`` asks how the function is called."""
     if not line:
         return "ready"
-    prompts, responses, rows = json.loads(line)
+    if line == "about":
+        return json.dumps(function.about())
+    prompts, responses, known = json.loads(line)
 
     def wrong(text: str, response: int | None = None) -> str:
         return json.dumps({"error": text, "response": response})
 
     try:
-        given = function(prompts, responses, rows)
+        given = function(prompts, responses, known)
         if isinstance(given, (str, bytes, Mapping, Set)) or not hasattr(given, "__iter__"):
-            return wrong(f"a list of numbers is needed, not {shown(given)}")
+            return wrong(f"came back {shown(given)}; {RETURNS}")
         rewards = list(itertools.islice(given, len(responses) + 1))
+    except UsageError as e:
+        return wrong(str(e))
     except BaseException as e:
         text = told(e)
-        for i, (prompt, response, row) in enumerate(zip(prompts, responses, rows, strict=True)):
+        for i, (prompt, response, one) in enumerate(zip(prompts, responses, known, strict=True)):
             try:
-                list(function([prompt], [response], [row]))
+                list(function([prompt], [response], [one]))
             except BaseException:
                 return wrong(text, i)
         return wrong(text)
     if len(rewards) != len(responses):
         found = f"{len(rewards)}" if len(rewards) < len(responses) else f"more than {len(responses)}"
-        return wrong(f"{found} rewards for {len(responses)} responses")
+        return wrong(f"came back {found} rewards for {len(responses)} responses; {RETURNS}")
     for i, reward in enumerate(rewards):
         try:
-            rewards[i] = as_number(reward)
+            rewards[i] = None if reward is None else as_number(reward)
         except ValueError as e:
-            return wrong(f"the reward is {e}", i)
+            return wrong(f"the reward is {e}; {RETURNS}", i)
     return json.dumps({"rewards": rewards})
 
 
@@ -174,7 +197,11 @@ def shown(value: Any) -> str:
 def _served() -> Callable[[str], str]:
     """In the worker. What is wrong with the file is its first word, in place of ``ready``."""
     try:
-        return partial(answer, load_function(sys.argv[1]))
+        function = load_function(sys.argv[1])
+        try:
+            return partial(answer, adapted(function))
+        except UsageError as e:
+            error = f"{sys.argv[1]}: {e}"
     except UsageError as e:
         error = str(e)
     except BaseException as e:  # a KeyboardInterrupt of the file's own

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from lco_lite.errors import UsageError
-from lco_lite.feedback.rewards import RewardFunction
+from lco_lite.feedback.rewards import Answers, RewardFunction
 from lco_lite.workers import LineWorker, environment, python
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups")
@@ -39,7 +39,7 @@ def score(prompts, responses, rows):
 TRAINER = """
 from lco_lite.workers import LineWorker
 worker = LineWorker("lco_lite.user_code", "rewards.py:score")
-worker.ask('[["p"], ["go"], [{}]]', 600.0)
+worker.ask('[["p"], ["go"], [{"row": {}, "lacks": [], "turns": null, "ids": []}]]', 600.0)
 print("the last line", flush=True)
 """
 NATIVE = """
@@ -49,6 +49,10 @@ print(os.getpid(), child.pid, file=open("pids", "w"))
 def score(prompts, responses, rows):
     return [float(bool(re.match("(a+)+$", "a" * 60 + "b")))]  # holds the interpreter's lock for years
 """
+
+
+def asked(response):
+    return Answers([[{"role": "user", "content": "p"}]], [{}], [response], [])
 
 
 @pytest.fixture
@@ -88,7 +92,7 @@ def test_children_of_a_reward_that_is_late_end_with_it(folder):
     score = RewardFunction("rewards.py:score", 2.0)
     began = time.monotonic()
     with pytest.raises(UsageError, match="no answer within 2 s"):
-        score(["p"], ["hang"], [{}])
+        score(asked("hang"))
     assert time.monotonic() - began < 60
     assert len(pids()) > 2 and gone(pids())
 
@@ -99,7 +103,7 @@ def test_a_child_that_left_the_group_ends_too(folder):
         body + "def score(p, r, rows):\n    print(child.pid, file=open('pids', 'w'))\n    return [1.0]"
     )
     score = RewardFunction("rewards.py:score", 60.0)
-    score(["p"], ["x"], [{}])
+    score(asked("x"))
     score._worker.close()
     assert gone(pids())
 
@@ -108,7 +112,7 @@ def test_a_fork_that_comes_back_answers_nothing(folder):
     Path("rewards.py").write_text(FORKS)
     score = RewardFunction("rewards.py:score", 60.0)
     for n in range(1, 9):
-        assert score(["p"], ["x" * n], [{}]).tolist() == [n]
+        assert score(asked("x" * n)).tolist() == [n]
 
 
 def test_an_answer_to_another_question_does_not_count(folder):
@@ -129,7 +133,7 @@ def test_input_and_print_of_the_users_do_not_touch_the_answers(folder):
         "    os.write(1, b'2 x\\n')\n    return [float(len(sys.stdin.read()))]"
     )
     score = RewardFunction("rewards.py:score", 60.0)
-    assert [score(["p"], ["x"], [{}]).item() for _ in range(2)] == [0.0, 0.0]
+    assert [score(asked("x")).item() for _ in range(2)] == [0.0, 0.0]
 
 
 def test_when_the_trainer_is_killed_its_worker_goes_and_all_that_it_started_even_out_of_native_code(folder):
@@ -151,7 +155,7 @@ def test_a_module_in_the_working_folder_is_not_run_by_a_worker(folder, monkeypat
     if path is not None:
         monkeypatch.setenv("PYTHONPATH", path)
     Path("rewards.py").write_text("import json\ndef score(p, r, rows): return [float(json.loads('1'))]")
-    assert RewardFunction("rewards.py:score", 60.0)(["p"], ["x"], [{}]).item() == 1.0
+    assert RewardFunction("rewards.py:score", 60.0)(asked("x")).item() == 1.0
     assert not list(folder.glob("*was run"))
 
 

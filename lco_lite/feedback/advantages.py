@@ -30,6 +30,17 @@ def subtract_baseline(rewards: Tensor, baseline: str, group: int) -> Tensor:
     raise ValueError(f"baseline is none, batch, group or leave_one_out, got {baseline!r}")
 
 
+def fill_inapplicable(rewards: Tensor, baseline: str, group: int) -> Tensor:
+    """[N] -> [N]: nan, where a reward does not apply, becomes what its baseline takes off: the mean of those of its G
+    that have one, of a group without any and for ``batch`` that of all, 0 where nothing is taken off."""
+    mean = rewards.new_zeros(()) if baseline == "none" else rewards.nanmean().nan_to_num(0.0)
+    means = mean.expand_as(rewards)
+    if baseline in ("group", "leave_one_out"):
+        of_group = rewards.view(-1, group).nanmean(1, keepdim=True).expand(-1, group).flatten()
+        means = torch.where(of_group.isnan(), means, of_group)
+    return torch.where(rewards.isnan(), means, rewards)
+
+
 def divide_by_group_std(advantages: Tensor, rewards: Tensor, group: int) -> Tensor:
     """[N] -> [N]: GRPO's scaling, by the sample deviation of the rewards of each G."""
     std = rewards.view(-1, group).std(1, keepdim=True)

@@ -113,7 +113,7 @@ def _learn(trial: Trial, models: Models, training: StageTraining, longest: int) 
     examples = [example for unit in (SHORT, *units) for example in [unit] * rl.unit]
     plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False, "overlong_buffer": 0.0})
     n, split = len(examples), [[list(range(rl.unit)), list(range(rl.unit, len(examples)))]]
-    rewards = {name: [0.0] * n for name in rl.reward_parts}
+    rewards: dict[str, list[float | None]] = {name: [0.0] * n for name in rl.reward_parts}
     phase = Phase([], longest, [Response(e, True) for e in examples], None, rewards, [False] * n, n)
     before = held.of("activations")
     with _without_numbers(rl):

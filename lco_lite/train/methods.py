@@ -440,7 +440,7 @@ def response_advantages(whole: Tensor, phase: Phase, rl: Rl) -> Tensor:
 def weighted(phase: Phase, rl: Rl, sign: str) -> list[Tensor]:
     """[N] each: the rewards of this sign that are a whole response's, times their weights."""
     parts = {n: part for n, part in rl.reward_parts.items() if part.sign == sign and part.credit == "response"}
-    return [part.weight * torch.tensor(phase.rewards[name]) for name, part in parts.items()]
+    return [part.weight * phase.reward(name, rl) for name, part in parts.items()]
 
 
 def token_advantages(whole: Tensor, phase: Phase, scored: list[MicroBatch], rl: Rl) -> Tensor:
@@ -459,7 +459,7 @@ def placed_rule(phase: Phase, rl: Rl) -> list[Tensor]:
     advantage is 0, and b, the mean over the phase, leaves them out."""
     part, rewards, counts = rl.rewards.rule, [], []
     for i, example in enumerate(phase.examples):
-        reward = torch.full((len(example.response),), phase.rewards["rule"][i])
+        reward = torch.full((len(example.response),), phase.given("rule")[i].item())
         count = torch.ones_like(reward, dtype=torch.bool)
         wrong = phase.errors[i] if phase.errors else None
         if wrong is not None:

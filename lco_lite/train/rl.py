@@ -297,11 +297,11 @@ class Report:
             texts = [r.example.response if r.truncated else r.example.response[:-1] for r in sampled]  # without an end
             metrics["repeated"] = fmean(map(ends_in_loop, texts))
             if scores is not None:
-                metrics["reward"] = scores[own].mean().item()
+                metrics["reward"] = mean_reward(phase, self.rl, own, scores)
                 if group > 1:
                     metrics["dead_groups"] = 1 - live_groups(scores, group).float().mean().item()
             if phase.rewards and self.rl.tells_rewards:
-                metrics["rewards"] = {n: torch.tensor(r)[own].mean().item() for n, r in phase.rewards.items()}
+                metrics["rewards"] = {n: phase.given(n)[own].nanmean().item() for n in phase.rewards}
             if phase.grades is not None:
                 metrics["accuracy"] = (torch.tensor(phase.grades)[own] > 0).float().mean().item()
         if self.eval is not None:
@@ -326,10 +326,38 @@ def batch_rows(
     return [row(i) for i in places]
 
 
+<<<<<<< HEAD
+=======
+def mean_reward(phase: Phase, rl: Rl, own: Tensor, scores: Tensor) -> float:
+    """Over the policy's own responses; of rewards that do not apply everywhere each over those that it applies to."""
+    if not any(None in values for values in phase.rewards.values()):
+        return scores[own].mean().item()
+    given = {name: phase.given(name)[own] for name in phase.rewards}
+    known = {n: values.nanmean().item() for n, values in given.items() if not values.isnan().all()}
+    weights = {name: rl.reward_parts[name].weight for name in known}
+    return sum(weights[n] * known[n] for n in known) / sum(weights.values()) if known else math.nan
+
+
+def readable(phase: Phase, rollouts: Rollouts, rl: Rl) -> list[dict[str, Any]]:
+    """The first responses of a step, as rows for samples.jsonl."""
+    scores = phase.scores(rl)
+    return [
+        {
+            "prompt": rollouts.prompts[phase.chosen[i // rl.responses_per_prompt]].messages[-1]["content"],
+            "response": rollouts.chat.text(response.example.response),
+            "truncated": response.truncated,
+            "right": None if phase.grades is None else phase.grades[i] > 0,
+            "reward": None if scores is None else scores[i].item(),
+        }
+        for i, response in enumerate(phase.responses[:SAMPLES_A_STEP])
+    ]
+
+
+>>>>>>> e38a5c6 (A reward function is called by TRL's signature or ours, told by its parameters; None is a reward that does not apply; files beside it can be imported)
 def try_out(models: Models, rl: Rl, examples: list[Example], micro_batch_tokens: int) -> None:
     """Scores these, and adds the gradient of an update on them."""
     n = len(examples)
-    rewards = {name: [0.0] * n for name in rl.reward_parts}
+    rewards: dict[str, list[float | None]] = {name: [0.0] * n for name in rl.reward_parts}
     phase = Phase([], 1, [Response(e, True) for e in examples], None, rewards, [False] * n, n)
     plain = rl.model_copy(update={"baseline": "none", "scale_rewards": False, "overlong_buffer": 0.0})
     (minibatch,) = score(models, phase, [[list(range(len(examples)))]], plain)

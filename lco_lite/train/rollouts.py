@@ -20,8 +20,8 @@ from lco_lite import ranks
 from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, longest_response, rewarding_task, rl_prompts
 from lco_lite.errors import DataError
-from lco_lite.feedback.advantages import live_groups
-from lco_lite.feedback.rewards import reward_sources
+from lco_lite.feedback.advantages import fill_inapplicable, live_groups
+from lco_lite.feedback.rewards import Answers, columns_of, reward_sources
 from lco_lite.files import JsonLines, remove
 from lco_lite.metrics import finite
 from lco_lite.models.chat import ChatFormat
@@ -40,16 +40,16 @@ DYNAMIC_ROUNDS = 3  # how often a step samples again for groups without signal; 
 class Phase:
     """Responses in the order of their prompts, which stand at ``chosen`` among all; none is over ``limit`` tokens long.
 
-    Of each: its grade of ±1 where a task can tell, its reward by each part of the feedback that is a number a response,
-    and whether it is a demonstration ``shown`` to the policy, not its own. ``drawn``: how many were sampled, dropped
-    ones too. ``errors``, where the rule's word is placed: of each the index of its first wrong token, None where it is
-    right or the task cannot tell."""
+    Of each: its grade of ±1 where a task can tell, its reward by each part of the feedback that is a number a response
+    (None where it does not apply), and whether it is a demonstration ``shown`` to the policy, not its own. ``drawn``:
+    how many were sampled, dropped ones too. ``errors``, where the rule's word is placed: of each the index of its first
+    wrong token, None where it is right or the task cannot tell."""
 
     chosen: list[int]
     limit: int
     responses: list[Response]
     grades: list[float] | None
-    rewards: dict[str, list[float]]
+    rewards: dict[str, list[float | None]]
     shown: list[bool]
     drawn: int
     errors: list[int | None] | None = None
@@ -64,8 +64,19 @@ class Phase:
         if not self.rewards:
             return None if self.grades is None else torch.tensor(self.grades)
         parts, total = rl.reward_parts, sum(part.weight for part in rl.reward_parts.values())
-        weighted = [parts[name].weight / total * torch.tensor(values) for name, values in self.rewards.items()]
+        weighted = [parts[name].weight / total * self.reward(name, rl) for name in self.rewards]
         return torch.stack(weighted).sum(0)
+
+    def reward(self, name: str, rl: Rl) -> Tensor:
+        """[N]: the rewards of this name; one that does not apply is what its baseline takes off, and says nothing."""
+        given = self.given(name)
+        if None not in self.rewards[name]:
+            return given
+        return fill_inapplicable(given, rl.baseline, rl.responses_per_prompt)
+
+    def given(self, name: str) -> Tensor:
+        """[N]: the rewards of this name as they came, nan where there is none."""
+        return torch.tensor([math.nan if value is None else value for value in self.rewards[name]])
 
     def of_ranks(self, values: Tensor) -> list[Tensor]:
         """What each rank has of the phase. Told once: one whose memory ran out scores again without the others."""
@@ -116,6 +127,7 @@ class Rollouts:
         asked = fitting(ctx, asked, model, rl.max_length, "prompts", room)
         self.prompts, self.ids = [prompt for prompt, _ in asked], [ids for _, ids in asked]
         self.rewards = reward_sources(rl, ctx.device) if ranks.rank() == 0 else {}  # which asks for all
+        self.columns = columns_of([prompt.row for prompt in self.prompts])
 
     def phase(self, step: int, stop_if_asked: Callable[[], None]) -> Phase:
         """The step's responses, of the policy as it is now. With dynamic sampling (DAPO) groups without signal make
@@ -159,7 +171,10 @@ class Rollouts:
         grades, rewards, longest = judged["grades"], judged["rewards"] or {}, self.sampling.max_new_tokens
         if isinstance(rewards, list):  # a phase that version 0.3 began
             rewards = {recipe.rl.feedback: rewards}
-        rewards = {name: [math.nan if x is None else x for x in told] for name, told in rewards.items()}
+        rewards = {  # None of a function is one that does not apply, of others one that is not finite
+            name: told if name in recipe.rl.reward_functions else [math.nan if x is None else x for x in told]
+            for name, told in rewards.items()
+        }
         return Phase(chosen, longest, responses, grades, rewards, shown, shown.count(False), judged.get("errors"))
 
     def _judge(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> dict[str, Any]:
@@ -172,8 +187,11 @@ class Rollouts:
             if self.task is not None and self.task.graded and len(items) == len(prompts):
                 right = [self.task.grade(text, item).right for text, item in zip(texts, items, strict=True)]
                 grades = torch.tensor([1.0 if r else -1.0 for r in right])
-            asked = [p.messages for p in prompts], [p.row for p in prompts], texts, grades
-            rewards = finite({name: source(*asked).tolist() for name, source in self.rewards.items()})
+            ids = [response.example.response for response in responses]
+            asked = Answers(
+                [p.messages for p in prompts], [p.row for p in prompts], texts, ids, grades, columns=self.columns
+            )
+            rewards = finite({name: source(asked).tolist() for name, source in self.rewards.items()})
             judged: dict[str, Any] = {"grades": None if grades is None else grades.tolist(), "rewards": rewards}
             if self.ctx.recipe.rl.places_rule:
                 assert self.task is not None and grades is not None, "the recipe makes sure of a task"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lco_lite.feedback.advantages import (
     at_last_token,
     divide_by_group_std,
+    fill_inapplicable,
     gae,
     live_groups,
     overlong_penalty,
@@ -92,3 +93,14 @@ def test_equal_rewards_give_exactly_0_and_leave_other_groups_alone(reward, group
         both = subtract_baseline(torch.cat([equal, live]), baseline, group)
         assert not both[:group].any()
         assert torch.equal(both[group:], subtract_baseline(live, baseline, group)) and both[group:].any()
+
+
+@pytest.mark.parametrize("baseline", ["batch", "group", "leave_one_out"])
+def test_a_reward_that_does_not_apply_has_no_advantage_and_moves_no_baseline(baseline):
+    nan = float("nan")
+    rewards = torch.tensor([1.0, nan, 3.0, nan, nan, nan])
+    filled = fill_inapplicable(rewards, baseline, 3)
+    advantages = subtract_baseline(filled, baseline, 3)
+    assert advantages[[1, 3, 4, 5]].tolist() == [0.0] * 4
+    assert advantages[0] == -advantages[2] != 0
+    assert fill_inapplicable(torch.tensor([1.0, nan]), "none", 1).tolist() == [1.0, 0.0]

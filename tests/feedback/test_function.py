@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lco_lite.errors import UsageError
-from lco_lite.feedback.rewards import BATCH, RewardFunction
+from lco_lite.feedback.rewards import BATCH, Answers, RewardFunction
 from lco_lite.user_code import as_number
 
 GOOD = """
@@ -21,9 +21,14 @@ def function(tmp_path):
     def make(body, name="score", seconds=30.0):
         file = tmp_path / "rewards.py"
         file.write_text(body)
-        return RewardFunction(f"{file}:{name}", seconds)
+        rate = RewardFunction(f"{file}:{name}", seconds)
+        return lambda prompts, texts, rows, **more: rate(Answers([turn(p) for p in prompts], rows, texts, [], **more))
 
     return make
+
+
+def turn(text):
+    return [{"role": "user", "content": text}]
 
 
 def test_it_gets_prompts_responses_and_rows_in_batches_of_one_process(function):
@@ -41,12 +46,11 @@ def test_it_gets_prompts_responses_and_rows_in_batches_of_one_process(function):
         ("def score(p, r, rows): return [1.0] * (len(r) - 1)", "2 rewards for 3 responses"),
         ("def score(p, r, rows): return [1.0, 'good', 1.0]", "response 2 .*not a number"),
         ("def score(p, r, rows): return [1.0, 1.0, float('nan')]", "response 3 .*finite"),
-        ("def score(p, r, rows): return 7", "a list of numbers"),
-        ("def score(p, r, rows): return '123'", "a list of numbers is needed, not '123'"),
+        ("def score(p, r, rows): return 7", "rewards.py:score: came back 7; a list with a number for each"),
+        ("def score(p, r, rows): return '123'", "came back '123'"),
         ("def score(p, r, rows): return ['1', '2', '3']", "response 1 .*'1', not a number"),
-        ("def score(p, r, rows): return dict(zip(r, [1.0, 2.0, 3.0]))", "a list of numbers is needed, not {"),
+        ("def score(p, r, rows): return dict(zip(r, [1.0, 2.0, 3.0]))", "came back {"),
         ("def score(p, r, rows): return [[1.0], [2.0], [3.0]]", r"response 1 .*\[1.0\], not a number"),
-        ("def score(p, r, rows): return [None, 1.0, 1.0]", "response 1 .*None, not a number"),
         ("def score(p, r, rows): return [1.0, -1e39, 1.0]", "response 2 .*finite in float32"),
         ("def score(p, r, rows): return [1.0, 10**9999, 1.0]", "response 2 .*finite in float32"),
         ("def score(p, r, rows): return iter(int, 1)", "more than 3 rewards for 3 responses"),
@@ -105,3 +109,34 @@ def test_numbers_of_numpy_and_torch_and_truth_values_are_rewards(function):
     assert as_number(torch.tensor(0.25)) == 0.25
     with pytest.raises(ValueError, match="not a number"):
         as_number(torch.tensor([0.25]))
+
+
+SIBLING = """
+from dataclasses import dataclass
+from words import wanted
+
+@dataclass
+class Found:
+    n: "int"
+
+def count(completions, **kwargs):
+    from later import times
+    return [times * Found(c.count(wanted)).n for c in completions]
+"""
+
+
+def test_a_function_of_trls_signature_imports_the_files_beside_its_own(function, tmp_path):
+    (tmp_path / "words.py").write_text("wanted = 'yes'\n")
+    (tmp_path / "later.py").write_text("times = 10\n")
+    assert function(SIBLING, "count")(["p"] * 2, ["yes, yes", "no"], [{}] * 2).tolist() == [20.0, 0.0]
+
+
+def test_none_is_a_reward_that_does_not_apply(function):
+    body = "def score(completions, answer): return [None if a is None else a in c for c, a in zip(completions, answer)]"
+    found = function(body)(["p"] * 3, ["4", "5", "6"], [{"answer": "4"}, {}, {"answer": "4"}], columns=["answer"])
+    assert found[0] == 1 and found[1].isnan() and found[2] == 0
+
+
+def test_a_function_that_takes_neither_signature_is_told_both(function):
+    with pytest.raises(UsageError, match=r"rewards.py:score: takes \(text\); accepted: .*rows.* or TRL's f\(prompts"):
+        function("def score(text): return 1.0")
