@@ -32,6 +32,7 @@ from lco_lite.files import checksums, held, recover, remove, verify, write_error
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump, flat, load_recipe
 from lco_lite.recipe.rl import REWARDS, RewardPart
+from lco_lite.recipe.sections import TaskColumns
 
 # what a stage writes, and so what is believed of it
 _FIELDS: dict[str, dict[str, Any]] = {
@@ -286,7 +287,10 @@ class Run:
             start = f"start it with `lco-lite run RECIPE --name {self.name}`"
             raise UsageError(f"no run {self.name!r} under {self.path.parent}/: it has no recipe.yaml; {start}")
         try:
-            return load_recipe(self.path / "recipe.yaml")
+            recipe = load_recipe(self.path / "recipe.yaml")
+            if "held_out" not in recipe.data.model_fields_set:  # a version without it began the run: it holds none out
+                recipe.data.held_out = None if recipe.task else 0.0
+            return recipe
         except RecipeError as e:
             raise UsageError(f"the run's recipe is damaged or of another version; give one to go on.\n{e}") from e
 
@@ -385,6 +389,7 @@ def _now() -> str:
 
 
 _SFT = ["seed", "task", "model", "chat", "data.demonstrations", "data.columns.demonstrations", "data.task", "sft"]
+_SFT += ["data.columns.task", "data.held_out"]
 _RM = [*_SFT, "reward_model", "data.preferences", "data.columns.preferences", "train_rm"]
 
 # last part of the key, wherever it stands
@@ -397,6 +402,7 @@ _NEWER: dict[str, Any] = {"sft.more_tasks": [], "rl.settings": {}, "rl.target": 
 _NEWER |= {"rl.evaluated": True, "rollout.engine": "auto"}
 _NEWER |= {"rl.mismatch": "none", "rl.mismatch_cap": 3.0, "rl.mismatch_low": 0.5, "rl.mismatch_high": 5.0}
 _NEWER |= {f"rl.rewards.{name}.{key}": v for name in REWARDS for key, v in RewardPart().model_dump().items()}
+_NEWER |= dict.fromkeys(f"data.columns.task.{name}" for name in TaskColumns.model_fields)
 _NEWER |= dict.fromkeys(("sft.optimizer", "train_rm.optimizer", "rl.optimizer"), "adamw")
 _NEWER |= dict.fromkeys(("sft.adam_eps", "train_rm.adam_eps", "rl.adam_eps"))
 
@@ -421,6 +427,8 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     def counts(key: str, value: Any) -> bool:
         if key in _NEWER and value == _NEWER[key]:
             return False
+        if key == "data.held_out" and value == (0 if recipe.task is None else None):
+            return False  # as it was before there was a choice: without a task all prompts are trained on
         if key == "rl.logprob_temperature" and recipe.rl.compared_at == 1:
             return False  # as version 0.1 had it always: at another temperature its policy gradients do not go on
         return decides(recipe, stage, key)

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from lco_lite.console import Console
-from lco_lite.data.overlap import EvaluationItems, normalised
+from lco_lite.data.overlap import EvaluationItems
 from lco_lite.data.prompts import (
     demonstrations,
     longest_response,
     more_demonstrations,
+    open_task,
     recipe_task,
     rl_prompts,
     system_text,
@@ -23,8 +24,7 @@ from lco_lite.errors import DataError, ModelError
 from lco_lite.models.chat import ChatFormat, Message
 from lco_lite.models.loading import open_tokenizer
 from lco_lite.recipe import Recipe
-from lco_lite.tasks import load_task
-from lco_lite.tasks.base import Task
+from lco_lite.tasks.base import Task, normalised
 
 TOLD = 5  # overlapping rows that are told one by one, the likest first
 EXAMPLE = 1_200  # characters of the first row that are shown
@@ -64,7 +64,7 @@ def check_data(recipe: Recipe, console: Console, json: bool) -> None:
     overlaps = []
     for name in dict.fromkeys([*([recipe.task] if recipe.task else []), *(recipe.eval.tasks or [])]):
         try:
-            items = EvaluationItems(load_task(name, recipe.data.task if name == recipe.task else None))
+            items = EvaluationItems(open_task(recipe, name))
         except DataError as e:
             notes.append(f"overlap with {name} is not checked: {e}")
             continue

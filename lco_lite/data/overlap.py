@@ -7,13 +7,12 @@ shares half of the item's words in such runs, as Tülu 3 has it (Lambert et al. 
 words overlap by the same text only. What a task writes around every problem does not count.
 """
 
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lco_lite.errors import DataError
-from lco_lite.tasks.base import Task
+from lco_lite.tasks.base import Task, normalised
 
 N = 13
 SHARE = 0.5
@@ -77,10 +76,6 @@ class EvaluationItems:
         if text.startswith(before) and text.endswith(after):
             text = text[len(before) : len(text) - len(after)]
         return normalised(text)
-
-
-def normalised(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _words(text: str) -> list[str]:

@@ -2,22 +2,34 @@
 
 A task's training items are shuffled once by the seed; sft takes the first ``sft.examples`` of them, pairs and rl share
 the rest (all of them where sft leaves none). Of ``sft.more_tasks`` sft alone takes items, as many of each. Held-out
-items are the task's ``test`` split and never trained on.
+items are the task's ``test`` split and never trained on. Where neither a task nor the user's file says which are held
+out, the seed draws them by prompt, so that no prompt is on both sides.
 """
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from lco_lite.data.overlap import refuse_same
-from lco_lite.data.rows import Demonstration, Made, Prompt, read_demonstrations, read_preferences, read_prompts
+from lco_lite.data.rows import (
+    Demonstration,
+    Made,
+    Preference,
+    Prompt,
+    read_demonstrations,
+    read_preferences,
+    read_prompts,
+)
 from lco_lite.errors import DataError, UsageError
-from lco_lite.models.chat import ChatFormat, conversation
+from lco_lite.models.chat import ChatFormat
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Columns
 from lco_lite.sequences import Example, derive
-from lco_lite.tasks import graded_as, load_task
-from lco_lite.tasks.base import Item, Task
+from lco_lite.tasks import Own, graded_as, load_task
+from lco_lite.tasks.base import Item, Task, asked, drawn_to_hold_out, normalised
+from lco_lite.tasks.custom import is_custom
 
 
 @dataclass(frozen=True)
@@ -37,13 +49,66 @@ class Pair:
 
 def recipe_task(recipe: Recipe) -> Task | None:
     """Raises UsageError where the rule's word is to be placed, and the task does not know where a response is wrong."""
-    task = load_task(recipe.task, recipe.data.task) if recipe.task else None
+    task = open_task(recipe, recipe.task) if recipe.task else None
     if task is not None and recipe.rl.places_rule and not task.places_errors:
         raise UsageError(
             f"rl.rewards.rule.credit: first_error needs a task that knows the first error of a response, and "
             f"{recipe.task} does not: set it to response, or take arithmetic or a task with a first_error of its own"
         )
     return task
+
+
+def open_task(recipe: Recipe, name: str, data: Path | None = None) -> Task:
+    """A task by name. The recipe's own has the items, columns and split that the recipe says; another file, ``data``,
+    is scored whole."""
+    own, columns = name == recipe.task, recipe.data.columns.task.model_dump(exclude_none=True)
+    held_out = recipe.data.held_out if data is None else 0.0
+    file = data or (recipe.data.task if own else None)
+    return load_task(name, file, Own(columns, held_out, recipe.seed) if own else None)
+
+
+def makes_split(recipe: Recipe, task: Task | None) -> bool:
+    """Whether the recipe draws what is held out: without a task, or where the rows of task custom do not say."""
+    if task is None:
+        return recipe.data.held_out != 0
+    is_own = is_custom(recipe.task) and recipe.data.held_out != 0 and recipe.data.task is not None
+    return is_own and not any("split" in item.row for item in task.items("test"))
+
+
+def held_out_prompts(recipe: Recipe, task: Task | None) -> frozenset[str]:
+    """The prompts, normalised, that nothing is trained on where the recipe draws them; else none. Each of the recipe's
+    files has its share, and what is held out of one is held out of all."""
+    if not makes_split(recipe, task):
+        return frozenset()
+    if task is not None:
+        return frozenset(normalised(item.prompt) for item in task.items("test"))
+    data, sources = recipe.data, list[tuple[Callable[..., Any], str, Columns]]()
+    if data.prompts is not None:
+        sources.append((read_prompts, data.prompts, data.columns.prompts))
+    if recipe.sft.enabled and data.demonstrations is not None:
+        sources.append((read_demonstrations, data.demonstrations, data.columns.demonstrations))
+    if recipe.rl.needs_reward_model:
+        sources.append((read_preferences, data.preferences, data.columns.preferences))
+    asked = ([_last_turn(row) for row in read(source, None, columns)] for read, source, columns in sources)
+    return frozenset().union(*(drawn_to_hold_out(prompts, data.held_out, recipe.seed) for prompts in asked))
+
+
+def held_out_rows(recipe: Recipe) -> dict[str, list[Any]]:
+    """Without a task: the rows of ``prompts``, ``demonstrations`` and ``preferences`` (of the files that the recipe's
+    stages use) that nothing is trained on, in the order of the file."""
+    data, held, system = recipe.data, held_out_prompts(recipe, None), recipe.chat.system
+    rows: dict[str, list[Any]] = {"prompts": [], "demonstrations": [], "preferences": []}
+    if data.prompts is not None:
+        rows["prompts"] = read_prompts(data.prompts, system, data.columns.prompts)
+    if recipe.sft.enabled and data.demonstrations is not None:
+        rows["demonstrations"] = read_demonstrations(data.demonstrations, system, data.columns.demonstrations)
+    if recipe.rl.needs_reward_model:
+        rows["preferences"] = read_preferences(data.preferences, system, data.columns.preferences)
+    return {name: [row for row in found if normalised(_last_turn(row)) in held] for name, found in rows.items()}
+
+
+def _last_turn(row: Demonstration | Preference | Prompt) -> str:
+    return row.messages[-1]["content"]
 
 
 def rewarding_task(recipe: Recipe) -> Task | None:
@@ -104,9 +169,20 @@ def file_pairs(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Pair
     """The pairs of ``data.preferences``, a file or hub set. Raises DataError where they are held-out items."""
     data, pairs = recipe.data, []
     for p in _shuffled_rows(recipe, task, read_preferences, data.preferences, data.columns.preferences):
-        prompt = chat.prompt(p.messages)
-        pairs.append(Pair(*(Example(prompt, chat.answer(p.messages, text)) for text in (p.chosen, p.rejected))))
+        pairs.append(pair_of(p, chat))
     return pairs
+
+
+def pair_of(p: Preference, chat: ChatFormat) -> Pair:
+    prompt = chat.prompt(p.messages)
+    return Pair(*(Example(prompt, chat.answer(p.messages, text)) for text in (p.chosen, p.rejected)))
+
+
+def held_out_pairs(recipe: Recipe, chat: ChatFormat) -> list[Pair]:
+    """Those of ``data.preferences`` whose prompts the recipe holds out, which it does without a task."""
+    if recipe.task is not None or not makes_split(recipe, None):
+        return []
+    return [pair_of(p, chat) for p in held_out_rows(recipe)["preferences"]]
 
 
 def task_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
@@ -132,9 +208,13 @@ def held_out(recipe: Recipe, task: Task, limit: int | None) -> list[Prompt]:
 def _shuffled_rows(
     recipe: Recipe, task: Task | None, read: Callable[..., list[Made]], source: str, columns: Columns
 ) -> list[Made]:
-    """Raises DataError where they are held-out items of the task."""
-    rows = read(source, system_text(recipe, task), columns)
-    if task is not None:
+    """Without those that the recipe holds out. Raises DataError where they are held-out items of the task."""
+    rows, held = read(source, system_text(recipe, task), columns), held_out_prompts(recipe, task)
+    if held:
+        rows = [row for row in rows if normalised(_last_turn(row)) not in held]
+        if not rows:
+            raise DataError(f"{source}: all of its prompts are held out: set data.held_out to a smaller share")
+    elif task is not None:
         refuse_same([row.messages[-1]["content"] for row in rows], task, recipe.data.allow_overlap, source)
     random.Random(derive(recipe.seed, "split")).shuffle(rows)
     return rows
@@ -150,4 +230,4 @@ def _split(recipe: Recipe, task: Task, for_sft: bool = False) -> tuple[list[Item
 
 
 def _item_prompt(item: Item, recipe: Recipe, task: Task) -> Prompt:
-    return Prompt(conversation(item.prompt, system_text(recipe, task)), item, item.row)
+    return Prompt(asked(item, system_text(recipe, task)), item, item.row)

@@ -7,46 +7,29 @@ preferences        ``chosen`` + ``rejected``, with ``prompt`` | ``question`` | `
                    chosen and rejected are text, one message, whole conversations that differ in the last turn alone,
                    or transcripts as HH-RLHF has them; FG-RLHF's ``question``, ``passages``, ``prediction 1…``,
                    ``preference``
-prompts            ``prompt`` | ``question`` | ``problem`` | ``instruction``; ``messages`` or ``conversations``
+prompts            ``prompt`` | ``question`` | ``problem`` | ``instruction``; ``messages`` or ``conversations``; that
+                   of preferences
 =================  ==============================================================================================
 
 What a row lacks is a DataError that begins with ``at``, its file and line.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, takewhile
-from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from lco_lite.errors import DataError
-from lco_lite.files import read_jsonl
-from lco_lite.models.chat import Message, conversation
+from lco_lite.files import load_rows, named_columns
+from lco_lite.messages import Message, conversation, turns_of
 from lco_lite.recipe.sections import Columns
 from lco_lite.tasks.base import Item
 from lco_lite.tasks.qa_feedback import qa_prompt
 
-FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_OTHER_FILES = {
-    ".txt",
-    ".tsv",
-    ".xlsx",
-    ".arrow",
-    ".feather",
-    ".pkl",
-    ".pickle",
-    ".gz",
-    ".zst",
-    ".zip",
-    ".yaml",
-    ".yml",
-}
 PROMPTS = ("prompt", "question", "problem", "instruction")
 RESPONSES = ("completion", "response", "output")
 CONVERSATIONS = ("messages", "conversations")
-_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -107,62 +90,12 @@ def _read(
 
 def _with_our_names(row: dict[str, Any], renamed: dict[str, str], at: str) -> dict[str, Any]:
     """The row with the columns that the recipe names (our name -> theirs) in place of those that would be used."""
-    for ours, theirs in renamed.items():
-        if theirs not in row:
-            raise DataError(f"{at}: has no column {theirs!r}, which the recipe names as {ours}; found {', '.join(row)}")
+    named = named_columns(row, renamed, at)
     hidden: tuple[str, ...] = RESPONSES if "response" in renamed else ()
     if "messages" in renamed or "prompt" in renamed:
         hidden += CONVERSATIONS
     kept = {name: value for name, value in row.items() if name not in hidden}
-    return kept | {ours: row[theirs] for ours, theirs in renamed.items()}
-
-
-def load_rows(source: str) -> list[dict[str, Any]]:
-    """All rows of a local file, or of a hub set ``id[:split]`` (split ``train`` unless named). Raises DataError."""
-    path = Path(source)
-    kind = FILE_KINDS.get(path.suffix.lower())
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; name a file ({', '.join(FILE_KINDS)}) or a hub set")
-    if kind == "jsonl":
-        return read_jsonl(path)
-    if not kind and (path.is_file() or any(s.lower() in _OTHER_FILES for s in path.suffixes)):
-        raise DataError(f"{path}: a file of a kind that is not read; one of {', '.join(FILE_KINDS)} is, or a hub set")
-    if not path.is_file() and (kind or source.startswith((".", "/", "~"))):
-        raise DataError(f"{path}: no such file")
-    if kind == "json":
-        return _read_json(path)
-    import datasets
-
-    try:
-        if kind:
-            table = datasets.load_dataset(kind, data_files=str(path), split="train")
-        else:
-            name, _, split = source.partition(":")
-            table = datasets.load_dataset(name, split=split or "train")
-    except Exception as e:  # datasets raises many kinds, and all of them mean that there are no rows
-        what, why = f"a {kind} file" if kind else "a hub set", (str(e).splitlines() or [type(e).__name__])[0]
-        raise DataError(f"{source}: cannot be loaded as {what}: {why}") from e
-    if not len(table):
-        raise DataError(f"{source}: has no rows")
-    return list(table)
-
-
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    """A list of objects; a file of one object a line is JSON Lines, whatever its name."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-        rows = json.loads(content) if content.lstrip().startswith("[") else read_jsonl(path)
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: is not UTF-8 (byte {e.start + 1})") from e
-    except (json.JSONDecodeError, RecursionError) as e:
-        what = f"{e.msg} in line {e.lineno}" if isinstance(e, json.JSONDecodeError) else "nested too deeply"
-        raise DataError(f"{path}: is not JSON: {what}") from e
-    for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {i}: is not an object with named fields, found {row!r:.80}")
-    if not rows:
-        raise DataError(f"{path}: has no rows")
-    return rows
+    return kept | named
 
 
 def _demonstration(row: Row, at: str) -> Demonstration:
@@ -192,12 +125,14 @@ def _prompt(row: Row, at: str) -> Prompt:
     for key in PROMPTS:
         value = row.get(key)
         if isinstance(value, list):
-            return Prompt(_turns(value, f"{at}, field {key}"), row=row)
+            return Prompt(turns_of(value, f"{at}, field {key}"), row=row)
         if isinstance(value, str) and value.strip():
             more = row.get("input") if key == "instruction" else None
             if more is not None and not isinstance(more, str):
                 raise DataError(f"{at}, field input: a text is needed, found {more!r:.80}")
             return Prompt(conversation(f"{value}\n\n{more}" if more else value), row=row)
+    if "chosen" in row and "rejected" in row:
+        return Prompt(_preference(row, at).messages, row=row)
     raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)} or messages is needed, {_found(row)}")
 
 
@@ -234,7 +169,7 @@ def _preference(row: Row, at: str) -> Preference:
 def _shared_turns(row: Row, at: str) -> list[Message]:
     """What chosen and rejected have before their last turns, where they are conversations. Raises DataError where they
     part earlier: which turn is the better one is then unknown, and users' turns are not to be learned."""
-    both = [_turns(row[key], at) for key in ("chosen", "rejected") if isinstance(row[key], list)]
+    both = [turns_of(row[key], at) for key in ("chosen", "rejected") if isinstance(row[key], list)]
     if both and any(turns[:-1] != both[0][:-1] for turns in both):
         chosen, rejected = both
         same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))))
@@ -272,27 +207,14 @@ def _preferences(row: Row, at: str) -> list[Preference]:
 def _response(value: Any, at: str) -> str:
     if isinstance(value, str) and value.strip():
         return value
-    turns = _turns([value] if isinstance(value, Mapping) else value, at)
+    turns = turns_of([value] if isinstance(value, Mapping) else value, at)
     if turns[-1]["role"] != "assistant":
         raise DataError(f"{at}: ends with a turn of {turns[-1]['role']}; the assistant's is needed")
     return turns[-1]["content"]
 
 
 def _conversation(row: Row, at: str) -> list[Message] | None:
-    return next((_turns(row[key], f"{at}, field {key}") for key in CONVERSATIONS if row.get(key)), None)
-
-
-def _turns(value: Any, at: str) -> list[Message]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise DataError(f"{at}: text or a list of turns is needed, found {value!r:.80}")
-    turns: list[Message] = []
-    for turn in value:
-        role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
-        content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
-        if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str):
-            raise DataError(f"{at}: a turn is {{role: user | assistant | system, content: text}}, found {turn!r:.80}")
-        turns.append({"role": _ROLES[role], "content": content})
-    return turns
+    return next((turns_of(row[key], f"{at}, field {key}") for key in CONVERSATIONS if row.get(key)), None)
 
 
 def _found(row: Row) -> str:

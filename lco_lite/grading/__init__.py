@@ -1,6 +1,6 @@
 """Is this response right? A problem, the verdict on a response to it, and the graders, a file each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,7 +10,8 @@ class Item:
     """One problem.
 
     ``prompt`` is the user's turn as plain text; ``gold`` the right answer; ``demonstration`` a full response to
-    imitate, where the data has one; ``row`` the data row it came from, for graders and the rows of an evaluation.
+    imitate, where the data has one; ``row`` the data row it came from, for graders and the rows of an evaluation;
+    ``messages`` the whole conversation that ends with ``prompt``, where there is more of it.
     """
 
     id: str
@@ -18,6 +19,7 @@ class Item:
     gold: str
     demonstration: str | None
     row: Mapping[str, Any]
+    messages: Sequence[Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True)

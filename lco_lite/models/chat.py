@@ -19,9 +19,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lco_lite.context import deadline
 from lco_lite.errors import ModelError
+from lco_lite.messages import Message as Message
+from lco_lite.messages import conversation as conversation
 from lco_lite.sequences import Example
 
-Message = Mapping[str, str]
 _OPENED = re.compile(r"<(\w+)>\s*$")  # a generation prompt that ends in the thought it opens
 _MARK = "lcoliteresponse"
 TEMPLATE_SECONDS = 10  # the longest took milliseconds
@@ -233,11 +234,6 @@ class PlainText(ChatFormat):
                 f"the tokenizer joins an answer to the end of its prompt ({asked[-20:]!r}): no token is left"
             )
         return prompt, answers
-
-
-def conversation(prompt: str, system: str | None = None) -> list[dict[str, str]]:
-    """One user turn, after a system message where there is one."""
-    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
 
 
 def check_same_tokenizer(policy: Any, reward_model: Any) -> None:

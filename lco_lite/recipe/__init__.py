@@ -18,6 +18,7 @@ from lco_lite.recipe.sections import (
     Rollout,
     Section,
     Sft,
+    TaskColumns,
     TrainRm,
     known_size,
     setting,
@@ -116,6 +117,11 @@ class Recipe(Section):
                 yield "data.demonstrations: needed where task is null (or set sft.enabled: false)"
             if self.data.prompts is None:
                 yield "data.prompts: needed where task is null"
+        elif self.task.partition(":")[0] != "custom":
+            if self.data.held_out is not None:
+                yield f"data.held_out: {self.task} holds items of its own out: leave it empty"
+            if self.data.columns.task != TaskColumns():
+                yield f"data.columns.task: names columns of task custom's file, and the task is {self.task}"
         if self.rl.on_policy < 1 and self.data.prompts is not None:
             share = f"{self.rl.on_policy:g} asks for demonstrations of the other prompts"
             yield f"rl.on_policy: {share}, and those of data.prompts have none: set rl.on_policy: 1"

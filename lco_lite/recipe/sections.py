@@ -187,10 +187,19 @@ class PreferenceColumns(Columns):
     rejected: str | None = setting(None, "column of the worse response", "rejected")
 
 
+class TaskColumns(Section):
+    prompt: str | None = setting(None, "column of the prompt: text or turns", "the usual names")
+    answer: str | None = setting(None, "column of the right answer: text or a number", "answer")
+    response: str | None = setting(None, "column of a worked response, a demonstration", "response")
+    choices: str | None = setting(None, "column of the choices, a list", "choices")
+    split: str | None = setting(None, "column that says train; all else is held out", "split")
+
+
 class AllColumns(Section):
     demonstrations: DemonstrationColumns = setting(DemonstrationColumns(), "names in data.demonstrations", "usual ones")
     preferences: PreferenceColumns = setting(PreferenceColumns(), "names in data.preferences", "usual ones")
     prompts: PromptColumns = setting(PromptColumns(), "names in data.prompts", "usual ones")
+    task: TaskColumns = setting(TaskColumns(), "names in data.task of task custom", "usual ones")
 
 
 class Data(Section):
@@ -200,6 +209,14 @@ class Data(Section):
     preferences: str = setting("sampled", "pairs for train-rm; `sampled`: the policy's responses", "paper: sampled")
     prompts: str | None = setting(None, "prompts for rl", "the task's training items")
     task: str | None = setting(None, "file with the task's items instead of its hub set", "the task's own")
+    held_out: float | None = setting(
+        None,
+        "task null, or custom without a split: share of the prompts that nothing is trained on, for the score; drawn "
+        "by the seed. null: a tenth, at most 200",
+        "enough to see a change, little of the data",
+        ge=0,
+        lt=1,
+    )
     columns: AllColumns = setting(AllColumns(), "columns of the files above that have other names", "the usual names")
     allow_overlap: list[str] = setting(
         [], "TASK: near twins may be trained on; TASK:same: its items themselves too", "none: such a score says little"

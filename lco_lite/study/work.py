@@ -21,12 +21,12 @@ import typer
 from lco_lite import __version__
 from lco_lite.command import boundary, command
 from lco_lite.context import Context
+from lco_lite.data.prompts import open_task
 from lco_lite.errors import Diverged
 from lco_lite.evaluation.evaluate import evaluate_stage
 from lco_lite.files import remove, write_folder, write_json
 from lco_lite.metrics import read_log
 from lco_lite.study.base import Row
-from lco_lite.tasks import load_task
 from lco_lite.train.pipeline import train
 
 # of an update, for curves within a phase
@@ -94,10 +94,7 @@ def columns(updates: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None
 def scores(ctx: Context, stage: str) -> dict[str, Any]:
     """Task -> the result of ``stage``, without what it was made with."""
     names = ctx.recipe.eval.tasks or ([ctx.recipe.task] if ctx.recipe.task else [])
-    results = {
-        name: evaluate_stage(ctx, load_task(name, ctx.recipe.data.task if name == ctx.recipe.task else None), stage)
-        for name in names
-    }
+    results = {name: evaluate_stage(ctx, open_task(ctx.recipe, name), stage) for name in names}
     return {name: {k: v for k, v in one.items() if k != "settings"} for name, one in results.items()}
 
 

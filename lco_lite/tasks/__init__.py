@@ -14,9 +14,9 @@ from lco_lite.errors import DataError, UsageError
 from lco_lite.grading import Grade, Item
 from lco_lite.grading.math import MathGrader
 from lco_lite.tasks.base import Task
-from lco_lite.tasks.custom import custom, grader_named
+from lco_lite.tasks.custom import Own, custom, grader_named, is_custom
 
-__all__ = ["Grade", "Item", "Task", "graded_as", "load_task", "task_names"]
+__all__ = ["Grade", "Item", "Own", "Task", "graded_as", "load_task", "task_names"]
 
 
 def task_names() -> list[str]:
@@ -24,8 +24,9 @@ def task_names() -> list[str]:
     return sorted(_openers())
 
 
-def load_task(name: str, data: str | Path | None = None) -> Task:
-    """The task of that name; ``data`` is a JSONL with its held-out items, or a folder with the files of its splits.
+def load_task(name: str, data: str | Path | None = None, own: Own | None = None) -> Task:
+    """The task of that name; ``data`` is a JSONL with its held-out items, or a folder with the files of its splits;
+    ``own`` what a recipe says of the file of ``custom``.
 
     ``custom:GRADER`` is the custom task with another grader. Raises UsageError for an unknown name and DataError for a
     path that is not there; the items are not opened before they are asked for.
@@ -33,8 +34,8 @@ def load_task(name: str, data: str | Path | None = None) -> Task:
     path = None if data is None else Path(data)
     if path is not None and not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    if name.startswith("custom:"):
-        return custom(path, name.removeprefix("custom:"))
+    if is_custom(name):
+        return custom(path, name.partition(":")[2] or "math", own or Own())
     openers = _openers()
     if name not in openers:
         close = get_close_matches(name, openers, n=1)

@@ -1,8 +1,10 @@
 """What a task is: problems, a prompt around each of them, a grader; and where the rows of its splits come from."""
 
+import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +15,7 @@ from lco_lite.files import read_jsonl
 from lco_lite.grading import Grade, Grader, Item
 from lco_lite.grading.choice import LETTERS
 from lco_lite.grading.math import MathGrader
+from lco_lite.messages import Message, conversation
 from lco_lite.recipe import Eval
 
 FOLDER = "LCO_LITE_DATA"
@@ -24,13 +27,14 @@ Rows: TypeAlias = list[tuple[str, dict[str, Any]]]
 
 class Problem(NamedTuple):
     """What a task takes from a row. Without an ``id`` of its own, an item is named by its split and place; ``row`` is
-    the row where the task corrects it."""
+    the row where the task corrects it; ``messages`` the conversation whose last turn ``text`` is."""
 
     text: str
     gold: str
     demonstration: str | None = None
     id: str | None = None
     row: Mapping[str, Any] | None = None
+    messages: Sequence[Message] | None = None
 
 
 @dataclass
@@ -118,7 +122,16 @@ class Task:
         except ValueError as e:
             raise DataError(f"{place}: {e}") from e
         shown = None if split == "test" else problem.demonstration  # what is held out is never imitated
-        return Item(problem.id or f"{self.name}/{split}/{i}", prompt, problem.gold, shown, problem.row or row)
+        messages = problem.messages and [*problem.messages[:-1], {"role": "user", "content": prompt}]
+        return Item(problem.id or f"{self.name}/{split}/{i}", prompt, problem.gold, shown, problem.row or row, messages)
+
+
+def asked(item: Item, system: str | None = None) -> list[Message]:
+    """The conversation that ends with the item's turn, after ``system`` where it has no system message of its own."""
+    if item.messages is None:
+        return [*conversation(item.prompt, system)]
+    has_own = item.messages[0]["role"] == "system"
+    return [*([{"role": "system", "content": system}] if system and not has_own else []), *item.messages]
 
 
 def fill(template: str, row: Mapping[str, Any], problem: str | None = None) -> str:
@@ -210,3 +223,20 @@ def read_rows(*files: Path) -> Rows:
 def first_file(folder: Path | None, names: Sequence[str]) -> Path | None:
     """The first of these files that the folder has."""
     return next((folder / name for name in names if folder and (folder / name).exists()), None)
+
+
+def normalised(text: str) -> str:
+    """Prompts that differ in case, spacing and Unicode form alone are the same."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
+
+
+def drawn_to_hold_out(prompts: Iterable[str], share: float | None, seed: int) -> frozenset[str]:
+    """Of the prompts, normalised and each once, those that nothing is trained on: this share of them, or a tenth and
+    at most 200. Each one's place in the draw depends on the seed and its text alone, in whatever file it stands."""
+    known = {normalised(prompt) for prompt in prompts}
+    n = min(round(HELD_OUT_SHARE * len(known)), HELD_OUT_MOST) if share is None else round(share * len(known))
+    order = sorted(known, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt}".encode()).digest())
+    return frozenset(order[: min(n, len(known) - 1)])

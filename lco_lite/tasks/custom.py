@@ -1,28 +1,51 @@
-"""Your own problems: a JSONL with ``prompt`` and ``answer``, graded by name or by a function of yours.
+"""Your own problems: a file with prompts and answers, graded by name or by a function of yours.
 
-A row may also have ``response``, a demonstration, ``choices`` for the grader ``choice``, and ``"split": "train"``: all
-other rows are held out. ``custom:FILE.py:NAME`` grades by ``NAME(response, item)``, a bool or a ``Grade``.
+A row has ``prompt``, text or turns, and ``answer``; it may also have ``response``, a demonstration, and ``choices`` for
+the grader ``choice``. Columns of other names are named in the recipe (``data.columns.task``). Where rows have
+``split``, those of "train" are trained on and all others held out; where none has, the recipe draws which are
+(``data.held_out``).
+``custom:FILE.py:NAME`` grades by ``NAME(response, item)``, a bool or a ``Grade``.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lco_lite.errors import DataError, UsageError
+from lco_lite.files import load_rows, named_columns
 from lco_lite.grading import Grade, Grader, Item
-from lco_lite.grading.choice import grade_choice
+from lco_lite.grading.choice import LETTERS, grade_choice
 from lco_lite.grading.math import MathGrader
 from lco_lite.grading.string import grade_string
-from lco_lite.tasks.base import Problem, Rows, Task, answer_text, read_rows, text
+from lco_lite.messages import Message, turns_of
+from lco_lite.tasks.base import Problem, Rows, Task, answer_text, drawn_to_hold_out, lettered, normalised, text
 from lco_lite.user_code import load_function, names_function
 
+PROMPTS = ("prompt", "question", "problem", "instruction", "messages")
 
-def custom(data: Path | None = None, grader: str = "math") -> Task:
+
+@dataclass(frozen=True)
+class Own:
+    """What a recipe says of the file: ``columns``, our names -> its; ``held_out``, the share of its prompts that is
+    drawn by the ``seed`` where its rows have no split (None: a tenth; 0: all of them are held out)."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    held_out: float | None = 0.0
+    seed: int = 0
+
+
+def custom(data: Path | None = None, grader: str = "math", own: Own = Own()) -> Task:
     """The task. Raises UsageError for an unknown grader; its items raise DataError where ``data`` names no file."""
-    sources = {split: partial(_rows, data, split) for split in ("train", "test")}
-    return Task("custom", sources, _read, grader=grader_named(grader), template="{problem}", max_new_tokens=1_024)
+    sources = {split: partial(_rows, data, split, own) for split in ("train", "test")}
+    read = partial(_read, by_letter=grader == "choice")
+    return Task("custom", sources, read, grader=grader_named(grader), template="{problem}", max_new_tokens=1_024)
+
+
+def is_custom(name: str | None) -> bool:
+    """``custom``, or ``custom:GRADER``."""
+    return name is not None and name.partition(":")[0] == "custom"
 
 
 def grader_named(name: str) -> Grader:
@@ -34,19 +57,55 @@ def grader_named(name: str) -> Grader:
     return UsersGrader(name, load_function(name))
 
 
-def _rows(file: Path | None, split: str, folder: Path | None) -> Rows:
+def _rows(file: Path | None, split: str, own: Own, folder: Path | None) -> Rows:
     """One file holds both splits, so no folder is looked into."""
     if file is None:
-        raise DataError("task custom needs a JSONL file with the fields prompt and answer, and none is named")
-    rows = [(place, row) for place, row in read_rows(file) if (row.get("split") == "train") == (split == "train")]
+        raise DataError("task custom needs a file with the columns prompt and answer, and none is named (data.task)")
+    place = "line" if file.suffix == ".jsonl" else "row"
+    numbered = [(f"{file}, {place} {i}", row) for i, row in enumerate(load_rows(str(file)), 1)]
+    rows = [(at, row | named_columns(row, own.columns, at)) for at, row in numbered]
+    if own.held_out != 0 and not any("split" in row for _, row in rows):
+        prompts = [normalised(_asked(row, at)[-1]["content"]) for at, row in rows]
+        held = drawn_to_hold_out(prompts, own.held_out, own.seed)
+        rows = [one for one, prompt in zip(rows, prompts, strict=True) if (prompt in held) == (split == "test")]
+        if not rows:
+            raise DataError(f"{file}: of its {len(numbered)} rows none is held out: set data.held_out, e.g. to 0.2")
+        return rows
+    rows = [(at, row) for at, row in rows if (row.get("split") == "train") == (split == "train")]
     if not rows:
         sign = "with" if split == "train" else "without"
         raise DataError(f'{file}: has no {split} items, which are the rows {sign} "split": "train"')
     return rows
 
 
-def _read(row: Mapping[str, Any]) -> Problem:
-    return Problem(text(row, "prompt"), answer_text(row), text(row, "response") if "response" in row else None)
+def _asked(row: Mapping[str, Any], at: str = "") -> list[Message]:
+    """The turns of a row's prompt, and its answer where they end with one. Raises DataError."""
+    name = next((n for n in PROMPTS if n in row), None)
+    if name is None:
+        raise DataError(f"{at}: has no field {' or '.join(PROMPTS)}; found {', '.join(row)}")
+    if isinstance(row[name], str) and row[name].strip():
+        return [{"role": "user", "content": row[name].strip()}]
+    return turns_of(row[name], f"{at}, field {name}")
+
+
+def _read(row: Mapping[str, Any], by_letter: bool) -> Problem:
+    try:
+        turns = _asked(row, "row")
+    except DataError as e:
+        raise ValueError(str(e).removeprefix("row, ").removeprefix("row: ")) from e
+    shown = text(row, "response") if "response" in row else None
+    if turns[-1]["role"] == "assistant":
+        shown, turns = shown or turns[-1]["content"], turns[:-1]
+    if not turns or turns[-1]["role"] != "user":
+        raise ValueError("the prompt does not end with a user's turn")
+    asked, gold = turns[-1]["content"], answer_text(row)
+    if "####" in gold:  # GSM8K's: the working, and the answer after it
+        shown, gold = shown or gold, gold.rpartition("####")[2].strip()
+    if by_letter and "choices" not in row and gold in LETTERS[:-1]:  # the prompt has them
+        row = {**row, "choices": list(LETTERS[: max(4, LETTERS.index(gold) + 1)])}
+    elif by_letter and not any(str(choice) in asked for choice in row.get("choices") or ()):
+        asked = f"{asked}\n{lettered(row['choices'])}"
+    return Problem(asked, gold, shown, row=row, messages=[*turns[:-1], {"role": "user", "content": asked}])
 
 
 def grade_exact(response: str, item: Item) -> Grade:

@@ -22,6 +22,7 @@ from lco_lite.data.prompts import (
     Prompt,
     file_pairs,
     held_out,
+    held_out_pairs,
     longest_response,
     recipe_task,
     rewarding_task,
@@ -59,7 +60,9 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
     with ctx.clock("loading"):
         reward_model, reference = weights.open_untrained_reward_model(ctx, start)
     pairs = fitting(ctx, pairs, start.model, rm.max_length, "pairs", Pair.longest)
-    held, pairs = hold_out(pairs, rm.held_out)
+    held = held_out_pairs(recipe, chat)  # drawn by prompt for all stages, where there is no task
+    if not held:
+        held, pairs = hold_out(pairs, rm.held_out)
     if round(len(pairs) * rm.held_out) and not held:
         ctx.console.warn("train_rm.held_out: every prompt has more pairs than that: none are held out, none are scored")
     updates = rm.max_steps or math.ceil(rm.epochs * len(pairs) / rm.batch_size)
@@ -87,7 +90,7 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
             measured = ranks.total(training.within_memory(measure, lengths, reward_model, reference, rm, held))
             accuracy = measured["accuracy"]
         ctx.console.note(f"implicit reward: {accuracy:.3f} of {len(held)} held-out pairs are in the right order")
-        result |= {"pair_accuracy": accuracy, "held_out_pairs": len(held)}
+        result |= {"pair_accuracy": accuracy, "margin": measured["margin"], "held_out_pairs": len(held)}
     margins = [row["margin"] for row in read_log(stage.metrics) if row.get("margin") is not None]
     told = reward_model_stands(margins, result.get("pair_accuracy"))
     if told and recipe.rl.guard != "off":

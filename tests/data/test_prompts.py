@@ -84,7 +84,7 @@ def test_an_unknown_task_is_refused_with_the_nearest_name(tmp_path):
 def test_a_task_without_demonstrations_is_refused_by_the_field(tmp_path, monkeypatch):
     (tmp_path / "qa.jsonl").write_text('{"prompt": "q", "answer": "a", "split": "train"}\n')
     opened = custom(tmp_path / "qa.jsonl")
-    monkeypatch.setattr("lco_lite.data.prompts.load_task", lambda name, data=None: opened)
+    monkeypatch.setattr("lco_lite.data.prompts.load_task", lambda name, *given: opened)
     recipe = recipe_of(tmp_path, "sft.more_tasks=[custom]")
     with pytest.raises(DataError, match=r"sft.more_tasks: task custom has no demonstrations"):
         demonstrations(recipe, arithmetic())

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from lco_lite.errors import DataError, UsageError
-from lco_lite.tasks import load_task
+from lco_lite.tasks import Own, load_task
+from lco_lite.tasks.base import asked
 
 ROWS = [
     {"prompt": "1 + 1?", "answer": 2},
@@ -71,7 +72,7 @@ def test_an_unknown_grader_is_refused(data, grader):
 
 
 def test_without_a_file_it_says_what_the_file_must_have():
-    with pytest.raises(DataError, match="JSONL file with the fields prompt and answer"):
+    with pytest.raises(DataError, match="file with the columns prompt and answer.*data.task"):
         load_task("custom").items("test")
 
 
@@ -80,3 +81,51 @@ def test_a_file_without_training_rows_says_how_they_are_marked(tmp_path):
     path.write_text(json.dumps(ROWS[0]))
     with pytest.raises(DataError, match='no train items.*"split": "train"'):
         load_task("custom", path).items("train")
+
+
+def test_without_a_split_one_is_drawn_by_prompt_and_seed(tmp_path):
+    def split(n, seed=0, share=0.2):
+        rows = [{"prompt": f"{i % 30} + 1?", "answer": i} for i in range(n)]
+        (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        task = load_task("custom", tmp_path / "plain.jsonl", Own(held_out=share, seed=seed))
+        return [{item.prompt for item in task.items(name)} for name in ("train", "test")]
+
+    train, test = split(60)
+    assert len(test) == 6 and len(train) == 24 and not train & test
+    assert split(60) == [train, test] != split(60, seed=1)
+    assert len(split(30, share=None)[1]) == 3
+
+
+def test_columns_have_the_names_that_the_recipe_gives_and_a_missing_one_is_told(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("q,a,part\n1+1?,2,train\n2+2?,4,dev\n")
+    task = load_task("custom", path, Own({"prompt": "q", "answer": "a", "split": "part"}))
+    assert [(i.prompt, i.gold) for name in ("train", "test") for i in task.items(name)] == [
+        ("1+1?", "2"),
+        ("2+2?", "4"),
+    ]
+    with pytest.raises(DataError, match=r"mine.csv, row 1: has no column 'z', which the recipe names as prompt"):
+        load_task("custom", path, Own({"prompt": "z"})).items("test")
+
+
+def test_a_prompt_may_be_turns_and_an_answer_the_end_of_a_worked_one(tmp_path):
+    turns = [
+        {"role": r, "content": c} for r, c in (("system", "Short."), ("user", "a"), ("assistant", "b"), ("user", "c?"))
+    ]
+    row = {"prompt": turns, "answer": "3 + 4 is 7\n#### 7", "split": "train"}
+    (tmp_path / "turns.jsonl").write_text(json.dumps(row))
+    (item,) = load_task("custom", tmp_path / "turns.jsonl").items("train")
+    assert (item.prompt, item.gold, item.demonstration) == ("c?", "7", row["answer"])
+    assert asked(item, "Long.") == turns
+
+
+def test_choices_are_shown_where_the_prompt_does_not_show_them(tmp_path):
+    rows = [
+        {"prompt": "Sky?", "choices": ["red", "blue"], "answer": 1},
+        {"prompt": "Sky? A. red B. blue", "choices": ["red", "blue"], "answer": "B"},
+        {"prompt": "Sky? A. red B. blue", "answer": "B"},
+    ]
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load_task("custom:choice", tmp_path / "choices.jsonl")
+    assert [item.prompt for item in task.items("test")] == ["Sky?\nA. red\nB. blue", *["Sky? A. red B. blue"] * 2]
+    assert all(task.grade("The answer is B.", item).right for item in task.items("test"))
