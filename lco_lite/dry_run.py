@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from statistics import median_high
 
 from lco_lite.console import Console
-from lco_lite.data.prompts import file_pairs, held_out, recipe_task, rl_prompts, sft_examples
+from lco_lite.data.prompts import file_pairs, held_out, held_out_pairs, recipe_task, rl_prompts, sft_examples
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.loading import open_tokenizer, quiet_libraries
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump
 from lco_lite.sequences import Example
-from lco_lite.train.pipeline import refuse_untrainable
+from lco_lite.train.pipeline import refuse_untrainable, told_of_split, tried_rewards
 from lco_lite.train.reward_model import hold_out
 
 
@@ -37,6 +37,8 @@ def preview(recipe: Recipe, console: Console) -> None:
     responses = rl.prompts_per_step * rl.responses_per_prompt
     updates = rl.inner_epochs * math.ceil(responses / rl.minibatch)
     console.say(f"rl       {len(prompts)} prompts; {rl.steps} steps of {responses} responses and {updates} updates")
+    for line in [*told_of_split(recipe, task), *tried_rewards(recipe, task)]:
+        console.say(line)
     if task is not None:
         items = held_out(recipe, task, recipe.eval.items)
         console.say(f"eval     {len(items)} held-out items, {recipe.eval.seeds} passes")
@@ -49,7 +51,8 @@ def _pairs(recipe: Recipe, chat: ChatFormat, prompts: int) -> str:
         most = prompts * rm.pairs_per_prompt
         return f"up to {most} pairs, from {rm.samples_per_prompt} responses to each of {prompts} prompts"
     pairs = file_pairs(recipe, recipe_task(recipe), chat)
-    updates = rm.max_steps or math.ceil(rm.epochs * len(hold_out(pairs, rm.held_out)[1]) / rm.batch_size)
+    trained = pairs if held_out_pairs(recipe, chat) else hold_out(pairs, rm.held_out)[1]
+    updates = rm.max_steps or math.ceil(rm.epochs * len(trained) / rm.batch_size)
     tokens = _lengths([e for pair in pairs for e in (pair.chosen, pair.rejected)])
     return f"{len(pairs)} pairs of {tokens} tokens, {updates} updates"
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lco_lite.console import Console
 from lco_lite.errors import UsageError
+from lco_lite.evaluation.held_out import HELD_OUT
 from lco_lite.evaluation.prompts import score_name
 from lco_lite.evaluation.summary import Graded, read_rows, read_score
 from lco_lite.recipe.file import flat
@@ -50,10 +51,7 @@ def compare_scores(
 ) -> None:
     """Both scores, their difference and the answers that flipped, a task after the other."""
     if not tasks:
-        own = (Run(runs / name) if name else Run.newest(runs)).recipe().task
-        if own is None:
-            raise UsageError("eval --compare: name a task: the run's recipe has none")
-        tasks = [own]
+        tasks = [(Run(runs / name) if name else Run.newest(runs)).recipe().task or HELD_OUT]
     results = {}
     for task in tasks:
         a, b = ([find(runs, name, task, one.strip(), scoring, grader) for one in which.split(",")] for which in pair)
@@ -75,7 +73,7 @@ def find(runs: Path, name: str | None, task: str, which: str, scoring: str, grad
         stage = run.newest_stage("rl-") + stage.removeprefix("rl")
     if not stage or not run.path.is_dir():
         raise UsageError(f"--compare {which}: a stage of the run, or RUN/STAGE; no run {run_name!r} is in {runs}/")
-    file = run.eval_path(score_name(load_task(task).name, scoring, grader), stage)
+    file = run.eval_path(score_name(HELD_OUT if task == HELD_OUT else load_task(task).name, scoring, grader), stage)
     responses = file.with_suffix(".rows.jsonl")
     if not file.exists() or not responses.exists():
         flags = f"--policy {stage}" if run.has_recipe() else "--model MODEL"

@@ -17,8 +17,9 @@ from typing import Any
 from lco_lite import ranks, weights
 from lco_lite.console import Console
 from lco_lite.context import Context, InterruptGuard
-from lco_lite.data.prompts import Prompt
+from lco_lite.data.prompts import Prompt, open_task
 from lco_lite.errors import DataError, Interrupted, UsageError
+from lco_lite.evaluation.held_out import HELD_OUT, held_out_task, likelihoods, show_held_out
 from lco_lite.evaluation.likelihood import likeliest_letters
 from lco_lite.evaluation.prompts import Question, eval_prompts, question, score_name, score_settings
 from lco_lite.evaluation.summary import Graded, graded, main_first, over_items, read_rows, read_score, spread, summarise
@@ -31,7 +32,7 @@ from lco_lite.recipe import Eval, Recipe
 from lco_lite.rollout.engine import OTHER_NUMBERS, Engine, Made, Response, Sampling, before_stop, in_order, open_engine
 from lco_lite.rollout.lockstep import optimal_policy
 from lco_lite.sequences import seeded
-from lco_lite.tasks import graded_as, load_task
+from lco_lite.tasks import graded_as
 from lco_lite.tasks.base import Task
 
 # which policy on which tasks, and how the scores are shown
@@ -41,20 +42,19 @@ def score(
     ctx: Context, tasks: Sequence[str] | None, stage: str | None, model: str | None, as_json: bool, data: Path | None
 ) -> None:
     """Scores, then a table or, for machines, one JSON object by task. ``data``: where the items are."""
-    names = list(tasks or ([ctx.recipe.task] if ctx.recipe.task else []))
-    if not names:
-        raise UsageError("eval: name a task (`lco-lite eval --list`): the run's recipe has none")
+    names = list(tasks or [ctx.recipe.task or HELD_OUT])
     if data is not None and data.is_file() and len(names) > 1:
         raise UsageError(
             f"--data {data}: one file holds the items of one task, and {len(names)} are named; give a folder"
         )
     stage = "base" if model else weights.named_policy(ctx.run, stage)
-    loaded = [_graded(load_task(name, data or _task_file(ctx.recipe, name)), ctx.recipe.eval) for name in names]
+    loaded = [_graded(open_task(ctx.recipe, n, data), ctx.recipe.eval) for n in names if n != HELD_OUT]
     results = [evaluate_stage(ctx, task, stage) for task in loaded]
+    own = [score_held_out(ctx, stage)] if HELD_OUT in names else []
     if as_json:
-        ctx.console.emit({result["task"]: result for result in results})
+        ctx.console.emit({result["task"]: result for result in results + own})
     else:
-        show(ctx.console, results)
+        _show_both(ctx.console, results, own)
     ctx.console.done(ctx.run.path / "eval")
 
 
@@ -65,12 +65,39 @@ def score_all(ctx: Context) -> None:
     best = rl.best_step() or {"step": rl.steps_done()}
     labels = {rl.name: f"{rl.name} (best: step {best['step']})"} if best["step"] != rl.steps_done() else {}
     results = [evaluate_stage(ctx, task, stage) for task in _eval_tasks(ctx.recipe) for stage in stages]
-    show(ctx.console, results, labels)
+    own = [score_held_out(ctx, stage) for stage in stages] if ctx.recipe.task is None else []
+    _show_both(ctx.console, results, own, labels)
+
+
+def score_held_out(ctx: Context, stage: str) -> dict[str, Any]:
+    """A stage's rewards on the prompts held out, and its likelihoods of the data held out: what there is without a
+    task. Raises UsageError where there is one."""
+    task, result = held_out_task(ctx.recipe, ctx.device), {"task": HELD_OUT, "stage": stage}
+    likely = likelihoods(ctx, stage) if stage != "optimal" else {}
+    result |= {name: value for name, value in likely.items() if name != "settings"}
+    if ctx.recipe.rl.reward_parts and task.items("test"):
+        result |= evaluate_stage(ctx, task, stage)
+    return result
+
+
+def _show_both(
+    console: Console,
+    of_tasks: Sequence[Mapping[str, Any]],
+    own: Sequence[dict[str, Any]],
+    labels: Mapping[str, str] | None = None,
+) -> None:
+    if of_tasks:
+        show(console, of_tasks, labels)
+    if any(len(one) > 2 for one in own):
+        show_held_out(console, own, labels)
+    elif own:
+        console.warn("there is no task, and nothing is held out (data.held_out): no stage has a score")
 
 
 def check_all(ctx: Context) -> None:
     """What ``score_all`` will lack is said before hours of training. Raises what the tasks raise."""
-    for task in _eval_tasks(ctx.recipe):
+    own = [held_out_task(ctx.recipe, ctx.device)] if ctx.recipe.task is None and ctx.recipe.rl.reward_parts else []
+    for task in [*_eval_tasks(ctx.recipe), *own]:
         n = len(eval_prompts(ctx.recipe, task))
         task.check(ctx.recipe.eval, n, _passes(ctx.recipe.eval), ctx.console)
 
@@ -106,16 +133,11 @@ def show(console: Console, results: Sequence[Mapping[str, Any]], labels: Mapping
 
 def _eval_tasks(recipe: Recipe) -> list[Task]:
     names = recipe.eval.tasks if recipe.eval.tasks is not None else [recipe.task] if recipe.task else []
-    return [_graded(load_task(name, _task_file(recipe, name)), recipe.eval) for name in names]
+    return [_graded(open_task(recipe, name), recipe.eval) for name in names]
 
 
 def _graded(task: Task, settings: Eval) -> Task:
     return graded_as(task, settings.grader, settings.tolerance, settings.evaluated)
-
-
-def _task_file(recipe: Recipe, name: str) -> str | None:
-    """``data.task`` holds the items of the recipe's own task, not of others."""
-    return recipe.data.task if name == recipe.task else None
 
 
 def _passes(settings: Eval) -> int:

@@ -19,10 +19,10 @@ from lco_lite.data.prompts import Prompt, system_text
 from lco_lite.errors import DataError, UsageError
 from lco_lite.grading.choice import LETTERS, answer_index
 from lco_lite.grading.math import MathGrader
-from lco_lite.models.chat import ChatFormat, conversation
+from lco_lite.models.chat import ChatFormat
 from lco_lite.recipe import Eval, Recipe
 from lco_lite.rollout.engine import engine_for
-from lco_lite.tasks.base import Item, Problem, Task, answer_text, fill, read_rows, text
+from lco_lite.tasks.base import Item, Problem, Task, answer_text, asked, fill, read_rows, text
 from lco_lite.tasks.custom import UsersGrader
 from lco_lite.weights import policy_id
 
@@ -62,10 +62,10 @@ def eval_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
     prompts = []
     for item in task.items("test")[: settings.items]:
         turns = [*examples_of(item), item]
-        messages = conversation(turns[0].prompt, _system(settings, item) or protocol["system"])
+        messages = list(asked(turns[0], _system(settings, item) or protocol["system"]))
         for example, following in pairwise(turns):
             answer = example.gold if settings.scoring == "likelihood" else example.demonstration or ""
-            messages += [{"role": "assistant", "content": answer}, *conversation(following.prompt)]
+            messages += [{"role": "assistant", "content": answer}, *asked(following)]
         prompts.append(Prompt(messages, item))
     return prompts
 
@@ -134,7 +134,7 @@ def score_settings(ctx: Context, task: Task, stage: str, prompts: Sequence[Promp
         ({"scored_by": scored_by} if scored_by else {})
         | sampled
         | {
-            "made_by": _made_by(ctx, stage),
+            "made_by": made_by(ctx, stage),
             "seed": ctx.recipe.seed,
             "sampling": settings.model_dump(exclude=apart),
             "protocol": prompt_settings(ctx.recipe, task),
@@ -172,7 +172,7 @@ def grader_of(task: Task) -> dict[str, Any]:
     return {"name": f"{grader.__module__}.{grader.__qualname__}"}
 
 
-def _made_by(ctx: Context, stage: str) -> str:
+def made_by(ctx: Context, stage: str) -> str:
     """Which weights: a stage by the id of its result, which is another once it is trained again; the base by name,
     precision and, of local files, when they were last written."""
     if stage == "optimal":

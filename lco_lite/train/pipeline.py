@@ -2,18 +2,25 @@
 
 import contextlib
 import gc
+import json
 from collections.abc import Callable
 from functools import partial
 
 from lco_lite import ranks
 from lco_lite.checkpoint import capture_rng, newest_good, restore_rng
 from lco_lite.context import Context
+from lco_lite.data.prompts import held_out_prompts, makes_split, open_task, recipe_task, rl_prompts
 from lco_lite.errors import Diverged, UsageError, WeightsLost
 from lco_lite.evaluation.evaluate import check_all, score_all
+from lco_lite.evaluation.held_out import HELD_OUT
+from lco_lite.evaluation.prompts import score_name
+from lco_lite.feedback.rewards import columns_of, try_functions
+from lco_lite.files import write_text
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.rollout.vllm import missing
 from lco_lite.run import StageFolder, as_started, stage_settings, verb
+from lco_lite.tasks.base import Task
 from lco_lite.trackers import refuse_missing
 from lco_lite.train.methods import method_of
 from lco_lite.train.reward_model import train_rm
@@ -32,6 +39,8 @@ def train(ctx: Context, stage: str, fresh: bool = False) -> None:
     if fresh:
         for name in ctx.run.discard_from(stage):
             ctx.console.note(f"{name}: deleted, to start again")
+    if not all(ctx.run.stage(name).is_done() for name in wanted[: wanted.index(stage) + 1]):
+        check_own_data(ctx)
     for i, name in enumerate(wanted[: wanted.index(stage) + 1]):
         _train_one(ctx, name, {before: ctx.run.stage(before).id() for before in wanted[:i]})
 
@@ -53,6 +62,57 @@ def refuse_untrainable(recipe: Recipe) -> None:
                 f"{section}.dtype: float16 is too narrow for gradients: those under 6e-8 become 0, and the loss is not "
                 f"scaled to keep them. Set {section}.dtype to bfloat16 or float32; eval takes float16."
             )
+
+
+@ranks.once
+def check_own_data(ctx: Context) -> None:
+    """Before anything is trained: which prompts are held out, where the recipe draws them, said and kept in the run;
+    and each reward function called once on a real prompt. Raises UsageError where a run would go on with others held
+    out, and for what is wrong with a function."""
+    task, file = recipe_task(ctx.recipe), ctx.run.path / "held_out.jsonl"
+    if makes_split(ctx.recipe, task):
+        held = sorted(held_out_prompts(ctx.recipe, task))
+        lines = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in held)
+        if not ctx.run.stages():
+            write_text(file, lines)
+        elif file.exists() and file.read_text(encoding="utf-8") != lines and _says_the_same_of_data(ctx):
+            raise UsageError(
+                f"{file}: other prompts are held out than when the run began, for its data have changed. Go back to "
+                "them, or start a new run with --name NAME"
+            )
+        for line in told_of_split(ctx.recipe, task):
+            ctx.console.note(line)
+    for line in tried_rewards(ctx.recipe, task):
+        ctx.console.note(line)
+
+
+def _says_the_same_of_data(ctx: Context) -> bool:
+    """Whether the run's recipe is this one in what a split rests on; where it is not, its stages say so."""
+    kept = ctx.run.recipe()
+    return (kept.seed, kept.task, kept.data) == (ctx.recipe.seed, ctx.recipe.task, ctx.recipe.data)
+
+
+def told_of_split(recipe: Recipe, task: Task | None) -> list[str]:
+    """How many prompts the recipe holds out, and how they were chosen."""
+    if not makes_split(recipe, task):
+        return []
+    n, share = len(held_out_prompts(recipe, task)), recipe.data.held_out
+    how = "a tenth, at most 200" if share is None else f"{share:g}"
+    if n == 0:
+        return ["nothing is held out: there are too few prompts for that share of them (data.held_out)"]
+    return [f"held out: {n} prompts, drawn by seed {recipe.seed} (data.held_out: {how}); nothing is trained on them"]
+
+
+def tried_rewards(recipe: Recipe, task: Task | None) -> list[str]:
+    """What each reward function says of one response to the first prompt: its known answer, where there is one."""
+    if not recipe.rl.reward_functions:
+        return []
+    prompts = rl_prompts(recipe, task)
+    first, columns = prompts[0], columns_of([prompt.row for prompt in prompts])
+    known = [first.item.demonstration, first.item.gold] if first.item else []
+    known += [first.row.get(name) for name in ("completion", "response", "output", "answer", "solution")]
+    text = next((value for value in known if isinstance(value, str) and value), "A response.")
+    return try_functions(recipe.rl, first.messages, first.row, columns, text)
 
 
 def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
@@ -121,7 +181,7 @@ def _own_objective(ctx: Context) -> str:
 def announce(ctx: Context, stage: str) -> None:
     """The last line: what the stage made, and what comes next."""
     folder = ctx.run.stage(stage)
-    scored = f"lco-lite eval {ctx.recipe.task or 'TASK'}"
+    scored = f"lco-lite eval {ctx.recipe.task or ''}".rstrip()
     following = {"sft": "lco-lite train-rm", "rm": "lco-lite rl"}.get(stage, scored)
     ctx.console.done(folder.adapter if folder.adapter.exists() else folder.model, following)
 
@@ -135,4 +195,17 @@ def run_all(ctx: Context, fresh: bool) -> None:
     train(ctx, ctx.recipe.stages[0] if fresh else last, fresh)
     train(ctx, last)
     score_all(ctx)
-    ctx.console.done(ctx.run.path, "lco-lite eval --help")
+    ctx.console.done(ctx.run.path, compare_first_and_last(ctx))
+
+
+def compare_first_and_last(ctx: Context) -> str:
+    """The command that tells whether the policy after the last stage is better than before RL, by what was scored."""
+    before = "sft" if ctx.recipe.sft.enabled else "base"
+    scored = ctx.recipe.eval.tasks or [ctx.recipe.task or HELD_OUT]
+    name = score_name(open_task(ctx.recipe, scored[0]).name if scored[0] != HELD_OUT else HELD_OUT, "generation", None)
+    both = [ctx.run.eval_path(name, stage) for stage in (before, ctx.recipe.stages[-1])]
+    if ctx.recipe.eval.scoring != "generation" or ctx.recipe.eval.grader or not all(file.exists() for file in both):
+        return "lco-lite eval" if scored == [HELD_OUT] else "lco-lite eval --help"
+    task = "" if scored[0] == HELD_OUT else f" {scored[0]}"
+    where = "" if str(ctx.run.path.parent) == "runs" else f" --runs {ctx.run.path.parent}"
+    return f"lco-lite eval{task} --compare {before} {ctx.recipe.stages[-1]}{where}"

@@ -504,7 +504,7 @@ def test_one_file_of_items_is_for_one_task(model, tmp_path):
 
 def test_a_task_that_is_not_right_or_wrong_shows_its_own_metrics_with_their_spread(model, tmp_path, monkeypatch):
     task = stub(Rewarded, test=ITEMS)
-    monkeypatch.setattr(evaluate, "load_task", lambda name, data=None: task)
+    monkeypatch.setattr(evaluate, "open_task", lambda recipe, name, *given: task)
     data = tmp_path / "none.jsonl"
     data.touch()
     result = score(model, tmp_path, "stub", data, "--seeds", 2, "--json")

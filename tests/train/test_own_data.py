@@ -1,0 +1,156 @@
+"""A run on the user's own data without a task: what is held out stays out, and the run ends with a score."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lco_lite.cli import app
+from lco_lite.data.prompts import demonstrations, held_out_prompts, held_out_rows, rl_prompts
+from lco_lite.errors import RecipeError, UsageError
+from lco_lite.files import read_jsonl
+from lco_lite.recipe.file import load_recipe
+from lco_lite.run import Run, stage_settings
+from tests.conftest import TINY
+
+REWARDS = """
+from length import of
+
+def short(completions, **columns):
+    return [-of(c) for c in completions]
+
+def even(prompts, responses, rows):
+    return [float("e" in r) if row["n"] % 2 == 0 else None for r, row in zip(responses, rows)]
+"""
+FUNCTIONS = {"short": "rewards.py:short", "even": "rewards.py:even"}
+
+
+def recipe_of(**changed):
+    own = {
+        "task": None,
+        "name": "own",
+        "data": {
+            "prompts": "rows.jsonl",
+            "demonstrations": "shown.jsonl",
+            "preferences": "rows.jsonl",
+            "held_out": 0.2,
+        },
+        "sft": TINY["sft"] | {"max_steps": 2},
+        "train_rm": TINY["train_rm"] | {"max_steps": 2, "check_items": 0},
+        "rl": TINY["rl"]
+        | {
+            "steps": 1,
+            "feedback": "dpo + function",
+            "reward_function": FUNCTIONS,
+            "inner_epochs": 1,
+            "max_length": 200,
+        },
+    }
+    return TINY | own | changed
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Say {i}.", "n": i, "chosen": "yes", "rejected": "no"} for i in range(20)]
+    shown = [{"prompt": f"say  {i}.", "completion": str(i)} for i in range(10, 30)]
+    for name, lines in (("rows", rows), ("shown", shown)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path("rewards.py").write_text(REWARDS)
+    Path("length.py").write_text("def of(text):\n    return float(len(text))\n")
+    Path("own.yaml").write_text(yaml.safe_dump(recipe_of()))
+    return tmp_path
+
+
+def call(*words, status=0):
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == status, result.output
+    return result
+
+
+def test_a_run_without_a_task_ends_with_rewards_loss_and_margin_before_and_after(folder):
+    said = call("run", "own.yaml").output
+    run = Run(Path("runs/own"))
+    table = said[said.index("held out: mean") :]
+    assert all(word in table for word in ("reward", "short", "even", "loss", "margin", "log chosen/rejected of"))
+    score = json.loads(run.eval_path("held_out", "rl-kld").read_text())
+    parts = score["metrics"]
+    assert parts["short"]["mean"] < 0 and 0 <= parts["even"]["mean"] <= 1
+    rows = read_jsonl(run.eval_path("held_out", "rl-kld").with_suffix(".rows.jsonl"))
+    held = {row["prompt"] for row in read_jsonl("runs/own/held_out.jsonl")}
+    assert {row["prompt"].casefold() for row in rows} <= held
+    recipe = load_recipe(Path("own.yaml"))
+    uneven = [r for r in rows if int(r["prompt"].split()[1].rstrip(".")) % 2]
+    assert all(row["score"] == -len(row["response"]) for row in uneven), "where even says nothing, short alone counts"
+    likely = json.loads(run.eval_path("held_out-likelihood", "rm").read_text())
+    kept = held_out_rows(recipe)
+    assert (likely["pairs"], likely["demonstrations"]) == (len(kept["preferences"]), len(kept["demonstrations"]))
+    assert likely["loss"] > 0
+    command = said.strip().splitlines()[-1].rpartition("next: ")[2]
+    assert "difference" in call(*command.removeprefix("lco-lite ").split()).output
+    Path("rewards.py").write_text(REWARDS.replace("-of(c)", "of(c)"))
+    again = call("eval", "--policy", "rl-kld").output
+    assert "only the scores are made anew" in again
+    assert json.loads(run.eval_path("held_out", "rl-kld").read_text())["metrics"]["short"]["mean"] > 0
+
+
+def test_what_is_held_out_of_one_file_is_held_out_of_all(folder):
+    recipe = load_recipe(Path("own.yaml"))
+    held = held_out_prompts(recipe, None)
+    assert held == held_out_prompts(load_recipe(Path("own.yaml"), ["rl.steps=3"]), None)
+    assert held != held_out_prompts(load_recipe(Path("own.yaml"), ["seed=1"]), None)
+    trained = {p.messages[-1]["content"] for p in rl_prompts(recipe, None)}
+    trained |= {" ".join(d.messages[-1]["content"].split()).capitalize() for d in demonstrations(recipe, None)}
+    assert len(held) >= 4 and not {text.casefold() for text in trained} & held
+    assert len(trained) + len(held) == 30
+    everything = load_recipe(Path("own.yaml"), ["data.held_out=0"])
+    assert not held_out_prompts(everything, None) and len(rl_prompts(everything, None)) == 20
+
+
+def test_a_run_does_not_go_on_with_other_prompts_held_out(folder):
+    call("sft", "own.yaml")
+    with Path("rows.jsonl").open("a") as file:
+        file.writelines(
+            json.dumps({"prompt": f"More {i}.", "n": i, "chosen": "a", "rejected": "b"}) + "\n" for i in range(20)
+        )
+    assert "other prompts are held out than" in call("rl", "own.yaml", status=2).stderr
+    assert "data.held_out: 0.2 → 0.3" in call("rl", "own.yaml", "-s", "data.held_out=0.3", status=2).stderr
+
+
+def test_runs_from_before_there_was_a_choice_hold_nothing_out(folder):
+    recipe = load_recipe(Path("own.yaml"), ["data.held_out=0"])
+    assert "data.held_out" not in stage_settings(recipe, "rl-kld")
+    assert stage_settings(load_recipe(Path("own.yaml"), ["data.held_out=null"]), "sft")["data.held_out"] is None
+    kept = yaml.safe_load(Path("own.yaml").read_text())
+    del kept["data"]["held_out"]
+    Path("runs/own").mkdir(parents=True)
+    Path("runs/own/recipe.yaml").write_text(yaml.safe_dump(kept))
+    assert Run(Path("runs/own")).recipe().data.held_out == 0
+
+
+def test_a_reward_that_returns_the_wrong_thing_is_told_before_anything_is_trained(folder):
+    Path("rewards.py").write_text("def short(completions, **columns):\n    return 1\neven = short\n")
+    message = call("run", "own.yaml", status=2).stderr.replace("\n", " ")
+    assert ": came back 1; a list with a number for each response is needed" in message
+    assert "tried on 'Say " in message and not Path("runs/own/sft").exists()
+    dry = call("run", "own.yaml", "--dry-run", status=2)
+    assert "came back 1" in dry.stderr.replace("\n", " ")
+
+
+def test_a_task_that_holds_items_out_takes_no_share(folder):
+    for field in ("data.held_out=0.1", "data.columns.task.prompt=q"):
+        with pytest.raises(RecipeError, match="arithmetic"):
+            load_recipe(
+                Path("own.yaml"), ["task=arithmetic", field if "held" in field else "data.held_out=null", field]
+            )
+
+
+def test_the_score_without_a_task_is_refused_where_there_is_one(folder):
+    from lco_lite.evaluation.held_out import held_out_task
+
+    with pytest.raises(UsageError, match="runs without a task"):
+        held_out_task(load_recipe(Path("own.yaml"), ["task=arithmetic", "data.held_out=null"]), None)
