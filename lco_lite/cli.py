@@ -116,6 +116,23 @@ def _main(
 
 
 @app.command()
+def init(
+    file: Annotated[str, Argument(help="Your prompts, with answers or pairs: .jsonl, .json, .csv or .parquet.")],
+    reward: Annotated[list[str] | None, Option(metavar="FILE.py", help="Your reward function. Repeatable.")] = None,
+    model: Annotated[str | None, Option(help="A model folder, GGUF file or hub id; else one that fits.")] = None,
+    out: Annotated[Path | None, Option(help="The recipe; beside the data unless given.")] = None,
+) -> None:
+    """Look at your data and this machine, and write a commented recipe that fits both."""
+    with boundary():
+        from lco_lite.models.loading import quiet_libraries
+
+        quiet_libraries()  # bitsandbytes speaks as it is imported
+        from lco_lite.init import write_recipe
+
+        write_recipe(file, reward or [], model, out, Console())
+
+
+@app.command()
 @spread(TrainFlags)
 def run(recipe: Recipe, on: TrainFlags, objective: Objective = None, beta: Beta = None, steps: Steps = None) -> None:
     """All stages in order, then the score after each. Skips what is done."""

@@ -1,0 +1,472 @@
+"""Which recipe fits these rows and this machine? ``lco-lite init FILE`` looks at both, asks nothing, and writes it.
+
+The columns say what there is: pairs, prompts with answers, or prompts alone; with ``--reward`` a function judges too.
+What learns from that, and how much of it the machine does in a while, is written down with a comment at every field.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from lco_lite.calling import ACCEPTED
+from lco_lite.console import Console
+from lco_lite.data.prompts import held_out_prompts, recipe_task
+from lco_lite.data.rows import CONVERSATIONS, PROMPTS, RESPONSES
+from lco_lite.errors import DataError, UsageError
+from lco_lite.files import load_rows, write_text
+from lco_lite.grading.choice import LETTERS
+from lco_lite.models.loading import open_tokenizer
+from lco_lite.recipe.file import parse_yaml, validate, write_yaml
+from lco_lite.recipe.sections import Model
+from lco_lite.tasks.base import HELD_OUT_SHARE
+from lco_lite.train.pipeline import tried_rewards
+from lco_lite.user_code import names_function
+
+ASKED = ("prompt", *CONVERSATIONS, *PROMPTS[1:], "query", "input", "text")
+ANSWERS = ("answer", "solution", "ground_truth", "label", "gold", "target")
+CHOICES = ("choices", "options")
+SHORT = 6  # words that an answer may have to be compared as text
+LABELS = 12  # different answers that are still a list to choose from
+FEW = 100  # prompts under which a tenth is too little to see a change on
+
+# GiB of the GPU from which on, model, quantization: sampling and training with room for responses of 1,024 tokens
+GPUS = (
+    (20, "Qwen/Qwen2.5-7B-Instruct", "nf4"),
+    (10, "Qwen/Qwen2.5-3B-Instruct", "nf4"),
+    (6, "Qwen/Qwen2.5-1.5B-Instruct", "nf4"),
+    (0, "Qwen/Qwen2.5-0.5B-Instruct", "none"),
+)
+SMALL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CPU_TOKENS = 16_384  # of responses: with SmolLM2-135M about five minutes of two cores, of ten that a run may take
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What was found: the column of each role, by our name for it; ``grader`` where answers can be graded, with the
+    system message that makes a model answer so."""
+
+    rows: Sequence[dict[str, Any]]
+    by_role: dict[str, str]
+    grader: str | None = None
+    system: str | None = None
+    why: str = ""
+
+    def values(self, role: str) -> list[Any]:
+        return [row[self.by_role[role]] for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``gib`` of the GPU, None where there is none."""
+
+    gib: float | None
+    told: str
+
+
+@dataclass
+class Lines:
+    """A recipe as text, a field a line, each with its comment."""
+
+    text: list[str] = field(default_factory=list)
+
+    def add(self, key: str, value: Any, comment: str = "", depth: int = 0) -> None:
+        shown = "" if value is None else f" {in_yaml(value)}"
+        line = f"{'  ' * depth}{key}:{shown}"
+        self.text.append(f"{line:<34}  # {comment}" if comment else line)
+
+
+def in_yaml(value: Any, inside: bool = False) -> str:
+    """On one line; ``inside`` braces more texts need quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{in_yaml(key, True)}: {in_yaml(inner, True)}" for key, inner in value.items()) + "}"
+    if inside and isinstance(value, str) and not re.fullmatch(r"[\w./:-]*\w", value):
+        return json.dumps(value)
+    if isinstance(value, float):
+        return f"{value:.1e}".replace("e-0", "e-") if 0 < value < 1e-2 else f"{value:g}"
+    return write_yaml([value]).removeprefix("- ").removesuffix("\n").replace("\n  ", " ")
+
+
+def write_recipe(file: str, rewards: Sequence[str], model: str | None, out: Path | None, console: Console) -> None:
+    """Writes the recipe beside ``file``, or to ``out``. Raises UsageError where something is there, or the data say
+    nothing of good and bad and no reward does; DataError for data that cannot be read."""
+    path = out or Path(file).with_suffix(".yaml")
+    if path.exists():
+        raise UsageError(f"{path} is there already, and is not written over: name another file with --out")
+    functions = dict(one for spec in rewards for one in functions_of(spec))
+    found = look(file, load_rows(file), bool(functions))
+    machine = this_machine()
+    weights = chosen_model(model, machine)
+    lengths, unit = measure(found, weights)
+    text = recipe_text(file, path, found, functions, machine, weights, lengths, unit)
+    recipe = validate(parse_yaml(text)[0], str(path))
+    task = recipe_task(recipe)
+    held = len(held_out_prompts(recipe, task))
+    told = tried_rewards(recipe, task)
+    write_text(path, text)
+    console.note(f"{file}: {len(found.rows)} rows, {held} prompts of them held out")
+    for role, column in found.by_role.items():
+        size = f", {lengths[role][0]} to {lengths[role][1]} {unit}" if role in lengths else ""
+        console.note(f"  {role:<9} column {column}{size}" + (f": {found.why}" if role == "answer" else ""))
+    console.note(f"  machine   {machine.told}: {weights.path}" + (" (your model)" if model else ""))
+    for line in told:
+        console.note(f"  {line}")
+    console.done(path, f"lco-lite run {path}")
+
+
+# what the rows are
+
+
+def look(file: str, rows: Sequence[dict[str, Any]], has_reward: bool) -> Looked:
+    """Raises DataError where no column is a prompt, UsageError where nothing tells a good response from a bad one."""
+    full = [n for n in rows[0] if all(row.get(n) not in (None, "", []) for row in rows)]
+    roles = {role: n for role, names in (("prompt", ASKED), ("choices", CHOICES)) if (n := _first(names, full))}
+    pairs = {"chosen", "rejected"} <= set(full)
+    if "prompt" not in roles and not pairs:
+        partly = next((n for n in ASKED if any(n in row for row in rows)), None)
+        why = f"{partly} is empty or missing in some rows" if partly else f"one of {', '.join(ASKED)} is needed"
+        raise DataError(f"{file}: no column for the prompt: {why}; found {', '.join(rows[0])}")
+    if pairs:
+        return Looked(
+            rows, {n: c for n, c in roles.items() if n == "prompt"} | {"chosen": "chosen", "rejected": "rejected"}
+        )
+    if response := _first(RESPONSES, full):
+        roles["response"] = response
+    answer = _first(ANSWERS, full)
+    if answer is not None:
+        grader, system, why = grader_for([row[answer] for row in rows], roles, rows)
+        if grader:
+            return Looked(rows, roles | {"answer": answer}, grader, system, why)
+        roles.setdefault("response", answer)  # whole texts, to be imitated
+    roles.pop("choices", None)
+    asked = [row[roles["prompt"]] for row in rows]
+    if "response" not in roles and all(isinstance(v, list) and _is_answer(v[-1]) for v in asked):
+        roles["response"] = roles["prompt"]
+    if not has_reward:
+        has = "prompts and responses to imitate" if "response" in roles else "prompts"
+        raise UsageError(
+            f"{file}: has {has}, and nothing that tells a good response from a bad one. Give --reward FILE.py with a "
+            f"function {ACCEPTED}, a column of short answers ({', '.join(ANSWERS)}), or chosen and rejected"
+        )
+    return Looked(rows, roles)
+
+
+def _is_answer(turn: Any) -> bool:
+    return isinstance(turn, dict) and turn.get("role", turn.get("from")) in ("assistant", "gpt")
+
+
+def _first(names: Sequence[str], present: Sequence[str]) -> str | None:
+    return next((name for name in names if name in present), None)
+
+
+_NUMBER = re.compile(r"[-+]?\s*[$€£]?\s*\d[\d,]*(\.\d+)?(/\d+)?\s*%?")
+
+
+def grader_for(
+    answers: Sequence[Any], roles: dict[str, str], rows: Sequence[dict[str, Any]]
+) -> tuple[str | None, str | None, str]:
+    """(grader, system message, what it was told by); no grader where the answers are whole texts."""
+    texts = [str(answer).strip() for answer in answers]
+    if "choices" in roles and all(isinstance(a, int) or t in LETTERS for a, t in zip(answers, texts, strict=True)):
+        return "choice", None, "the letter or index of a choice, so graded by `choice`"
+    if all(len(text) == 1 and text in LETTERS for text in texts):
+        return "choice", None, "letters, so graded by `choice`"
+    if all(_NUMBER.fullmatch(t) or "\\boxed" in t or "####" in t for t in texts):
+        told = any(re.search(r"(?i)boxed|answer", _plain(row[roles["prompt"]])) for row in rows)
+        system = None if told else 'Work it out in a few words, and end with "The answer is" and the answer.'
+        return "math", system, "numbers, so graded by `math`"
+    if median(len(text.split()) for text in texts) > SHORT:
+        return None, None, ""
+    kinds = list(dict.fromkeys(texts))
+    if len(kinds) <= LABELS and len(kinds) <= len(texts) / 2:
+        return (
+            "exact",
+            f"Answer with one of these and nothing else: {', '.join(kinds)}.",
+            "labels, so graded by `exact`",
+        )
+    return "exact", "Answer with the answer alone, in a few words.", "short texts, so graded by `exact`"
+
+
+def functions_of(spec: str) -> Iterator[tuple[str, str]]:
+    """(name, FILE.py:NAME) of the reward functions that ``FILE.py`` or ``FILE.py:NAME`` says; the file is read, not
+    run. Raises UsageError where there is none."""
+    if names_function(spec):
+        yield spec.rpartition(":")[2], spec
+        return
+    file = Path(spec)
+    if file.suffix != ".py" or not file.is_file():
+        raise UsageError(f"--reward {spec}: a Python file with a reward function is needed, FILE.py or FILE.py:NAME")
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8-sig"))
+    except (SyntaxError, ValueError) as e:
+        raise UsageError(f"{file}: is not Python: {e}") from e
+    defined = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    judges = [node.name for node in defined if not node.name.startswith("_") and _may_judge(node.args)]
+    if not judges:
+        names = ", ".join(node.name for node in defined) or "no function"
+        raise UsageError(f"{file}: has no reward function, {ACCEPTED}; found {names}")
+    yield from ((name, f"{spec}:{name}") for name in judges)
+
+
+def _may_judge(arguments: ast.arguments) -> bool:
+    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    needed = len(arguments.posonlyargs) + len(arguments.args) - len(arguments.defaults)
+    return bool({"completions", "completion_ids", "responses"} & set(names)) or needed == 3
+
+
+# the machine, the model, the lengths
+
+
+def this_machine() -> Machine:
+    if not torch.cuda.is_available():
+        return Machine(None, "no GPU")
+    card = torch.cuda.get_device_properties(0)
+    return Machine(card.total_memory / 2**30, f"{card.name}, {card.total_memory / 2**30:.0f} GiB")
+
+
+def chosen_model(asked: str | None, machine: Machine) -> Model:
+    """The user's, a folder, a GGUF file or a hub id; else one that fits. Raises UsageError for an adapter, or for a
+    folder with several GGUF files and no model."""
+    options: dict[str, Any] = {"quantization": "none"}
+    path = asked
+    if path is None:
+        path, quantization = SMALL, "none"
+        if machine.gib is not None:
+            path, quantization = next((name, kind) for least, name, kind in GPUS if machine.gib >= least)
+        options["quantization"] = quantization
+    elif Path(path).suffix == ".gguf" and Path(path).is_file():
+        options["gguf_file"], path = Path(path).name, str(Path(path).parent)
+    elif Path(path).is_dir() and (Path(path) / "adapter_config.json").is_file():
+        raise UsageError(f"--model {path}: is an adapter; name the model that it belongs to")
+    elif Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        ggufs = sorted(file.name for file in Path(path).glob("*.gguf"))
+        if len(ggufs) > 1:
+            raise UsageError(f"--model {path}: has {len(ggufs)} GGUF files; name one: {', '.join(ggufs)}")
+        options |= {"gguf_file": ggufs[0]} if ggufs else {}
+    return Model(path=path, **options)
+
+
+def measure(found: Looked, weights: Model) -> tuple[dict[str, tuple[int, int]], str]:
+    """(shortest, longest) of each role's texts, and the unit: tokens where the model is here, else characters."""
+    texts = {role: [_plain(v) for v in found.values(role)] for role in found.by_role if role != "choices"}
+    if not is_here(str(weights.path)):
+        return {role: (min(map(len, ts)), max(map(len, ts))) for role, ts in texts.items()}, "characters"
+    tokenizer = open_tokenizer(weights, 0)
+    sizes = {r: [len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in ts] for r, ts in texts.items()}
+    return {role: (min(ns), max(ns)) for role, ns in sizes.items()}, "tokens"
+
+
+def is_here(model: str) -> bool:
+    """Whether its tokenizer can be had without the network."""
+    if Path(model).is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model, "tokenizer_config.json"), str)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(str(turn.get("content", turn.get("value", ""))) for turn in value if isinstance(turn, dict))
+    return str(value)
+
+
+# the recipe
+
+
+def recipe_text(
+    file: str,
+    path: Path,
+    found: Looked,
+    functions: dict[str, str],
+    machine: Machine,
+    weights: Model,
+    lengths: dict[str, tuple[int, int]],
+    unit: str,
+) -> str:
+    n, on_cpu, pairs = len(found.rows), machine.gib is None, "chosen" in found.by_role
+    graded = found.grader is not None
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "own"
+    share = 0.2 if n < FEW else HELD_OUT_SHARE
+    new_tokens = response_tokens(found, lengths, unit, on_cpu)
+    longest = max(size[1] for role, size in lengths.items() if role in ("prompt", "chosen", "rejected"))
+    longest_response = max((s[1] for r, s in lengths.items() if r in ("response", "chosen", "rejected")), default=0)
+    longest, longest_response = (x if unit == "tokens" else x // 2 for x in (longest, longest_response))
+    window = min(-(-(longest + max(new_tokens, longest_response) + 64) // 64) * 64, 4096)
+    y = Lines(
+        [
+            f"# {name}: written by `lco-lite init {file}` from {n} rows. Files are found from where it is run.",
+            "#",
+            f"#   lco-lite run {path} --dry-run     # what would happen",
+            f"#   lco-lite run {path}",
+        ]
+    )
+    y.add("name", name, "the run's folder under runs/")
+    y.add("seed", 0, "of data order, sampling, and what is held out")
+    if graded:
+        y.add("task", f"custom:{found.grader}" if found.grader != "math" else "custom", found.why)
+    y.add("model", None)
+    y.add("path", weights.path, "hub id or folder" if is_here(str(weights.path)) else "from the hub the first time", 1)
+    if weights.gguf_file:
+        y.add("gguf_file", weights.gguf_file, "converted once into the run", 1)
+    if weights.quantization != "none":
+        y.add("quantization", weights.quantization, "4 bits a weight: a third of the memory", 1)
+    if on_cpu:
+        y.add("dtype", "float32", "many CPUs are slow in bfloat16", 1)
+    y.add("lora", {"r": 16, "alpha": 32}, "only an adapter of this rank is trained", 1)
+    if pairs:
+        y.add("reward_model", "self", "φ is a second adapter on the same model")
+    if found.system:
+        y.add("chat", None)
+        y.add("system", found.system, "so that the grader finds the answer", 1)
+    _add_data(y, file, found, share)
+    _add_sft(y, found, on_cpu, window)
+    if pairs or _learns_phi(graded, on_cpu, n):
+        _add_reward_model(y, found, on_cpu, window, n)
+    _add_rl(y, found, functions, on_cpu, new_tokens, window, round(n * (1 - share)))
+    y.add("eval", None)
+    y.add("seeds", 2 if on_cpu else 4, "times that each held-out prompt is answered", 1)
+    y.add("temperature", 0.6, "of those answers; 0 is greedy", 1)
+    if graded:
+        y.add("max_new_tokens", new_tokens, "as in rl", 1)
+    y.add("batch", 32 if on_cpu else 64, "answers at once", 1)
+    return "\n".join(y.text) + "\n"
+
+
+def response_tokens(found: Looked, lengths: dict[str, tuple[int, int]], unit: str, on_cpu: bool) -> int:
+    """What a response may take: as long as those in the data, else as a grader's answers need."""
+    if known := [lengths[role][1] for role in ("response", "chosen") if role in lengths]:
+        tokens = max(known) if unit == "tokens" else max(known) // 3
+        return min(max(32, -(-tokens // 32) * 32), 96 if on_cpu else 1024)
+    if found.grader in ("choice", "exact"):
+        return 16 if found.grader == "exact" else 48 if on_cpu else 256
+    return (96 if found.grader == "math" else 64) if on_cpu else 1024
+
+
+def _learns_phi(graded: bool, on_cpu: bool, n: int) -> bool:
+    """Answers and time enough: a reward model is made of the policy's own right and wrong responses."""
+    return graded and not on_cpu and n >= FEW
+
+
+def _add_data(y: Lines, file: str, found: Looked, share: float) -> None:
+    roles, columns = found.by_role, dict[str, dict[str, str]]()
+    y.add("data", None)
+    if found.grader:
+        y.add("task", file, "prompts and answers: trained on, and of those held out the score", 1)
+        usual = {
+            "prompt": (*PROMPTS, "messages"),
+            "answer": ("answer",),
+            "response": ("response",),
+            "choices": ("choices",),
+        }
+        columns["task"] = {r: c for r, c in roles.items() if c not in usual[r]}
+    else:
+        y.add("prompts", file, "what the policy answers in rl", 1)
+        if "response" in roles or "chosen" in roles:
+            y.add("demonstrations", file, "what sft imitates: " + roles.get("response", "chosen"), 1)
+        if "chosen" in roles:
+            y.add("preferences", file, "what the reward model learns from", 1)
+        asked = roles.get("prompt", "prompt")
+        own = {"prompt": asked} if asked not in (*PROMPTS, *CONVERSATIONS) else {}
+        columns["prompts"] = own
+        if "response" in roles:
+            reply = roles["response"]
+            known = reply in RESPONSES or reply == asked
+            columns["demonstrations"] = own | ({} if known else {"response": reply})
+        elif "chosen" in roles:
+            columns["demonstrations"] = columns["preferences"] = own
+    if columns := {kind: names for kind, names in columns.items() if names}:
+        y.add("columns", columns, "our name: the file's", 1)
+    if not (found.grader and all("split" in row for row in found.rows)):
+        y.add("held_out", share, "of the prompts, drawn by the seed: never trained on, for the score", 1)
+
+
+def _add_sft(y: Lines, found: Looked, on_cpu: bool, window: int) -> None:
+    y.add("sft", None)
+    if not {"response", "chosen"} & set(found.by_role):
+        y.add("enabled", False, "no responses to imitate: rl starts from the model as it is", 1)
+        return
+    if found.grader:
+        y.add("examples", max(1, len(found.rows) // 2), "demonstrations; rl takes the other prompts", 1)
+    if on_cpu:
+        y.add("max_steps", min(16, max(4, len(found.rows) // 4)), "updates", 1)
+        y.add("batch_size", 8, "responses an update", 1)
+    else:
+        y.add("epochs", 1, "passes over them", 1)
+    y.add("lr", 2e-4, "of an adapter; ten times that of full fine-tuning", 1)
+    y.add("max_length", window, "tokens of prompt and response; longer ones are left out, and counted", 1)
+
+
+def _add_reward_model(y: Lines, found: Looked, on_cpu: bool, window: int, n: int) -> None:
+    y.add("train_rm", None)
+    if "chosen" not in found.by_role:
+        y.add("samples_per_prompt", 4, "the policy's own responses, right ones paired with wrong ones", 1)
+    if on_cpu:
+        y.add("max_steps", min(20, max(5, n // 3)), "updates", 1)
+        y.add("batch_size", 8, "pairs an update", 1)
+    y.add("lr", 1e-4 if on_cpu else 1e-5, "few pairs take a higher one" if on_cpu else "of an adapter", 1)
+    y.add("sft_weight", 1.0, "keeps the chosen responses likely as well", 1)
+    y.add("max_length", window, "tokens of prompt and response", 1)
+
+
+def _add_rl(
+    y: Lines, found: Looked, functions: dict[str, str], on_cpu: bool, new_tokens: int, window: int, n: int
+) -> None:
+    """LCO-KLD throughout: of the objectives here the steadiest, and any other can be tried with --objective."""
+    pairs, group = "chosen" in found.by_role, 8
+    learns_phi = pairs or _learns_phi(found.grader is not None, on_cpu, n)
+    parts = ["dpo"] * learns_phi + ["rule"] * (found.grader is not None) + ["function"] * bool(functions)
+    why = {
+        "dpo": "the reward model's word on every token",
+        "rule": "+1 right, -1 wrong",
+        "function": "your reward",
+    }
+    told = f"{group} responses to each prompt are compared by a number each: there is nothing to make a reward model of"
+    if learns_phi:
+        made = "the pairs" if pairs else "the policy's own right and wrong responses"
+        told = f"a reward model of {made} speaks on every token: more to learn from than a number a response"
+    y.add("rl", None)
+    y.text.append(f"  # {told}.")
+    y.add("objective", "kld", "the steadiest of the paper's; --objective grpo and others compare", 1)
+    y.add("feedback", " + ".join(parts), "; ".join(why[part] for part in parts), 1)
+    if functions:
+        several = len(functions) > 1
+        y.add(
+            "reward_function",
+            functions if several else next(iter(functions.values())),
+            "called once before training",
+            1,
+        )
+        if several:
+            y.add("rewards", {name: {"weight": 1.0} for name in functions}, "what each counts", 1)
+    y.add("beta", 1.0 if learns_phi else 0.5, "smaller: the advantage moves the policy further", 1)
+    if learns_phi:
+        y.add("anchor", 0.5, "holds the target: without it each step compounds the reward model's errors", 1)
+    if len(parts) > 1 or not learns_phi:
+        y.add("responses_per_prompt", group, "compared with each other", 1)
+        y.add("baseline", "group", "what is better than the prompt's other responses is reinforced", 1)
+        y.add("scale_rewards", True, "in units of their spread: a reward may have any scale", 1)
+    else:
+        group = 1
+    at_once = max(1, min(64 // group, n)) if on_cpu else min(max(16, 512 // group), n)
+    steps = max(2, round(CPU_TOKENS / new_tokens / group / at_once)) if on_cpu else 4 if learns_phi else 20
+    y.add("steps", min(steps, 16), "times that the policy answers anew", 1)
+    y.add("prompts_per_step", at_once, "prompts each time", 1)
+    y.add("minibatch", 16 if on_cpu else 64, "responses an update", 1)
+    y.add("inner_epochs", 2 if on_cpu else 1, "passes over them", 1)
+    y.add("lr", 2e-4 if on_cpu else 5e-5, "few updates take a higher one" if on_cpu else "of an adapter", 1)
+    y.add("warmup_steps", 2 if on_cpu else 10, "updates until it is reached", 1)
+    y.add("temperature", 1.0, "varied responses, so that some are better than others", 1)
+    y.add("top_p", 1.0, "the same", 1)
+    y.add("max_new_tokens", new_tokens, "a response is cut here", 1)
+    y.add("max_length", window, "tokens of prompt and response; longer prompts are left out, and counted", 1)
+    y.add("rollout_batch", 64, "responses at once; halved where memory runs out", 1)
+    y.add("micro_batch_tokens", 2048 if on_cpu else 8192, "tokens a pass; halved where memory runs out", 1)
+    if found.grader is not None and on_cpu:
+        y.add("eval_every", 0, "steps between held-out scores; the run ends with one", 1)

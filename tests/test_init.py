@@ -1,0 +1,146 @@
+"""``lco-lite init``: what it takes for what, and that the recipe it writes is one, commented, and goes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lco_lite import init
+from lco_lite.cli import app
+from lco_lite.data.prompts import held_out_prompts, recipe_task
+from lco_lite.models.loading import build_scratch
+from lco_lite.recipe.file import load_recipe
+from lco_lite.recipe.sections import Init
+
+REWARDS = """
+def _helper(x):
+    return x
+
+def short(completions, **columns):
+    return [-float(len(c)) for c in completions]
+
+def named(prompts, responses, rows):
+    return [len(row) for row in rows]
+
+def text(word):
+    return word
+"""
+N = 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("init") / "model"
+    build_scratch(Init(hidden_size=16, layers=1, heads=2, intermediate_size=32), folder, seed=0)
+    return str(folder)
+
+
+@pytest.fixture
+def made(model, tmp_path, monkeypatch):
+    """(the recipe that is written for these rows, what the command said)."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(row, *flags, n=N):
+        Path("rows.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(n)))
+        result = CliRunner().invoke(app, ["init", "rows.jsonl", "--model", model, *flags])
+        assert result.exit_code == 0, result.output
+        return load_recipe(Path("rows.yaml")), result.output
+
+    return make
+
+
+def test_answers_that_are_numbers_are_graded_as_mathematics_and_the_columns_are_named(made):
+    recipe, said = made(lambda i: {"question": f"{i} + 1?", "solution": i + 1})
+    assert (recipe.task, recipe.rl.feedback, recipe.data.task) == ("custom", "rule", "rows.jsonl")
+    assert recipe.data.columns.task.model_dump(exclude_none=True) == {"answer": "solution"}
+    task = recipe_task(recipe)
+    assert (len(task.items("train")), len(task.items("test"))) == (32, 8)
+    item = task.items("test")[0]
+    assert task.grade(f"The answer is {item.gold}.", item).right
+    assert "column solution" in said and said.splitlines()[-1].endswith("next: lco-lite run rows.yaml")
+
+
+def test_labels_are_compared_whole_and_the_model_is_told_which_there_are(made):
+    recipe, _ = made(lambda i: {"text": f"Film {i}", "label": ["good", "bad"][i % 2]})
+    assert recipe.task == "custom:exact" and recipe.chat.system.endswith("good, bad.")
+    assert recipe.data.columns.task.prompt == "text"
+
+
+def test_letters_and_indices_of_choices_are_choices(made):
+    recipe, _ = made(lambda i: {"question": f"{i}?", "options": ["red", "blue", "green"], "answer": i % 3})
+    assert recipe.task == "custom:choice"
+    item = recipe_task(recipe).items("train")[0]
+    assert "A. red\nB. blue\nC. green" in item.prompt
+
+
+def test_pairs_become_a_reward_model_and_their_better_half_is_imitated(made):
+    def row(i):
+        ask = {"role": "user", "content": f"Hi {i}"}
+        return {k: [ask, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+
+    recipe, _ = made(row)
+    assert recipe.stages == ["sft", "rm", "rl-kld"] and recipe.rl.feedback == "dpo" and recipe.rl.anchor == 0.5
+    assert len(held_out_prompts(recipe, None)) == 8
+
+
+def test_a_reward_alone_is_tried_and_every_field_has_its_comment(made, tmp_path):
+    (tmp_path / "r.py").write_text(REWARDS)
+    recipe, said = made(lambda i: {"prompt": f"Say {i}."}, "--reward", "r.py")
+    assert recipe.rl.reward_function == {"short": "r.py:short", "named": "r.py:named"}
+    assert recipe.stages == ["rl-kld"] and recipe.rl.scale_rewards
+    assert "r.py:short, called by TRL's signature" in said and "-11" in said
+    fields = [line for line in Path("rows.yaml").read_text().splitlines() if ": " in line and line.strip()[0] != "#"]
+    assert len(fields) > 20 and all("  # " in line for line in fields)
+
+
+def test_on_a_gpu_answers_make_a_reward_model_and_the_model_is_one_that_fits(made, monkeypatch):
+    monkeypatch.setattr(init, "this_machine", lambda: init.Machine(12.0, "a card, 12 GiB"))
+    recipe, _ = made(lambda i: {"prompt": f"{i} + 1?", "answer": str(i + 1)}, n=200)
+    assert recipe.rl.feedback == "dpo + rule" and recipe.stages == ["rm", "rl-kld"]
+    card = init.Machine(12.0, "")
+    assert init.chosen_model(None, card).path == "Qwen/Qwen2.5-3B-Instruct"
+    assert init.chosen_model(None, init.Machine(None, "")).path == init.SMALL
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "message"),
+    [
+        ({"prompt": "Say it."}, [], "--reward FILE.py with a function"),
+        ({"prompt": "Say it.", "response": "It."}, [], "responses to imitate, and nothing that tells a good response"),
+        ({"a": 1}, [], "no column for the prompt: one of prompt"),
+        ({"prompt": "p", "answer": 1}, ["--reward", "none.py"], "a Python file with a reward function"),
+        ({"prompt": "p", "answer": 1}, ["--reward", "bad.py"], "no reward function, f.prompts.*found odd"),
+        ({"prompt": "p", "answer": 1}, ["--reward", "wrong.py"], "wrong.py:f: came back 1.0; a list with a number"),
+        ({"prompt": "p", "answer": 1}, ["--out", "taken.yaml"], "taken.yaml is there already"),
+    ],
+)
+def test_what_it_cannot_go_by_is_one_message_and_no_recipe(model, tmp_path, monkeypatch, row, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({n: f"{v}{i}" if n == "prompt" else v for n, v in row.items()}) + "\n" for i in range(10))
+    )
+    Path("bad.py").write_text("def odd(x):\n    return 1\n")
+    Path("wrong.py").write_text("def f(completions, **columns):\n    return 1.0\n")
+    Path("taken.yaml").write_text("mine")
+    result = CliRunner().invoke(app, ["init", "rows.jsonl", "--model", model, *flags])
+    assert result.exit_code == 2
+    import re
+
+    assert re.search(message, result.stderr.replace("\n", " ")), result.stderr
+    assert not Path("rows.yaml").exists() and Path("taken.yaml").read_text() == "mine"
+
+
+def test_csv_and_parquet_are_read_too(model, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    rows = datasets.Dataset.from_list([{"prompt": f"{i} + 1?", "answer": i + 1} for i in range(N)])
+    rows.to_csv("a.csv")
+    rows.to_parquet("b.parquet")
+    for name in ("a.csv", "b.parquet"):
+        assert CliRunner().invoke(app, ["init", name, "--model", model]).exit_code == 0
+        recipe = load_recipe(Path(name).with_suffix(".yaml"))
+        assert len(recipe_task(recipe).items("test")) == 8
