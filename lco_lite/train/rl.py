@@ -326,8 +326,6 @@ def batch_rows(
     return [row(i) for i in places]
 
 
-<<<<<<< HEAD
-=======
 def mean_reward(phase: Phase, rl: Rl, own: Tensor, scores: Tensor) -> float:
     """Over the policy's own responses; of rewards that do not apply everywhere each over those that it applies to."""
     if not any(None in values for values in phase.rewards.values()):
@@ -338,22 +336,6 @@ def mean_reward(phase: Phase, rl: Rl, own: Tensor, scores: Tensor) -> float:
     return sum(weights[n] * known[n] for n in known) / sum(weights.values()) if known else math.nan
 
 
-def readable(phase: Phase, rollouts: Rollouts, rl: Rl) -> list[dict[str, Any]]:
-    """The first responses of a step, as rows for samples.jsonl."""
-    scores = phase.scores(rl)
-    return [
-        {
-            "prompt": rollouts.prompts[phase.chosen[i // rl.responses_per_prompt]].messages[-1]["content"],
-            "response": rollouts.chat.text(response.example.response),
-            "truncated": response.truncated,
-            "right": None if phase.grades is None else phase.grades[i] > 0,
-            "reward": None if scores is None else scores[i].item(),
-        }
-        for i, response in enumerate(phase.responses[:SAMPLES_A_STEP])
-    ]
-
-
->>>>>>> e38a5c6 (A reward function is called by TRL's signature or ours, told by its parameters; None is a reward that does not apply; files beside it can be imported)
 def try_out(models: Models, rl: Rl, examples: list[Example], micro_batch_tokens: int) -> None:
     """Scores these, and adds the gradient of an update on them."""
     n = len(examples)
