@@ -17,9 +17,12 @@ from lco_lite.environment import environment
 from lco_lite.errors import UsageError
 from lco_lite.recipe.file import copy_recipes, find_recipe, load_recipe, show_recipes
 from lco_lite.recipe.rl import METHOD_DEFAULTS, known_objective
+from lco_lite.shell import Command, Group, objectives, of, policies, recipe_names, run_names
+from lco_lite.shell import tasks as known_tasks
 
 app = typer.Typer(
     name="lco-lite",
+    cls=Group,
     help="Improve a small language model by reinforcement learning on one GPU, without collapse.",
     epilog="First: lco-lite run quickstart. Then: lco-lite sft math, lco-lite rl --objective lch, lco-lite eval",
     no_args_is_help=True,
@@ -39,8 +42,12 @@ _POLICY = "base, sft, rm, rl (the newest) or rl-OBJECTIVE; STAGE@best, STAGE@STE
 _SET = "Set any field of the recipe, e.g. -s rl.lr=1e-5. Repeatable."
 _WHICH = "A recipe file or a shipped recipe's name."
 
-Recipe = Annotated[str, Argument(help=_WHICH)]
-RecipeOrNewest = Annotated[str | None, Argument(metavar="RECIPE", help=f"{_WHICH} Without it the newest run goes on.")]
+_RECIPES = of(recipe_names)
+Recipe = Annotated[str, Argument(help=_WHICH, autocompletion=_RECIPES)]
+RecipeOrNewest = Annotated[
+    str | None,
+    Argument(metavar="RECIPE", help=f"{_WHICH} Without it the newest run goes on.", autocompletion=_RECIPES),
+]
 Sets = Annotated[list[str] | None, Option("--set", "-s", metavar="KEY=VALUE", help=_SET)]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 
@@ -50,7 +57,7 @@ class RunFlags:
     """The flags of every command on a run. ``Annotated`` holds what typer shows of them."""
 
     sets: Sets = None
-    name: Annotated[str | None, Option(help="The run's name; the recipe's unless given.")] = None
+    name: Annotated[str | None, Option(help="The run's name; the recipe's unless given.", autocompletion=of(run_names))] = None
     seed: Annotated[int | None, Option(help="Seed of weights, data order and sampling.")] = None
     device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs")
@@ -104,7 +111,7 @@ def _objective(name: str | None) -> str | None:
         raise typer.BadParameter(str(e)) from e
 
 
-Objective = Annotated[str | None, Option(help=_OBJECTIVES, callback=_objective)]
+Objective = Annotated[str | None, Option(help=_OBJECTIVES, callback=_objective, autocompletion=of(objectives))]
 Beta = Annotated[float | None, Option(help="Strength of the KL regulariser.")]
 Steps = Annotated[int | None, Option(help="Rollout phases; more than are done go on from the last.")]
 
@@ -153,7 +160,7 @@ def sft(on: TrainFlags, recipe: RecipeOrNewest = None) -> None:
 @app.command()
 @spread(TrainFlags)
 def train_rm(on: TrainFlags, recipe: RecipeOrNewest = None) -> None:
-    """The reward model, by DPO on preference pairs from data or sampled here."""
+    """The reward model, by DPO on pairs from data or sampled here."""
     _train("rm", recipe, on)
 
 
@@ -169,7 +176,10 @@ def rl(
     ] = None,
     steps: Steps = None,
 ) -> None:
-    """Policy optimisation by LCO or another objective; stages it needs are trained first if missing."""
+    """Policy optimisation by LCO or another objective.
+
+    Stages that it needs are trained first if they are missing.
+    """
     flags = {"rl.objective": objective, "rl.beta": beta, "rl.feedback": feedback, "rl.steps": steps}
     _train("rl", recipe, on, flags)
 
@@ -187,9 +197,9 @@ def _train(stage: str, recipe: str | None, on: TrainFlags, flags: dict[str, Any]
 @spread(RunFlags)
 def evaluate(
     on: RunFlags,
-    tasks: Annotated[list[str] | None, Argument(metavar="TASK…", help="e.g. math500; else the recipe's.")] = None,
+    tasks: Annotated[list[str] | None, Argument(metavar="TASK…", help="e.g. math500; else the recipe's.", autocompletion=of(known_tasks))] = None,
     model: Annotated[str | None, Option(help="Score a model or adapter folder or hub id, not a run.")] = None,
-    policy: Annotated[str | None, Option(help=_POLICY)] = None,
+    policy: Annotated[str | None, Option(help=_POLICY, autocompletion=of(policies))] = None,
     beta: Annotated[float | None, Option(help="β of --policy optimal; the recipe's unless given.")] = None,
     seeds: Annotated[int | None, Option(help="Sampling passes over the items.")] = None,
     greedy: Annotated[bool, Option("--greedy", help="Decode greedily, one pass.")] = False,
@@ -206,7 +216,10 @@ def evaluate(
     list_tasks: Annotated[bool, Option("--list", help="List the tasks and stop.")] = False,
     json: Json = False,
 ) -> None:
-    """pass@1 of the newest policy, or of any model folder or hub id, with its spread over seeds."""
+    """The score of a run's policy, or of any model.
+
+    pass@1 with its spread over seeds; without --policy of the newest policy.
+    """
     if list_tasks:
         from lco_lite.tasks import task_names
 
@@ -233,9 +246,9 @@ def evaluate(
 @app.command()
 def chat(
     which: Annotated[
-        str | None, Argument(metavar="RUN|PATH", help="A run, model or adapter; else the newest run.")
+        str | None, Argument(metavar="RUN|PATH", help="A run, model or adapter; else the newest run.", autocompletion=of(run_names))
     ] = None,
-    policy: Annotated[str | None, Option(help="As eval names it: base, sft, rl-OBJECTIVE, optimal (π*) …")] = None,
+    policy: Annotated[str | None, Option(help="As eval names it: base, sft, rl-OBJECTIVE, optimal (π*) …", autocompletion=of(policies))] = None,
     beside: Annotated[
         str | None, Option(metavar="NAME", help="A second one: of the same run, or a run or path.")
     ] = None,
@@ -247,7 +260,10 @@ def chat(
     sets: Sets = None,
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
 ) -> None:
-    """Talk to a policy, or to two side by side. /help there lists the commands."""
+    """Talk to a policy, or to two side by side.
+
+    /help there lists the commands.
+    """
     flags = {"eval.temperature": temperature, "eval.max_new_tokens": max_tokens, "chat.system": system}
     with boundary():
         from lco_lite.chat import chat
@@ -257,7 +273,7 @@ def chat(
 
 @app.command("runs")
 def list_runs(
-    name: Annotated[str | None, Argument(help="One run in detail; without it all are listed.")] = None,
+    name: Annotated[str | None, Argument(help="One run in detail; without it all are listed.", autocompletion=of(run_names))] = None,
     clean: Annotated[bool, Option("--clean", help="Delete what nothing needs any more; it is shown first.")] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
@@ -308,7 +324,10 @@ def study(
     quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings, scores and the last line.")] = False,
     json: Json = False,
 ) -> None:
-    """A grid of runs that answers a question: a page with verdicts, tables, plots. Started again, it goes on."""
+    """A grid of runs that answers a question.
+
+    A page with verdicts, tables and plots. Started again, it goes on.
+    """
     with boundary():
         from lco_lite.study.verb import list_studies, run_study
 
@@ -359,7 +378,7 @@ def plan(
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
     json: Json = False,
 ) -> None:
-    """Memory of each phase, disk and hours, from the recipe and the models' configs alone."""
+    """Memory of each phase, disk and hours, from configs alone."""
     with boundary():
         from lco_lite.models.loading import quiet_libraries
 
@@ -389,3 +408,7 @@ def env(json: Json = False) -> None:
         for topic, value in facts.items():
             for name, text in (value if isinstance(value, dict) else {"": value}).items():
                 Console().say(f"{topic:10} {name:14} {text if text is not None else 'not installed'}")
+
+
+for _made in (*app.registered_commands, *data_app.registered_commands):
+    _made.cls = Command

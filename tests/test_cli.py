@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from lco_lite.cli import app
-from lco_lite.recipe.file import shipped
+from lco_lite.cli import app, data_app
+from lco_lite.recipe.file import PEERS, find_recipe, flat, load_recipe, shipped
 from lco_lite.recipe.rl import METHOD_DEFAULTS
 from lco_lite.run import Run
+from lco_lite.shell import EXAMPLES, GROUPS
 
 runner = CliRunner()
 
@@ -55,6 +58,13 @@ def test_every_command_has_help_and_version_is_told():
         (["rl", "--objective", "nope"], f"Accepted: {', '.join(METHOD_DEFAULTS)}"),
         (["rl", "quickstart", "-s", "rl.objective=nope"], f"Accepted: {', '.join(METHOD_DEFAULTS)}"),
         (["rl", "quickstart", "--beta", "0"], "rl.beta"),
+        (["rl", "quickstart", "-s", "rl.learning_rate=1e-5"], "unknown key; here it is lr"),
+        (["rl", "quickstart", "-s", "num_generations=4"], "unknown key; here it is responses_per_prompt"),
+        (
+            ["sft", "quickstart", "-s", "sft.per_device_train_batch_size=4"],
+            "here it is batch_size or micro_batch_tokens",
+        ),
+        (["sft", "quickstart", "-s", "model.load_in_4bit=true"], "here it is model.quantization"),
         (["rl", "quickstart", "-s", "rl.weighting=policy"], "no meaning for kld"),
         (["eval", "math5000", "--model", "x"], "did you mean math500"),
         (["eval", "--model", "x"], "name at least one task"),
@@ -254,3 +264,56 @@ def test_a_gradient_that_is_not_finite_exits_4(tiny, monkeypatch):
     result = call("sft", tiny, "--runs", tiny.parent / "runs")
     assert result.exit_code == 4
     assert "gradient" in result.stderr and "checkpoint" in result.stderr
+
+
+def test_a_peers_name_leads_to_a_field_that_there_is():
+    fields = flat(load_recipe(find_recipe("quickstart")).model_dump())
+    known = {key.rpartition(".")[2] for key in fields}
+    known |= {".".join(key.split(".")[:n]) for key in fields for n in range(1, 5)}
+    for peer, ours in PEERS.items():
+        assert peer not in fields
+        for field in ours.replace("(and --runs)", "").split():
+            assert field in known, (peer, field)
+
+
+def test_commands_stand_in_four_groups_on_one_screen_and_each_help_has_an_example():
+    shown = runner.invoke(app, ["--help"], env={"COLUMNS": "80"}).output
+    assert len(shown.splitlines()) <= 45 and all(len(line) <= 80 for line in shown.splitlines())
+    assert "..." not in shown.partition("Train:")[2], "what a command does is told in a line"
+    assert [shown.index(f"{group}:") for group in GROUPS] == sorted(shown.index(f"{group}:") for group in GROUPS)
+    commands = [*get_command(app).commands, *(["data", name] for name in get_command(data_app).commands)]
+    grouped = {name for names in GROUPS.values() for name in names}
+    assert {name for name in commands if isinstance(name, str)} == grouped
+    for name in commands:
+        if name != "data":
+            words = [name] if isinstance(name, str) else name
+            told = call(*words, "--help").output
+            assert f"lco-lite {' '.join(words)}" in told.partition("Example:")[2], name
+
+
+def test_what_an_example_says_is_taken():
+    for example in EXAMPLES.values():
+        _, *words = shlex.split(example)
+        command = get_command(data_app if words[0] == "data" else app)
+        name = words[1] if words[0] == "data" else words[0]
+        found = command.commands[name]
+        found.make_context(name, words[2 if words[0] == "data" else 1 :], resilient_parsing=True)
+        options = {option for p in found.params for option in p.opts}
+        assert {word for word in words if word.startswith("--")} <= options, example
+
+
+def test_tab_offers_recipes_objectives_tasks_runs_and_stages(tmp_path, monkeypatch):
+    monkeypatch.setenv("LCO_LITE_RUNS", str(tmp_path))
+    (tmp_path / "mine" / "rl-kld").mkdir(parents=True)
+    (tmp_path / "mine" / "recipe.yaml").write_text("x")
+    (tmp_path / "mine" / "rl-kld" / "done.json").write_text("{}")
+
+    def offered(*words: str) -> str:
+        env = {"_LCO_LITE_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(["lco-lite", *words]), "COMP_CWORD": ""}
+        return runner.invoke(app, prog_name="lco-lite", env=env | {"COMP_CWORD": str(len(words))}).output
+
+    assert "quickstart" in offered("run", "qui").split()
+    assert offered("rl", "--objective", "min").split() == ["minillm"]
+    assert offered("eval", "math5").split() == ["math500"]
+    assert offered("sft", "--name", "m").split() == ["mine"]
+    assert offered("eval", "--policy", "rl-").split() == ["rl-kld"]
