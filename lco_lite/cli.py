@@ -57,7 +57,9 @@ class RunFlags:
     """The flags of every command on a run. ``Annotated`` holds what typer shows of them."""
 
     sets: Sets = None
-    name: Annotated[str | None, Option(help="The run's name; the recipe's unless given.", autocompletion=of(run_names))] = None
+    name: Annotated[
+        str | None, Option(help="The run's name; the recipe's unless given.", autocompletion=of(run_names))
+    ] = None
     seed: Annotated[int | None, Option(help="Seed of weights, data order and sampling.")] = None
     device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs")
@@ -197,7 +199,10 @@ def _train(stage: str, recipe: str | None, on: TrainFlags, flags: dict[str, Any]
 @spread(RunFlags)
 def evaluate(
     on: RunFlags,
-    tasks: Annotated[list[str] | None, Argument(metavar="TASK…", help="e.g. math500; else the recipe's.", autocompletion=of(known_tasks))] = None,
+    tasks: Annotated[
+        list[str] | None,
+        Argument(metavar="TASK…", help="e.g. math500; else the recipe's.", autocompletion=of(known_tasks)),
+    ] = None,
     model: Annotated[str | None, Option(help="Score a model or adapter folder or hub id, not a run.")] = None,
     policy: Annotated[str | None, Option(help=_POLICY, autocompletion=of(policies))] = None,
     beta: Annotated[float | None, Option(help="β of --policy optimal; the recipe's unless given.")] = None,
@@ -246,9 +251,15 @@ def evaluate(
 @app.command()
 def chat(
     which: Annotated[
-        str | None, Argument(metavar="RUN|PATH", help="A run, model or adapter; else the newest run.", autocompletion=of(run_names))
+        str | None,
+        Argument(
+            metavar="RUN|PATH", help="A run, model or adapter; else the newest run.", autocompletion=of(run_names)
+        ),
     ] = None,
-    policy: Annotated[str | None, Option(help="As eval names it: base, sft, rl-OBJECTIVE, optimal (π*) …", autocompletion=of(policies))] = None,
+    policy: Annotated[
+        str | None,
+        Option(help="As eval names it: base, sft, rl-OBJECTIVE, optimal (π*) …", autocompletion=of(policies)),
+    ] = None,
     beside: Annotated[
         str | None, Option(metavar="NAME", help="A second one: of the same run, or a run or path.")
     ] = None,
@@ -273,7 +284,9 @@ def chat(
 
 @app.command("runs")
 def list_runs(
-    name: Annotated[str | None, Argument(help="One run in detail; without it all are listed.", autocompletion=of(run_names))] = None,
+    name: Annotated[
+        str | None, Argument(help="One run in detail; without it all are listed.", autocompletion=of(run_names))
+    ] = None,
     clean: Annotated[bool, Option("--clean", help="Delete what nothing needs any more; it is shown first.")] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),

@@ -13,7 +13,7 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from lco_lite.cli import app, data_app
+from lco_lite.cli import app
 from lco_lite.recipe.file import PEERS, find_recipe, flat, load_recipe, shipped
 from lco_lite.recipe.rl import METHOD_DEFAULTS
 from lco_lite.run import Run
@@ -281,7 +281,7 @@ def test_commands_stand_in_four_groups_on_one_screen_and_each_help_has_an_exampl
     assert len(shown.splitlines()) <= 45 and all(len(line) <= 80 for line in shown.splitlines())
     assert "..." not in shown.partition("Train:")[2], "what a command does is told in a line"
     assert [shown.index(f"{group}:") for group in GROUPS] == sorted(shown.index(f"{group}:") for group in GROUPS)
-    commands = [*get_command(app).commands, *(["data", name] for name in get_command(data_app).commands)]
+    commands = [*get_command(app).commands, *(["data", name] for name in get_command(app).commands["data"].commands)]
     grouped = {name for names in GROUPS.values() for name in names}
     assert {name for name in commands if isinstance(name, str)} == grouped
     for name in commands:
@@ -294,10 +294,10 @@ def test_commands_stand_in_four_groups_on_one_screen_and_each_help_has_an_exampl
 def test_what_an_example_says_is_taken():
     for example in EXAMPLES.values():
         _, *words = shlex.split(example)
-        command = get_command(data_app if words[0] == "data" else app)
-        name = words[1] if words[0] == "data" else words[0]
-        found = command.commands[name]
-        found.make_context(name, words[2 if words[0] == "data" else 1 :], resilient_parsing=True)
+        found, words = get_command(app).commands[words[0]], words[1:]
+        if hasattr(found, "commands"):
+            found, words = found.commands[words[0]], words[1:]
+        found.make_context(found.name, list(words), resilient_parsing=True)
         options = {option for p in found.params for option in p.opts}
         assert {word for word in words if word.startswith("--")} <= options, example
 
