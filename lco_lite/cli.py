@@ -131,7 +131,7 @@ def init(
     model: Annotated[str | None, Option(help="A model folder, GGUF file or hub id; else one that fits.")] = None,
     out: Annotated[Path | None, Option(help="The recipe; beside the data unless given.")] = None,
 ) -> None:
-    """Look at your data and this machine, and write a commented recipe that fits both."""
+    """A commented recipe that fits your data and this machine."""
     with boundary():
         from lco_lite.models.loading import quiet_libraries
 
@@ -313,7 +313,10 @@ def export(
     fresh: Annotated[bool, Option("--fresh", help="Replace an earlier export.")] = False,
     quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings and the last line.")] = False,
 ) -> None:
-    """What a stage made, for other programs: an adapter, a merged model, a GGUF, an Ollama model."""
+    """What a stage made, for other programs.
+
+    An adapter, a merged model, a GGUF or an Ollama model.
+    """
     with boundary():
         from lco_lite.models.loading import quiet_libraries
 
@@ -361,7 +364,10 @@ def report(
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
     quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings and the last line.")] = False,
 ) -> None:
-    """One HTML page of a run, of several compared, or of a study: scores, curves, recipe, samples token by token."""
+    """One HTML page of runs or of a study.
+
+    Scores, curves, recipe, and samples token by token.
+    """
     with boundary():
         from lco_lite.report import report
 

@@ -108,26 +108,6 @@ def out_of_memory(error: Exception) -> bool:
     return is_torchs or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
-@contextlib.contextmanager
-def deadline(seconds: float) -> Iterator[None]:
-    """TimeoutError inside where the work takes longer: for what comes from others, a pattern or a template. Signals
-    reach the main thread alone, and Windows has no such one: elsewhere there is no deadline."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
-
-
 class InterruptGuard:
     """``with InterruptGuard() as guard``: the loop looks at ``guard.requested`` between batches.
 

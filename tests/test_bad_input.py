@@ -8,7 +8,6 @@ import time
 import pytest
 
 from lco_lite.command import _base_and_adapter
-from lco_lite.context import deadline
 from lco_lite.data.rows import load_rows, read_demonstrations
 from lco_lite.errors import DataError, ModelError, RecipeError, UsageError
 from lco_lite.models.chat import ChatFormat
@@ -18,6 +17,7 @@ from lco_lite.recipe import Model
 from lco_lite.recipe.file import load_recipe
 from lco_lite.recipe.sections import Lora
 from lco_lite.run import Run
+from lco_lite.user_code import bounded
 from tests.models.families import save
 
 BOMB = "a: &a {" + ", ".join(f"k{i}: 1" for i in range(9)) + "}\n"
@@ -175,9 +175,9 @@ def test_an_adapter_that_is_none_of_ours(llama, tmp_path, monkeypatch, changed, 
 
 
 def test_a_deadline_leaves_no_alarm_behind():
-    with deadline(0.05):
+    with bounded(0.05):
         pass
     time.sleep(0.1)
-    with pytest.raises(TimeoutError), deadline(0.05):
+    with pytest.raises(TimeoutError), bounded(0.05):
         while True:
             pass

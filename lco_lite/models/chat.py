@@ -17,11 +17,11 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lco_lite.context import deadline
 from lco_lite.errors import ModelError
 from lco_lite.messages import Message as Message
 from lco_lite.messages import conversation as conversation
 from lco_lite.sequences import Example
+from lco_lite.user_code import bounded
 
 _OPENED = re.compile(r"<(\w+)>\s*$")  # a generation prompt that ends in the thought it opens
 _MARK = "lcoliteresponse"
@@ -157,7 +157,7 @@ class ChatFormat:
 
     def _render(self, messages: Sequence[Message], **kw: Any) -> str:
         try:
-            with deadline(TEMPLATE_SECONDS):
+            with bounded(TEMPLATE_SECONDS):
                 return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **kw, **self.template_args)
         except TimeoutError as e:
             raise ModelError(f"the model's chat template takes over {TEMPLATE_SECONDS} s for a conversation") from e

@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lco_lite.context import deadline
 from lco_lite.errors import ModelError
 from lco_lite.files import write_folder
 from lco_lite.finite import not_finite_in, rows_not_finite
@@ -34,6 +33,7 @@ from lco_lite.objectives.head import Head
 from lco_lite.recipe.sections import Lora
 from lco_lite.run import base_name
 from lco_lite.sequences import Batch
+from lco_lite.user_code import bounded
 
 PATTERN_SECONDS = 5  # for all modules; the longest took milliseconds
 
@@ -157,7 +157,7 @@ class LanguageModel:
             config = LoraConfig.from_pretrained(str(folder))
             patterns = [config.target_modules, config.exclude_modules, *(config.rank_pattern or {})]
             patterns += config.alpha_pattern or {}
-            with deadline(PATTERN_SECONDS):
+            with bounded(PATTERN_SECONDS):
                 for pattern in patterns:
                     for name, _ in self._peft.named_modules() if isinstance(pattern, str) else ():
                         re.fullmatch(pattern, name)
