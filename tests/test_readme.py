@@ -8,10 +8,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
 from lco_lite.models.loading import build_scratch
+from lco_lite.recipe.file import find_recipe, flat, load_recipe
 from lco_lite.recipe.sections import Init
 from lco_lite.run import Run
 
@@ -94,3 +96,14 @@ def test_every_command_of_the_readme_is_covered_here():
 def test_every_link_of_the_readme_leads_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_what_the_page_for_people_from_trl_names_is_there():
+    page = (ROOT / "docs/from-trl.md").read_text(encoding="utf-8")
+    fields = flat(load_recipe(find_recipe("quickstart")).model_dump())
+    known = {".".join(key.split(".")[:n]) for key in fields for n in (1, 2)}
+    named = re.findall(r"`((?:rl|model|rollout)\.\w+)`", page)
+    assert len(named) > 20 and set(named) <= known
+    for line in re.findall(r"^lco-lite \w+.*?(?=\s+#|$)", page, re.M):
+        name, *words = shlex.split(line)[1:]
+        get_command(app).commands[name].make_context(name, words, resilient_parsing=True)
