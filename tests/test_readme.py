@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
 LINES = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [shlex.split(line.rpartition("&& ")[2]) for line in LINES if "lco-lite " in line]
+OWN = (ROOT / "docs/your-own.md").read_text(encoding="utf-8")
 FEW = ["sft.max_steps=2", "train_rm.prompts=8", "train_rm.max_steps=2", "train_rm.check_items=4", "rl.steps=1"]
 FEW += ["rl.prompts_per_step=8", "rl.eval_items=4", "eval.items=4", "rl.max_new_tokens=8", "eval.max_new_tokens=8"]
 SMALL = ["model.quantization=none", "model.lora={r: 2}", "model.gradient_checkpointing=false", "reward_model=self"]
@@ -62,7 +63,7 @@ def test_the_two_set_up_commands_are_there_and_go_through_the_constraints_file()
 
 def test_the_quickstart_command_goes_through_every_stage_and_shows_a_score_after_each(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (command,) = [c for c in COMMANDS if c[1] == "run"]
+    (command,) = [c for c in COMMANDS if c[1:] == ["run", "recipes/quickstart.yaml"]]
     call(command, tmp_path, *FEW, "model.init.layers=1", "train_rm.demonstrations_as_chosen=true")
     scores = sorted(p.name for p in (tmp_path / "quickstart" / "eval").glob("*.json"))
     assert scores == ["arithmetic--rl-kld.json", "arithmetic--rm.json", "arithmetic--sft.json"]
@@ -71,7 +72,7 @@ def test_the_quickstart_command_goes_through_every_stage_and_shows_a_score_after
 def test_sft_rl_and_eval_are_one_story_on_a_local_model_folder(tmp_path, problems, monkeypatch):
     monkeypatch.chdir(ROOT)
     build_scratch(Init(hidden_size=32, layers=1, heads=2, max_length=640), tmp_path / "model", seed=0)
-    sft, rl, evaluate = [c for c in COMMANDS if c[1] in ("sft", "rl", "eval")]
+    sft, rl, evaluate = [c for c in COMMANDS if c[1] in ("sft", "rl") or c[1:] == ["eval", "math500"]]
     sizes = [
         "sft.examples=20",
         "sft.batch_size=4",
@@ -90,7 +91,13 @@ def test_sft_rl_and_eval_are_one_story_on_a_local_model_folder(tmp_path, problem
 
 
 def test_every_command_of_the_readme_is_covered_here():
-    assert {c[1] for c in COMMANDS} == {"run", "sft", "rl", "eval"}
+    """Those on one's own prompts are the commands of docs/your-own.md, which tests/test_your_own.py runs."""
+    own = [line for block in BLOCKS if "init" in block for line in block.strip().splitlines()]
+    assert len(own) == 7 and "\n".join(own) in OWN
+    others = [
+        c for c in COMMANDS if shlex.join(c) not in {shlex.join(shlex.split(line, comments=True)) for line in own}
+    ]
+    assert [c[1] for c in others] == ["run", "sft", "rl", "eval"]
 
 
 def test_every_link_of_the_readme_leads_somewhere():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
@@ -38,7 +39,7 @@ def test_the_page_goes_from_prompts_and_a_reward_to_an_adapter_and_a_score_befor
         program, verb, *words = shlex.split(command)
         assert program == "lco-lite"
         more = {"init": ["--model", str(tmp_path / "model")], "run": [w for s in SMALL for w in ("--set", s)]}
-        result = CliRunner().invoke(app, [verb, *words, *more.get(verb, [])])
+        result = CliRunner().invoke(app, [verb, *words, *more.get(verb, [])], input="What is rain?\n")
         assert result.exit_code == 0, f"{command}\n{result.output}"
         said[command] = result.output
     assert len(Path("prompts.jsonl").read_text().splitlines()) == 40
@@ -48,8 +49,12 @@ def test_the_page_goes_from_prompts_and_a_reward_to_an_adapter_and_a_score_befor
     scores = {stage: json.loads(run.eval_path("held_out", stage).read_text()) for stage in ("base", "rl-kld")}
     assert {one["n"] for one in scores.values()} == {8} and scores["base"]["metric"] == "reward"
     assert all(one["mean"] < 0 for one in scores.values())
+    page = Path("runs/prompts/report.html").read_text(encoding="utf-8")
+    assert "What is " in page and "http://" not in page.replace("http://www.w3.org", "")
+    merged = Path("runs/prompts/export/rl-kld-merged")
+    assert AutoModelForCausalLM.from_pretrained(merged).num_parameters() > 1000
     last = [text for command, text in said.items() if command.endswith("run prompts.yaml")][0].strip().splitlines()[-1]
-    assert last.endswith("next: " + COMMANDS[-1])
+    assert last.endswith("next: lco-lite eval --compare base rl-kld")
     assert "called by TRL's signature" in said["lco-lite run prompts.yaml --dry-run"]
     held = {json.loads(line)["prompt"] for line in Path("runs/prompts/held_out.jsonl").read_text().splitlines()}
     samples = [json.loads(line) for line in run.stage("rl-kld").samples.read_text().splitlines()]
