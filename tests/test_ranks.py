@@ -130,7 +130,9 @@ def test_on_the_same_rollouts_every_kind_of_method_has_the_gradient_of_one_proce
             logs = [read_log(base.parent / "runs" / f"{n}-grpo" / stage / "metrics.jsonl") for n in ("one", "two")]
             skipped = [log[0]["skipped_updates"] for log in logs]
             assert skipped[0] == skipped[1] > 0, "they agree which updates have no signal"
-    assert (base.parent / "asked").read_text() == "x" * (16 + 8), "of the second steps, each response once"
+    assert (base.parent / "asked").read_text() == "x" * (16 + 8 + 2), (
+        "of the second steps, each response once, and one each before them, where the function is tried"
+    )
     rows_of_both = base.parent / "runs" / "two-grpo" / "eval" / "arithmetic--sft.rows.jsonl"
     assert rows_of_both.read_text() == scored(base, "one-grpo"), "a score is the same"
     alone = gradients(rows())

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import json
 from collections.abc import Callable
 from functools import partial
 
@@ -15,7 +14,7 @@ from lco_lite.evaluation.evaluate import check_all, score_all
 from lco_lite.evaluation.held_out import HELD_OUT
 from lco_lite.evaluation.prompts import score_name
 from lco_lite.feedback.rewards import columns_of, try_functions
-from lco_lite.files import write_text
+from lco_lite.files import json_text, write_text
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.rollout.vllm import missing
@@ -72,7 +71,7 @@ def check_own_data(ctx: Context) -> None:
     task, file = recipe_task(ctx.recipe), ctx.run.path / "held_out.jsonl"
     if makes_split(ctx.recipe, task):
         held = sorted(held_out_prompts(ctx.recipe, task))
-        lines = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in held)
+        lines = "".join(json_text({"prompt": prompt}) + "\n" for prompt in held)
         if not ctx.run.stages():
             write_text(file, lines)
         elif file.exists() and file.read_text(encoding="utf-8") != lines and _says_the_same_of_data(ctx):

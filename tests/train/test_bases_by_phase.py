@@ -19,7 +19,7 @@ from lco_lite.models.residency import FrozenWeights
 from lco_lite.recipe.file import load_recipe
 from lco_lite.rollout.hf import HFEngine
 from lco_lite.rollout.lockstep import LockstepEngine
-from lco_lite.run import stage_settings
+from lco_lite.run import Run, stage_settings
 from lco_lite.train import methods, reward_model
 from lco_lite.train.pipeline import train
 from lco_lite.train.training import StageTraining, master_of
@@ -223,6 +223,7 @@ def test_out_of_memory_names_what_leaves_the_device_where_that_helps(
     tiny, tmp_path, stage, phase, sets, helps, does_not
 ):
     recipe, gpu = load_recipe(tiny, [own_base(tmp_path), *sets]), torch.device("cuda")
-    ctx = SimpleNamespace(recipe=recipe, clock=SimpleNamespace(phase=phase), stage=stage, device=gpu)
+    run = Run.open(tmp_path / "runs", "new")
+    ctx = SimpleNamespace(run=run, recipe=recipe, clock=SimpleNamespace(phase=phase), stage=stage, device=gpu)
     listed = " " + "; ".join(command._remedies(ctx))
     assert all(text in listed for text in helps) and f" {does_not}" not in listed
