@@ -46,7 +46,8 @@ class Efficiency(Study):
             _ratio("C3, KLD", f"LCO-KLD {says.format('PPO', 'half')}", needed["kld"], needed["ppo"], HALF),
             _ratio("C3, LCH", f"LCO-LCH {says.format('KLD', 'a third')}", of_kld, own, THIRD),
         ]
-        n = {name: len(results.of(name)) for name in COMPARED if results.of(name)}
+        ppos = {row["seed"] for row in results.of("ppo")}
+        n = {name: len({row["seed"] for row in results.of(name)} & ppos) for name in COMPARED if results.of(name)}
         told = {name: mean_std(list(needed[name].values()), 0) for name in n}
         rows = [[name, n[name], told[name], n[name] - len(needed[name])] for name in n] if "ppo" in n else []
         columns = ["method", "n", "samples", "never"]
