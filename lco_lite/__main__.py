@@ -1,7 +1,9 @@
 """``lco-lite`` and ``python -m lco_lite``."""
 
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Any
 
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False) and sys.path[0] == os.getcwd():
@@ -14,26 +16,47 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
     from lco_lite import ranks
     from lco_lite.visible import uncaught, visible
 
     sys.excepthook = uncaught
-    ranks.join()
-    from typer import BadParameter
-
-    from lco_lite.cli import app
-
-    usage_error: Any = BadParameter.__mro__[2]  # click's ClickException, or that of typer's own copy of click
     try:
-        sys.exit(app(prog_name="lco-lite", standalone_mode=False))
-    except usage_error as e:  # what was typed is in it
-        e.message = visible(e.message)
-        e.show()
-        ranks.leave(well=False)
-        sys.exit(e.exit_code)
+        ranks.join()
+        from typer import Abort, BadParameter
+
+        from lco_lite.cli import app
+
+        usage_error: Any = BadParameter.__mro__[2]  # click's ClickException, or that of typer's own copy of click
+        try:
+            sys.exit(app(prog_name="lco-lite", standalone_mode=False))
+        except usage_error as e:  # what was typed is in it
+            e.message = visible(e.message)
+            e.show()
+            ranks.leave(well=False)
+            sys.exit(e.exit_code)
+        except Abort:
+            _stopped()
+    except KeyboardInterrupt:  # before a command has begun, which tells it itself
+        _stopped()
     except SystemExit as end:
         ranks.leave(well=not end.code)
         raise
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C. In an import native code may be on the stack, which takes no exception: the process ends, as by a kill."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _stopped()
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _stopped() -> None:
+    os.write(2, b"stopped while loading; the same command goes on\n")
+    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,9 @@ def boundary() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more can be said
         raise typer.Exit(1) from None
+    except OSError as e:  # of the disk, outside of a stage
+        _say(f"error: {f'{str(e.filename):.200}: ' if e.filename else ''}{e.strerror or e}")
+        raise typer.Exit(LcoError.exit_code) from None
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except Exception:
@@ -176,8 +179,12 @@ def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -
             head = f"out of memory in {where}, peak {peak_mib():.0f} MiB. Change, in this order:"
             raise MemoryExhausted(f"{head}\n{listed}\n({(str(e) or type(e).__name__).splitlines()[0]})") from e
         log = run.path / "error.log"
-        write_text(log, visible(traceback.format_exc()))
-        raise LcoError(f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\nThe traceback is in {log}") from e
+        try:
+            write_text(log, visible(traceback.format_exc()))
+            where = f"The traceback is in {log}"
+        except LcoError as unwritten:
+            where = f"Its traceback is lost: {unwritten}"
+        raise LcoError(f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\n{where}") from e
 
 
 def _remedies(ctx: Context) -> list[str]:

@@ -56,7 +56,8 @@ def still_there(path: Path) -> None:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """A full disk (LcoError) or a place that cannot be written (UsageError) becomes a message that names ``path``."""
+    """A full disk or one that fails (LcoError), or a place that cannot be written (UsageError), becomes a message that
+    names ``path``."""
     still_there(path)
     try:
         yield
@@ -74,6 +75,8 @@ def write_errors(path: Path) -> Iterator[None]:
             why = "permission denied" if number in (errno.EACCES, errno.EPERM) else e.strerror
             what = "no permission to write" if number in _NO_PERMISSION else "cannot write"
             raise UsageError(f"{what} {path}: {why}. Choose another place with --runs DIR.") from e
+        if (number is not None and _concerns(e, path)) or "I/O error" in str(e):  # the latter of safetensors
+            raise LcoError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; nothing was lost") from e
         raise
 
 
@@ -244,6 +247,14 @@ def _concerns(error: OSError, path: Path) -> bool:
     return named.is_relative_to(folder) or folder.is_relative_to(named)
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder of this name. A name that is too long, or is no text, is none's."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """All objects in the order of the file: object i stands in line i + 1. Only at the end may lines be empty.
 
@@ -253,8 +264,8 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         content = Path(path).read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
+    except (OSError, ValueError) as e:  # ValueError: a name with NUL or half of a surrogate pair
+        raise DataError(f"{path!s:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
     # Only \n ends a line here: str.splitlines would also split at characters that JSON strings may hold.
     lines = content.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
     if lines == [b""]:
@@ -346,14 +357,15 @@ _OTHER_KINDS = {
 def load_rows(source: str) -> list[dict[str, Any]]:
     """All rows of a local file, or of a hub set ``id[:split]`` (split ``train`` unless named). Raises DataError."""
     path = Path(source)
+    there = is_there(path)
     kind = FILE_KINDS.get(path.suffix.lower())
-    if path.is_dir():
+    if there and path.is_dir():
         raise DataError(f"{path}: is a folder; name a file ({', '.join(FILE_KINDS)}) or a hub set")
     if kind == "jsonl":
         return read_jsonl(path)
-    if not kind and (path.is_file() or any(s.lower() in _OTHER_KINDS for s in path.suffixes)):
+    if not kind and ((there and path.is_file()) or any(s.lower() in _OTHER_KINDS for s in path.suffixes)):
         raise DataError(f"{path}: a file of a kind that is not read; one of {', '.join(FILE_KINDS)} is, or a hub set")
-    if not path.is_file() and (kind or source.startswith((".", "/", "~"))):
+    if not (there and path.is_file()) and (kind or source.startswith((".", "/", "~"))):
         raise DataError(f"{path}: no such file")
     if kind == "json":
         return _read_json(path)

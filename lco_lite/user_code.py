@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from lco_lite.calling import RETURNS, Adapted, adapted
 from lco_lite.errors import UsageError
+from lco_lite.files import is_there
 from lco_lite.workers import serve
 
 IMPORT_SECONDS = 120.0  # that importing a file of the user's may take in this process
@@ -35,10 +36,10 @@ def names_function(text: str) -> bool:
 def function_file(spec: str) -> Path:
     """The file of ``FILE.py:NAME``. Raises UsageError for another form, and where there is no such file."""
     if not names_function(spec):
-        raise UsageError(f"{spec!r} is no FILE.py:NAME")
+        raise UsageError(f"{spec!r:.200} is no FILE.py:NAME")
     file = Path(spec.rpartition(":")[0])
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file")
+    if not is_there(file) or not file.is_file():
+        raise UsageError(f"{file!s:.200}: no such file")
     return file
 
 

@@ -197,7 +197,10 @@ def _preferences(row: Row, at: str) -> list[Preference]:
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{at}, field question: a text is needed, found {question!r:.80}")
     try:
-        messages = conversation(qa_prompt(question, row.get("passages") or []))
+        passages = row.get("passages") or []
+        if not isinstance(passages, list):
+            raise ValueError(f"field passages is {passages!r:.60}, not a list")
+        messages = conversation(qa_prompt(question, passages))
     except ValueError as e:
         raise DataError(f"{at}: {e}") from e
     compared = zip(pairs, labels, strict=True)

@@ -7,6 +7,7 @@ left changes nothing.
 import contextlib
 import copy
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from lco_lite.run import base_name
 from lco_lite.sequences import Batch
 from lco_lite.user_code import bounded
 
+MOST_RANK = 2**16  # of an adapter: no weight is as wide
 PATTERN_SECONDS = 5  # for all modules; the longest took milliseconds
 
 
@@ -154,6 +156,8 @@ class LanguageModel:
         if kind != "LORA":
             raise ModelError(f"{file}: peft_type LORA is needed, found {kind!r:.80}")
         try:
+            if wrong := _wrong_in_adapter(found):
+                raise ModelError(f"{file}: {wrong}")
             config = LoraConfig.from_pretrained(str(folder))
             patterns = [config.target_modules, config.exclude_modules, *(config.rank_pattern or {})]
             patterns += config.alpha_pattern or {}
@@ -404,6 +408,35 @@ def head_of(base: PreTrainedModel, vocabulary: int | None = None) -> Head:
 
 
 @torch.no_grad()
+def _wrong_in_adapter(config: Mapping[str, Any]) -> str | None:
+    """The first field of an ``adapter_config.json`` that PEFT takes and cannot use, with what is accepted."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+    def rank(value: Any) -> bool:
+        return number(value) and value == int(value) and 1 <= value <= MOST_RANK
+
+    def names(value: Any) -> bool:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+    def each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda value: value is None or (isinstance(value, dict) and all(map(fits, value.values())))
+
+    accepted = {
+        "r": (rank, f"a whole number from 1 to {MOST_RANK:,}"),
+        "lora_alpha": (number, "a finite number"),
+        "target_modules": (names, "a pattern or a list of names"),
+        "exclude_modules": (lambda value: value is None or names(value), "a pattern or a list of names"),
+        "rank_pattern": (each(rank), "whole numbers by pattern"),
+        "alpha_pattern": (each(number), "finite numbers by pattern"),
+    }
+    for name, (fits, wanted) in accepted.items():
+        if name in config and not fits(config[name]):
+            return f"{name}: {wanted} is needed, found {config[name]!r:.80}"
+    return None
+
+
 def prove_head(base: PreTrainedModel, head: Head) -> None:
     """Raises ModelError naming the architecture where the head does anything else to its hidden states: what is not
     proved by a forward pass is not used."""

@@ -25,7 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from lco_lite import ranks
 from lco_lite.console import Console
 from lco_lite.errors import ModelError, UsageError
-from lco_lite.files import seal, write_folder, write_json
+from lco_lite.files import is_there, seal, write_folder, write_json
 from lco_lite.finite import not_finite_in
 from lco_lite.recipe.sections import MOST_LAYERS, Init, Model, RewardModel, Weights, size_in_bytes
 
@@ -240,11 +240,18 @@ def _origin(weights: Weights) -> dict[str, Any]:
 
 def refuse_unusable_folder(folder: Path) -> None:
     """Raises ModelError for a folder without a config or with pickled weights only."""
-    if not folder.is_dir():
+    if not is_there(folder) or not folder.is_dir():
         return
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json: a model folder as save_pretrained writes it is needed")
     refuse_huge_files(folder)
+    sampling = folder / "generation_config.json"
+    try:  # transformers passes over a broken one, and the tokens that end a response are others
+        found = json.loads(sampling.read_text(encoding="utf-8")) if sampling.is_file() else {}
+    except (OSError, ValueError, RecursionError) as e:
+        raise ModelError(f"{sampling}: damaged: {e}") from e
+    if not isinstance(found, dict):
+        raise ModelError(f"{sampling}: damaged: an object with named fields is needed, found {found!r:.80}")
     pickled = sorted(p.name for p in folder.glob("*.bin"))
     if pickled and not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: only pickled weights ({pickled[0]}); safetensors are needed, for pickle runs code")
@@ -272,9 +279,9 @@ def unloadable(what: str, source: str, error: Exception) -> ModelError:
     if isinstance(error, ModelError):
         return error
     reason = " ".join(str(error).split()) or type(error).__name__
-    if not Path(source).exists():
+    if not is_there(Path(source)):
         if source.startswith((".", "/", "~")) or source.count("/") > 1:
-            return ModelError(f"{source}: no such folder")
+            return ModelError(f"{source:.200}: no such folder")
         reason += " (no local folder of this name; a hub id needs the network or a cached copy)"
     if len(reason) > 400:
         reason = f"{reason[:200]} … {reason[-200:]}"

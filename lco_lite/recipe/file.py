@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from lco_lite.console import Console
 from lco_lite.errors import RecipeError, UsageError
+from lco_lite.files import is_there
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.rl import LCO, RewardPart, defaults_of, feedbacks
 
@@ -34,8 +35,8 @@ def load_recipe(
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark first
     except FileNotFoundError as e:
         raise RecipeError(f"{path}: no such recipe file. `lco-lite recipes` lists the shipped ones.") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise RecipeError(f"{path}: cannot be read: {e}") from e
+    except (OSError, ValueError) as e:
+        raise RecipeError(f"{path!s:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
     try:
         data, lines = parse_yaml(text)
     except ValueError as e:
@@ -134,7 +135,7 @@ def _overrides(sets: list[str] | None, flags: dict[str, Any] | None) -> list[tup
     for item in sets or []:
         key, equals, text = item.partition("=")
         if not equals or not key:
-            raise RecipeError(f"--set {item}: write --set key.path=value, for example --set rl.lr=1e-5")
+            raise RecipeError(f"--set {item:.200}: write --set key.path=value, for example --set rl.lr=1e-5")
         try:
             overrides.append((tuple(key.split(".")), parse_yaml(text)[0], "--set"))
         except ValueError as e:
@@ -412,12 +413,12 @@ def shipped() -> dict[str, Path]:
 def find_recipe(name: str) -> Path:
     """A file, or a shipped recipe by name. Raises RecipeError with the nearest names."""
     path, known = Path(name), shipped()
-    if path.exists() or path.suffix in (".yaml", ".yml"):
+    if is_there(path) or path.suffix in (".yaml", ".yml"):
         return path
     if name in known:
         return known[name]
     nearest = _nearest(name, known, "shipped recipes")
-    raise RecipeError(f"{name}: no such recipe file, and no shipped recipe of that name; {nearest}")
+    raise RecipeError(f"{name:.200}: no such recipe file, and no shipped recipe of that name; {nearest}")
 
 
 def show_recipes(name: str | None, console: Console) -> None:

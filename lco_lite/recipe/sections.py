@@ -289,7 +289,7 @@ class Eval(Section):
             return
         found = re.fullmatch(r"([A-Za-z_]\w*)@([^\s@/]+)", text)
         if found is None:
-            raise UsageError(f"--judge-key {text}: write VARIABLE@HOST, e.g. MY_KEY@llm.example.com")
+            raise UsageError(f"--judge-key {text:.200}: write VARIABLE@HOST, e.g. MY_KEY@llm.example.com")
         if self.judge_url is None:
             raise UsageError("--judge-key: there is no judge; name it with --judge-url")
         self._confirmed_key = (found[1], found[2].lower())

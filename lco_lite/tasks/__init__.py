@@ -11,6 +11,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 
 from lco_lite.errors import DataError, UsageError
+from lco_lite.files import is_there
 from lco_lite.grading import Grade, Item
 from lco_lite.grading.math import MathGrader
 from lco_lite.tasks.base import Task
@@ -32,15 +33,15 @@ def load_task(name: str, data: str | Path | None = None, own: Own | None = None)
     path that is not there; the items are not opened before they are asked for.
     """
     path = None if data is None else Path(data)
-    if path is not None and not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+    if path is not None and not is_there(path):
+        raise DataError(f"{path!s:.200}: no such file or folder")
     if is_custom(name):
         return custom(path, name.partition(":")[2] or "math", own or Own())
     openers = _openers()
     if name not in openers:
         close = get_close_matches(name, openers, n=1)
         hint = f"; did you mean {close[0]}?" if close else "."
-        raise UsageError(f"unknown task {name!r}{hint} Known: {', '.join(task_names())}")
+        raise UsageError(f"unknown task {name!r:.100}{hint} Known: {', '.join(task_names())}")
     return openers[name](path)
 
 

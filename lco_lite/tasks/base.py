@@ -1,6 +1,7 @@
 """What a task is: problems, a prompt around each of them, a grader; and where the rows of its splits come from."""
 
 import hashlib
+import math
 import os
 import re
 import unicodedata
@@ -171,6 +172,8 @@ def answer_text(row: Mapping[str, Any]) -> str:
     """The field ``answer``, a text or a number, as text: 27.0 becomes 27. Raises KeyError or ValueError."""
     value = row["answer"]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"field answer is {value!r}, no number")
         return str(int(value)) if value == int(value) else repr(value)
     return text(row, "answer")
 

@@ -53,7 +53,7 @@ def grader_named(name: str) -> Grader:
     if name in GRADERS:
         return GRADERS[name]
     if not names_function(name):
-        raise UsageError(f"unknown grader {name!r}: one of {', '.join(GRADERS)}, or FILE.py:NAME")
+        raise UsageError(f"unknown grader {name!r:.100}: one of {', '.join(GRADERS)}, or FILE.py:NAME")
     return UsersGrader(name, load_function(name))
 
 
