@@ -21,6 +21,7 @@ from lco_lite import ranks
 from lco_lite.errors import UsageError
 from lco_lite.feedback import advantages as adv
 from lco_lite.finite import rows_not_finite
+from lco_lite.metrics import METRICS
 from lco_lite.models.language_model import Role, together
 from lco_lite.objectives import authors_code
 from lco_lite.objectives.distillation import Teacher, jsd_loss, minillm, mixture_weights
@@ -40,7 +41,7 @@ from lco_lite.objectives.targets import DenseTarget, MixedTarget, SparseTarget, 
 from lco_lite.recipe import Rl
 from lco_lite.sequences import Batch, collate, micro_batches
 from lco_lite.train.rollouts import Phase
-from lco_lite.user_code import load_function, names_function
+from lco_lite.user_code import load_function, names_function, shown
 
 Seen = dict[str, Tensor]
 """What a loss shows of the policy, per token: ``entropy``, ``logprob``, ``logit_grad_norm``, …"""
@@ -277,7 +278,8 @@ def lco(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
     """KLD, LCH or MSE between z_θ and z*, or a loss on hidden states that stands in for them."""
     head, actions, own = models.policy.model.head, micro.batch.actions, own_loss(rl)
     if own is not None:
-        loss, seen = own(hidden, head, micro.target, micro.policy_batch(rl))
+        given = own(hidden, head, micro.target, micro.policy_batch(rl))
+        loss, seen = users_loss(rl.objective, given, len(hidden)) if names_function(rl.objective) else given
     else:
         how: dict[str, Any] = {"standardise": rl.standardise, "actions": actions}
         loss, seen = lco_loss(rl.objective, hidden, head, micro.target, rl.weighting, **how)
@@ -336,11 +338,32 @@ def policy_gradient(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -
     gradient = POLICY_GRADIENTS.get(rl.objective) or load_function(rl.objective)
     head, t = models.policy.model.head, compared_at(rl)
     logprobs, seen = token_logprobs(hidden, head, micro.batch.actions, temperature=t)
-    loss, shown = gradient(micro.policy_batch(rl, logprobs), Clip(rl.clip_low, rl.clip_high))
+    given = gradient(micro.policy_batch(rl, logprobs), Clip(rl.clip_low, rl.clip_high))
+    loss, told = users_loss(rl.objective, given, len(logprobs)) if names_function(rl.objective) else given
     (slope,) = torch.autograd.grad(loss, logprobs, retain_graph=True, allow_unused=True)
     size = 0.0 if slope is None else slope.abs() * micro.tokens  # of a token's loss, as LCO's is
     norms = {name: seen[name] * size for name in ("logit_grad_norm", "logit_grad_sampled")}
-    return loss, seen | norms | shown
+    return loss, seen | norms | told
+
+
+def users_loss(spec: str, given: Any, tokens: int) -> tuple[Tensor, Seen]:
+    """What a function of the user's gave for so many tokens. Raises UsageError unless it is a loss, a tensor of one
+    number that hangs on the policy, and diagnostics of a number a token by names of METRICS."""
+    wanted = "(loss, {name: numbers of the tokens}) is needed"
+    if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[1], dict):
+        raise UsageError(f"{spec}: {wanted}, it gave {shown(given)}")
+    loss, seen = given
+    if not isinstance(loss, Tensor) or loss.shape != () or not loss.requires_grad:
+        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else shown(loss)
+        found += ", without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
+        raise UsageError(f"{spec}: {wanted}; the loss is a tensor of one number with its gradient, it gave {found}")
+    for name, value in seen.items():
+        if name not in METRICS and name not in ("logprob", "logit_grad_norm"):  # from which others are made
+            raise UsageError(f"{spec}: no metric is called {name!r:.60}; docs/metrics.md lists the names")
+        if not isinstance(value, Tensor) or value.shape != (tokens,):
+            found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+            raise UsageError(f"{spec}: {name} needs a number for each of {tokens} tokens, it gave {found}")
+    return loss, seen
 
 
 def ppo(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tensor, Seen]:
@@ -509,7 +532,10 @@ def own_target(models: Models, micro: MicroBatch, target: DenseTarget | SparseTa
     if change is None:
         return target
     device = models.policy.model.device
-    return change(target.to(device), models.policy.model.head, micro.to(device).policy_batch(rl))
+    changed = change(target.to(device), models.policy.model.head, micro.to(device).policy_batch(rl))
+    if type(changed) is not type(target):
+        raise UsageError(f"{rl.target}: a {type(target).__name__} is needed, it gave {shown(changed)}")
+    return changed
 
 
 def own_loss(rl: Rl) -> Callable[..., tuple[Tensor, Seen]] | None:

@@ -23,7 +23,6 @@ _ANYWHERE = {
     "exits_on_import": "import sys\nsys.exit(0)",
     "exits_at_once_on_import": "import os\nos._exit(0)",
     "imports_what_is_not_there": "import no_such_module_at_all",
-    "is_interrupted_on_import": "raise KeyboardInterrupt",
     "writes_much_in_its_error": "def f(*a, **k): raise ValueError('x' * 10**6)",
     "steers_the_terminal": "def f(*a, **k): raise ValueError('\\x1b[2J\\x1b]0;owned\\x07')",
 }
@@ -62,6 +61,7 @@ REWARDS = {
     "takes_memory": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\n"
     "def f(p, r, rows): return [len(bytearray(2**33))] * len(r)",
     "breaks_json": "import json\njson.dumps = None\ndef f(p, r, rows): return [1.0] * (len(r) + 1)",
+    "is_interrupted_on_import": "raise KeyboardInterrupt",
     "interrupts": "def f(p, r, rows): raise KeyboardInterrupt",
     "deletes_itself_and_fails": "import os\ndef f(p, r, rows):\n    os.unlink(__file__)\n    return None",
 }
@@ -84,7 +84,13 @@ OBJECTIVES = {
     "diagnostic_of_another_shape": "def f(batch, clip): return -batch.logprobs.sum() / batch.tokens, {'clipped': batch.logprobs.detach()[:1]}",
     "wrong_signature": "def f(): return 1",
 }
-KINDS = {"reward": REWARDS, "grader": GRADERS, "objective": OBJECTIVES}
+TARGETS = {
+    **_ANYWHERE,
+    "good_same": "def f(target, head, batch): return target",
+    "gives_a_tensor": "def f(target, head, batch): return target.shift",
+    "wrong_signature": "def f(): return 1",
+}
+KINDS = {"reward": REWARDS, "grader": GRADERS, "objective": OBJECTIVES, "target": TARGETS}
 
 
 def command(kind: str, spec: str, recipe: str, runs: Path) -> list[str]:
@@ -93,6 +99,8 @@ def command(kind: str, spec: str, recipe: str, runs: Path) -> list[str]:
         return ["eval", "arithmetic", "--name", "tiny", "--grader", spec, *where]
     rl = ["rl", recipe, *where, "-s", "rl.responses_per_prompt=2", "-s", "rl.baseline=group"]
     if kind == "objective":
-        return [*rl, "--objective", spec, "-s", "train_rm.max_steps=null"]
+        return [*rl, "--objective", spec]
+    if kind == "target":
+        return [*rl, "--objective", "lch", "--feedback", "rule", "-s", f"rl.target={spec}"]
     timeout = "rl.reward_timeout=4"
     return [*rl, "--objective", "grpo", "--feedback", "function", "-s", f"rl.reward_function={spec}", "-s", timeout]
