@@ -81,7 +81,8 @@ class StageFolder:
     @ranks.once
     def best_step(self) -> dict[str, Any] | None:
         """``step``, held-out ``score`` and ``items`` of the best step that was kept, if one was."""
-        return self._record("best/best.json")
+        kept = self._record("best/best.json")
+        return kept and {name: kept[name] for name in _FIELDS["best.json"]}
 
     @ranks.once
     def owner(self) -> str | None:
@@ -153,7 +154,10 @@ class StageFolder:
     @ranks.once
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the stage done. ``result`` is JSON; later stages refer to a fresh id; seconds are this process's.
-        ``order`` counts what the run has made, ``files`` has the sha256 of all that the stage made."""
+        ``order`` counts what the run has made, ``files`` has the sha256 of all that the stage made. DataError where the
+        best step is not as it was kept."""
+        if best := self._record("best/best.json"):
+            verify(self.best, best.get("files", {}), f"Put it back as it was, or delete {self.best}.")
         made = {"id": uuid.uuid4().hex[:12], "finished": _now(), "seconds": round(time.monotonic() - self._begun, 3)}
         order = 1 + max((one.order() for one in Run(self.path.parent).stages()), default=0)
         files = checksums(self.path, "checkpoints", "rollouts")

@@ -29,7 +29,7 @@ from lco_lite import ranks
 from lco_lite.checkpoint import checkpoint_id, load_checkpoint, sha256
 from lco_lite.context import Context
 from lco_lite.errors import Diverged, UsageError
-from lco_lite.files import remove, verify_sealed, write_folder, write_json
+from lco_lite.files import checksums, remove, verify_sealed, write_folder, write_json
 from lco_lite.models.chat import check_same_tokenizer
 from lco_lite.models.language_model import LanguageModel, Role, known_tokens
 from lco_lite.models.loading import (
@@ -274,7 +274,7 @@ def save_best(role: Role, stage: StageFolder, masters: Mapping[str, Tensor], bes
     """The policy as it is now in ``best/``, in one with its step and score."""
     with write_folder(stage.best) as new:
         save(role, StageFolder(new), masters)
-        write_json(new / "best.json", best)
+        write_json(new / "best.json", {**best, "files": checksums(new)})
 
 
 @ranks.once

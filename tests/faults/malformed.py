@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 from pydantic import BaseModel
 
 from lco_lite.errors import LcoError, UsageError
@@ -57,8 +56,7 @@ def _accepts(*patterns: str, because: str) -> None:
     ACCEPTED.extend((pattern, because) for pattern in patterns)
 
 
-_accepts(r"recipe (rl|rl\.settings|chat\.template_args|eval\.judge_options) mapping", because="nothing is set")
-_accepts(r"recipe (eval\.stop|eval\.tasks|data\.allow_overlap|sft\.more_tasks|model\.lora\.targets) list", because="none")
+_accepts(r"recipe rl mapping", because="nothing is set")
 _accepts(
     r"rows (?!preferences/hh)\S+/(prompt|response|instruction|output|question|chosen|rejected|prediction_[12]) text",
     r"item \S+\.(question|problem|prompt|instruction|output|response) text",
@@ -205,12 +203,14 @@ _TEXTS: dict[str, bytes] = {
 
 
 def _load_recipe(folder: Path, field: str, value: Any) -> None:
+    from lco_lite.recipe.file import validate
+
     tree: dict[str, Any] = copy.deepcopy(TINY)
     at, (*path, last) = tree, field.split(".")
     for part in path:
         at = at.setdefault(part, {})
     at[last] = value
-    _load_text(folder, yaml.safe_dump(tree).encode())
+    validate(tree, "r.yaml")
 
 
 def _load_text(folder: Path, text: bytes) -> None:
