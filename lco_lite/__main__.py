@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C. In an import native code may be on the stack, which takes no exception: the process ends, as by a kill."""
+    """Ctrl-C. In an import native code may be on the stack, which takes no exception: the process ends as by a kill."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             _stopped()

@@ -53,7 +53,10 @@ def main() -> int:
     if asked.case and len(chosen) != 1:
         parser.error("--case: name its kind by --only")
     warm()
-    failures, budget = 0, asked.minutes * 60 / sum(SHARES[k] for k in chosen if k in SHARES) if chosen != ["malformed"] else 0
+    failures, budget = (
+        0,
+        asked.minutes * 60 / sum(SHARES[k] for k in chosen if k in SHARES) if chosen != ["malformed"] else 0,
+    )
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder:
         shop = Workshop(Path(folder), Path(folder), {}) if chosen == ["malformed"] else Workshop.make(Path(folder))
         for kind in chosen:
@@ -74,7 +77,12 @@ def main() -> int:
                 found[word] += 1
                 if asked.verbose:
                     print(f"  {kind} {text}: {word}", flush=True)
-                if asked.full and not asked.case and kind in SHARES and time.monotonic() - began > budget * SHARES[kind]:
+                if (
+                    asked.full
+                    and not asked.case
+                    and kind in SHARES
+                    and time.monotonic() - began > budget * SHARES[kind]
+                ):
                     break
             told = ", ".join(f"{n} {word}" for word, n in found.most_common())
             print(f"{kind:10} {sum(found.values())} cases in {time.monotonic() - began:.0f} s: {told}", flush=True)
@@ -82,7 +90,9 @@ def main() -> int:
                 again = f"python -m tests.faults --only {kind} --case {text!r}"
                 print(f"  FAILED: {again}\n    " + why.replace("\n", "\n    "), flush=True)
             failures += len(failed)
-    print(f"seed {asked.seed}, Python {platform.python_version()}, {platform.system()}: {failures} failures", flush=True)
+    print(
+        f"seed {asked.seed}, Python {platform.python_version()}, {platform.system()}: {failures} failures", flush=True
+    )
     return int(failures > 0)
 
 

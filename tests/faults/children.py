@@ -101,7 +101,7 @@ def _child(
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         for place, file in ((1, files[0]), (2, files[1])):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), place)
-        sys.stdout, sys.stderr = (open(i, "w", encoding="utf-8", closefd=False) for i in (1, 2))
+        sys.stdout, sys.stderr = (open(i, "w", encoding="utf-8", closefd=False) for i in (1, 2))  # noqa: SIM115
         atexit._clear()
         disk = Disk(below, fault)
         disk.install()

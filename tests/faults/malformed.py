@@ -125,7 +125,13 @@ def _told_well(name: str, error: LcoError) -> None:
         raise Failed(f"{name}: status {error.exit_code}: {text[:400]}")
     if len(text) > 5000 or not text.strip():
         raise Failed(f"{name}: a message of {len(text)} characters")
-    named = field.split(".")[-1] if kind == "recipe" and not field.startswith("rl.rewards.") else "rewards" if kind == "recipe" else {"rows": "line 2", "item": "line 2"}.get(kind, "")
+    named = (
+        field.split(".")[-1]
+        if kind == "recipe" and not field.startswith("rl.rewards.")
+        else "rewards"
+        if kind == "recipe"
+        else {"rows": "line 2", "item": "line 2"}.get(kind, "")
+    )
     if named not in text:
         raise Failed(f"{name}: the message does not name {named}: {text[:400]}")
 
@@ -172,7 +178,10 @@ def _recipes() -> Iterator[tuple[str, Callable[[Path], object]]]:
             yield f"recipe {field} {value}", lambda folder, f=field, v=value: _load_recipe(folder, f, VALUES[v])
     for value in VALUES:
         yield f"recipe rl {value}", lambda folder, v=value: _load_recipe(folder, "rl", VALUES[v])
-        yield f"recipe rl.no_such_field {value}", lambda folder, v=value: _load_recipe(folder, "rl.no_such_field", VALUES[v])
+        yield (
+            f"recipe rl.no_such_field {value}",
+            lambda folder, v=value: _load_recipe(folder, "rl.no_such_field", VALUES[v]),
+        )
     for name, text in _TEXTS.items():
         yield f"recipe  {name}", lambda folder, t=text: _load_text(folder, t)
 
@@ -343,7 +352,10 @@ def _items() -> Iterator[tuple[str, Callable[[Path], object]]]:
         for field in row:
             for name, value in {**VALUES, "gone": _GONE}.items():
                 changed = {k: v for k, v in row.items() if k != field} if value is _GONE else {**row, field: value}
-                yield f"item {task}.{field} {name}", lambda folder, t=task, r=row, c=changed: _read_item(folder, t, r, c)
+                yield (
+                    f"item {task}.{field} {name}",
+                    lambda folder, t=task, r=row, c=changed: _read_item(folder, t, r, c),
+                )
 
 
 def _read_item(folder: Path, task: str, good: dict[str, Any], second: dict[str, Any]) -> None:
@@ -369,7 +381,14 @@ def _llama() -> Path:
 
 
 _HELD: list[Any] = []
-_SHAPES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size", "num_key_value_heads")
+_SHAPES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "intermediate_size",
+    "num_key_value_heads",
+)
 _BROKEN = {"empty": b"", "no-json": b"{", "list": b"[]", "null": b"null", "binary": bytes(range(256)), "number": b"3"}
 
 
@@ -377,10 +396,19 @@ def _models() -> Iterator[tuple[str, Callable[[Path], object]]]:
     for field in _SHAPES:
         for name in ("null", "minus", "huge", "half", "nan", "text", "list", "mapping"):
             yield f"model config.{field} {name}", lambda folder, f=field, v=VALUES[name]: _open_model(folder, f, v)
-    for field, values in {"model_type": ("null", "text", "list", "minus"), "architectures": ("text", "minus", "inner")}.items():
+    for field, values in {
+        "model_type": ("null", "text", "list", "minus"),
+        "architectures": ("text", "minus", "inner"),
+    }.items():
         for name in values:
             yield f"model config.{field} {name}", lambda folder, f=field, v=VALUES[name]: _open_model(folder, f, v)
-    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"):
+    for file in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ):
         for name, content in _BROKEN.items():
             yield f"model {file} {name}", lambda folder, f=file, c=content: _open_model(folder, f, c)
         yield f"model {file} gone", lambda folder, f=file: _open_model(folder, f, _GONE)
@@ -491,7 +519,10 @@ def _ggufs() -> Iterator[tuple[str, Callable[[Path], object]]]:
     for share in (3, 8, 20, 50, 80, 95):
         yield f"gguf cut {share}%", lambda folder, s=share: _convert(folder, lambda good: good[: len(good) * s // 100])
     for at in (0, 4, 8, 12, 16, 20, 24, 32, 40):
-        yield f"gguf byte {at}", lambda folder, a=at: _convert(folder, lambda good: good[:a] + b"\xff" * 8 + good[a + 8 :])
+        yield (
+            f"gguf byte {at}",
+            lambda folder, a=at: _convert(folder, lambda good: good[:a] + b"\xff" * 8 + good[a + 8 :]),
+        )
 
 
 def _convert(folder: Path, change: Any) -> None:
@@ -542,7 +573,21 @@ _ANSWERS: dict[str, tuple[int, bytes]] = {
     "status-429": (429, b""),
     "status-418-json": (503, b'{"error": {"message": null}}'),
 }
-_VERDICTS = ("", " ", "C", "A B", "A\nB", "neither", "\x00", "A\ud800B", "A" * 10_000, "</think>", "<think>A", "🅰", "[[A]]x")
+_VERDICTS = (
+    "",
+    " ",
+    "C",
+    "A B",
+    "A\nB",
+    "neither",
+    "\x00",
+    "A\ud800B",
+    "A" * 10_000,
+    "</think>",
+    "<think>A",
+    "🅰",
+    "[[A]]x",
+)
 
 
 def _judges() -> Iterator[tuple[str, Callable[[Path], object]]]:

@@ -35,8 +35,24 @@ SMALL["rl"] |= {"inner_epochs": 1, "rollout_batch": 2}
 STAGES = ("sft", "rm", "rl", "eval")
 STATUSES = (0, 1, 2, 3, 4, 130)  # of errors.py
 _TEMPORARY = re.compile(r"\.[0-9a-f]{12}\.(new|old|gone)$")
-_OF_THE_MOMENT = {"id", "finished", "started", "seconds", "peak_mib", "tokens_per_second", "upstream", "made_by", "order"}
-_OF_THE_MOMENT |= {"owner", "python", "numpy", "metrics.jsonl", "stage.json"}  # sums of the latter, random states unused
+_OF_THE_MOMENT = {
+    "id",
+    "finished",
+    "started",
+    "seconds",
+    "peak_mib",
+    "tokens_per_second",
+    "upstream",
+    "made_by",
+    "order",
+}
+_OF_THE_MOMENT |= {
+    "owner",
+    "python",
+    "numpy",
+    "metrics.jsonl",
+    "stage.json",
+}  # sums of the latter, random states unused
 _MAY_STAY = (".partial.jsonl", "responses.jsonl")  # what was made, where only its removal failed; it is used no more
 _NOT_COMPARED = (".lock", "environment.json", "error.log")
 
@@ -161,10 +177,10 @@ def whole(runs: Path, but: tuple[Path, ...] = ()) -> None:
             raise Failed(f"{file.relative_to(runs)} is half-written: {type(e).__name__}: {e}") from e
 
 
-def same(expected: Path, found: Path) -> None:
-    """Both runs hold the same, modulo times, ids and memory."""
+def same(expected: Path, found: Path, but: tuple[str, ...] = ()) -> None:
+    """Both runs hold the same, modulo times, ids and memory; ``but`` for the files of these names."""
     a, b = products(expected), products(found)
-    differ = sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
+    differ = sorted(name for name in {*a, *b} if a.get(name) != b.get(name) and Path(name).name not in but)
     if differ := [name for name in differ if name in a or not name.endswith(_MAY_STAY)]:
         lacking = [n for n in differ if n not in b]
         raise Failed(f"not as the undisturbed run: {', '.join(differ[:6])}" + f"; lacking {lacking}" * bool(lacking))

@@ -19,13 +19,20 @@ from lco_lite.tasks import load_task
 from tests.faults.malformed import _ITEMS, _ROWS
 
 few = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=9
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=9,
 )
-pieces = st.sampled_from([b"{", b"}", b"[", b"]", b'"', b":", b",", b"\n", b"null", b"NaN", b"1e999", b"\\ud800", b"\xff"])
+pieces = st.sampled_from(
+    [b"{", b"}", b"[", b"]", b'"', b":", b",", b"\n", b"null", b"NaN", b"1e999", b"\\ud800", b"\xff"]
+)
 almost_json = st.lists(pieces | st.binary(max_size=6), max_size=12).map(b"".join)
 
 
