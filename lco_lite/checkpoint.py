@@ -100,6 +100,8 @@ def load_latest(
                 raise UsageError(f"checkpoint {path} holds no optimizer state")
             optimizer.load_state_dict(unpack(content["optimizer"], extra))
         restore_rng(extra, content["rng"])
+        for older in paths[:-2] if path == paths[-1] else ():  # a kill came between a save and this removal
+            remove(older)
         return Checkpoint(path, content["step"], tensors, content["state"])
     if paths:
         raise UsageError(f"every checkpoint under {folder} is damaged: --fresh starts this stage again")

@@ -151,6 +151,15 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000010", "step-00000011"]
 
 
+def test_one_that_a_kill_kept_from_being_removed_goes_when_the_stage_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("lco_lite.checkpoint.remove", lambda path: None)
+    for step in (1, 2, 3):
+        parameters(tmp_path, step)
+    monkeypatch.undo()
+    assert load_latest(tmp_path).step == 3
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
 @pytest.mark.parametrize("file", ["tensors.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", [flip_a_byte, lambda p: p.write_bytes(p.read_bytes()[:-20]), Path.unlink])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_is_named(tmp_path, file, damage):

@@ -32,7 +32,7 @@ REWARDS = {
     "good_numpy": "import numpy as np\ndef f(p, r, rows): return np.arange(len(r)) / 7",
     "good_torch": "import torch\ndef f(p, r, rows): return torch.arange(len(r)) / 7",
     "good_generator": "def f(p, r, rows): return (len(x) / 9 for x in r)",
-    "good_prints": "def f(p, r, rows):\n    print('1 {\"rewards\": [9, 9]}')\n    return [0.1 * i for i in range(len(r))]",
+    "good_prints": "def f(p, r, rows):\n    print('1 {\"rewards\": [9]}')\n    return [i / 9 for i in range(len(r))]",
     "good_changes_its_folder": "import os\nos.chdir('/')\ndef f(p, r, rows): return [0.1 * i for i in range(len(r))]",
     "too_few": "def f(p, r, rows): return [1.0] * (len(r) - 1)",
     "too_many": "def f(p, r, rows): return [1.0] * (len(r) + 1)",
@@ -80,7 +80,7 @@ OBJECTIVES = {
     "has_no_gradient": "def f(batch, clip): return batch.logprobs.detach().sum(), {}",
     "is_a_vector": "def f(batch, clip): return batch.logprobs, {}",
     "is_a_number": "def f(batch, clip): return 1.0, {}",
-    "unknown_diagnostic": "def f(batch, clip): return batch.logprobs.mean(), {'nothing known': batch.logprobs.detach()}",
+    "unknown_diagnostic": "def f(batch, clip): return batch.logprobs.mean(), {'not known': batch.logprobs.detach()}",
     "short_diagnostic": "def f(batch, clip): return batch.logprobs.mean(), {'clipped': batch.logprobs.detach()[:1]}",
     "wrong_signature": "def f(): return 1",
 }
