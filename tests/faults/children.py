@@ -69,11 +69,16 @@ def run(
     the child before the command; ``fault`` befalls what is written ``below``."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("out", "err", "counts.json")]
-        began = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
+        begins, tells = os.pipe()
         if (pid := os.fork()) == 0:
-            _child([str(a) for a in arguments], below, fault, prepare, files)
+            os.close(begins)
+            _child([str(a) for a in arguments], below, fault, prepare, files, tells)
+        os.close(tells)
+        os.read(begins, 1)
+        os.close(begins)
+        began = time.monotonic()
         coming, hung, ended = sorted(signals), False, 0
         while True:
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -86,13 +91,19 @@ def run(
                 hung = True
                 os.killpg(pid, signal.SIGKILL)
             time.sleep(0.002)
+        ended_well = os.waitstatus_to_exitcode(status) == 0
         out, err = (f.read_text(errors="replace") if f.exists() else "" for f in files[:2])
-        counts = json.loads(files[2].read_text()) if files[2].exists() else {}
+        counts = json.loads(files[2].read_text()) if ended_well and files[2].exists() else {}
         return Ended(os.waitstatus_to_exitcode(status), out, err, time.monotonic() - began, hung, counts)
 
 
 def _child(
-    arguments: list[str], below: Path, fault: Fault | None, prepare: Callable[[], object] | None, files: list[Path]
+    arguments: list[str],
+    below: Path,
+    fault: Fault | None,
+    prepare: Callable[[], object] | None,
+    files: list[Path],
+    tells: int,
 ) -> None:
     status = 70
     try:
@@ -101,7 +112,7 @@ def _child(
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         for place, file in ((1, files[0]), (2, files[1])):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), place)
-        sys.stdout, sys.stderr = (open(i, "w", encoding="utf-8", closefd=False) for i in (1, 2))  # noqa: SIM115
+        sys.stdout, sys.stderr = (open(i, "w", 1, "utf-8", closefd=False) for i in (1, 2))  # noqa: SIM115
         atexit._clear()
         disk = Disk(below, fault)
         disk.install()
@@ -111,13 +122,18 @@ def _child(
 
         sys.argv = ["lco-lite", *arguments]
         try:
+            os.close(tells)
             main()
             status = 0
         except SystemExit as e:
             status = e.code if isinstance(e.code, int) else int(e.code is not None)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # it has ended: what comes now is for nobody
         disk.remove()
         atexit._run_exitfuncs()
         files[2].write_text(json.dumps(disk.counts))
+    except KeyboardInterrupt:
+        pass  # between the two lines above
     except BaseException:
         import traceback
 
