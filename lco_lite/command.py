@@ -23,6 +23,7 @@ from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import find_recipe, load_recipe, overridden, said
 from lco_lite.recipe.sections import RewardModel
 from lco_lite.run import Run, decides, named_base, verb
+from lco_lite.user_code import told
 from lco_lite.visible import visible
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -
             where = f"The traceback is in {log}"
         except LcoError as unwritten:
             where = f"Its traceback is lost: {unwritten}"
-        raise LcoError(f"failed while {ctx.clock.phase}: {type(e).__name__}: {e}\n{where}") from e
+        raise LcoError(f"failed while {ctx.clock.phase}: {told(e)}\n{where}") from e
 
 
 def _remedies(ctx: Context) -> list[str]:

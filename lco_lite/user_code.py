@@ -66,7 +66,12 @@ def load_function(spec: str) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         with contained():
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except TypeError as e:
+                if e.__traceback__ is not None and e.__traceback__.tb_next is not None:  # inside it
+                    raise
+                raise UsageError(f"{spec}: it is called with {len(args) + len(kwargs)} arguments: {told(e)}") from e
 
     return call
 

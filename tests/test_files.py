@@ -69,6 +69,22 @@ def test_a_full_disk_is_recognised_in_the_error_of_safetensors(tmp_path):
         raise SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })')
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EFBIG, errno.ENOTCONN])
+def test_a_disk_that_fails_leaves_the_old_file_and_names_the_path(tmp_path, monkeypatch, number):
+    write_text(tmp_path / "a.txt", "old")
+    monkeypatch.setattr(os, "fsync", failing(number))
+    with pytest.raises(LcoError, match="cannot write .*a.txt: .*; nothing was lost") as caught:
+        write_text(tmp_path / "a.txt", "new")
+    assert caught.value.exit_code == 1 and (tmp_path / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("text", ["I/O error: Input/output error (os error 5)", "IoError(Os { code: 5 })"])
+def test_a_disk_that_fails_is_recognised_in_the_error_of_safetensors(tmp_path, text):
+    with pytest.raises(LcoError, match=f"cannot write {tmp_path}"), write_errors(tmp_path):
+        raise SafetensorError(text)
+
+
 def test_errors_about_files_elsewhere_are_not_blamed_on_the_path_written(tmp_path):
     with pytest.raises(PermissionError), write_errors(tmp_path / "runs" / "a"):
         raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/else/model.safetensors")
