@@ -75,7 +75,7 @@ def write_errors(path: Path) -> Iterator[None]:
             why = "permission denied" if number in (errno.EACCES, errno.EPERM) else e.strerror
             what = "no permission to write" if number in _NO_PERMISSION else "cannot write"
             raise UsageError(f"{what} {path}: {why}. Choose another place with --runs DIR.") from e
-        if (isinstance(e, OSError) and number and _concerns(e, path)) or re.search("I/?O ?[Ee]rror", str(e)):
+        if (isinstance(e, OSError) and number and _concerns(e, path)) or re.search("I/O error|IoError", str(e)):
             raise LcoError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; nothing was lost") from e
         raise
 
