@@ -131,7 +131,7 @@ def _prompt(row: Row, at: str) -> Prompt:
             if more is not None and not isinstance(more, str):
                 raise DataError(f"{at}, field input: a text is needed, found {more!r:.80}")
             return Prompt(conversation(f"{value}\n\n{more}" if more else value), row=row)
-    if "chosen" in row and "rejected" in row:
+    if "chosen" in row and "rejected" in row and not any(row.get(key) for key in PROMPTS):
         return Prompt(_preference(row, at).messages, row=row)
     raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)} or messages is needed, {_found(row)}")
 
