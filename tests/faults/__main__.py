@@ -14,12 +14,14 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 from random import Random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # cases of each kind in the short form, and the share of the time that it has in the full one
 FEW = {"kills": 2, "faults": 4, "signals": 1, "disk-full": 1, "damage": 3, "non-finite": 1, "user-code": 2}
@@ -35,6 +37,10 @@ def warm() -> None:
     import lco_lite.cli
     import lco_lite.evaluation.evaluate
     import lco_lite.train.pipeline  # noqa: F401
+    from lco_lite.models.loading import quiet_libraries
+
+    quiet_libraries()
+    warnings.simplefilter("ignore")
 
 
 def main() -> int:
