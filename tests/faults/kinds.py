@@ -249,6 +249,8 @@ def damage(shop: Workshop, text: str) -> str:
         ended = children.run(shop.command(stage, runs), runs)
         told_well(ended)
         whole(runs, (file,))
+        if ended.status == 0 and way == "gone" and file.name == "done.json":
+            return "not done"  # that is what a stage without it is: eval takes the one before, and says which
         if ended.status == 0:
             return _damage_was_harmless(shop, stage, runs, file)
         told = ended.err.replace(str(runs), "")
