@@ -194,8 +194,15 @@ def seal(folder: Path) -> None:
 
 def verify_sealed(folder: Path, remedy: str) -> None:
     """``verify`` by what ``seal`` noted; a folder without a seal passes."""
-    if (folder / _SEAL).is_file():
-        verify(folder, json.loads((folder / _SEAL).read_text(encoding="utf-8")), remedy)
+    if not (noted := folder / _SEAL).exists():
+        return
+    try:
+        sums = json.loads(noted.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise DataError(f"{noted}: damaged: {e}. {remedy}") from e
+    if not isinstance(sums, dict) or not all(isinstance(one, str) for one in sums.values()):
+        raise DataError(f"{noted}: damaged: a sha256 for each file is needed, found {sums!r:.80}. {remedy}")
+    verify(folder, sums, remedy)
 
 
 _SEAL = "sha256.json"
