@@ -311,7 +311,7 @@ class Run:
     @ranks.once
     def stages(self) -> list[StageFolder]:
         """Those that were begun, in the order they build on each other."""
-        begun = [p.parent.name for p in self.path.glob("*/stage.json")]
+        begun = {p.parent.name for name in ("stage.json", "done.json") for p in self.path.glob(f"*/{name}")}
         return [self.stage(name) for name in sorted(begun, key=_order)]
 
     @ranks.once
