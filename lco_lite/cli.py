@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from lco_lite import __version__
-from lco_lite.command import boundary, command
+from lco_lite.command import DryRun, boundary, command
 from lco_lite.console import Console
 from lco_lite.environment import environment
 from lco_lite.errors import UsageError
@@ -61,7 +61,7 @@ class RunFlags:
         str | None, Option(help="The run's name; the recipe's unless given.", autocompletion=of(run_names))
     ] = None
     seed: Annotated[int | None, Option(help="Seed of weights, data order and sampling.")] = None
-    device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None
+    device: Annotated[str | None, Option(help="auto, cpu, cuda or mps.")] = None
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs")
     quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings, scores and the last line.")] = False
 
@@ -74,11 +74,17 @@ class RunFlags:
 @dataclass
 class TrainFlags(RunFlags):
     fresh: Annotated[bool, Option("--fresh", help="Delete this stage and what was built on it; start anew.")] = False
-    dry_run: Annotated[bool, Option("--dry-run", help="Show recipe, an example, step counts; train nothing.")] = False
+    dry_run: Annotated[bool, Option("--dry-run", help="Look at all files, tell what would be done.")] = False
+    full: Annotated[bool, Option("--full", help="With --dry-run: the resolved recipe and whole example too.")] = False
     tracker: Annotated[list[str] | None, Option(help="trackio, wandb, tensorboard: told each step. Repeatable.")] = None
 
     def arguments(self, flags: dict[str, Any] | None = None) -> dict[str, Any]:
         return super().arguments({"trackers": self.tracker or None, **(flags or {})})
+
+    def preview(self, upto: str) -> DryRun | None:
+        if self.full and not self.dry_run:
+            raise typer.BadParameter("it belongs to --dry-run", param_hint="--full")
+        return DryRun(upto, self.fresh, self.full) if self.dry_run else None
 
 
 def spread(kind: type[RunFlags]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -146,7 +152,7 @@ def init(
 def run(recipe: Recipe, on: TrainFlags, objective: Objective = None, beta: Beta = None, steps: Steps = None) -> None:
     """All stages in order, then the score after each. Skips what is done."""
     flags = {"rl.objective": objective, "rl.beta": beta, "rl.steps": steps}
-    with command(recipe, **on.arguments(flags), dry_run=on.dry_run) as ctx:
+    with command(recipe, **on.arguments(flags), dry_run=on.preview("run")) as ctx:
         from lco_lite.train.pipeline import run_all
 
         run_all(ctx, on.fresh)
@@ -187,7 +193,7 @@ def rl(
 
 
 def _train(stage: str, recipe: str | None, on: TrainFlags, flags: dict[str, Any] | None = None) -> None:
-    with command(recipe, **on.arguments(flags), dry_run=on.dry_run) as ctx:
+    with command(recipe, **on.arguments(flags), dry_run=on.preview(stage)) as ctx:
         from lco_lite.train.pipeline import announce, train
 
         stage = ctx.recipe.rl.stage if stage == "rl" else stage
@@ -267,7 +273,7 @@ def chat(
     max_tokens: Annotated[int | None, Option("--max", help="Longest answer, tokens.")] = None,
     system: Annotated[str | None, Option(help="System message; the recipe's unless given.")] = None,
     seed: Annotated[int | None, Option(help="Of sampling.")] = None,
-    device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None,
+    device: Annotated[str | None, Option(help="auto, cpu, cuda or mps.")] = None,
     sets: Sets = None,
     runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
 ) -> None:

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -60,6 +60,14 @@ def _say(why: str) -> None:
         Console(stderr=stderr).error(why)
 
 
+class DryRun(NamedTuple):
+    """What ``--dry-run`` is about: the command's last stage, or ``run``; ``full`` shows the whole recipe too."""
+
+    upto: str
+    fresh: bool
+    full: bool
+
+
 @contextlib.contextmanager
 def command(
     recipe: str | None,
@@ -69,7 +77,7 @@ def command(
     flags: dict[str, Any],
     quiet: bool = False,
     json: bool = False,
-    dry_run: bool = False,
+    dry_run: DryRun | None = None,
     model: str | None = None,
     tasks: list[str] | None = None,
 ) -> Iterator[Context]:
@@ -91,10 +99,11 @@ def command(
             run = Run.newest(runs) if name is None else Run(runs / name)
             kept, name = run.recipe().model_dump(mode="json"), run.name
             resolved = overridden(kept, sets, flags, console.note, "the run's recipe with your flags")
-        if dry_run:
+        told = said(None if recipe is None else find_recipe(recipe), sets, flags)
+        if dry_run is not None:
             from lco_lite.dry_run import preview
 
-            preview(resolved, console)
+            preview(resolved, Run(runs / name), told, *dry_run, console)
             raise typer.Exit
         run = Run.open(runs, name)
         if not all(ranks.gather(run.path.is_dir())):
@@ -102,7 +111,7 @@ def command(
                 f"{run.path} is not there for every process: name a folder that all machines share by --runs"
             )
         with _locked(run), _context(run, resolved, console, adapter) as ctx:
-            ctx.said = said(None if recipe is None else find_recipe(recipe), sets, flags)
+            ctx.said = told
             yield ctx
 
 

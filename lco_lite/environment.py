@@ -26,7 +26,8 @@ def _device() -> dict[str, Any]:
 
     cpu = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if not torch.cuda.is_available():
-        return {"kind": "cpu", **cpu}
+        mps = {"mps": "there, for device: mps"} if torch.backends.mps.is_available() else {}
+        return {"kind": "cpu", **mps, **cpu}
     cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     gpus = [{"name": d.name, "memory_mib": d.total_memory >> 20, "capability": f"{d.major}.{d.minor}"} for d in cards]
     return {"kind": "cuda", "cuda": torch.version.cuda, "gpus": gpus, **cpu}

@@ -3,6 +3,9 @@
 A message says what was found, where, and what is accepted; the user never sees a traceback for a mistake of theirs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LcoError(Exception):
     """Failed while running."""
@@ -52,3 +55,15 @@ class Interrupted(LcoError):
     """Stopped by the user after a checkpoint."""
 
     exit_code = 130
+
+
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """A UsageError of the block begins with the recipe's field that it is about, unless it names one of that section
+    itself."""
+    try:
+        yield
+    except UsageError as e:
+        if str(e).startswith(f"{field.partition('.')[0]}."):
+            raise
+        raise type(e)(f"{field}: {e}") from e

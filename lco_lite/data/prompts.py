@@ -167,10 +167,12 @@ def _of_items(recipe: Recipe, task: Task) -> list[Demonstration]:
 
 def file_pairs(recipe: Recipe, task: Task | None, chat: ChatFormat) -> list[Pair]:
     """The pairs of ``data.preferences``, a file or hub set. Raises DataError where they are held-out items."""
-    data, pairs = recipe.data, []
-    for p in _shuffled_rows(recipe, task, read_preferences, data.preferences, data.columns.preferences):
-        pairs.append(pair_of(p, chat))
-    return pairs
+    return [pair_of(row, chat) for row in preference_rows(recipe, task)]
+
+
+def preference_rows(recipe: Recipe, task: Task | None) -> list[Preference]:
+    data = recipe.data
+    return _shuffled_rows(recipe, task, read_preferences, data.preferences, data.columns.preferences)
 
 
 def pair_of(p: Preference, chat: ChatFormat) -> Pair:

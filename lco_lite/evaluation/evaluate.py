@@ -14,11 +14,13 @@ from operator import eq
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lco_lite import ranks, weights
 from lco_lite.console import Console
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.data.prompts import Prompt, open_task
-from lco_lite.errors import DataError, Interrupted, UsageError
+from lco_lite.errors import DataError, Interrupted, UsageError, naming
 from lco_lite.evaluation.held_out import HELD_OUT, held_out_task, likelihoods, show_held_out
 from lco_lite.evaluation.likelihood import likeliest_letters
 from lco_lite.evaluation.prompts import Question, eval_prompts, question, score_name, score_settings
@@ -94,12 +96,19 @@ def _show_both(
         console.warn("there is no task, and nothing is held out (data.held_out): no stage has a score")
 
 
-def check_all(ctx: Context) -> None:
-    """What ``score_all`` will lack is said before hours of training. Raises what the tasks raise."""
-    own = [held_out_task(ctx.recipe, ctx.device)] if ctx.recipe.task is None and ctx.recipe.rl.reward_parts else []
-    for task in [*_eval_tasks(ctx.recipe), *own]:
-        n = len(eval_prompts(ctx.recipe, task))
-        task.check(ctx.recipe.eval, n, _passes(ctx.recipe.eval), ctx.console)
+def check_all(recipe: Recipe, device: torch.device, console: Console) -> dict[str, int]:
+    """What ``score_all`` will lack is said before hours of training; how many items each task has, by its name. Raises
+    what the tasks raise."""
+    with naming("eval.tasks"):
+        tasks, settings = _eval_tasks(recipe), recipe.eval
+        if recipe.task is None and recipe.rl.reward_parts:
+            tasks.append(held_out_task(recipe, device))
+        counts = {}
+        for task in tasks:
+            _refuse_meaningless(task, "base", settings)
+            counts[task.name] = len(eval_prompts(recipe, task))
+            task.check(settings, counts[task.name], _passes(settings), console)
+        return counts
 
 
 def show(console: Console, results: Sequence[Mapping[str, Any]], labels: Mapping[str, str] | None = None) -> None:

@@ -122,7 +122,10 @@ def try_functions(
     called and what it said. Raises UsageError as the call of a phase does, before anything is trained."""
     told = []
     for name, spec in rl.reward_functions.items():
-        function = RewardFunction(spec, rl.reward_timeout)
+        try:
+            function = RewardFunction(spec, rl.reward_timeout)
+        except UsageError as e:
+            raise UsageError(f"rl.reward_function: {e}") from e
         try:
             reward = function(Answers([prompt], [row], [text], [[0]], columns=columns)).item()
         except UsageError as e:

@@ -12,7 +12,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 
 from lco_lite.errors import ModelError
 from lco_lite.models.chat import Message
-from lco_lite.models.loading import base_dtype, load_tokenizer, refuse_unusable_folder, unloadable
+from lco_lite.models.loading import (
+    base_dtype,
+    load_tokenizer,
+    refuse_unusable_folder,
+    refuse_without_weights,
+    unloadable,
+)
 from lco_lite.recipe.sections import Weights
 
 _KINDS: dict[str, Any] = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
@@ -26,12 +32,9 @@ class SequenceClassifier:
     """
 
     def __init__(self, path: str, device: torch.device) -> None:
-        weights = Weights(path=path)
-        self.model, _ = load_classifier(path, ("sequence",), base_dtype(weights, device), device)
-        self.tokenizer = load_tokenizer(weights)
+        self.tokenizer = refuse_unscorable(path)
+        self.model, _ = load_classifier(path, ("sequence",), base_dtype(Weights(path=path), device), device)
         self.tokenizer.truncation_side = "left"
-        if self.model.config.num_labels > 2:
-            raise ModelError(f"{path}: has {self.model.config.num_labels} labels; 1 or 2 are needed")
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
     @torch.no_grad()
@@ -57,10 +60,34 @@ class SequenceClassifier:
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
 
 
+def refuse_unscorable(path: str) -> Any:
+    """The tokenizer of what may score a response. Raises ModelError, before weights are loaded, for what may not."""
+    config, _ = classifier_config(path, ("sequence",))
+    if config.num_labels > 2:
+        raise ModelError(f"{path}: has {config.num_labels} labels; 1 or 2 are needed")
+    return load_tokenizer(Weights(path=path))
+
+
 def logits_of(model: Any, ids: Any) -> Tensor:
     """[B, labels], or [B, L, labels] of a token classifier, in fp32 on the CPU."""
     inputs = {name: ids[name].to(model.device) for name in ("input_ids", "attention_mask")}
     return model(**inputs).logits.float().cpu()
+
+
+def classifier_config(path: str, kinds: Sequence[str]) -> tuple[Any, str]:
+    """(config, kind): its config says which of ``kinds`` a classifier is. Raises ModelError for what is no such model,
+    and for a folder without weights in safetensors."""
+    refuse_unusable_folder(Path(path))
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as e:  # transformers raises many kinds
+        raise unloadable("classifier", path, e) from e
+    named = config.architectures or ["no architecture"]
+    kind = next((k for k in kinds if any(f"{k.capitalize()}Classification" in name for name in named)), None)
+    if kind is None:
+        raise ModelError(f"{path}: is {', '.join(named)}; a {'- or '.join(kinds)}-classification model is needed")
+    refuse_without_weights(Path(path))
+    return config, kind
 
 
 def load_classifier(
@@ -68,15 +95,9 @@ def load_classifier(
 ) -> tuple[Any, str]:
     """(model, kind): frozen, in eval mode; its config says which of ``kinds`` it is. Raises ModelError for what is no
     such model, for pickled weights, and where weights are missing."""
-    refuse_unusable_folder(Path(path))
+    config, kind = classifier_config(path, kinds)
     options = {} if dtype is None else {"dtype": dtype}
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        named = config.architectures or ["no architecture"]
-        kind = next((k for k in kinds if any(f"{k.capitalize()}Classification" in name for name in named)), None)
-        if kind is None:
-            wanted = "- or ".join(kinds)
-            raise ModelError(f"{path}: is {', '.join(named)}; a {wanted}-classification model is needed")
         model, loaded = _KINDS[kind].from_pretrained(
             path, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )

@@ -62,9 +62,7 @@ class LanguageModel:
         self.head = head_of(base, known_tokens(tokenizer))
         with self.on_device():
             self._prove()
-        inside = set(self.decoder.modules()) - {base.get_output_embeddings()}
-        # asked before any adapter wraps them: name -> is it part of the language model
-        self._linear = {name: m in inside for name, m in base.named_modules() if isinstance(m, Linear)}
+        self._linear = linear_layers(base)  # asked before any adapter wraps them
         # bitsandbytes rounds these otherwise in train mode, and scores would not be those of the first update
         self._int8 = [m for m in base.modules() if type(m).__name__ == "Linear8bitLt"]
         self.active: str | None = None
@@ -111,7 +109,7 @@ class LanguageModel:
 
     def add_adapter(self, name: str, lora: Lora, seed: int) -> None:
         """A new adapter, equal to the base until it is trained; its weights depend on ``seed`` alone."""
-        targets, exclude = self._targets(lora)
+        targets, exclude = adapted_layers(self._linear, lora)
         options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
         config = LoraConfig(target_modules=targets, exclude_modules=exclude, task_type="CAUSAL_LM", **options)
         with torch.random.fork_rng():
@@ -315,15 +313,22 @@ class LanguageModel:
     def _adapter_parameters(self) -> list[tuple[str, Parameter]]:
         return [(key, p) for key, p in self._peft.named_parameters() if ".lora_" in key]
 
-    def _targets(self, lora: Lora) -> tuple[list[str], list[str]]:
-        """(last parts of the names of the linear layers to adapt, whole names outside the decoder that share them)."""
-        linear = self._linear
-        known = sorted({name.rpartition(".")[2] for name, within in linear.items() if within})
-        targets = known if lora.targets == "all-linear" else list(lora.targets)
-        unknown = [target for target in targets if not any(name.endswith(target) for name in linear)]
-        if unknown:
-            raise ModelError(f"lora.targets: no linear layer named {', '.join(unknown)}; there are: {', '.join(known)}")
-        return targets, [n for n, within in linear.items() if not within and n.rpartition(".")[2] in targets]
+
+def linear_layers(base: PreTrainedModel) -> dict[str, bool]:
+    """Name of each linear layer -> is it part of the language model, and not its head."""
+    inside = set(decoder_of(base).modules()) - {base.get_output_embeddings()}
+    return {name: m in inside for name, m in base.named_modules() if isinstance(m, Linear)}
+
+
+def adapted_layers(linear: Mapping[str, bool], lora: Lora) -> tuple[list[str], list[str]]:
+    """(last parts of the names of the ``linear`` layers to adapt, whole names outside the decoder that share them).
+    Raises ModelError for a target that there is not."""
+    known = sorted({name.rpartition(".")[2] for name, within in linear.items() if within})
+    targets = known if lora.targets == "all-linear" else list(lora.targets)
+    unknown = [target for target in targets if not any(name.endswith(target) for name in linear)]
+    if unknown:
+        raise ModelError(f"lora.targets: no linear layer named {', '.join(unknown)}; there are: {', '.join(known)}")
+    return targets, [n for n, within in linear.items() if not within and n.rpartition(".")[2] in targets]
 
 
 @dataclass(frozen=True)

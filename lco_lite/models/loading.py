@@ -36,7 +36,13 @@ _MOST_MIB = {".jinja": 4, ".json": 64, "tokenizer.json": 1024}
 
 def resolve_device(asked: str) -> torch.device:
     """``auto`` is CUDA where there is one; each of several processes has a GPU of its own. Raises UsageError where the
-    recipe asks for CUDA and there is none, or too few."""
+    recipe asks for CUDA or MPS and there is none, or too few."""
+    if asked == "mps":
+        if not torch.backends.mps.is_available():
+            raise UsageError("device: mps, and torch finds no Apple GPU (MPS); use device: cpu or auto")
+        if ranks.world() > 1:
+            raise UsageError("device: mps is one GPU, for one process; start one, or use device: cpu")
+        return torch.device("mps")
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: cuda, and torch finds no CUDA device; use device: cpu or auto")
     if asked == "cpu" or not torch.cuda.is_available():
@@ -208,7 +214,7 @@ def language_model_class(config: Any) -> Any:
 
 
 def base_dtype(weights: Weights, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 on a GPU, float32 on a CPU. Raises ModelError for bfloat16 on a GPU without it."""
+    """``auto``: bfloat16 on a CUDA GPU, float32 elsewhere. Raises ModelError for bfloat16 on a GPU without it."""
     auto = "bfloat16" if device.type == "cuda" else "float32"
     name = auto if weights.dtype == "auto" else weights.dtype
     if name == "bfloat16" and device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 0):
@@ -255,6 +261,12 @@ def refuse_unusable_folder(folder: Path) -> None:
     pickled = sorted(p.name for p in folder.glob("*.bin"))
     if pickled and not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: only pickled weights ({pickled[0]}); safetensors are needed, for pickle runs code")
+
+
+def refuse_without_weights(folder: Path) -> None:
+    """Raises ModelError for a folder that has a config and no weights."""
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: no weights: *.safetensors are needed beside config.json")
 
 
 def refuse_huge_files(folder: Path) -> None:

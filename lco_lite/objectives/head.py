@@ -92,9 +92,10 @@ class Head:
         """w̄ [d], the mean over V of the rows, in fp32 or fp64: mean over V of W·x is w̄·x."""
 
         def mean() -> Tensor:
-            total = self.weight.new_zeros(self.weight.shape[1], dtype=torch.float64)
+            exact = torch.float32 if self.weight.device.type == "mps" else torch.float64  # which has no other
+            total = self.weight.new_zeros(self.weight.shape[1], dtype=exact)
             for block in self.vocabulary.split(ROW_BLOCK):
-                total += block.to(wide(block)).sum(0, dtype=torch.float64)
+                total += block.to(wide(block)).sum(0, dtype=exact)
             return (total / self.rows).to(wide(self.weight))
 
         return self.remember(("mean", self.weight._version), mean)

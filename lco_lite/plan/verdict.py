@@ -24,6 +24,7 @@ from lco_lite.plan.trial import Trial
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import overridden
 from lco_lite.recipe.sections import RewardModel, size_in_bytes
+from lco_lite.train.before import written
 
 GIB = 2**30
 RESERVE = 0.8 * GIB  # CUDA's context and fragmentation; on a CPU the process itself. An estimate
@@ -194,8 +195,8 @@ def memory_of(recipe: Recipe, gpu: str | None) -> tuple[float, str]:
             return float(size_in_bytes(gpu)), f"--gpu {gpu}"
         except ValueError as e:
             raise UsageError(f"--gpu: {e}") from e
-    if recipe.device == "cpu":
-        return float(psutil.virtual_memory().total), "device: cpu, this machine's memory"
+    if recipe.device in ("cpu", "mps"):
+        return float(psutil.virtual_memory().total), f"device: {recipe.device}, this machine's memory"
     if recipe.memory_limit is not None:
         limit, what = float(size_in_bytes(recipe.memory_limit)), f"memory_limit {recipe.memory_limit}"
         if not torch.cuda.is_available():
@@ -211,7 +212,7 @@ def plan(
     recipe: Recipe, gpu: str | None, rate: float | None, prompt: int | None, runs: Path, console: Console, as_json: bool
 ) -> None:
     """Prints it, or for machines one JSON object with bytes, hours and what does not fit."""
-    on_card = gpu is not None or recipe.device != "cpu"
+    on_card = gpu is not None or recipe.device not in ("cpu", "mps")
     memory, what = memory_of(recipe, gpu)
     room = memory - RESERVE
     phases, trained, changes = dict[str, Any](), dict[str, float](), dict[str, str | None]()
@@ -239,8 +240,7 @@ def plan(
         seconds = None if likely is None or not rate else likely / rate + (learning if stage == "rl" else 0)
         tasks[stage] = row | {"hours": None if seconds is None else seconds / 3600}
     digits = 2 + len(str(recipe.model.init and 260 or load_config(recipe.model).get_text_config().vocab_size))
-    disk = {stage: 4.0 * n * (1 + 3 * 3) for stage, n in trained.items()}  # adapter; of three checkpoints: AdamW's too
-    disk |= {"rl": disk["rl"] + 2 * 4.0 * trained["rl"]} if recipe.rl.keep_best else {}  # the best, and the one before
+    disk = written(recipe, trained)
     disk["responses"] = digits * (3.0 * drawn + ((tasks.get("rm") or {}).get("tokens") or 0))
     host = max(12.0 * n for n in trained.values()) + max(held["host"] + held["kept"] for held in phases.values())
     facts = {"memory": memory, "reserve": RESERVE, "on": what, "phases": phases, "changes": changes, "host": host}

@@ -20,6 +20,7 @@ from lco_lite.recipe.sections import (
     Sft,
     TaskColumns,
     TrainRm,
+    Weights,
     known_size,
     setting,
 )
@@ -40,7 +41,11 @@ def _has_lora(weights: Any) -> bool:
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = setting("run", "folder in --runs", "yours")
     seed: int = setting(0, "of weights, data order and sampling", "0", ge=0, lt=2**31)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one", "the machine")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting(
+        "auto",
+        "auto: cuda where there is one, else cpu; mps: an Apple GPU, only if named: float32, not tested by us",
+        "the machine",
+    )
     threads: int | None = setting(None, "CPU threads; null: torch's choice", "the machine", ge=1)
     memory_limit: Annotated[str, AfterValidator(known_size)] | None = setting(
         None, "most that is allocated on the GPU, e.g. 11.5GiB; the driver's own share comes on top", "all of it"
@@ -136,10 +141,40 @@ class Recipe(Section):
             yield f"sft.more_tasks: {twice} is there already; name each other task once"
         if self.model.init is not None and not self.sft.enabled:
             yield "sft.enabled: a model from scratch has learnt nothing yet: it needs sft"
+        if self.device == "mps" and (needs_cuda := list(self._only_on_cuda())):
+            yield f"device: mps computes in float32, without what is made for CUDA. Change {', '.join(needs_cuda)}"
         if self.rollout.engine == "vllm":
             yield from self._wrong_for_vllm()
         if self.model.train_head and self.rl.variant.is_on:
             yield "rl.variant: needs a frozen head, and model.train_head is true"
+
+    def _only_on_cuda(self) -> Iterator[str]:
+        """What is set that an Apple GPU does not do, and to what to change it."""
+        sections: dict[str, Weights] = {"model": self.model}
+        if isinstance(self.reward_model, RewardModel):
+            sections["reward_model"] = self.reward_model
+            if self.reward_model.streaming:
+                yield "reward_model.streaming to false"
+            if (self.reward_model.device or "cpu") != "cpu":
+                yield "reward_model.device to null"
+        for name, weights in sections.items():
+            if weights.quantization != "none":
+                yield f"{name}.quantization to none"
+            if weights.dtype not in ("auto", "float32"):
+                yield f"{name}.dtype to float32"
+            if weights.gradient_checkpointing == "offload":
+                yield f"{name}.gradient_checkpointing to true"
+            if weights.attention == "flash_attention_2":
+                yield f"{name}.attention to sdpa"
+        for name in ("sft", "train_rm", "rl"):
+            if getattr(self, name).optimizer != "adamw":
+                yield f"{name}.optimizer to adamw"
+        if self.rollout.engine not in ("auto", "hf"):
+            yield "rollout.engine to hf"
+        if self.residency == "phase":
+            yield "residency to all"
+        if self.memory_limit is not None:
+            yield "memory_limit to null"
 
     def _wrong_for_vllm(self) -> Iterator[str]:
         if self.model.lora is None:

@@ -429,10 +429,15 @@ def show_recipes(name: str | None, console: Console) -> None:
 
 
 def copy_recipes(name: str | None, target: Path, console: Console) -> None:
-    """Raises UsageError rather than write over a file."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in [find_recipe(name)] if name else shipped().values():
+    """Raises UsageError rather than write over a file, and for a folder that cannot be written."""
+    wanted = [find_recipe(name)] if name else list(shipped().values())
+    for path in wanted:
         if (target / path.name).exists():
             raise UsageError(f"{target / path.name} is there already; nothing was overwritten")
-        shutil.copy(path, target / path.name)
+    for path in wanted:
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target / path.name)
+        except OSError as e:
+            raise UsageError(f"--copy {target}: {path.name} cannot be written there: {e.strerror or e}") from e
         console.say(str(target / path.name))

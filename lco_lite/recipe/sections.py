@@ -100,7 +100,7 @@ class Weights(Section):
         "none", "storage of the frozen base (bitsandbytes)", "nf4 with double quantisation is what fits 12 GB"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "weights and compute; auto: bfloat16 on a GPU, float32 on a CPU", "bfloat16 where it is fast"
+        "auto", "weights and compute; auto: bfloat16 on a CUDA GPU, float32 elsewhere", "bfloat16 where it is fast"
     )
     lora: Lora | None = setting(Lora(), "the adapter; null trains all weights but the LM head", "keeps the head frozen")
     gradient_checkpointing: bool | Literal["offload"] = setting(

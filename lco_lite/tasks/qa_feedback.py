@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lco_lite.console import Console
-from lco_lite.errors import DataError, UsageError
+from lco_lite.errors import DataError, UsageError, naming
 from lco_lite.files import write_text
 from lco_lite.recipe import Eval
 from lco_lite.tasks.base import FOLDER, Problem, Rows, Task, first_file, read_rows, text
@@ -38,6 +38,11 @@ class QaFeedback(Task):
                 f"task {self.name} needs three reward models; without a name: {', '.join(missing)}. Add {wanted} "
                 "(each a token- or sequence-classification model in safetensors)"
             )
+        from lco_lite.judging.classifiers import classifier_config
+
+        for name in ASPECTS:
+            with naming(f"eval.reward_models.{name}"):
+                classifier_config(getattr(settings.reward_models, name), ("token", "sequence"))
 
     def scored_by(self, settings: Eval) -> dict[str, Any]:
         return {"reward_models": settings.reward_models.model_dump()}

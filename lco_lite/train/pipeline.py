@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from lco_lite import ranks
@@ -10,57 +10,51 @@ from lco_lite.checkpoint import capture_rng, newest_good, restore_rng
 from lco_lite.context import Context
 from lco_lite.data.prompts import held_out_prompts, makes_split, open_task, recipe_task, rl_prompts
 from lco_lite.errors import Diverged, UsageError, WeightsLost
-from lco_lite.evaluation.evaluate import check_all, score_all
+from lco_lite.evaluation.evaluate import score_all
 from lco_lite.evaluation.held_out import HELD_OUT
 from lco_lite.evaluation.prompts import score_name
 from lco_lite.feedback.rewards import columns_of, try_functions
 from lco_lite.files import json_text, write_text
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.sections import RewardModel, Weights
-from lco_lite.rollout.vllm import missing
-from lco_lite.run import StageFolder, as_started, stage_settings, verb
+from lco_lite.run import Run, StageFolder, as_started, stage_settings, verb
 from lco_lite.tasks.base import Task
-from lco_lite.trackers import refuse_missing
-from lco_lite.train.methods import method_of
+from lco_lite.train.before import look_ahead, refuse_untrainable
 from lco_lite.train.reward_model import train_rm
 from lco_lite.train.rl import train_rl
 from lco_lite.train.sft import train_sft
 
 
-def train(ctx: Context, stage: str, fresh: bool = False) -> None:
-    """Trains a stage and, where they are missing, those it rests on. One that is done says so and is left alone."""
+def train(ctx: Context, stage: str, fresh: bool = False, whole: bool = False) -> None:
+    """Trains a stage and, where they are missing, those it rests on. One that is done says so and is left alone.
+    ``whole``: ``fresh`` begins with the first stage, and scores follow."""
     wanted = ctx.recipe.stages
     if stage not in wanted:
         reasons = {"sft": "sft.enabled: false", "rm": "rl.feedback is neither dpo nor dpo_sampled"}
         reason = reasons.get(stage, "rl.objective is another")
         raise UsageError(f"the recipe has no {stage} stage ({reason}); it has {', '.join(wanted)}")
+    through, first = wanted[: wanted.index(stage) + 1], wanted[0] if whole else stage
+    to_do = undone(ctx.run, through, first if fresh else None)
     refuse_untrainable(ctx.recipe)
+    if to_do:
+        _look_ahead(ctx, to_do, whole)
     if fresh:
-        for name in ctx.run.discard_from(stage):
+        for name in ctx.run.discard_from(first):
             ctx.console.note(f"{name}: deleted, to start again")
-    if not all(ctx.run.stage(name).is_done() for name in wanted[: wanted.index(stage) + 1]):
+    if to_do:
         check_own_data(ctx)
-    for i, name in enumerate(wanted[: wanted.index(stage) + 1]):
+    for i, name in enumerate(through):
         _train_one(ctx, name, {before: ctx.run.stage(before).id() for before in wanted[:i]})
 
 
-def refuse_untrainable(recipe: Recipe) -> None:
-    """Raises UsageError where gradients would pass through float16, in which scores may be made, where a function of
-    the user's does not fit the feedback, and where the engine that samples, or a tracker, is not installed."""
-    refuse_missing(recipe.trackers)
-    method_of(recipe.rl)
-    if recipe.rollout.engine == "vllm" and (reason := missing(recipe.model.quantization)) is not None:
-        raise UsageError(reason)
-    rm = recipe.reward_model
-    trained: dict[str, Weights] = {"model": recipe.model}
-    if isinstance(rm, RewardModel) and recipe.rl.needs_reward_model:
-        trained["reward_model"] = rm
-    for section, weights in trained.items():
-        if weights.dtype == "float16":
-            raise UsageError(
-                f"{section}.dtype: float16 is too narrow for gradients: those under 6e-8 become 0, and the loss is not "
-                f"scaled to keep them. Set {section}.dtype to bfloat16 or float32; eval takes float16."
-            )
+def undone(run: Run, stages: Sequence[str], fresh_from: str | None) -> list[str]:
+    """Those of ``stages`` that are to be trained."""
+    anew = stages[stages.index(fresh_from) :] if fresh_from is not None else []
+    return [name for name in stages if name in anew or not run.stage(name).is_done()]
+
+
+@ranks.once
+def _look_ahead(ctx: Context, stages: Sequence[str], scores: bool) -> None:
+    look_ahead(ctx.recipe, stages, ctx.device, ctx.run.path, ctx.console, scores)
 
 
 @ranks.once
@@ -187,12 +181,7 @@ def announce(ctx: Context, stage: str) -> None:
 
 def run_all(ctx: Context, fresh: bool) -> None:
     """``lco-lite run``: every stage of the recipe, then the score after each."""
-    last = ctx.recipe.stages[-1]
-    refuse_untrainable(ctx.recipe)
-    if fresh or not ctx.run.stage(last).is_done():
-        check_all(ctx)
-    train(ctx, ctx.recipe.stages[0] if fresh else last, fresh)
-    train(ctx, last)
+    train(ctx, ctx.recipe.stages[-1], fresh, whole=True)
     score_all(ctx)
     ctx.console.done(ctx.run.path, compare_first_and_last(ctx))
 

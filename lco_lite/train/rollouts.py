@@ -107,6 +107,12 @@ class Phase:
         return Phase(chosen, self.limit, responses, grades, rewards, shown, drawn, errors)
 
 
+def room_for(rl: Rl, chat: ChatFormat, prompt: Prompt, ids: Sequence[int], longest: int) -> int:
+    """Tokens of a prompt, ``ids``, with a response of the ``longest`` or the demonstration that may stand in for it."""
+    shown = prompt.item.demonstration if prompt.item and rl.on_policy < 1 else None
+    return len(ids) + max(longest, len(chat.answer(prompt.messages, shown)) if shown else 0)
+
+
 class Rollouts:
     """Where the phases of a stage come from. Every prompt is tokenised once."""
 
@@ -121,8 +127,7 @@ class Rollouts:
         asked = [(prompt, chat.prompt(prompt.messages)) for prompt in rl_prompts(recipe, self.task)]
 
         def room(one: tuple[Prompt, list[int]]) -> int:
-            shown = one[0].item.demonstration if one[0].item and rl.on_policy < 1 else None
-            return len(one[1]) + max(longest, len(chat.answer(one[0].messages, shown)) if shown else 0)
+            return room_for(rl, chat, *one, longest)
 
         asked = fitting(ctx, asked, model, rl.max_length, "prompts", room)
         self.prompts, self.ids = [prompt for prompt, _ in asked], [ids for _, ids in asked]
