@@ -1,4 +1,4 @@
-"""What a run would do (``--dry-run``): what matters in a dozen lines, all files opened and looked at as the run would."""
+"""What a run would do (``--dry-run``): what matters, in a dozen lines. It opens and refuses what the run does."""
 
 import math
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from statistics import median_high
 
 from lco_lite.console import Console
 from lco_lite.data.prompts import held_out_pairs, longest_response, pair_of, sft_examples, task_prompts
-from lco_lite.errors import DataError, UsageError
+from lco_lite.errors import DataError
 from lco_lite.models.loading import base_dtype, quiet_libraries, resolve_device, reward_device
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump
 from lco_lite.recipe.sections import RewardModel
 from lco_lite.run import Run, as_started, stage_settings
 from lco_lite.train.before import Ahead, look_ahead, shown_bytes
-from lco_lite.train.pipeline import told_of_split, tried_rewards, undone
+from lco_lite.train.pipeline import told_of_split, tried_rewards, undone, up_to
 from lco_lite.train.reward_model import hold_out
 from lco_lite.train.rollouts import room_for
 
@@ -34,10 +34,8 @@ def preview(
     quiet_libraries()
     if full:
         console.say(dump(recipe))
-    stages, last = recipe.stages, recipe.rl.stage if upto in ("run", "rl") else upto
-    if last not in stages:
-        raise UsageError(f"the recipe has no {last} stage; it has {', '.join(stages)}")
-    through = stages[: stages.index(last) + 1]
+    last = recipe.rl.stage if upto in ("run", "rl") else upto
+    through = up_to(recipe, last)
     to_do = undone(run, through, (through[0] if upto == "run" else last) if fresh else None)
     if not fresh:
         recipe = _as_it_goes_on(recipe, run, through, said)
@@ -121,9 +119,8 @@ def _rm(recipe: Recipe, ahead: Ahead, console: Console) -> None:
     pairs = [pair for pair in pairs if pair.longest() <= limit]
     trained = pairs if held_out_pairs(recipe, ahead.chat) else hold_out(pairs, rm.held_out)[1]
     updates = rm.max_steps or math.ceil(rm.epochs * len(trained) / rm.batch_size)
-    _line(
-        console, "rm", f"{told}; {updates} updates of {rm.batch_size}, {_used(updates * rm.batch_size, len(trained))}"
-    )
+    used = _used(updates * rm.batch_size, len(trained))
+    _line(console, "rm", f"{told}; {updates} updates of {rm.batch_size}, {used}")
 
 
 def _rl(recipe: Recipe, ahead: Ahead, console: Console) -> None:
@@ -145,9 +142,7 @@ def _fitting(sizes: Sequence[int], limit: int, what: str, shown: Sequence[int] |
     DataError where there is none, as the stage does."""
     kept = [told for size, told in zip(sizes, shown or sizes, strict=True) if size <= limit]
     if not kept:
-        raise DataError(
-            f"no {what} are left: all {len(sizes)} are longer than {limit} tokens (max_length, or the window)"
-        )
+        raise DataError(f"no {what} are left: all are longer than {limit} tokens (max_length, or the window)")
     left_out = f" ({len(sizes) - len(kept)} more are too long)" if len(kept) < len(sizes) else ""
     return len(kept), f"{len(kept)} {what} of {min(kept)} to {max(kept)} (median {median_high(kept)}) tokens{left_out}"
 

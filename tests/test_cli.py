@@ -98,10 +98,17 @@ def test_all_problems_of_a_recipe_come_at_once_with_lines(tiny):
 def test_dry_run_shows_recipe_example_and_counts_and_makes_nothing(tiny):
     result = call("run", tiny, "--dry-run", "--runs", tiny.parent / "runs")
     assert result.exit_code == 0, result.output
-    assert "objective: kld" in result.output
+    assert "objective: kld" in result.output and len(result.stdout.splitlines()) <= 13
     assert "[" in result.output and "<|end|>]" in result.output
     assert "2 steps of 8 responses and 4 updates" in result.output
+    assert "64 demonstrations of 27 to 30" in result.output and "each used 1.0 times" in result.output
+    assert "16 of them used, once" in result.output, "of rl's prompts"
+    assert "arithmetic: 8 items, 2 passes" in result.output and "free under" in result.output
+    assert "optimizer" not in result.output, "of the recipe only what matters"
     assert not (tiny.parent / "runs").exists()
+    whole = call("run", tiny, "--dry-run", "--full", "--runs", tiny.parent / "runs").output
+    assert whole.startswith("name: tiny\n") and "optimizer: adamw" in whole
+    assert call("run", tiny, "--full").exit_code == 2
 
 
 def test_a_dry_run_refuses_what_the_run_would(tiny):
@@ -141,6 +148,9 @@ def test_recipes_are_listed_shown_and_copied_but_never_over_a_file(tmp_path):
     assert call("recipes", "quickstart", "--copy", tmp_path).exit_code == 0
     again = call("recipes", "quickstart", "--copy", tmp_path)
     assert again.exit_code == 2 and "nothing was overwritten" in again.stderr
+    (tmp_path / "file").write_text("")
+    nowhere = call("recipes", "--copy", tmp_path / "file" / "folder")
+    assert nowhere.exit_code == 2 and "cannot be written there" in nowhere.stderr and "--runs" not in nowhere.stderr
 
 
 def test_env_tells_versions_for_people_and_machines():

@@ -1,6 +1,6 @@
 """What would fail late fails first: looked at before the first stage of a command, and by ``--dry-run``.
 
-Functions and files of the user's, prompts that fit, the targets of adapters, other models, tasks and judges, room on the
+Functions and files of the user's, prompts that fit, targets of adapters, other models, tasks and judges, room on the
 disk. Configs and tokenizers are opened; weights are not.
 """
 
@@ -72,9 +72,8 @@ def look_ahead(
     ahead = Ahead(task, ChatFormat(tokenizer, recipe.chat.template_args, console.warn), window)
     own = recipe.reward_model if isinstance(recipe.reward_model, RewardModel) else None
     used: dict[str, Weights] = {"model": recipe.model}
-    if own is not None and (
-        "rm" in stages or (rl.stage in stages and (rl.needs_reward_model or rl.dense == "logprob"))
-    ):
+    teaches = rl.stage in stages and (rl.needs_reward_model or rl.dense == "logprob")
+    if own is not None and ("rm" in stages or teaches):
         used["reward_model"] = own
         if own.gguf_file is None:
             with naming("reward_model.path"):

@@ -27,12 +27,8 @@ from lco_lite.train.sft import train_sft
 def train(ctx: Context, stage: str, fresh: bool = False, whole: bool = False) -> None:
     """Trains a stage and, where they are missing, those it rests on. One that is done says so and is left alone.
     ``whole``: ``fresh`` begins with the first stage, and scores follow."""
-    wanted = ctx.recipe.stages
-    if stage not in wanted:
-        reasons = {"sft": "sft.enabled: false", "rm": "rl.feedback is neither dpo nor dpo_sampled"}
-        reason = reasons.get(stage, "rl.objective is another")
-        raise UsageError(f"the recipe has no {stage} stage ({reason}); it has {', '.join(wanted)}")
-    through, first = wanted[: wanted.index(stage) + 1], wanted[0] if whole else stage
+    through = up_to(ctx.recipe, stage)
+    first = through[0] if whole else stage
     to_do = undone(ctx.run, through, first if fresh else None)
     refuse_untrainable(ctx.recipe)
     if to_do:
@@ -44,6 +40,16 @@ def train(ctx: Context, stage: str, fresh: bool = False, whole: bool = False) ->
         check_own_data(ctx)
     for i, name in enumerate(through):
         _train_one(ctx, name, {before: ctx.run.stage(before).id() for before in wanted[:i]})
+
+
+def up_to(recipe: Recipe, stage: str) -> list[str]:
+    """The stages that end with this one. Raises UsageError where the recipe has it not."""
+    wanted = recipe.stages
+    if stage not in wanted:
+        reasons = {"sft": "sft.enabled: false", "rm": "rl.feedback is neither dpo nor dpo_sampled"}
+        reason = reasons.get(stage, "rl.objective is another")
+        raise UsageError(f"the recipe has no {stage} stage ({reason}); it has {', '.join(wanted)}")
+    return wanted[: wanted.index(stage) + 1]
 
 
 def undone(run: Run, stages: Sequence[str], fresh_from: str | None) -> list[str]:
