@@ -42,7 +42,7 @@ def preview(
     device = resolve_device(recipe.device)
     if isinstance(recipe.reward_model, RewardModel):
         reward_device(recipe.reward_model.device, device)
-    ahead = look_ahead(recipe, to_do, device, run.path, console, upto == "run")
+    ahead = look_ahead(recipe, to_do, device, run.path.parent, console, upto == "run")
     tried = tried_rewards(recipe, ahead.task) if to_do else []
 
     model, lora = recipe.model, recipe.model.lora

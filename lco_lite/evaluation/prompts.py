@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lco_lite import __version__
 from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, system_text
-from lco_lite.errors import DataError, UsageError
+from lco_lite.errors import DataError, UsageError, naming
 from lco_lite.grading.choice import LETTERS, answer_index
 from lco_lite.grading.math import MathGrader
 from lco_lite.models.chat import ChatFormat
@@ -84,7 +84,8 @@ def worked_examples(task: Task, settings: Eval) -> Callable[[Item], Sequence[Ite
     n = settings.few_shot
     if settings.examples is not None:
         file = Path(settings.examples)
-        shown = replace(task, sources={"dev": lambda _: read_rows(file)}, read=_example).items("dev")
+        with naming("eval.examples"):
+            shown = replace(task, sources={"dev": lambda _: read_rows(file)}, read=_example).items("dev")
         if len(shown) < n:
             raise UsageError(f"eval.few_shot: {n}, and {file} has {len(shown)} worked examples")
         return lambda item: shown[: n or None]

@@ -39,7 +39,7 @@ def train(ctx: Context, stage: str, fresh: bool = False, whole: bool = False) ->
     if to_do:
         check_own_data(ctx)
     for i, name in enumerate(through):
-        _train_one(ctx, name, {before: ctx.run.stage(before).id() for before in wanted[:i]})
+        _train_one(ctx, name, {before: ctx.run.stage(before).id() for before in through[:i]})
 
 
 def up_to(recipe: Recipe, stage: str) -> list[str]:
@@ -60,7 +60,7 @@ def undone(run: Run, stages: Sequence[str], fresh_from: str | None) -> list[str]
 
 @ranks.once
 def _look_ahead(ctx: Context, stages: Sequence[str], scores: bool) -> None:
-    look_ahead(ctx.recipe, stages, ctx.device, ctx.run.path, ctx.console, scores)
+    look_ahead(ctx.recipe, stages, ctx.device, ctx.run.path.parent, ctx.console, scores)
 
 
 @ranks.once

@@ -118,7 +118,9 @@ def test_a_full_disk_is_told_before_it_is_full_with_both_numbers(folder, monkeyp
     monkeypatch.setattr(before.shutil, "disk_usage", lambda path: usage._replace(free=104858))
     for more in (["--dry-run"], []):
         told = said("run", recipe, *more)
-        assert "--runs" in told and "sft, rm, rl-kld write at least 0.5 MiB" in told and "0.1 MiB are free" in told
+        assert (
+            "--runs runs:" in told and "sft, rm, rl-kld write at least 0.4 MiB" in told and "0.1 MiB are free" in told
+        )
     assert not Path("runs/tiny/sft").exists()
     monkeypatch.setattr(before.shutil, "disk_usage", lambda path: usage._replace(free=700 * 2**10))
     tight = call("run", recipe, "--dry-run")
@@ -148,7 +150,7 @@ def test_an_apple_gpu_refuses_what_is_made_for_cuda_in_one_message(folder, monke
     }
     told = said("run", recipe_with(change), "--dry-run")
     fields = ("model.quantization to none", "model.dtype to float32", "rl.optimizer to adamw", "rollout.engine to hf")
-    assert told.count("device: mps") == 1 and all(one in told for one in (*fields, "memory_limit to null"))
+    assert told.count("mps computes in float32") == 1 and all(one in told for one in (*fields, "memory_limit to null"))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for more in (["--dry-run"], []):
         assert "no Apple GPU" in said("run", recipe_with({"device": "mps"}), *more)
