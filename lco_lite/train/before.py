@@ -159,7 +159,7 @@ def trained_numbers(weights: Weights, device: torch.device, section: str) -> flo
     if weights.trust_remote_code:
         return 0.0
     with torch.device("meta"):
-        base = kind.from_config(config)
+        base = kind.from_config(config, trust_remote_code=False)
     if weights.lora is None:
         return float(sum(p.numel() for p in base.parameters()) - base.get_output_embeddings().weight.numel())
     linear = linear_layers(base)
