@@ -140,7 +140,7 @@ def test_what_a_score_will_lack_is_said_before_anything_is_trained(tiny, tmp_pat
     (tmp_path / "qa_feedback_dev.jsonl").write_text(json.dumps(row) + "\n")
     monkeypatch.setenv("LCO_LITE_DATA", str(tmp_path))
     ran = []
-    monkeypatch.setattr("lco_lite.train.pipeline.train", lambda *_: ran.append(True))
+    monkeypatch.setattr("lco_lite.train.pipeline._train_one", lambda *_: ran.append(True))
     with pytest.raises(typer.Exit), start(tiny, "eval.tasks=[qa_feedback]") as ctx:
         run_all(ctx, fresh=False)
     assert not ran and "eval.reward_models.relevance" in capsys.readouterr().err
