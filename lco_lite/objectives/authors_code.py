@@ -36,6 +36,9 @@ class TopKTarget:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def __getitem__(self, index: Tensor | slice) -> Self:
+        return replace(self, **{name: tensor[index] for name, tensor in vars(self).items()})
+
     def to(self, device: torch.device | str) -> Self:
         return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
 

@@ -215,7 +215,7 @@ def batches_by_sign(ctx: Context, models: Models, prompts: int, each: int) -> tu
 def phase_of(responses: Sequence[Response], sign: str, limit: int) -> Phase:
     """A phase of these responses alone, each worth +1 or −1."""
     n, grades = len(responses), [1.0 if sign == "pos" else -1.0] * len(responses)
-    return Phase(list(range(n)), limit, list(responses), grades, {"rule": grades}, [False] * n, n)
+    return Phase(list(range(n)), limit, list(responses), grades, {"rule": [*grades]}, [False] * n, n)
 
 
 def updates(
