@@ -533,7 +533,7 @@ def own_target(models: Models, micro: MicroBatch, target: DenseTarget | SparseTa
         return target
     device = models.policy.model.device
     changed = change(target.to(device), models.policy.model.head, micro.to(device).policy_batch(rl))
-    if type(changed) is not type(target):
+    if rl.target and type(changed) is not type(target):
         raise UsageError(f"{rl.target}: a {type(target).__name__} is needed, it gave {shown(changed)}")
     return changed
 
