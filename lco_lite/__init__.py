@@ -3,4 +3,4 @@
 Paper: *Stabilizing Policy Optimization via Logits Convexity*, arXiv 2603.00963 ("the paper" throughout).
 """
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
