@@ -10,6 +10,7 @@ what is not said stays as it was. Everything is written whole, so a run can be k
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -261,7 +262,12 @@ class Run:
         no_locks = f"{self.path}: this file system has no locks (%s): choose a local --runs DIR"
         try:
             with write_errors(holder):
-                acquired = lock.acquire()
+                try:
+                    acquired = lock.acquire()
+                except OSError as e:
+                    if e.errno == errno.ENOLCK:
+                        raise UsageError(no_locks % e) from e
+                    raise
         except Timeout as e:
             used = f"in use by process {holder.read_text(encoding='utf-8') if holder.exists() else 'unknown'}"
             raise UsageError(f"{self.path} is {used}: wait for it, stop it, or start another run with --name") from e

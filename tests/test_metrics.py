@@ -118,7 +118,7 @@ def test_a_disk_that_fills_up_is_said_once_and_the_whole_lines_stay(tmp_path):
     old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         log = JsonLog(path, 0)
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(LcoError, match="too large"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
             for step in range(10):
                 log.write({"step": step, "response": "x" * 1000})
