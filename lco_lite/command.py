@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json as json_format
+import logging
 import os
 import re
 import sys
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 def boundary() -> Iterator[None]:
     """The one place where an exception becomes a message on stderr and an exit status (see errors.py). What is nobody's
     message is a mistake in here: it keeps its traceback."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns as it is imported, of nothing one can mend
     try:
         yield
     except LcoError as e:
