@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lco_lite import weights
-from lco_lite.command import known_run, reading
+from lco_lite.command import reading
 from lco_lite.console import Console
 from lco_lite.context import Context, out_of_memory
 from lco_lite.data.prompts import recipe_task, system_text
@@ -29,6 +29,7 @@ from lco_lite.models.chat import ChatFormat, PlainText
 from lco_lite.models.language_model import Role
 from lco_lite.rollout.engine import Sampling, before_stop, open_engine
 from lco_lite.rollout.lockstep import LockstepEngine, alone, optimal_policy
+from lco_lite.run import Run
 from lco_lite.sequences import seeded
 
 LONGEST = 512  # tokens of an answer where neither recipe nor task says
@@ -110,7 +111,7 @@ def open_voices(
     console: Console,
     opened: contextlib.ExitStack,
 ) -> list[tuple[Context, Voice]]:
-    run = known_run(which, runs)
+    run = Run.known(which, runs)
     if run is None and policy not in (None, "base"):
         raise UsageError(f"chat --policy {policy}: {which} is no run under {runs}/, and a model has no other policies")
     ctx = opened.enter_context(reading(run or str(which), runs, sets, flags, console))
@@ -147,7 +148,7 @@ def _of_model(
 
 def _elsewhere(name: str, runs: Path) -> bool:
     """Whether it names another run, or a folder or hub id."""
-    return known_run(name, runs) is not None or "/" in name or Path(name).exists()
+    return Run.known(name, runs) is not None or "/" in name or Path(name).exists()
 
 
 def open_roles(ctx: Context, names: Sequence[str]) -> list[list[Role]]:

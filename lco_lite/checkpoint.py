@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from lco_lite import ranks
 from lco_lite.errors import Diverged, UsageError
-from lco_lite.files import remove, write_folder, write_json
+from lco_lite.files import remove, sha256, write_folder, write_json
 from lco_lite.finite import not_finite_in
 
 FORMAT = 1
@@ -65,7 +65,7 @@ def save_checkpoint(
             save_file(own, new / name)
         sums = {name: sha256(new / name) for name in (TENSORS, OPTIMIZER)}
         content = {"format": FORMAT, "step": step, "state": state, "optimizer": tree, "rng": rng, "sha256": sums}
-        write_json(new / "state.json", {"sha256": sha256(content), "content": content})
+        write_json(new / "state.json", {"sha256": _digest(content), "content": content})
     # those after it were damaged when the stage went back before them; left there they would be tried again
     made = checkpoints(folder)
     kept = made[: made.index(path) + 1][-2:]
@@ -217,7 +217,7 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
 def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     file = json.loads((path / "state.json").read_text(encoding="utf-8"))
     content = file["content"]
-    if sha256(content) != file["sha256"]:
+    if _digest(content) != file["sha256"]:
         raise ValueError("state.json is not what was written")
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
@@ -231,7 +231,5 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[
     return content, tensors, extra
 
 
-def sha256(value: Any) -> str:
-    """Of a file, or of anything else as JSON."""
-    mapped = np.memmap(value, mode="r") if isinstance(value, Path) else json.dumps(value, sort_keys=True).encode()
-    return hashlib.sha256(mapped).hexdigest()
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

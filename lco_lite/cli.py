@@ -49,6 +49,7 @@ RecipeOrNewest = Annotated[
     Argument(metavar="RECIPE", help=f"{_WHICH} Without it the newest run goes on.", autocompletion=_RECIPES),
 ]
 Sets = Annotated[list[str] | None, Option("--set", "-s", metavar="KEY=VALUE", help=_SET)]
+Runs = Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -62,7 +63,7 @@ class RunFlags:
     ] = None
     seed: Annotated[int | None, Option(help="Seed of weights, data order and sampling.")] = None
     device: Annotated[str | None, Option(help="auto, cpu, cuda or mps.")] = None
-    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs")
+    runs: Runs = Path("runs")
     quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings, scores and the last line.")] = False
 
     def arguments(self, flags: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def init(
     with boundary():
         from lco_lite.models.loading import quiet_libraries
 
-        quiet_libraries()  # bitsandbytes speaks as it is imported
+        quiet_libraries()
         from lco_lite.init import write_recipe
 
         write_recipe(file, reward or [], model, out, Console())
@@ -275,7 +276,7 @@ def chat(
     seed: Annotated[int | None, Option(help="Of sampling.")] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda or mps.")] = None,
     sets: Sets = None,
-    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Talk to a policy, or to two side by side.
 
@@ -295,7 +296,7 @@ def list_runs(
     ] = None,
     clean: Annotated[bool, Option("--clean", help="Delete what nothing needs any more; it is shown first.")] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
-    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
+    runs: Runs = Path("runs"),
     json: Json = False,
 ) -> None:
     """Stages, scores and sizes of the runs, and what of them can go."""
@@ -308,14 +309,19 @@ def list_runs(
 
 @app.command()
 def export(
-    run: Annotated[str | None, Argument(metavar="RUN", help="A run's name or folder; else the newest.")] = None,
+    run: Annotated[
+        str | None,
+        Argument(metavar="RUN", help="A run's name or folder; else the newest.", autocompletion=of(run_names)),
+    ] = None,
     to: Annotated[str, Option(help="adapter, merged, gguf, gguf-lora or ollama.")] = "merged",
-    policy: Annotated[str | None, Option(help="sft, rm, rl-OBJECTIVE; else the newest.")] = None,
+    policy: Annotated[
+        str | None, Option(help="As eval names it, of what is trained; STAGE@best.", autocompletion=of(policies))
+    ] = None,
     out: Annotated[Path | None, Option(help="Folder to write; in the run unless given.")] = None,
     dtype: Annotated[str, Option(help="float32, bfloat16, float16, of a GGUF q8_0; auto: the run's.")] = "auto",
     converter: Annotated[Path | None, Option(help="llama.cpp, or its convert_hf_to_gguf.py; else $LLAMA_CPP.")] = None,
     push: Annotated[str | None, Option(metavar="OWNER/NAME", help="Upload it to this repository of the hub.")] = None,
-    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
+    runs: Runs = Path("runs"),
     fresh: Annotated[bool, Option("--fresh", help="Replace an earlier export.")] = False,
     quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings and the last line.")] = False,
 ) -> None:
@@ -326,7 +332,7 @@ def export(
     with boundary():
         from lco_lite.models.loading import quiet_libraries
 
-        quiet_libraries()  # bitsandbytes speaks as it is imported
+        quiet_libraries()
         from lco_lite.export.forms import export
 
         export(run, runs, to, policy, out, dtype, converter, push, fresh, Console(quiet))
@@ -340,7 +346,7 @@ def study(
     sets: Sets = None,
     only: Annotated[list[str] | None, Option(metavar="LABEL", help="Of its runs these alone. Repeatable.")] = None,
     jobs: Annotated[int | None, Option(min=1, help="Runs at a time; two where cores allow.")] = None,
-    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
+    runs: Runs = Path("runs"),
     out: Annotated[Path | None, Option(help="Folder of its page; in --runs unless given. Known rows count.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the grid and what of it is done.")] = False,
     quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings, scores and the last line.")] = False,
@@ -367,7 +373,7 @@ def report(
         Path | None, Option(metavar="FILE", help="The page; report.html in the run, or of several in --runs.")
     ] = None,
     figures: Annotated[Path | None, Option(metavar="DIR", help="Write the figures there too, as SVG and PNG.")] = None,
-    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
+    runs: Runs = Path("runs"),
     quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings and the last line.")] = False,
 ) -> None:
     """One HTML page of runs or of a study.
@@ -400,14 +406,14 @@ def plan(
     ] = None,
     rate: Annotated[float | None, Option(min=0.001, help="Tokens sampled a second; else an earlier run's.")] = None,
     prompt: Annotated[int | None, Option(min=1, help="Tokens of the longest prompt; else what fits.")] = None,
-    runs: Annotated[Path, Option(help="Folder of all runs.", envvar="LCO_LITE_RUNS")] = Path("runs"),
+    runs: Runs = Path("runs"),
     json: Json = False,
 ) -> None:
     """Memory of each phase, disk and hours, from configs alone."""
     with boundary():
         from lco_lite.models.loading import quiet_libraries
 
-        quiet_libraries()  # bitsandbytes speaks as it is imported
+        quiet_libraries()
         from lco_lite.plan import plan
 
         plan(load_recipe(find_recipe(recipe), sets), gpu, rate, prompt, runs, Console(json=json), json)

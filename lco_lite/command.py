@@ -23,7 +23,7 @@ from lco_lite.metrics import peak_mib
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import find_recipe, load_recipe, overridden, said
 from lco_lite.recipe.sections import RewardModel
-from lco_lite.run import Run, decides, named_base, verb
+from lco_lite.run import Run, decides, named_base, section, verb
 from lco_lite.user_code import told
 from lco_lite.visible import visible
 
@@ -101,11 +101,11 @@ def command(
             run = Run.newest(runs) if name is None else Run(runs / name)
             kept, name = run.recipe().model_dump(mode="json"), run.name
             resolved = overridden(kept, sets, flags, console.note, "the run's recipe with your flags")
-        told = said(None if recipe is None else find_recipe(recipe), sets, flags)
+        named = said(None if recipe is None else find_recipe(recipe), sets, flags)
         if dry_run is not None:
             from lco_lite.dry_run import preview
 
-            preview(resolved, Run(runs / name), told, *dry_run, console)
+            preview(resolved, Run(runs / name), named, *dry_run, console)
             raise typer.Exit
         run = Run.open(runs, name)
         if not all(ranks.gather(run.path.is_dir())):
@@ -113,15 +113,8 @@ def command(
                 f"{run.path} is not there for every process: name a folder that all machines share by --runs"
             )
         with _locked(run), _context(run, resolved, console, adapter) as ctx:
-            ctx.said = told
+            ctx.said = named
             yield ctx
-
-
-def known_run(which: str | None, runs: Path) -> Run | None:
-    """The run of that name, or in that folder; None: the newest. None where there is no such run."""
-    if which is None:
-        return Run.newest(runs)
-    return next((run for run in (Run(runs / which), Run(Path(which))) if run.has_recipe()), None)
 
 
 @contextlib.contextmanager
@@ -203,8 +196,8 @@ def _remedies(ctx: Context) -> list[str]:
     """What to change where memory runs out, the cheapest first. Batches are as small as they get by then: what is left
     is one sequence, what is kept beside it, and the weights."""
     recipe, phase = ctx.recipe, ctx.clock.phase
-    name = {"sft": "sft", "rm": "train_rm"}.get(ctx.stage, "rl")
-    section, trains = getattr(recipe, name), phase in ("update", "preflight")
+    name, trains = section(ctx.stage), phase in ("update", "preflight")
+    own_settings = getattr(recipe, name)
     samples, weights = phase in ("rollout", "eval"), recipe.model
     own = recipe.reward_model if isinstance(recipe.reward_model, RewardModel) else None
     trained = own if own is not None and name == "train_rm" else weights
@@ -214,7 +207,7 @@ def _remedies(ctx: Context) -> list[str]:
     remedies = {
         f"memory_limit (now {recipe.memory_limit}): a higher one": recipe.memory_limit is not None,
         f"{new_tokens}: shorter responses": samples or (name == "rl" and phase != "loading"),
-        f"{name}.max_length (now {section.max_length}): longer sequences are left out": phase
+        f"{name}.max_length (now {own_settings.max_length}): longer sequences are left out": phase
         not in ("loading", "eval"),
         "eval.few_shot: fewer worked examples": phase == "eval" and recipe.eval.few_shot > 0,
         "residency: phase": recipe.residency == "all" and own is not None and name != "sft" and on_gpu,
@@ -223,7 +216,7 @@ def _remedies(ctx: Context) -> list[str]:
         f"rl.prompts_per_step (now {recipe.rl.prompts_per_step}): fewer hidden states lie in the host's memory": (
             phase == "score" and name == "rl"
         ),
-        f"{name}.optimizer: adamw_8bit, or paged_adamw_8bit": trains and section.optimizer == "adamw",
+        f"{name}.optimizer: adamw_8bit, or paged_adamw_8bit": trains and own_settings.optimizer == "adamw",
         "model.quantization: nf4": weights.quantization == "none" and weights.lora is not None and weights.init is None,
         "reward_model.quantization: nf4": own is not None and own.quantization == "none" and name != "sft",
         "reward_model.streaming: true": whole and (name == "train_rm" or phase in ("loading", "score")),

@@ -155,8 +155,8 @@ class Console:
         def columns(rows: int | None) -> Table:
             grid, room = Table.grid(expand=True, padding=(0, 1)), self._screen.width // len(titles) - 2
             wrapped = [Text(self._clean(text)).wrap(self._screen, room) for text in texts]
-            for title in titles:
-                grid.add_column(ratio=1, header=Text(self._clean(title)))
+            for _ in titles:
+                grid.add_column(ratio=1)
             grid.add_row(*(Text(self._clean(title), "bold") for title in titles))
             grid.add_row(*(Text("\n").join(lines[-(rows or len(lines)) :]) for lines in wrapped))
             return grid
@@ -181,7 +181,8 @@ class Console:
     def done(self, path: Any, next_command: str | None = None) -> None:
         """The last line on stdout: what was made and what to type next. With json it goes to stderr."""
         if not (self._json and self._quiet):
-            self._print(self._screen, f"{path}" + (f"  next: {next_command}" if next_command else ""))
+            text = f"{path}" + (f"  next: {next_command}" if next_command else "")
+            self._put(self._screen, Text(self._clean(text)))  # a command that is copied is one line
 
     def _cell(self, value: Any) -> str:
         return f"{value:.3f}" if isinstance(value, float) else self._clean("" if value is None else str(value))

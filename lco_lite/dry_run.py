@@ -7,13 +7,14 @@ from statistics import median_high
 from lco_lite.console import Console
 from lco_lite.data.prompts import held_out_pairs, longest_response, pair_of, sft_examples, task_prompts
 from lco_lite.errors import DataError
+from lco_lite.files import shown_bytes
 from lco_lite.models.loading import base_dtype, quiet_libraries, resolve_device, reward_device
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump
 from lco_lite.recipe.sections import RewardModel
-from lco_lite.run import Run, as_started, stage_settings
-from lco_lite.train.before import Ahead, look_ahead, shown_bytes
-from lco_lite.train.pipeline import told_of_split, tried_rewards, undone, up_to
+from lco_lite.run import Run
+from lco_lite.train.before import Ahead, look_ahead
+from lco_lite.train.pipeline import going_on, told_of_split, tried_rewards, up_to
 from lco_lite.train.reward_model import hold_out
 from lco_lite.train.rollouts import room_for
 
@@ -36,9 +37,8 @@ def preview(
         console.say(dump(recipe))
     last = recipe.rl.stage if upto in ("run", "rl") else upto
     through = up_to(recipe, last)
-    to_do = undone(run, through, (through[0] if upto == "run" else last) if fresh else None)
-    if not fresh:
-        recipe = _as_it_goes_on(recipe, run, through, said)
+    first = (through[0] if upto == "run" else last) if fresh else None
+    recipe, to_do = going_on(recipe, run, through, said, first)
     device = resolve_device(recipe.device)
     if isinstance(recipe.reward_model, RewardModel):
         reward_device(recipe.reward_model.device, device)
@@ -79,19 +79,6 @@ def preview(
     if to_do:
         most = ", ".join(f"{stage} {shown_bytes(size)}" for stage, size in ahead.most.items())
         _line(console, "disk", f"at most {most}; {shown_bytes(ahead.free)} free under {run.path.parent}")
-
-
-def _as_it_goes_on(recipe: Recipe, run: Run, through: Sequence[str], said: frozenset[str] | None) -> Recipe:
-    """The recipe with which the run's stages go on. Raises UsageError where they do not, as the run would."""
-    made = dict[str, str]()
-    for name in through:
-        stage = run.stage(name)
-        recipe, _ = as_started(recipe, stage, said)
-        stage.check(stage_settings(recipe, name), made)
-        if not stage.is_done():
-            break  # what rests on it starts anew
-        made[name] = stage.id()
-    return recipe
 
 
 def _sft(recipe: Recipe, ahead: Ahead, console: Console) -> tuple[str, str]:

@@ -416,3 +416,10 @@ def named_columns(row: dict[str, Any], names: Mapping[str, str], at: str) -> dic
         if theirs not in row:
             raise DataError(f"{at}: has no column {theirs!r}, which the recipe names as {ours}; found {', '.join(row)}")
     return {ours: row[theirs] for ours, theirs in names.items()}
+
+
+def shown_bytes(size: float) -> str:
+    for unit, name, digits in ((2**30, "GiB", 2), (2**20, "MiB", 1)):
+        if size >= unit:
+            return f"{size / unit:.{digits}f} {name}"
+    return f"{size / 2**10:.1f} KiB"

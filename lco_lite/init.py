@@ -99,7 +99,10 @@ def write_recipe(file: str, rewards: Sequence[str], model: str | None, out: Path
     path = out or Path(file).with_suffix(".yaml")
     if path.exists():
         raise UsageError(f"{path} is there already, and is not written over: name another file with --out")
-    functions = dict(one for spec in rewards for one in functions_of(spec))
+    functions = dict[str, str]()
+    for name, spec in (one for given in rewards for one in functions_of(given)):
+        if functions.setdefault(name, spec) != spec:
+            raise UsageError(f"--reward: {functions[name]} and {spec} have one name: rename one of the functions")
     found = look(file, load_rows(file), bool(functions))
     machine = this_machine()
     weights = chosen_model(model, machine)
@@ -107,10 +110,10 @@ def write_recipe(file: str, rewards: Sequence[str], model: str | None, out: Path
     text = recipe_text(file, path, found, functions, machine, weights, lengths, unit)
     recipe = validate(parse_yaml(text)[0], str(path))
     task = recipe_task(recipe)
-    held = len(held_out_prompts(recipe, task))
+    held = len(held_out_prompts(recipe, None) if task is None else task.items("test"))
     told = tried_rewards(recipe, task)
     write_text(path, text)
-    console.note(f"{file}: {len(found.rows)} rows, {held} prompts of them held out")
+    console.note(f"{file}: {len(found.rows)} rows, {held} {'prompts' if task is None else 'items'} of them held out")
     for role, column in found.by_role.items():
         size = f", {lengths[role][0]} to {lengths[role][1]} {unit}" if role in lengths else ""
         console.note(f"  {role:<9} column {column}{size}" + (f": {found.why}" if role == "answer" else ""))
@@ -142,6 +145,8 @@ def look(file: str, rows: Sequence[dict[str, Any]], has_reward: bool) -> Looked:
     if answer is not None:
         grader, system, why = grader_for([row[answer] for row in rows], roles, rows)
         if grader:
+            if all("####" in str(row[answer]) for row in rows):  # GSM8K's: the working, and the answer after it
+                roles.setdefault("response", answer)
             return Looked(rows, roles | {"answer": answer}, grader, system, why)
         roles.setdefault("response", answer)  # whole texts, to be imitated
     roles.pop("choices", None)
@@ -178,7 +183,7 @@ def grader_for(
     if all(len(text) == 1 and text in LETTERS for text in texts):
         return "choice", None, "letters, so graded by `choice`"
     if all(_NUMBER.fullmatch(t) or "\\boxed" in t or "####" in t for t in texts):
-        told = any(re.search(r"(?i)boxed|answer", _plain(row[roles["prompt"]])) for row in rows)
+        told = all(re.search(r"(?i)boxed|answer", _plain(row[roles["prompt"]])) for row in rows)
         system = None if told else 'Work it out in a few words, and end with "The answer is" and the answer.'
         return "math", system, "numbers, so graded by `math`"
     if median(len(text.split()) for text in texts) > SHORT:
@@ -217,7 +222,8 @@ def functions_of(spec: str) -> Iterator[tuple[str, str]]:
 def _may_judge(arguments: ast.arguments) -> bool:
     names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     needed = len(arguments.posonlyargs) + len(arguments.args) - len(arguments.defaults)
-    return bool({"completions", "completion_ids", "responses"} & set(names)) or needed == 3
+    ours = needed == 3 and "responses" in names
+    return ours or bool({"completions", "completion_ids"} & set(names)) or (not needed and arguments.kwarg is not None)
 
 
 # the machine, the model, the lengths
@@ -327,9 +333,10 @@ def recipe_text(
         y.add("system", found.system, "so that the grader finds the answer", 1)
     _add_data(y, file, found, share)
     _add_sft(y, found, on_cpu, window)
-    if pairs or _learns_phi(graded, on_cpu, n):
+    learns_phi = pairs or _learns_phi(graded, on_cpu, n)
+    if learns_phi:
         _add_reward_model(y, found, on_cpu, window, n)
-    _add_rl(y, found, functions, on_cpu, new_tokens, window, round(n * (1 - share)))
+    _add_rl(y, found, functions, on_cpu, learns_phi, new_tokens, window, round(n * (1 - share)))
     y.add("eval", None)
     y.add("seeds", 2 if on_cpu else 4, "times that each held-out prompt is answered", 1)
     y.add("temperature", 0.6, "of those answers; 0 is greedy", 1)
@@ -383,7 +390,7 @@ def _add_data(y: Lines, file: str, found: Looked, share: float) -> None:
             columns["demonstrations"] = columns["preferences"] = own
     if columns := {kind: names for kind, names in columns.items() if names}:
         y.add("columns", columns, "our name: the file's", 1)
-    if not (found.grader and all("split" in row for row in found.rows)):
+    if not (found.grader and any("split" in row for row in found.rows)):
         y.add("held_out", share, "of the prompts, drawn by the seed: never trained on, for the score", 1)
 
 
@@ -416,11 +423,17 @@ def _add_reward_model(y: Lines, found: Looked, on_cpu: bool, window: int, n: int
 
 
 def _add_rl(
-    y: Lines, found: Looked, functions: dict[str, str], on_cpu: bool, new_tokens: int, window: int, n: int
+    y: Lines,
+    found: Looked,
+    functions: dict[str, str],
+    on_cpu: bool,
+    learns_phi: bool,
+    new_tokens: int,
+    window: int,
+    n: int,
 ) -> None:
     """LCO-KLD throughout: of the objectives here the steadiest, and any other can be tried with --objective."""
     pairs, group = "chosen" in found.by_role, 8
-    learns_phi = pairs or _learns_phi(found.grader is not None, on_cpu, n)
     parts = ["dpo"] * learns_phi + ["rule"] * (found.grader is not None) + ["function"] * bool(functions)
     why = {
         "dpo": "the reward model's word on every token",

@@ -157,8 +157,7 @@ class StageFolder:
         """Marks the stage done. ``result`` is JSON; later stages refer to a fresh id; seconds are this process's.
         ``order`` counts what the run has made, ``files`` has the sha256 of all that the stage made. DataError where the
         best step is not as it was kept."""
-        if best := self._record("best/best.json"):
-            verify(self.best, best.get("files", {}), f"Put it back as it was, or delete {self.best}.")
+        self.verify_best()
         made = {"id": uuid.uuid4().hex[:12], "finished": _now(), "seconds": round(time.monotonic() - self._begun, 3)}
         order = 1 + max((one.order() for one in Run(self.path.parent).stages()), default=0)
         files = checksums(self.path, "checkpoints", "rollouts")
@@ -173,6 +172,12 @@ class StageFolder:
         loaded = {name for name in made if name.partition("/")[0] in parts and not name.endswith(".md")}
         remedy = f"Put it back as it was.{self._anew()}"
         verify(self.path, {name: made[name] for name in made if name in loaded}, remedy)
+
+    @ranks.once
+    def verify_best(self) -> None:
+        """``verify`` of the best step, which is kept while the stage is not done, by what was noted as it was kept."""
+        if best := self._record("best/best.json"):
+            verify(self.best, best.get("files", {}), f"Put it back as it was, or delete {self.best}.")
 
     @ranks.once
     def id(self) -> str:
@@ -246,6 +251,13 @@ class Run:
             raise UsageError(f"no run under {root}/ yet: start with {start}")
         return cls(max(runs, key=runs.__getitem__))
 
+    @classmethod
+    def known(cls, which: str | None, root: Path) -> Run | None:
+        """The run of that name under ``root``, or in that folder; None: the newest. None where there is no such run."""
+        if which is None:
+            return cls.newest(root)
+        return next((run for run in (cls(root / which), cls(Path(which))) if run.has_recipe()), None)
+
     @property
     def name(self) -> str:
         return self.path.name
@@ -299,7 +311,7 @@ class Run:
         try:
             recipe = load_recipe(self.path / "recipe.yaml")
             if "held_out" not in recipe.data.model_fields_set:  # a version without it began the run: it holds none out
-                recipe.data.held_out = None if recipe.task else 0.0
+                recipe.data.held_out = _held_out_before(recipe)
             return recipe
         except RecipeError as e:
             raise UsageError(f"the run's recipe is damaged or of another version; give one to go on.\n{e}") from e
@@ -376,10 +388,15 @@ def verb(stage: str) -> str:
     return {"sft": "lco-lite sft", "rm": "lco-lite train-rm"}.get(stage, "lco-lite rl")
 
 
+def section(stage: str) -> str:
+    """Where the recipe has its settings."""
+    return {"sft": "sft", "rm": "train_rm"}.get(stage, "rl")
+
+
 def _lengths(stage: str) -> list[str]:
     """The settings that say how far a stage goes, and nothing of the way."""
-    section = {"sft": "sft", "rm": "train_rm"}.get(stage)
-    return [f"{section}.max_steps", f"{section}.epochs"] if section else ["rl.steps"]
+    where = section(stage)
+    return ["rl.steps"] if where == "rl" else [f"{where}.max_steps", f"{where}.epochs"]
 
 
 def _reaches(stage: str, old: dict[str, Any], new: dict[str, Any], done: int) -> bool:
@@ -417,6 +434,11 @@ _NEWER |= dict.fromkeys(("sft.optimizer", "train_rm.optimizer", "rl.optimizer"),
 _NEWER |= dict.fromkeys(("sft.adam_eps", "train_rm.adam_eps", "rl.adam_eps"))
 
 
+def _held_out_before(recipe: Recipe) -> float | None:
+    """``data.held_out`` of versions that had no choice: without a task all prompts were trained on."""
+    return None if recipe.task else 0.0
+
+
 def decides(recipe: Recipe, stage: str, key: str) -> bool:
     """Whether the setting, by dotted key, is one that decides the outcome of ``stage``: see ``stage_settings``."""
     if stage not in ("sft", "rm") and not stage.startswith("rl-"):
@@ -437,8 +459,8 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     def counts(key: str, value: Any) -> bool:
         if key in _NEWER and value == _NEWER[key]:
             return False
-        if key == "data.held_out" and value == (0 if recipe.task is None else None):
-            return False  # as it was before there was a choice: without a task all prompts are trained on
+        if key == "data.held_out" and value == _held_out_before(recipe):
+            return False
         if key == "rl.logprob_temperature" and recipe.rl.compared_at == 1:
             return False  # as version 0.1 had it always: at another temperature its policy gradients do not go on
         return decides(recipe, stage, key)
@@ -458,9 +480,10 @@ def as_started(recipe: Recipe, stage: StageFolder, said: Collection[str] | None)
     tree = recipe.model_dump(mode="json")
     for key in unsaid:
         _drop(tree, key.split("."))
+    older = {**_NEWER, "data.held_out": _held_out_before(recipe)}
     for key in unsaid:
-        if key in before or key in _NEWER:
-            _put(tree, key.split("."), before.get(key, _NEWER.get(key)))
+        if key in before or key in older:
+            _put(tree, key.split("."), before.get(key, older.get(key)))
     try:
         kept = Recipe.model_validate(tree)
     except ValidationError:  # it does not go with what is said, which is then another setting too

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from lco_lite.console import Console
 from lco_lite.errors import UsageError
-from lco_lite.files import remove
+from lco_lite.files import remove, shown_bytes
 from lco_lite.metrics import read_log
 from lco_lite.run import Run, StageFolder
 
@@ -45,16 +45,20 @@ def spare(run: Run) -> list[Spare]:
     for stage in run.stages():
         if stage.path.is_symlink():
             continue
+        try:
+            is_done = stage.is_done()
+        except UsageError:
+            continue  # of one that is damaged nothing goes
         rollouts, pairs, responses = (stage.path / name for name in ("rollouts", "pairs.jsonl", "responses.jsonl"))
-        if stage.is_done() and (stage.adapter.is_dir() or stage.model.is_dir()):
+        if is_done:
             found += [
-                Spare(stage.checkpoints, "the stage is done: only more steps would go on from them"),
+                Spare(stage.checkpoints, "the stage is done: only more steps, and policies STAGE@N, are made of them"),
                 Spare(rollouts, "their updates are made"),
                 Spare(pairs, "sampled for this stage, which is done"),
                 Spare(responses, "the pairs are made of them"),
             ]
             continue
-        kept = [int(path.name[5:]) for path in stage.checkpoints.glob("step-" + "[0-9]" * 8)]
+        kept = stage.kept_steps()
         for file in sorted(rollouts.glob("step-*.jsonl")):
             if kept and file.stem[5:].isdecimal() and int(file.stem[5:]) <= min(kept):
                 found.append(Spare(file, "its updates are in every checkpoint"))
@@ -74,10 +78,10 @@ def show_runs(root: Path, name: str | None, console: Console, json: bool) -> Non
         "", ["run", "stage", "state", "score", "size", "last change"], [r for one in told for r in _rows(one)]
     )
     if name:
-        parts = [[part["path"], _size(part["bytes"]), part["can_go"] or ""] for part in told[0]["parts"]]
+        parts = [[part["path"], shown_bytes(part["bytes"]), part["can_go"] or ""] for part in told[0]["parts"]]
         console.table("", ["folder or file", "size", "can go"], parts)
     if can_go := sum(one["can_go_bytes"] for one in told):
-        console.note(f"{_size(can_go)} can go: lco-lite runs {f'{name} ' if name else ''}--clean")
+        console.note(f"{shown_bytes(can_go)} can go: lco-lite runs {f'{name} ' if name else ''}--clean")
 
 
 def clean_runs(root: Path, name: str | None, console: Console, yes: bool, json: bool) -> None:
@@ -89,12 +93,12 @@ def clean_runs(root: Path, name: str | None, console: Console, yes: bool, json: 
     if not planned:
         console.note("nothing can go")
     else:
-        lines = [[str(one.path), _size(one.size), one.why] for found in planned.values() for one in found]
+        lines = [[str(one.path), shown_bytes(one.size), one.why] for found in planned.values() for one in found]
         console.table("", ["to delete", "size", "why it can go"], lines)
     if planned and not yes:
         if not sys.stdin.isatty():
-            raise UsageError(f"runs --clean would delete {_size(total)}: --yes does it without asking")
-        if not typer.confirm(f"Delete {_size(total)}?", err=json):
+            raise UsageError(f"runs --clean would delete {shown_bytes(total)}: --yes does it without asking")
+        if not typer.confirm(f"Delete {shown_bytes(total)}?", err=json):
             return console.note("nothing is deleted")
     deleted = list[dict[str, Any]]()
     for run, found in planned.items():
@@ -112,7 +116,7 @@ def clean_runs(root: Path, name: str | None, console: Console, yes: bool, json: 
     if json:
         console.emit({"deleted": deleted, "bytes": freed})
     elif planned:
-        console.note(f"{_size(freed)} deleted")
+        console.note(f"{shown_bytes(freed)} deleted")
 
 
 def all_runs(root: Path) -> list[Run]:
@@ -124,6 +128,8 @@ def all_runs(root: Path) -> list[Run]:
 
 def one_run(root: Path, name: str) -> Run:
     found = {run.name: run for run in all_runs(root)}
+    if name not in found and (run := Run.known(name, root)) is not None:
+        return run
     if name not in found:
         raise UsageError(f"no run {name!r} under {root}/; there are: {', '.join(found) or 'none'}")
     return found[name]
@@ -183,13 +189,12 @@ def size_of(path: Path) -> int:
 
 def _stage(run: Run, stage: StageFolder) -> dict[str, Any]:
     """``state``: done, stopped, failed, or damaged. ``step`` of ``steps``: as far as its metrics go."""
-    step = max((line["step"] for line in read_log(stage.metrics)), default=0)
-    try:
+    step, steps, state = 0, None, "damaged"
+    with contextlib.suppress(UsageError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        step = max((line["step"] for line in read_log(stage.metrics)), default=0)
         begun = json_format.loads((stage.path / "stage.json").read_text(encoding="utf-8"))
         steps = begun.get("steps") or _planned(stage.name, begun["settings"])
         state = "done" if stage.is_done() else "failed" if _failed(run, stage) else "stopped"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        steps, state = None, "damaged"
     return {"name": stage.name, "state": state, "step": step, "steps": steps}
 
 
@@ -217,7 +222,7 @@ def _scores(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def _rows(told: dict[str, Any]) -> Iterator[list[str]]:
-    of_run = [_size(told["bytes"]), told["changed"][:16].replace("T", " ")]
+    of_run = [shown_bytes(told["bytes"]), told["changed"][:16].replace("T", " ")]
     for i, one in enumerate(told["stages"] or [{"name": "", "state": None, "scores": {}}]):
         done = one["state"] in ("done", None)
         where = "" if done else f" at step {one['step']}" + (f" of {one['steps']}" if one["steps"] else "")
@@ -231,13 +236,6 @@ def _score(score: dict[str, Any]) -> str:
     numbers = [f"{score[key]:.3f}" for key in ("mean", "std") if score[key] is not None]
     own = "" if score["metric"] in ("pass@1", "accuracy") else f"{score['metric']} "
     return own + " ± ".join(numbers)
-
-
-def _size(n: int) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if n >= unit:
-            return f"{n / unit:.1f} {name}"
-    return f"{n / 2**10:.1f} KiB"
 
 
 def _changed(path: Path) -> float:

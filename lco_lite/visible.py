@@ -15,17 +15,20 @@ CONTROLS = (
 _CONTROL = re.compile(f"[{CONTROLS}\ud800-\udfff]")
 
 
-def visible(text: str, lines: bool = True) -> str:
-    """``text`` with such characters written out: ``\\x1b``, ``\\u202e``. Tabs stay, and line ends where ``lines``."""
-    text = _CONTROL.sub(_written_out, text)
+def visible(text: str, lines: bool = True, keep: str = "", form: str = "") -> str:
+    """``text`` with such characters written out: ``\\x1b``, ``\\u202e``, or by ``form`` with their number in it. Tabs
+    stay, what is to be kept, and line ends where ``lines``."""
+
+    def written(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        if match[0] in keep:
+            return match[0]
+        return (form or ("\\x{:02x}" if code < 0x100 else "\\u{:04x}" if code < 0x10000 else "\\U{:08x}")).format(code)
+
+    text = _CONTROL.sub(written, text)
     return text if lines else text.replace("\n", "\\n")
 
 
 def uncaught(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     """A ``sys.excepthook``: the traceback, on the stderr that the process began with."""
     print(visible("".join(traceback.format_exception(kind, error, where))), end="", file=sys.__stderr__)
-
-
-def _written_out(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lco_lite import ranks
-from lco_lite.checkpoint import checkpoint_id, load_checkpoint, sha256
+from lco_lite.checkpoint import checkpoint_id, load_checkpoint
 from lco_lite.context import Context
 from lco_lite.errors import Diverged, UsageError
-from lco_lite.files import checksums, remove, verify_sealed, write_folder, write_json
+from lco_lite.files import checksums, remove, sha256, verify_sealed, write_folder, write_json
 from lco_lite.models.chat import check_same_tokenizer
 from lco_lite.models.language_model import LanguageModel, Role, known_tokens
 from lco_lite.models.loading import (
@@ -297,7 +297,7 @@ def _made_by(ctx: Context, stage: str | StageFolder, name: str, base: LanguageMo
 def _verify(folder: StageFolder) -> None:
     """A stage's product, or its best step, is about to be opened. DataError where it is not what the stage left."""
     if folder.name == "best":
-        StageFolder(folder.path.parent).verify("best")
+        StageFolder(folder.path.parent).verify_best()
     else:
         folder.verify("adapter", "model")
 

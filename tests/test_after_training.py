@@ -326,3 +326,14 @@ def test_a_stage_that_failed_or_is_damaged_is_said_to_have(stopped):
     assert describe(stopped)["stages"][2]["state"] == "failed"
     (stopped.path / "rl-kld/stage.json").write_text("{")
     assert describe(stopped)["stages"][2]["state"] == "damaged"
+
+
+def test_one_damaged_run_leaves_the_others_in_the_list(copied):
+    broken = Run(Path(shutil.copytree(copied.path, copied.path.parent / "broken")))
+    shutil.rmtree(broken.stage("rl-kld").adapter)
+    told = call("runs", "--runs", copied.path.parent, "--json")
+    assert told.exit_code == 0
+    states = {one["name"]: one["stages"][-1]["state"] for one in json.loads(told.stdout)}
+    assert states == {"tiny": "done", "broken": "damaged"}
+    assert not [one for one in spare(broken) if "rl-kld" in one.path.parts], "of a damaged stage nothing goes"
+    assert call("runs", copied.path, "--runs", copied.path.parent.parent).exit_code == 0, "a run is named by folder too"

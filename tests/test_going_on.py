@@ -374,3 +374,19 @@ def test_a_run_folder_that_is_deleted_while_it_is_trained_is_one_message_and_is_
     assert told.exit_code == 1 and not made.path.exists()
     assert f"{made.path} was deleted or moved while this process worked in it" in told.stderr
     assert told.stderr.count("\n") == 1
+
+
+def test_a_dry_run_of_a_stage_that_is_made_longer_says_so_and_looks_at_what_it_will_open(made, short):
+    words = ("rl", short, "--steps", "5", "--dry-run")
+    assert "done already" not in on(made, *words).stdout.split("rl-kld", 1)[1]
+    assert "5 steps of" in on(made, *words).stdout
+
+
+def test_a_best_step_that_is_damaged_is_told_while_its_stage_is_not_done(made):
+    (made.stage("rl-kld").path / "done.json").unlink()
+    file = made.stage("rl-kld").best / "adapter/adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    told = on(made, "eval", "--policy", "rl@best", "--limit", "2", "--seeds", "1")
+    assert told.exit_code == 2 and "adapter_model.safetensors: has changed" in " ".join(told.stderr.split())

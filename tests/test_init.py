@@ -144,3 +144,35 @@ def test_csv_and_parquet_are_read_too(model, tmp_path, monkeypatch):
         assert CliRunner().invoke(app, ["init", name, "--model", model]).exit_code == 0
         recipe = load_recipe(Path(name).with_suffix(".yaml"))
         assert len(recipe_task(recipe).items("test")) == 8
+
+
+def test_functions_of_one_name_in_two_files_are_not_one(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a"}\n')
+    for name in ("a.py", "b.py"):
+        Path(name).write_text("def score(completions, **columns):\n    return [0.0 for _ in completions]\n")
+    words = ["init", "rows.jsonl", "--model", model, "--reward", "a.py", "--reward", "b.py:score"]
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 2 and "a.py:score and b.py:score have one name" in " ".join(told.stderr.split())
+
+
+def test_a_helper_of_three_parameters_is_no_reward(made, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def clamp(x, low, high):\n    return max(low, min(x, high))\n"
+        "def score(completions, **columns):\n    return [clamp(len(c), 0, 9) for c in completions]\n"
+    )
+    recipe, _ = made(lambda i: {"prompt": f"Say {i}."}, "--reward", "own.py")
+    assert [*recipe.rl.reward_functions.values()] == ["own.py:score"]
+
+
+def test_one_prompt_that_says_answer_does_not_speak_for_the_others(made):
+    recipe, _ = made(lambda i: {"prompt": "Bob answered?" if i == 3 else f"{i} + 1?", "answer": str(i + 1)})
+    assert recipe.chat.system and "The answer is" in recipe.chat.system
+
+
+def test_gsm8ks_working_is_a_demonstration_and_rows_with_a_split_hold_out_their_own(made):
+    def row(i):
+        return {"question": f"{i} + 1?", "answer": f"Add one.\n#### {i + 1}", "split": "train" if i < 35 else "test"}
+
+    recipe, said = made(row)
+    assert recipe.sft.enabled and "5 items of them held out" in said and recipe.data.held_out is None

@@ -21,7 +21,8 @@ from lco_lite.data.prompts import (
 )
 from lco_lite.data.rows import read_demonstrations, read_preferences, read_prompts
 from lco_lite.errors import DataError, ModelError
-from lco_lite.models.chat import ChatFormat, Message
+from lco_lite.messages import Message
+from lco_lite.models.chat import ChatFormat
 from lco_lite.models.loading import open_tokenizer
 from lco_lite.recipe import Recipe
 from lco_lite.tasks.base import Task, normalised

@@ -7,7 +7,7 @@ out, the seed draws them by prompt, so that no prompt is on both sides.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from lco_lite.recipe.sections import Columns
 from lco_lite.sequences import Example, derive
 from lco_lite.tasks import Own, graded_as, load_task
 from lco_lite.tasks.base import Item, Task, asked, drawn_to_hold_out, normalised
-from lco_lite.tasks.custom import is_custom
+from lco_lite.tasks.custom import is_custom, prompt_of
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,19 @@ def held_out_prompts(recipe: Recipe, task: Task | None) -> frozenset[str]:
     if not makes_split(recipe, task):
         return frozenset()
     if task is not None:
-        return frozenset(normalised(item.prompt) for item in task.items("test"))
-    data, sources = recipe.data, list[tuple[Callable[..., Any], str, Columns]]()
-    if data.prompts is not None:
-        sources.append((read_prompts, data.prompts, data.columns.prompts))
-    if recipe.sft.enabled and data.demonstrations is not None:
-        sources.append((read_demonstrations, data.demonstrations, data.columns.demonstrations))
-    if recipe.rl.needs_reward_model:
-        sources.append((read_preferences, data.preferences, data.columns.preferences))
-    asked = ([_last_turn(row) for row in read(source, None, columns)] for read, source, columns in sources)
-    return frozenset().union(*(drawn_to_hold_out(prompts, data.held_out, recipe.seed) for prompts in asked))
+        return frozenset(normalised(prompt_of(item.row)) for item in task.items("test"))
+    return _drawn(recipe, _own_rows(recipe))
 
 
-def held_out_rows(recipe: Recipe) -> dict[str, list[Any]]:
-    """Without a task: the rows of ``prompts``, ``demonstrations`` and ``preferences`` (of the files that the recipe's
-    stages use) that nothing is trained on, in the order of the file."""
-    data, held, system = recipe.data, held_out_prompts(recipe, None), recipe.chat.system
+def _drawn(recipe: Recipe, rows: Mapping[str, Sequence[Any]]) -> frozenset[str]:
+    asked = ([_last_turn(row) for row in of_file] for of_file in rows.values())
+    held = recipe.data.held_out
+    return frozenset().union(*(drawn_to_hold_out(prompts, held, recipe.seed) for prompts in asked))
+
+
+def _own_rows(recipe: Recipe) -> dict[str, list[Any]]:
+    """Without a task: the rows of the files that the recipe's stages use."""
+    data, system = recipe.data, recipe.chat.system
     rows: dict[str, list[Any]] = {"prompts": [], "demonstrations": [], "preferences": []}
     if data.prompts is not None:
         rows["prompts"] = read_prompts(data.prompts, system, data.columns.prompts)
@@ -104,6 +101,14 @@ def held_out_rows(recipe: Recipe) -> dict[str, list[Any]]:
         rows["demonstrations"] = read_demonstrations(data.demonstrations, system, data.columns.demonstrations)
     if recipe.rl.needs_reward_model:
         rows["preferences"] = read_preferences(data.preferences, system, data.columns.preferences)
+    return rows
+
+
+def held_out_rows(recipe: Recipe) -> dict[str, list[Any]]:
+    """Without a task: the rows of ``prompts``, ``demonstrations`` and ``preferences`` that nothing is trained on,
+    in the order of the file."""
+    rows = _own_rows(recipe)
+    held = _drawn(recipe, rows) if makes_split(recipe, None) else frozenset()
     return {name: [row for row in found if normalised(_last_turn(row)) in held] for name, found in rows.items()}
 
 

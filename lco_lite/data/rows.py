@@ -124,8 +124,6 @@ def _prompt(row: Row, at: str) -> Prompt:
         return Prompt(asked, row=row)
     for key in PROMPTS:
         value = row.get(key)
-        if isinstance(value, list):
-            return Prompt(turns_of(value, f"{at}, field {key}"), row=row)
         if isinstance(value, str) and value.strip():
             more = row.get("input") if key == "instruction" else None
             if more is not None and not isinstance(more, str):
@@ -217,7 +215,10 @@ def _response(value: Any, at: str) -> str:
 
 
 def _conversation(row: Row, at: str) -> list[Message] | None:
-    return next((turns_of(row[key], f"{at}, field {key}") for key in CONVERSATIONS if row.get(key)), None)
+    """The turns of the first field that has some, a prompt's too."""
+    fields = [key for key in CONVERSATIONS if row.get(key)]
+    fields += [key for key in PROMPTS if isinstance(row.get(key), list)]
+    return turns_of(row[fields[0]], f"{at}, field {fields[0]}") if fields else None
 
 
 def _found(row: Row) -> str:

@@ -18,9 +18,10 @@ import torch
 from lco_lite import ranks, weights
 from lco_lite.console import Console
 from lco_lite.context import Context
-from lco_lite.data.prompts import held_out_pairs, held_out_rows, longest_response
+from lco_lite.data.prompts import held_out_rows, longest_response, pair_of
 from lco_lite.errors import DataError, UsageError
 from lco_lite.evaluation.prompts import made_by
+from lco_lite.evaluation.summary import read_score
 from lco_lite.feedback.rewards import Answers, RewardFunction, columns_of, reward_sources
 from lco_lite.files import write_json
 from lco_lite.grading import Item
@@ -83,7 +84,8 @@ class HeldOut(Task):
             raise DataError(f"no reward applies to any of the {len(rows)} responses to the prompts held out")
         several = {n: [None if math.isnan(v) else v for v in values] for n, values in by_name.items()}
         known = {n: values if any(v is not None for v in values) else None for n, values in several.items()}
-        return {"reward": scores} | (known if len(known) > 1 else {})
+        own = {name if name != "reward" else "reward (function)": v for name, v in known.items()}  # not in its place
+        return {"reward": scores} | (own if len(known) > 1 else {})
 
 
 def _mean(rewards: dict[str, float], parts: Any) -> float | None:
@@ -114,7 +116,7 @@ def likelihoods(ctx: Context, stage: str) -> dict[str, Any]:
     file = ctx.run.eval_path(f"{HELD_OUT}-likelihood", stage)
     digest = hashlib.sha256(json.dumps([repr(row) for row in (*shown, *pairs)]).encode()).hexdigest()[:16]
     asked = {"made_by": made_by(ctx, stage), "items": digest}
-    known = ranks.from_main(json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
+    known = ranks.from_main(read_score(file) if file.exists() else {})
     if known.get("settings") == asked:
         return dict(known)
     with ctx.clock("loading"):
@@ -126,7 +128,7 @@ def likelihoods(ctx: Context, stage: str) -> dict[str, Any]:
             logprobs = response_logprobs(role, examples, recipe.sft.micro_batch_tokens)
             result["loss"] = -sum(logprobs) / sum(len(e.response) for e in examples)
             result["demonstrations"] = len(examples)
-        if fitting := [p for p in held_out_pairs(recipe, chat) if p.longest() <= role.model.max_length]:
+        if fitting := [p for row in pairs if (p := pair_of(row, chat)).longest() <= role.model.max_length]:
             both = [p.chosen for p in fitting] + [p.rejected for p in fitting]
             logprobs = response_logprobs(role, both, recipe.train_rm.micro_batch_tokens)
             n = len(fitting)

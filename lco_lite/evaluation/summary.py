@@ -34,6 +34,12 @@ def read_score(file: Path) -> dict[str, Any]:
     return result
 
 
+def read_scores(run: Path) -> dict[Path, dict[str, Any]]:
+    """All scores of a run by file; the likelihoods beside them (evaluation/held_out.py) have no metric and are none."""
+    found = {file: read_score(file) for file in sorted((run / "eval").glob("*--*.json"))}
+    return {file: score for file, score in found.items() if "metric" in score}
+
+
 def read_rows(file: Path, result: Mapping[str, Any]) -> list[Graded]:
     """The responses that the score ``result`` in ``file`` was made of. DataError where those beside it are others, or
     damaged; scores of earlier versions do not say which they were."""

@@ -11,6 +11,7 @@ from typing import Any
 from gguf import GGUFReader
 from huggingface_hub import hf_hub_download
 
+from lco_lite.evaluation.summary import read_scores
 from lco_lite.export.job import Export, read_object
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump, write_yaml
@@ -81,8 +82,7 @@ def _usage(job: Export, folder: Path) -> str:
 def _scores(job: Export) -> str:
     """A row a score, of this stage as it is now and of the base it began with."""
     rows = list[list[Any]]()
-    for file in sorted((job.run.path / "eval").glob("*.json")):
-        score = read_object(file)
+    for score in read_scores(job.run.path).values():
         settings = score["settings"]
         if score["stage"] == "base" or settings["made_by"] == policy_id(job.run, job.policy):
             spread = f" ± {score['std']:.4f}" if score["std"] is not None else ""

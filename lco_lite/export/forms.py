@@ -26,6 +26,7 @@ from huggingface_hub import HfApi
 from lco_lite import __version__
 from lco_lite.console import Console
 from lco_lite.errors import LcoError, ModelError, UsageError
+from lco_lite.evaluation.summary import read_scores
 from lco_lite.export.card import following, model_card
 from lco_lite.export.job import Export, read_object
 from lco_lite.export.ollama import modelfile
@@ -63,12 +64,12 @@ def export(
         raise UsageError(f"export --to {form} --dtype {dtype}: {what}")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise UsageError(f"export --push {push}: a repository of the hub is needed, OWNER/NAME")
-    run = _run(name, runs)
+    run = Run.known(name, runs) or Run(runs / str(name))  # whose recipe says that there is none
     recipe = run.recipe()
     with run.lock():
         policy = _policy(run, policy)
         stage = run.stage(policy.removesuffix("@best"))
-        stage.verify("best" if "@" in policy else "adapter", "model")
+        stage.verify_best() if "@" in policy else stage.verify("adapter", "model")
         out = out or run.path / "export" / f"{policy.replace('@', '-')}-{form}"
         job = Export(
             run, recipe, stage, policy, form, dtype, out, *base_of(run, recipe, stage.name), converter, console
@@ -90,17 +91,11 @@ def write_whole(job: Export) -> None:
     write = {"adapter": _adapter, "merged": _merged, "gguf-lora": _gguf_lora, "ollama": _ollama}.get(job.form, _gguf)
     if job.form not in ("adapter", "merged"):
         converter_for(job)  # that there is none is said before hours of work
+    read_scores(job.run.path)  # and so is one that is damaged, which the card would have
     with write_folder(job.out) as new:
         write(job, new)
         write_text(new / "README.md", model_card(job, new))
         write_json(new / "export.json", {**job.made_from(), "run": job.run.name, "lco_lite": __version__})
-
-
-def _run(name: str | None, runs: Path) -> Run:
-    if name is None:
-        return Run.newest(runs)
-    folder = Path(name)
-    return Run(folder) if (folder / "recipe.yaml").is_file() else Run(runs / name)
 
 
 def _policy(run: Run, policy: str | None) -> str:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lco_lite.console import Console
+from lco_lite.data.prompts import recipe_task, system_text
 from lco_lite.errors import UsageError
 from lco_lite.models.chat import PLAIN_TEMPLATE, ChatFormat
 from lco_lite.models.loading import load_tokenizer
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Weights
 from lco_lite.run import Run, StageFolder
-from lco_lite.tasks import load_task
 from lco_lite.weights import policy_id
 
 
@@ -63,8 +63,7 @@ class Export:
     @property
     def system(self) -> str | None:
         """The system message that the model was trained with."""
-        own, task = self.recipe.chat.system, self.recipe.task
-        return load_task(task).system if own is None and task else own
+        return system_text(self.recipe, recipe_task(self.recipe))
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -11,7 +11,8 @@ from gguf import GGUFReader
 
 from lco_lite.errors import ModelError
 from lco_lite.export.job import Export
-from lco_lite.models.chat import ChatFormat, Message
+from lco_lite.messages import Message
+from lco_lite.models.chat import ChatFormat
 
 
 def modelfile(job: Export, file: Path) -> str:

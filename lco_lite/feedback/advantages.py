@@ -4,6 +4,8 @@ Legend: N responses, in groups of G to a prompt, one after the other; T tokens, 
 response's number, in order; V tokens of the vocabulary, d_r hidden of the reward model.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,12 +35,18 @@ def subtract_baseline(rewards: Tensor, baseline: str, group: int) -> Tensor:
 def fill_inapplicable(rewards: Tensor, baseline: str, group: int) -> Tensor:
     """[N] -> [N]: nan, where a reward does not apply, becomes what its baseline takes off: the mean of those of its G
     that have one, of a group without any and for ``batch`` that of all, 0 where nothing is taken off."""
-    mean = rewards.new_zeros(()) if baseline == "none" else rewards.nanmean().nan_to_num(0.0)
-    means = mean.expand_as(rewards)
+    all_of_them = _mean_of_known(rewards.view(1, -1)).nan_to_num(0.0)
+    means = (torch.zeros_like(all_of_them) if baseline == "none" else all_of_them).flatten().expand_as(rewards)
     if baseline in ("group", "leave_one_out"):
-        of_group = rewards.view(-1, group).nanmean(1, keepdim=True).expand(-1, group).flatten()
+        of_group = _mean_of_known(rewards.view(-1, group)).expand(-1, group).flatten()
         means = torch.where(of_group.isnan(), means, of_group)
     return torch.where(rewards.isnan(), means, rewards)
+
+
+def _mean_of_known(rows: Tensor) -> Tensor:
+    """[n, G] -> [n, 1]: no further than the known ones, so that of equal ones it is exactly theirs; nan of none."""
+    low, high = rows.nan_to_num(nan=math.inf).amin(1, True), rows.nan_to_num(nan=-math.inf).amax(1, True)
+    return rows.nanmean(1, keepdim=True).clamp(low, high)
 
 
 def divide_by_group_std(advantages: Tensor, rewards: Tensor, group: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lco_lite.errors import UsageError
 from lco_lite.judging.classifiers import SequenceClassifier
-from lco_lite.models.chat import Message
+from lco_lite.messages import Message
 from lco_lite.recipe import Rl
 from lco_lite.user_code import function_file
 from lco_lite.workers import LineWorker, NoAnswer

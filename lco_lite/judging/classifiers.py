@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from lco_lite.errors import ModelError
-from lco_lite.models.chat import Message
+from lco_lite.messages import Message
 from lco_lite.models.loading import (
     base_dtype,
     load_tokenizer,

@@ -37,7 +37,7 @@ def judge_key(settings: Eval) -> str | None:
     if variable is None:
         known = KNOWN.get(url.host)
         if named is None:
-            return os.environ.get(known) if known and url.scheme == "https" else None
+            return _held(known) if known and url.scheme == "https" else None
         if named != known:
             raise UsageError(
                 f"eval.judge_key_variable: {named} is not known to belong to {url.host}, and a recipe alone sends no "
@@ -50,6 +50,15 @@ def judge_key(settings: Eval) -> str | None:
         raise UsageError(f"--judge-key {variable}@{host}: eval.judge_key_variable names another variable, {named}")
     if url.scheme != "https" and url.host not in _THIS_MACHINE:
         raise UsageError(f"eval.judge_url: {variable} would go over the network in the clear: https is needed")
-    if key := os.environ.get(variable):
+    if key := _held(variable):
         return key
     raise UsageError(f"eval.judge_key_variable: the environment variable {variable} is not set")
+
+
+def _held(variable: str) -> str | None:
+    """Without the line end that a file of variables leaves. Raises UsageError, which does not show it, for characters
+    that no header takes: the HTTP library would."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"the environment variable {variable} has characters that no key has")
+    return key or None

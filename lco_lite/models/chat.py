@@ -18,8 +18,7 @@ from typing import Any
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lco_lite.errors import ModelError
-from lco_lite.messages import Message as Message
-from lco_lite.messages import conversation as conversation
+from lco_lite.messages import Message, conversation
 from lco_lite.sequences import Example
 from lco_lite.user_code import bounded
 

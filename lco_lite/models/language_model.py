@@ -412,7 +412,6 @@ def head_of(base: PreTrainedModel, vocabulary: int | None = None) -> Head:
     return Head(module.weight, bias, scale=float(scale), softcap=softcap, rows=rows)
 
 
-@torch.no_grad()
 def _wrong_in_adapter(config: Mapping[str, Any]) -> str | None:
     """The first field of an ``adapter_config.json`` that PEFT takes and cannot use, with what is accepted."""
 
@@ -442,6 +441,7 @@ def _wrong_in_adapter(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+@torch.no_grad()
 def prove_head(base: PreTrainedModel, head: Head) -> None:
     """Raises ModelError naming the architecture where the head does anything else to its hidden states: what is not
     proved by a forward pass is not used."""

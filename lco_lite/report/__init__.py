@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import html
 import json
-import unicodedata
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from lco_lite.report.figures import draw, study_pictures
 from lco_lite.report.runs import gather
 from lco_lite.report.study import gather_study
 from lco_lite.run import Run
+from lco_lite.visible import visible as written_out
 
-_KEPT = "\n\t\u200c\u200d"  # joiners make letters and emoji
+visible = partial(written_out, keep="\u200c\u200d", form="⟨U+{:04X}⟩")  # joiners make letters and emoji
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
@@ -32,6 +34,10 @@ def report(names: Sequence[str], runs: Path, out: Path | None, figures: Path | N
     """Writes the page of these runs (names in ``runs``, or folders; none: the newest) or of one study's folder, and
     their figures as SVG and PNG where a folder for them is given. Returns the page's path."""
     folders = [_folder(name, runs) for name in dict.fromkeys(names)] or [Run.newest(runs).path]
+    if twice := [name for name, n in Counter(folder.resolve().name for folder in folders).items() if n > 1]:
+        raise UsageError(
+            f"report: several runs are called {', '.join(twice)}, which are told apart by name: rename one"
+        )
     studies = [folder for folder in folders if (folder / "study.json").is_file()]
     if studies and len(folders) > 1:
         raise UsageError(f"report: {studies[0]} is a study, which has a page of its own; name it alone, or runs only")
@@ -39,7 +45,7 @@ def report(names: Sequence[str], runs: Path, out: Path | None, figures: Path | N
         data = gather_study(folders[0])
     else:
         data = gather([Run(folder) for folder in folders], console.note if len(folders) > 1 else lambda text: None)
-    data |= {"version": __version__}
+    data = {"version": __version__} | data  # a study has that of its runs
     default = folders[0] if len(folders) == 1 else runs
     page = out or default / "report.html"
     if page.is_dir():
@@ -81,15 +87,3 @@ def shown(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [shown(inner) for inner in value]
     return value if value is None or isinstance(value, (bool, int, float)) else visible(str(value))
-
-
-def visible(text: str) -> str:
-    """``text`` with control characters, bidirectional overrides and other invisible characters written out, ⟨U+202E⟩:
-    what a reader sees is what is there."""
-    if text.isprintable():
-        return text
-    return "".join(f"⟨U+{ord(c):04X}⟩" if _hidden(c) else c for c in text)
-
-
-def _hidden(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _KEPT

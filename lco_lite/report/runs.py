@@ -21,7 +21,7 @@ import torch
 
 from lco_lite.errors import DataError, UsageError
 from lco_lite.evaluation.compare import Score, by_item, compare, paired_bootstrap, t_quantile
-from lco_lite.files import read_jsonl
+from lco_lite.evaluation.summary import read_rows, read_scores
 from lco_lite.metrics import METRICS, read_log
 from lco_lite.recipe.file import flat, parse_yaml
 from lco_lite.run import Run, StageFolder
@@ -53,8 +53,8 @@ def gather(runs: Sequence[Run], say: Callable[[str], object] = lambda text: None
     about, curves, samples, graded = list[Row](), list[Row](), list[Row](), list[Row]()
     for run in runs:
         stages = [stage for stage in run.stages() if stage.metrics.exists()]
-        files = sorted((run.path / "eval").glob("*--*.json"))
-        if not run.has_recipe() and not stages and not files:
+        scored = read_scores(run.path)
+        if not run.has_recipe() and not stages and not scored:
             raise UsageError(f"{run.path}: no recipe, stage or score of a run is in it")
         recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8") if run.has_recipe() else ""
         settings = flat(parse_yaml(recipe)[0] or {}) if recipe else {}
@@ -66,11 +66,10 @@ def gather(runs: Sequence[Run], say: Callable[[str], object] = lambda text: None
             curves[-1]["method"] = _method_of(methods, run, stage.name, settings)
             for row in read_log(stage.samples):
                 samples.append({"run": run.name, "stage": stage.name, **row})
-        for file in files:
-            result, rows = _json(file), file.with_suffix(".rows.jsonl")
-            if not {"task", "stage", "metric", "mean", "metrics", "n"} <= result.keys():
-                raise DataError(f"{file}: is no score: it has no task, stage, metric, mean, metrics or n")
-            responses = read_jsonl(rows) if rows.exists() else []
+        for file, result in scored.items():
+            if not {"task", "stage", "mean", "metrics", "n"} <= result.keys():
+                raise DataError(f"{file}: is no score: it has no task, stage, mean, metrics or n")
+            responses = read_rows(file, result) if file.with_suffix(".rows.jsonl").exists() else []
             name = file.stem.removesuffix(f"--{result['stage']}")
             scores.append({"run": run.name, "task": name, "result": result, "responses": responses})
             scores[-1]["method"] = _method_of(methods, run, result["stage"], settings)

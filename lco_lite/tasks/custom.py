@@ -65,7 +65,7 @@ def _rows(file: Path | None, split: str, own: Own, folder: Path | None) -> Rows:
     numbered = [(f"{file}, {place} {i}", row) for i, row in enumerate(load_rows(str(file)), 1)]
     rows = [(at, row | named_columns(row, own.columns, at)) for at, row in numbered]
     if own.held_out != 0 and not any("split" in row for _, row in rows):
-        prompts = [normalised(_asked(row, at)[-1]["content"]) for at, row in rows]
+        prompts = [normalised(prompt_of(row, at)) for at, row in rows]
         held = drawn_to_hold_out(prompts, own.held_out, own.seed)
         rows = [one for one, prompt in zip(rows, prompts, strict=True) if (prompt in held) == (split == "test")]
         if not rows:
@@ -78,26 +78,35 @@ def _rows(file: Path | None, split: str, own: Own, folder: Path | None) -> Rows:
     return rows
 
 
-def _asked(row: Mapping[str, Any], at: str = "") -> list[Message]:
-    """The turns of a row's prompt, and its answer where they end with one. Raises DataError."""
+def prompt_of(row: Mapping[str, Any], at: str = "row") -> str:
+    """What is asked, as the row has it: prompts are held out by that."""
+    turns, _ = _asked(row, at)
+    return turns[-1]["content"]
+
+
+def _asked(row: Mapping[str, Any], at: str) -> tuple[list[Message], str | None]:
+    """The turns up to the response, and the response where they end with one. Raises DataError."""
     name = next((n for n in PROMPTS if n in row), None)
     if name is None:
         raise DataError(f"{at}: has no field {' or '.join(PROMPTS)}; found {', '.join(row)}")
-    if isinstance(row[name], str) and row[name].strip():
-        return [{"role": "user", "content": row[name].strip()}]
-    return turns_of(row[name], f"{at}, field {name}")
+    if isinstance(value := row[name], str) and value.strip():
+        more = row.get("input") if name == "instruction" else None
+        if more is not None and not isinstance(more, str):
+            raise DataError(f"{at}, field input: a text is needed, found {more!r:.80}")
+        return [{"role": "user", "content": (f"{value}\n\n{more}" if more else value).strip()}], None
+    turns = turns_of(value, f"{at}, field {name}")
+    said = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
+    if not turns or turns[-1]["role"] != "user":
+        raise DataError(f"{at}: the prompt does not end with a user's turn")
+    return turns, said
 
 
 def _read(row: Mapping[str, Any], by_letter: bool) -> Problem:
     try:
-        turns = _asked(row, "row")
+        turns, said = _asked(row, "row")
     except DataError as e:
         raise ValueError(str(e).removeprefix("row, ").removeprefix("row: ")) from e
-    shown = text(row, "response") if "response" in row else None
-    if turns[-1]["role"] == "assistant":
-        shown, turns = shown or turns[-1]["content"], turns[:-1]
-    if not turns or turns[-1]["role"] != "user":
-        raise ValueError("the prompt does not end with a user's turn")
+    shown = text(row, "response") if "response" in row else said
     asked, gold = turns[-1]["content"], answer_text(row)
     if "####" in gold:  # GSM8K's: the working, and the answer after it
         shown, gold = shown or gold, gold.rpartition("####")[2].strip()

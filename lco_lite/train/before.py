@@ -17,6 +17,7 @@ from lco_lite.data.prompts import longest_response, pair_of, preference_rows, re
 from lco_lite.data.rows import Preference, Prompt
 from lco_lite.errors import DataError, ModelError, UsageError, naming
 from lco_lite.evaluation.evaluate import check_all
+from lco_lite.files import shown_bytes
 from lco_lite.judging.classifiers import refuse_unscorable
 from lco_lite.models.chat import ChatFormat, check_same_tokenizer
 from lco_lite.models.language_model import adapted_layers, linear_layers
@@ -32,6 +33,7 @@ from lco_lite.models.loading import (
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.rollout.vllm import missing
+from lco_lite.run import section
 from lco_lite.tasks.base import Task
 from lco_lite.trackers import refuse_missing
 from lco_lite.train.methods import method_of
@@ -99,7 +101,8 @@ def look_ahead(
         ahead.scored = check_all(recipe, device, console)
     by_stage = {stage: trained["reward_model" if stage == "rm" and own else "model"] for stage in stages}
     if recipe.model.init is not None and "sft" in stages:
-        by_stage["sft"] = trained_numbers(recipe.model.model_copy(update={"lora": None}), device, "model")
+        whole = recipe.model.model_copy(update={"lora": None, "train_head": True})
+        by_stage["sft"] = trained_numbers(whole, device, "model")
     ahead.least, ahead.most = written(recipe, by_stage, kept=1), written(recipe, by_stage)
     ahead.free = free_bytes(runs)
     if sum(ahead.least.values()) > ahead.free:
@@ -132,11 +135,11 @@ def refuse_untrainable(recipe: Recipe) -> None:
     trained: dict[str, Weights] = {"model": recipe.model}
     if isinstance(rm, RewardModel) and recipe.rl.needs_reward_model:
         trained["reward_model"] = rm
-    for section, weights in trained.items():
+    for name, weights in trained.items():
         if weights.dtype == "float16":
             raise UsageError(
-                f"{section}.dtype: float16 is too narrow for gradients: those under 6e-8 become 0, and the loss is not "
-                f"scaled to keep them. Set {section}.dtype to bfloat16 or float32; eval takes float16."
+                f"{name}.dtype: float16 is too narrow for gradients: those under 6e-8 become 0, and the loss is not "
+                f"scaled to keep them. Set {name}.dtype to bfloat16 or float32; eval takes float16."
             )
 
 
@@ -161,7 +164,8 @@ def trained_numbers(weights: Weights, device: torch.device, section: str) -> flo
     with torch.device("meta"):
         base = kind.from_config(config, trust_remote_code=False)
     if weights.lora is None:
-        return float(sum(p.numel() for p in base.parameters()) - base.get_output_embeddings().weight.numel())
+        frozen = 0 if getattr(weights, "train_head", False) else base.get_output_embeddings().weight.numel()
+        return float(sum(p.numel() for p in base.parameters()) - frozen)
     linear = linear_layers(base)
     try:
         targets, _ = adapted_layers(linear, weights.lora)
@@ -178,9 +182,8 @@ def written(recipe: Recipe, trained: Mapping[str, float], kept: int = 3) -> dict
     being made), which have AdamW's two moments too; of rl also the best, and the one before."""
     sizes = {}
     for stage, n in trained.items():
-        section = {"sft": recipe.sft, "rm": recipe.train_rm}.get(stage, recipe.rl)
-        moments = 8.0 if section.optimizer == "adamw" else 2.0
-        best = 2 * 4.0 if section is recipe.rl and recipe.rl.keep_best and kept > 1 else 0.0
+        moments = 8.0 if getattr(recipe, section(stage)).optimizer == "adamw" else 2.0
+        best = 2 * 4.0 if section(stage) == "rl" and recipe.rl.keep_best and kept > 1 else 0.0
         result = 2.0 if kept == 1 and recipe.model.lora is None else 4.0  # 16 bits, it may be
         sizes[stage] = n * (result + kept * (4.0 + moments) + best)
     return sizes
@@ -193,7 +196,3 @@ def free_bytes(folder: Path) -> float:
         why = "cannot be written" if there.is_dir() else "is a file"
         raise UsageError(f"--runs {folder}: {there} {why}; name another folder with --runs")
     return float(shutil.disk_usage(there).free)
-
-
-def shown_bytes(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"

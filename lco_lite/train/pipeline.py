@@ -1,8 +1,7 @@
 """The order of the stages, and what each rests on: sft, then rm, then rl, then a score of each."""
 
-import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from lco_lite import ranks
@@ -16,7 +15,7 @@ from lco_lite.evaluation.prompts import score_name
 from lco_lite.feedback.rewards import columns_of, try_functions
 from lco_lite.files import json_text, write_text
 from lco_lite.recipe import Recipe
-from lco_lite.run import Run, StageFolder, as_started, stage_settings, verb
+from lco_lite.run import Run, StageFolder, as_started, section, stage_settings, verb
 from lco_lite.tasks.base import Task
 from lco_lite.train.before import look_ahead, refuse_untrainable
 from lco_lite.train.reward_model import train_rm
@@ -29,15 +28,15 @@ def train(ctx: Context, stage: str, fresh: bool = False, whole: bool = False) ->
     ``whole``: ``fresh`` begins with the first stage, and scores follow."""
     through = up_to(ctx.recipe, stage)
     first = through[0] if whole else stage
-    to_do = undone(ctx.run, through, first if fresh else None)
     refuse_untrainable(ctx.recipe)
+    recipe, to_do = ranks.once(going_on)(ctx.recipe, ctx.run, through, ctx.said, first if fresh else None)
     if to_do:
-        _look_ahead(ctx, to_do, whole)
+        ranks.once(look_ahead)(recipe, to_do, ctx.device, ctx.run.path.parent, ctx.console, whole)
     if fresh:
         for name in ctx.run.discard_from(first):
             ctx.console.note(f"{name}: deleted, to start again")
     if to_do:
-        check_own_data(ctx)
+        check_own_data(ctx, recipe)
     for i, name in enumerate(through):
         _train_one(ctx, name, {before: ctx.run.stage(before).id() for before in through[:i]})
 
@@ -52,43 +51,50 @@ def up_to(recipe: Recipe, stage: str) -> list[str]:
     return wanted[: wanted.index(stage) + 1]
 
 
-def undone(run: Run, stages: Sequence[str], fresh_from: str | None) -> list[str]:
-    """Those of ``stages`` that are to be trained."""
-    anew = stages[stages.index(fresh_from) :] if fresh_from is not None else []
-    return [name for name in stages if name in anew or not run.stage(name).is_done()]
+def going_on(
+    recipe: Recipe, run: Run, stages: Sequence[str], said: Collection[str] | None, fresh_from: str | None
+) -> tuple[Recipe, list[str]]:
+    """(the recipe with which these stages go on, those of them that are to be trained). UsageError where one that has
+    started does not go on with it."""
+    made = dict[str, str]()
+    for i, name in enumerate(stages):
+        if name == fresh_from:
+            return recipe, list(stages[i:])
+        stage = run.stage(name)
+        recipe, _ = as_started(recipe, stage, said)
+        longer = stage.check(stage_settings(recipe, name), made)
+        if longer or not stage.is_done():
+            return recipe, list(stages[i:])
+        made[name] = stage.id()
+    return recipe, []
 
 
 @ranks.once
-def _look_ahead(ctx: Context, stages: Sequence[str], scores: bool) -> None:
-    look_ahead(ctx.recipe, stages, ctx.device, ctx.run.path.parent, ctx.console, scores)
-
-
-@ranks.once
-def check_own_data(ctx: Context) -> None:
+def check_own_data(ctx: Context, recipe: Recipe) -> None:
     """Before anything is trained: which prompts are held out, where the recipe draws them, said and kept in the run;
     and each reward function called once on a real prompt. Raises UsageError where a run would go on with others held
     out, and for what is wrong with a function."""
-    task, file = recipe_task(ctx.recipe), ctx.run.path / "held_out.jsonl"
-    if makes_split(ctx.recipe, task):
-        held = sorted(held_out_prompts(ctx.recipe, task))
+    task, file = recipe_task(recipe), ctx.run.path / "held_out.jsonl"
+    if makes_split(recipe, task):
+        held = sorted(held_out_prompts(recipe, task))
         lines = "".join(json_text({"prompt": prompt}) + "\n" for prompt in held)
         if not ctx.run.stages():
             write_text(file, lines)
-        elif file.exists() and file.read_text(encoding="utf-8") != lines and _says_the_same_of_data(ctx):
+        elif file.exists() and file.read_text(encoding="utf-8") != lines and _says_the_same_of_data(ctx.run, recipe):
             raise UsageError(
                 f"{file}: other prompts are held out than when the run began, for its data have changed. Go back to "
                 "them, or start a new run with --name NAME"
             )
-        for line in told_of_split(ctx.recipe, task):
+        for line in told_of_split(recipe, task):
             ctx.console.note(line)
-    for line in tried_rewards(ctx.recipe, task):
+    for line in tried_rewards(recipe, task):
         ctx.console.note(line)
 
 
-def _says_the_same_of_data(ctx: Context) -> bool:
+def _says_the_same_of_data(run: Run, recipe: Recipe) -> bool:
     """Whether the run's recipe is this one in what a split rests on; where it is not, its stages say so."""
-    kept = ctx.run.recipe()
-    return (kept.seed, kept.task, kept.data) == (ctx.recipe.seed, ctx.recipe.task, ctx.recipe.data)
+    kept = run.recipe()
+    return (kept.seed, kept.task, kept.data) == (recipe.seed, recipe.task, recipe.data)
 
 
 def told_of_split(recipe: Recipe, task: Task | None) -> list[str]:
@@ -121,11 +127,11 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
         ctx.console.note(f"{name} stays what it was started with where nothing else is said: {', '.join(kept)}")
     other_length = stage.check(stage_settings(ctx.recipe, name), upstream)
     if stage.is_done() and not other_length:
-        _own_objective(ctx)
+        _keep_recipe(ctx)
         ctx.console.note(f"{name}: done already ({stage.path})")
         return
-    section = {"sft": "sft", "rm": "train_rm"}.get(name, "rl")
-    schedule, done = getattr(ctx.recipe, section).schedule, stage.steps_done()
+    where = section(name)
+    schedule, done = getattr(ctx.recipe, where).schedule, stage.steps_done()
     if other_length:
         course = f"; its {schedule} schedule is now that of the new length: another course than this at once"
         goes_on = f"{name}: {', '.join(other_length)}: goes on after step {done}"
@@ -141,10 +147,10 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
             lost = str(e)
         except Diverged as e:
             good = newest_good(stage.checkpoints)
-            where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+            kept_is = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             with_fresh = f", with `{verb(name)} --fresh`" if good else ""
-            helps = f"A lower {section}.lr or {section}.max_grad_norm helps{with_fresh}."
-            raise Diverged(f"{name}: {e}; {where}. {helps}") from e
+            helps = f"A lower {where}.lr or {where}.max_grad_norm helps{with_fresh}."
+            raise Diverged(f"{name}: {e}; {kept_is}. {helps}") from e
         gc.collect()  # out here no traceback holds the models any more
         restore_rng(*random_states)
         good = newest_good(stage.checkpoints)
@@ -163,18 +169,18 @@ def _begin(ctx: Context, stage: StageFolder, upstream: dict[str, str]) -> None:
     is_new = stage.begin(stage_settings(ctx.recipe, stage.name), upstream)
     if was_sampled and not sampled.exists():
         ctx.console.warn(f"{stage.name}: what was sampled for other settings, before the first checkpoint, is deleted")
-    if nothing or (_own_objective(ctx) == ctx.recipe.rl.stage and is_new):
+    _keep_recipe(ctx)
+    if nothing or (is_new and ctx.run.recipe().rl.stage == ctx.recipe.rl.stage):
         ctx.run.write_recipe(ctx.recipe)
 
 
 @ranks.once
-def _own_objective(ctx: Context) -> str:
-    """The rl stage of the run's recipe. Where that is missing or damaged, the one at hand takes its place."""
-    if ctx.run.has_recipe():
-        with contextlib.suppress(UsageError):
-            return ctx.run.recipe().rl.stage
-    ctx.run.write_recipe(ctx.recipe)
-    return ctx.recipe.rl.stage
+def _keep_recipe(ctx: Context) -> None:
+    """Where the run's recipe is missing or damaged, the one at hand takes its place."""
+    try:
+        ctx.run.recipe()
+    except UsageError:
+        ctx.run.write_recipe(ctx.recipe)
 
 
 def announce(ctx: Context, stage: str) -> None:

@@ -7,7 +7,7 @@ once more, and doing so after every batch compounds noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -75,10 +75,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                 in_plan = partial(score_in_plan, models, phase, rl, recipe.seed, step, line.update)
                 # A and z* stand still until the next step
                 minibatches = training.within_memory(in_plan, lengths, group=rl.unit)
-                live = [any(of) for of in zip(*ranks.gather([has_gradient(m, rl) for m in minibatches]), strict=True)]
-                of_ranks = zip(*ranks.gather([not_finite(m) for m in minibatches]), strict=True)
-                unfit = [{response: names for own in of for response, names in own.items()} for of in of_ranks]
-                live = [has or bool(wrong) for has, wrong in zip(live, unfit, strict=True)]
+                live, unfit = told_apart(minibatches, rl)
             report, order = Report(phase, rl), list(order_of_updates(len(minibatches), rl, recipe.seed, step))
             report.skipped = sum(not live[which] for which in order)  # AdamW would move by its momentum alone
             order = [which for which in order if live[which]]
@@ -173,6 +170,17 @@ def score_in_plan(
     micro_batch_tokens: int,
 ) -> list[list[MicroBatch]]:
     return score(models, phase, plan_minibatches(phase.examples, rl, seed, step, micro_batch_tokens), rl, tell)
+
+
+def told_apart(minibatches: Sequence[Sequence[MicroBatch]], rl: Rl) -> tuple[list[bool], list[dict[int, list[str]]]]:
+    """Of each minibatch whether an update is to be made of it, and response -> what of it is not finite; the same for
+    all ranks. One that is not finite is live too: the update is what refuses and names it."""
+    unfit = [
+        {response: names for own in of_ranks for response, names in own.items()}
+        for of_ranks in zip(*ranks.gather([not_finite(m) for m in minibatches]), strict=True)
+    ]
+    moves = [any(of_ranks) for of_ranks in zip(*ranks.gather([has_gradient(m, rl) for m in minibatches]), strict=True)]
+    return [has or bool(wrong) for has, wrong in zip(moves, unfit, strict=True)], unfit
 
 
 def on_device(models: Models, rl: Rl, minibatch: list[MicroBatch], micro_batch_tokens: int) -> Iterator[MicroBatch]:

@@ -22,7 +22,7 @@ from lco_lite.finite import witness
 from lco_lite.metrics import JsonLog, MetricsLog, peak_mib, read_log
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe.sections import Training
-from lco_lite.run import StageFolder, verb
+from lco_lite.run import StageFolder, section, verb
 from lco_lite.sequences import halved, seeded
 from lco_lite.trackers import Trackers
 from lco_lite.train.guard import Warned
@@ -55,7 +55,7 @@ class StageTraining:
         unrounded: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.ctx, self.stage, self.settings = ctx, stage, settings
-        self.section = {"sft": "sft", "rm": "train_rm"}.get(stage.name, "rl")
+        self.section = section(stage.name)
         self.room = ctx.room(f"{self.section}.micro_batch_tokens", settings.micro_batch_tokens)
         self.steps_planned, self.updates_planned = steps, updates
         self.updates_a_step = updates // steps

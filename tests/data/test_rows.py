@@ -274,3 +274,11 @@ def test_the_human_preferences_of_qa_feedback_are_those_of_its_pairs(tmp_path):
     ours = read_preferences(str(folder / "qa_feedback_dev_feedback.jsonl"))
     theirs = read_preferences(str(folder / "qa_feedback_dev_pairs.jsonl"))
     assert [(p.chosen, p.rejected) for p in ours] == [(p.chosen, p.rejected) for p in theirs]
+
+
+def test_an_answer_inside_a_list_under_prompt_is_left_out_of_prompts_and_is_a_demonstration(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": turns}) + "\n")
+    (prompt,) = read_prompts(str(tmp_path / "d.jsonl"))
+    (shown,) = read_demonstrations(str(tmp_path / "d.jsonl"))
+    assert [*prompt.messages] == [*shown.messages] == turns[:1] and shown.response == "b"

@@ -104,3 +104,11 @@ def test_a_reward_that_does_not_apply_has_no_advantage_and_moves_no_baseline(bas
     assert advantages[[1, 3, 4, 5]].tolist() == [0.0] * 4
     assert advantages[0] == -advantages[2] != 0
     assert fill_inapplicable(torch.tensor([1.0, nan]), "none", 1).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("baseline", ["group", "leave_one_out", "batch"])
+@pytest.mark.parametrize("group", [4, 8])
+def test_equal_rewards_beside_one_that_does_not_apply_have_no_signal_at_all(baseline, group):
+    for value in torch.rand(50, generator=torch.Generator().manual_seed(group)):
+        rewards = value.repeat(group).index_fill(0, torch.tensor([1]), float("nan"))
+        assert not subtract_baseline(fill_inapplicable(rewards, baseline, group), baseline, group).any()

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from lco_lite.errors import ModelError
-from lco_lite.models.chat import ChatFormat, PlainText, conversation
+from lco_lite.messages import conversation
+from lco_lite.models.chat import ChatFormat, PlainText
 from lco_lite.models.loading import byte_tokenizer
 from lco_lite.recipe.file import load_recipe
 

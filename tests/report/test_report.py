@@ -214,10 +214,12 @@ def test_what_cannot_be_shown_is_one_message(tmp_path, runs):
     assert "there are: one-seed-1, " in typed("nowhere", "--runs", runs, code=2)
     assert "is a study" in typed(study, "one-seed-1", "--runs", runs, code=2)
     assert "no recipe, stage or score" in typed(empty, "--runs", runs, code=2)
+    twins = [make_run(tmp_path / root, "twin") for root in "ab"]
+    assert "several runs are called twin" in typed(*twins, code=2)
     assert "is a folder" in typed("one-seed-1", "--runs", runs, "--out", tmp_path, code=2)
     (study / "study.json").write_text('{"study": "x"}')
     assert "study.json" in typed(study, code=2)
     broken = make_run(tmp_path, "broken")
     (broken / "eval" / "arithmetic--sft.json").write_text("{")
-    assert "arithmetic--sft.json: cannot be read as JSON" in typed(broken, code=2)
+    assert "arithmetic--sft.json: is not JSON" in typed(broken, code=2)
     assert not (broken / "report.html").exists()

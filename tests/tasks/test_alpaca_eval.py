@@ -283,6 +283,16 @@ def test_a_recipe_alone_sends_no_environment_variable_anywhere(monkeypatch, url,
         judge_key(settings)
 
 
+@pytest.mark.parametrize("key", ["sk-\u00e9", "sk-a\rb", "sk-a\nb"])
+def test_a_key_that_no_header_takes_is_refused_without_being_shown(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UsageError, match="OPENAI_API_KEY has characters") as e:
+        judge_key(judged("https://api.openai.com/v1"))
+    assert "sk-" not in str(e.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai\r\n")
+    assert judge_key(judged("https://api.openai.com/v1")) == "sk-openai"
+
+
 def test_no_file_confirms_a_key():
     with pytest.raises(ValueError, match="_confirmed_key"):
         judged("https://stranger.example/v1", _confirmed_key=("MY_KEY", "stranger.example"))

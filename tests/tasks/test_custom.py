@@ -5,6 +5,7 @@ import pytest
 from lco_lite.errors import DataError, UsageError
 from lco_lite.tasks import Own, load_task
 from lco_lite.tasks.base import asked
+from lco_lite.tasks.custom import prompt_of
 
 ROWS = [
     {"prompt": "1 + 1?", "answer": 2},
@@ -129,3 +130,23 @@ def test_choices_are_shown_where_the_prompt_does_not_show_them(tmp_path):
     task = load_task("custom:choice", tmp_path / "choices.jsonl")
     assert [item.prompt for item in task.items("test")] == ["Sky?\nA. red\nB. blue", *["Sky? A. red B. blue"] * 2]
     assert all(task.grade("The answer is B.", item).right for item in task.items("test"))
+
+
+def test_an_instruction_is_asked_with_its_input(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"instruction": "Which sign?", "input": "3 - 5", "answer": "minus"}))
+    assert load_task("custom", path).items("test")[0].prompt == "Which sign?\n\n3 - 5"
+
+
+@pytest.mark.parametrize("grader", ["custom", "custom:choice"])
+def test_what_is_held_out_goes_by_the_prompt_also_where_the_row_has_the_answer_in_its_turns(tmp_path, grader):
+    rows = []
+    for i in range(20):
+        for said in ("first", "second"):
+            turns = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"{said} {i}"}]
+            rows.append({"messages": turns, "answer": "A", "choices": ["red", "green"]})
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = load_task(grader, path, Own(held_out=0.3))
+    held, trained = ({prompt_of(item.row) for item in task.items(split)} for split in ("test", "train"))
+    assert len(held) == 6 and len(trained) == 14 and not held & trained

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
-from lco_lite.data.prompts import demonstrations, held_out_prompts, held_out_rows, rl_prompts
+from lco_lite.console import Console
+from lco_lite.data.prompts import demonstrations, held_out_prompts, held_out_rows, recipe_task, rl_prompts
 from lco_lite.errors import RecipeError, UsageError
+from lco_lite.evaluation.held_out import held_out_task
 from lco_lite.files import read_jsonl
 from lco_lite.recipe.file import load_recipe
 from lco_lite.run import Run, stage_settings
@@ -154,3 +157,50 @@ def test_the_score_without_a_task_is_refused_where_there_is_one(folder):
 
     with pytest.raises(UsageError, match="runs without a task"):
         held_out_task(load_recipe(Path("own.yaml"), ["task=arithmetic", "data.held_out=null"]), None)
+
+
+def test_the_leaks_of_one_file_into_another_are_closed_for_choices_too(folder):
+    rows = [{"prompt": f"Which {i}?", "choices": ["red", "green"], "answer": "A"} for i in range(20)]
+    shown = [{"prompt": row["prompt"], "completion": "A"} for row in rows]
+    for name, lines in (("items", rows), ("shown", shown)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"task": "items.jsonl", "demonstrations": "shown.jsonl", "held_out": 0.3}
+    Path("own.yaml").write_text(yaml.safe_dump(recipe_of(task="custom:choice", data=data, rl=TINY["rl"])))
+    recipe = load_recipe(Path("own.yaml"))
+    task = recipe_task(recipe)
+    held = held_out_prompts(recipe, task)
+    trained = {d.messages[-1]["content"].casefold() for d in demonstrations(recipe, task)}
+    assert len(held) == 6 and len(trained) == 14 and not held & trained
+
+
+def test_functions_of_one_name_are_two_and_one_called_reward_is_not_the_score(folder, monkeypatch):
+    recipe = load_recipe(Path("own.yaml"), ["rl.reward_function={reward: rewards.py:short, even: rewards.py:even}"])
+    task = held_out_task(recipe, torch.device("cpu"))
+    rows = [{"id": item.id, "response": "xx", "row": item.row} for item in task.items("test")]
+    values = task.aggregate(rows, recipe.eval, folder, Console(quiet=True))
+    assert values["reward (function)"] == [-2.0] * len(rows)
+    even = [row["row"]["n"] % 2 == 0 for row in rows]
+    assert values["reward"] == [-1.0 if is_even else -2.0 for is_even in even]
+
+
+def test_a_score_of_a_run_without_a_task_does_not_stop_report_or_export(folder):
+    call("sft", "own.yaml")
+    call("eval", "--policy", "sft")
+    assert Run(Path("runs/own")).eval_path("held_out-likelihood", "sft").exists()
+    assert call("report", "own").output.strip().endswith("report.html")
+    card = Path(call("export", "own", "--to", "merged").output.split()[0]) / "README.md"
+    assert "| held_out | sft | reward |" in card.read_text()
+
+
+def test_a_run_from_before_there_was_a_choice_goes_on_with_its_own_recipe_file(folder):
+    old = recipe_of()
+    old["data"] = {name: value for name, value in old["data"].items() if name != "held_out"}
+    Path("own.yaml").write_text(yaml.safe_dump(old))
+    call("sft", "own.yaml", "-s", "data.held_out=0")
+    stage, kept = Path("runs/own/sft/stage.json"), yaml.safe_load(Path("runs/own/recipe.yaml").read_text())
+    assert "data.held_out" not in json.loads(stage.read_text())["settings"], "as that version left it"
+    del kept["data"]["held_out"]
+    Path("runs/own/recipe.yaml").write_text(yaml.safe_dump(kept))
+    assert "done already" in call("sft", "own.yaml").output
+    said = call("sft", "own.yaml", "-s", "sft.max_steps=3").output
+    assert "goes on after step 2" in said and "held out:" not in said

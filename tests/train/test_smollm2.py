@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lco_lite.command import command
 from lco_lite.console import Console
 from lco_lite.export.forms import export
+from lco_lite.messages import conversation
 from lco_lite.metrics import read_log
-from lco_lite.models.chat import ChatFormat, conversation
+from lco_lite.models.chat import ChatFormat
 from lco_lite.run import Run
 from lco_lite.train.pipeline import train
 
