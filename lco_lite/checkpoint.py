@@ -87,11 +87,12 @@ def load_latest(
     checkpoint is named in a warning and the one before is taken; UsageError when all are damaged. ``owner``, ``like``:
     see ``load_checkpoint``.
     """
-    paths = checkpoints(folder)
+    paths, damaged = checkpoints(folder), list[str]()
     for path in reversed(paths):
         try:
             content, tensors, extra = _read(path, device)
         except _DAMAGED as e:
+            damaged.append(f"{path.name}: {e}")
             warnings.warn(f"checkpoint {path} is damaged ({e}): going back to the one before", stacklevel=2)
             continue
         _refuse_strange(path, content["state"], tensors, owner, like)
@@ -104,7 +105,8 @@ def load_latest(
             remove(older)
         return Checkpoint(path, content["step"], tensors, content["state"])
     if paths:
-        raise UsageError(f"every checkpoint under {folder} is damaged: --fresh starts this stage again")
+        why = "; ".join(damaged)
+        raise UsageError(f"every checkpoint under {folder} is damaged ({why}): --fresh starts this stage again")
     return None
 
 

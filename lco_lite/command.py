@@ -24,7 +24,7 @@ from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import find_recipe, load_recipe, overridden, said
 from lco_lite.recipe.sections import RewardModel
 from lco_lite.run import Run, decides, named_base, section, verb
-from lco_lite.user_code import told
+from lco_lite.user_code import told, users_file
 from lco_lite.visible import visible
 
 if TYPE_CHECKING:
@@ -189,7 +189,8 @@ def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -
             where = f"The traceback is in {log}"
         except LcoError as unwritten:
             where = f"Its traceback is lost: {unwritten}"
-        raise LcoError(f"failed while {ctx.clock.phase}: {told(e)}\n{where}") from e
+        file = users_file(e)
+        raise LcoError(f"failed while {ctx.clock.phase}{f', in {file}' if file else ''}: {told(e)}\n{where}") from e
 
 
 def _remedies(ctx: Context) -> list[str]:

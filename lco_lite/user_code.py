@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Set
 from functools import cache, partial, wraps
 from pathlib import Path
@@ -43,6 +44,15 @@ def function_file(spec: str) -> Path:
     return file
 
 
+_LOADED = set[str]()  # files of the user's whose code runs in this process
+
+
+def users_file(error: BaseException) -> str | None:
+    """The file of the user's that ``error`` came out of, None where it is ours."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return next((file for file in reversed(files) if file in _LOADED), None)
+
+
 @cache
 def load_function(spec: str) -> Callable[..., Any]:
     """The function ``FILE.py:NAME``, which ends no process (``contained``). Raises UsageError for a file or name that
@@ -59,6 +69,7 @@ def load_function(spec: str) -> Callable[..., Any]:
         if sys.modules[module_spec.name] is module:
             del sys.modules[module_spec.name]
         raise UsageError(f"{file}: cannot be imported: {told(e)}") from e
+    _LOADED.add(str(module.__file__))
     function = getattr(module, name, None)
     if not callable(function):
         raise UsageError(f"{file}: has no function {name!r}")

@@ -248,7 +248,7 @@ def test_without_its_last_checkpoint_a_stage_that_is_done_does_not_start_over_fo
 # --- the best step, and steps by name
 
 
-def test_the_best_step_is_kept_ties_keep_the_earlier_and_a_kill_changes_nothing(made_once):
+def test_the_best_step_is_kept(made_once):
     stage = Run(made_once).stage("rl-kld")
     assert stage.best_step() == {"step": 2, "score": 0.5, "items": 8}
     assert same(*(load_file(f / "adapter_model.safetensors") for f in (stage.best / "adapter", stage.adapter)))

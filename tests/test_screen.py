@@ -99,11 +99,12 @@ def test_a_window_that_becomes_narrower_leaves_nothing_behind_and_takes_nothing_
 def test_below_80_columns_nothing_breaks_and_terminals_without_colours_are_heeded(environment):
     written, status = on_terminal(["-c", STEPS], 30, rows=6, **environment)
     assert status == 0 and Drawn(written).cursor and "runs/quickstart" in written
+    assert Drawn(written).widest <= 30
     assert not re.search(r"\x1b\[[\d;]*3[0-9][;\d]*m", written)
     assert ("\x1b" in written) == ("NO_COLOR" in environment)
 
 
-def test_the_live_lines_take_half_a_percent_of_a_processor():
+def test_the_live_lines_take_less_than_a_percent_of_a_processor():
     measured = STEPS.replace(
         "    time.sleep(0.4)\n",
         "    began, cpu = time.monotonic(), time.process_time()\n"

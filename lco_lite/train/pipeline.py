@@ -31,7 +31,7 @@ def train(ctx: Context, stage: str, fresh: bool = False, whole: bool = False) ->
     refuse_untrainable(ctx.recipe)
     recipe, to_do = ranks.once(going_on)(ctx.recipe, ctx.run, through, ctx.said, first if fresh else None)
     if to_do:
-        ranks.once(look_ahead)(recipe, to_do, ctx.device, ctx.run.path.parent, ctx.console, whole)
+        _look_ahead(ctx, recipe, to_do, whole)
     if fresh:
         for name in ctx.run.discard_from(first):
             ctx.console.note(f"{name}: deleted, to start again")
@@ -39,6 +39,11 @@ def train(ctx: Context, stage: str, fresh: bool = False, whole: bool = False) ->
         check_own_data(ctx, recipe)
     for i, name in enumerate(through):
         _train_one(ctx, name, {before: ctx.run.stage(before).id() for before in through[:i]})
+
+
+@ranks.once
+def _look_ahead(ctx: Context, recipe: Recipe, to_do: Sequence[str], scores: bool) -> None:
+    look_ahead(recipe, to_do, ctx.device, ctx.run.path.parent, ctx.console, scores)
 
 
 def up_to(recipe: Recipe, stage: str) -> list[str]:

@@ -173,7 +173,9 @@ class Disk:
         def first_of(what: str) -> Callable[[Any], Any]:
             def make(real: Any) -> Any:
                 def call(path: Any, *args: Any, **kwargs: Any) -> Any:
-                    if kwargs.get("dir_fd") is not None or self.concerns(args[0] if what == "rename" else path):
+                    near = kwargs.get("dir_fd")
+                    within = path if near is None else os.readlink(f"/proc/self/fd/{near}")
+                    if self.concerns(args[0] if what == "rename" else within):
                         self.turn(what)
                     return real(path, *args, **kwargs)
 

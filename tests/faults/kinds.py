@@ -7,6 +7,7 @@ A function ``NAME_cases(shop, draw)`` gives the texts, in the order in which the
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import shutil
@@ -249,12 +250,12 @@ def damage(shop: Workshop, text: str) -> str:
         ended = children.run(shop.command(stage, runs), runs)
         told_well(ended)
         whole(runs, (file,))
-        if ended.status == 0 and way == "gone" and file.name == "done.json":
+        if ended.status == 0 and stage == "eval" and way == "gone" and name.endswith("rl-kld/done.json"):
             return "not done"  # that is what a stage without it is: eval takes the one before, and says which
         if ended.status == 0:
             return _damage_was_harmless(shop, stage, runs, file)
         told = ended.err.replace(str(runs), "")
-        if not any(part in told for part in Path(name).parts[1:]):
+        if Path(name).name not in told and not (way == "folder" and Path(name).parent.name in told):
             raise Failed(f"its message does not name the file: {ended.err.strip()[-600:]}")
     return how(ended)
 
@@ -311,7 +312,7 @@ def non_finite(shop: Workshop, text: str) -> str:
         poisoned = [runs / place] if "/" in place else []
         for file in poisoned:
             _poison_file(file, float(number))
-        prepare = None if poisoned else lambda: _poison(place, int(at), float(number))
+        prepare = None if poisoned else lambda: _poison(place, int(at), float(number), _reached(runs))
         ended = shop.disturbed(stage, runs, prepare=prepare)
         _all_finite(runs, poisoned)
         skipped = list(runs.rglob("skipped.jsonl"))
@@ -324,7 +325,8 @@ def non_finite(shop: Workshop, text: str) -> str:
             return "not used"
         if ended.status == 0 and not skipped:
             same(shop.folder / "after" / stage, runs, but=("metrics.jsonl", "updates.jsonl", "done.json"))
-            return "in no weight"  # not reached, or in a number that is only measured, and null in the metrics
+            # in a number that is only measured, and null in the metrics
+            return "in no weight" if _reached(runs).exists() else "not reached"
         again = children.run(shop.command(stage, runs), runs)
         told_well(again)
         _all_finite(runs, [])
@@ -342,6 +344,9 @@ def _poison_file(file: Path, number: float) -> None:
     next(t for t in tensors.values() if t.is_floating_point()).view(-1)[0] = number
     file.unlink()
     save_file(tensors, file, metadata={"format": "pt"})
+    (file.parent / "sha256.json").unlink(missing_ok=True)  # the sums would tell before the numbers do
+    if (done := file.parent.parent / "done.json").exists():
+        done.write_text(json.dumps({**json.loads(done.read_text()), "files": {}}))
 
 
 def _all_finite(runs: Path, but: list[Path]) -> None:
@@ -354,7 +359,11 @@ def _all_finite(runs: Path, but: list[Path]) -> None:
                     raise Failed(f"{file.relative_to(runs)} holds {name} that is not finite")
 
 
-def _poison(place: str, at: int, number: float) -> None:
+def _reached(runs: Path) -> Path:
+    return runs.parent / "reached"
+
+
+def _poison(place: str, at: int, number: float, reached: Path) -> None:
     """In the child: the ``at``-th time, a number that is none."""
     import torch
 
@@ -366,6 +375,8 @@ def _poison(place: str, at: int, number: float) -> None:
 
     def now() -> bool:
         calls[0] += 1
+        if calls[0] == at:
+            reached.touch()
         return calls[0] == at
 
     if place == "gradient":
@@ -412,40 +423,15 @@ def _poison(place: str, at: int, number: float) -> None:
 
         rollouts.Rollouts._judge = judged  # type: ignore[method-assign]
     else:
-        method_of = rl.method_of
+        score = rl.score
 
-        def poisoned_method(*args: Any, **kwargs: Any) -> Any:
-            from dataclasses import replace
+        def scored(*args: Any, **kwargs: Any) -> Any:
+            out = score(*args, **kwargs)
+            if now():
+                out[0][0].advantages[0] = number
+            return out
 
-            method = method_of(*args, **kwargs)
-            score = method.score
-
-            def scored(*args: Any, **kwargs: Any) -> Any:
-                out = score(*args, **kwargs)
-                if now():
-                    _first_tensor(out).view(-1)[0] = number
-                return out
-
-            return replace(method, score=scored)
-
-        rl.method_of = poisoned_method  # type: ignore[assignment]
-
-
-def _first_tensor(value: Any) -> Any:
-    import dataclasses
-
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value if value.is_floating_point() and value.numel() else None
-    inner: Any = ()
-    if dataclasses.is_dataclass(value):
-        inner = [getattr(value, f.name) for f in dataclasses.fields(value)]
-    elif isinstance(value, dict):
-        inner = list(value.values())
-    elif isinstance(value, (list, tuple)):
-        inner = value
-    return next((found for found in map(_first_tensor, inner) if found is not None), None)
+        rl.score = scored  # type: ignore[assignment]
 
 
 # user-code: functions that are wrong, late, hostile
@@ -454,7 +440,7 @@ def _first_tensor(value: Any) -> Any:
 def user_code_cases(shop: Workshop, draw: Random) -> Cases:
     cases = [f"{kind} {name}" for kind, bodies in hostile.KINDS.items() for name in bodies]
     draw.shuffle(cases)
-    yield from cases
+    yield from sorted(cases, key=lambda case: " good_" in case)  # the hostile ones first
 
 
 def user_code(shop: Workshop, text: str) -> str:
@@ -464,14 +450,15 @@ def user_code(shop: Workshop, text: str) -> str:
         file.write_text(hostile.KINDS[kind][name])
         command = hostile.command(kind, f"{file}:f", str(shop.recipe), runs)
         ended = children.run(command, runs, limit=100)
-        told_well(ended)
+        told_well(ended, own_code=True)
         file.unlink(missing_ok=True)
         whole(runs)
         _nothing_left(str(file))
         if name.startswith("good_") != (ended.status == 0):
             raise Failed(f"status {ended.status}: {ended.err.strip()[-600:]}")
-        log = runs / "tiny" / "error.log"  # an objective runs among ours: what it raises is told with its traceback
-        if ended.status in (1, 2) and file.name not in ended.err + (log.read_text() if log.exists() else ""):
+        if ended.status not in (0, 1, 2, 4):
+            raise Failed(f"status {ended.status}: it ends the trainer")
+        if ended.status in (1, 2) and file.name not in ended.err:
             raise Failed(f"its message does not name the file: {ended.err.strip()[-600:]}")
     return how(ended)
 

@@ -142,14 +142,17 @@ def _killed_half_way() -> None:
     evaluate._conclude = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
 
-def told_well(ended: Ended) -> None:
-    """It did not hang; it was killed or has a status of the contract, and where that is not 0 it said why, once."""
+def told_well(ended: Ended, own_code: bool = False) -> None:
+    """It did not hang; it was killed or has a status of the contract, and where that is not 0 it said why, once. That a
+    traceback is in the log is well only where ``own_code``, the user's, raised it."""
     if ended.hung:
         raise Failed(f"hangs: no end after {ended.seconds:.0f} s")
     if ended.status < 0 and -ended.status in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP):
         return
     if "Traceback" in ended.err or "Traceback" in ended.out:
         raise Failed(f"a traceback, status {ended.status}: …{ended.err.strip()[-900:]}")
+    if "raceback is" in ended.err and not own_code:
+        raise Failed(f"an exception that nobody expected: {ended.err.strip()[-600:]}")
     if ended.status not in STATUSES:
         raise Failed(f"exit status {ended.status}: {ended.err.strip()[-600:]}")
     said = sum(line.startswith("error: ") for line in ended.err.splitlines())
