@@ -46,6 +46,17 @@ def out_of_memory_once(owner: object, name: str) -> None:
     setattr(owner, name, call)
 
 
+def loss_that_is_none(rank: int) -> None:
+    """The first loss of this rank, of which the gradient is as it was."""
+    real, calls = rl.Report.add, []
+
+    def add(self, micro, loss, seen):
+        calls.append(None)
+        real(self, micro, loss * float("nan") if len(calls) == 1 and ranks.rank() == rank else loss, seen)
+
+    rl.Report.add = add
+
+
 def scored(recipe: Path, name: str) -> str:
     """The graded responses of sft, in batches of three, as they are on disk."""
     with start(recipe, "eval.batch=3", name=name) as ctx:
@@ -63,6 +74,8 @@ def main(recipe: Path, names: list[str]) -> None:
         if name == "grpo":
             out_of_memory_once(rl, "accumulate")
             out_of_memory_once(HFEngine, "_generate_batch")
+        if name == "skips":
+            loss_that_is_none(rank=1)
         run_stage(recipe, f"rl-{objective}", f"rl.objective={objective}", *sets, name=f"two-{name}")
     scored(recipe, "two-grpo")
     function = f"rl.reward_function={recipe.parent / 'reward.py'}:fails"

@@ -23,9 +23,10 @@ from lco_lite.errors import UsageError
 from lco_lite.metrics import read_log
 from lco_lite.models.loading import resolve_device
 from lco_lite.sequences import micro_batches
+from lco_lite.train.rl import Report
 from lco_lite.train.training import StageTraining
 from tests.conftest import TINY
-from tests.ranks_program import gradients, rows, scored
+from tests.ranks_program import gradients, loss_that_is_none, rows, scored
 from tests.train.test_chain import Killed, killed_after, run_stage
 
 # the likeliest token always, so that responses are the same whoever makes them
@@ -36,6 +37,7 @@ METHODS = {
     "grpo": "grpo rl.feedback=function rl.responses_per_prompt=2",
     "ppo": "ppo rl.feedback=function",
     "reinforce": "reinforce rl.feedback=dpo_sampled rl.baseline=batch rl.kl_coef=0.1",
+    "skips": "rebel rl.feedback=dpo_sampled",
 }
 REWARD = """
 import os
@@ -115,7 +117,11 @@ def test_on_the_same_rollouts_every_kind_of_method_has_the_gradient_of_one_proce
             patch.setattr(StageTraining, "update", lambda *_: (_ for _ in ()).throw(Killed))
             run_stage(base, f"rl-{objective}", f"rl.objective={objective}", *sets, name=f"one-{name}")
         copied(base, f"two-{name}", f"one-{name}")
-        run_stage(base, f"rl-{objective}", f"rl.objective={objective}", *sets, name=f"one-{name}")
+        with monkeypatch.context() as patch:
+            patch.setattr(Report, "add", Report.add)
+            if name == "skips":
+                loss_that_is_none(rank=0)
+            run_stage(base, f"rl-{objective}", f"rl.objective={objective}", *sets, name=f"one-{name}")
     (base.parent / "asked").unlink()
     copied(base, "fails")
     said = two(base.parent, "tests.ranks_program", str(base), *METHODS)
@@ -130,6 +136,10 @@ def test_on_the_same_rollouts_every_kind_of_method_has_the_gradient_of_one_proce
             logs = [read_log(base.parent / "runs" / f"{n}-grpo" / stage / "metrics.jsonl") for n in ("one", "two")]
             skipped = [log[0]["skipped_updates"] for log in logs]
             assert skipped[0] == skipped[1] > 0, "they agree which updates have no signal"
+        if name == "skips":
+            (left_out,) = read_log(both / "skipped.jsonl")
+            assert left_out == read_log(base.parent / "runs" / "one-skips" / stage / "skipped.jsonl")[0]
+            assert left_out["update"] == 1 and left_out["not_finite"] == ["loss"] and left_out["left_out"]
     assert (base.parent / "asked").read_text() == "x" * (16 + 8 + 2), (
         "of the second steps, each response once, and one each before them, where the function is tried"
     )
