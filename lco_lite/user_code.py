@@ -1,7 +1,7 @@
 """The user's own code: a function is named ``FILE.py:NAME`` in a recipe or on the command line.
 
 Objectives, targets and graders run in this process (``load_function``). As a program this file serves a reward
-function, which runs in a worker (``workers.py``). Neither can end the trainer, and no import may take for ever.
+function, which runs in a worker (``workers.py``). Neither can end the trainer, and no import or call may take for ever.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from lco_lite.files import is_there
 from lco_lite.workers import serve
 
 IMPORT_SECONDS = 120.0  # that importing a file of the user's may take in this process
+CALL_SECONDS = 300.0  # and a call of a function in it; the caller of a worker has limits of its own
 LARGEST = 3.4028234663852886e38  # of float32
 _exit = os._exit
 
@@ -54,9 +55,10 @@ def users_file(error: BaseException) -> str | None:
 
 
 @cache
-def load_function(spec: str) -> Callable[..., Any]:
-    """The function ``FILE.py:NAME``, which ends no process (``contained``). Raises UsageError for a file or name that
-    is not there, and for a file whose import fails, ends the process or does not end."""
+def load_function(spec: str, endless: bool = False) -> Callable[..., Any]:
+    """The function ``FILE.py:NAME``, which ends no process (``contained``), and raises TimeoutError for a call that
+    does not end unless ``endless`` ones are somebody else's to end. Raises UsageError for a file or name that is not
+    there, and for a file whose import fails, ends the process or does not end."""
     file, name = function_file(spec), spec.rpartition(":")[2]
     module_spec = importlib.util.spec_from_file_location(file.stem, file)
     assert module_spec and module_spec.loader, "it is a file that ends in .py"
@@ -76,7 +78,7 @@ def load_function(spec: str) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with contained():
+        with contained(), contextlib.nullcontext() if endless else bounded(CALL_SECONDS):
             try:
                 return function(*args, **kwargs)
             except TypeError as e:
@@ -214,7 +216,7 @@ def shown(value: Any) -> str:
 def _served() -> Callable[[str], str]:
     """In the worker. What is wrong with the file is its first word, in place of ``ready``."""
     try:
-        function = load_function(sys.argv[1])
+        function = load_function(sys.argv[1], endless=True)
         try:
             return partial(answer, adapted(function))
         except UsageError as e:

@@ -1,4 +1,4 @@
-"""What of the user's runs in this process, objectives, targets and graders, can neither end it nor hang its import."""
+"""What of the user's runs in this process, objectives, targets and graders, can neither end it nor hang it."""
 
 from __future__ import annotations
 
@@ -49,6 +49,22 @@ def test_a_call_that_ends_the_process_is_an_error_like_others(spec, end):
     function = load_function(spec(f"import os, sys\ndef f(): {end}"))
     with pytest.raises(RuntimeError, match="would end the training"):
         function()
+
+
+def test_a_call_that_hangs_is_an_error_like_others_and_a_grader_that_does_names_its_item(spec, monkeypatch):
+    monkeypatch.setattr(user_code, "CALL_SECONDS", 0.2)
+    own = spec(
+        "import time\ndef f(*a):\n    try:\n        time.sleep(99)\n    except Exception: pass\n    while True: pass"
+    )
+    with pytest.raises(TimeoutError, match=r"it takes more than 0.2 s"):
+        load_function(own)()
+    with pytest.raises(UsageError, match=r"own.py:f failed on item 3: .*more than 0.2 s"):
+        grader_named(own)("x", Item("3", "p", "g", None, {}))
+
+
+def test_a_call_that_is_somebody_elses_to_end_takes_its_time(spec, monkeypatch):
+    monkeypatch.setattr(user_code, "CALL_SECONDS", 0.05)
+    assert load_function(spec("import time\ndef f(): return time.sleep(0.3)"), endless=True)() is None
 
 
 def test_a_fork_in_such_a_call_ends_as_it_would_elsewhere(spec):
