@@ -262,19 +262,23 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """All of the file but a mark of its byte order. DataError where it is missing or cannot be read."""
+    try:
+        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError) as e:  # ValueError: a name with NUL or half of a surrogate pair
+        raise DataError(f"{path!s:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
+
+
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """All objects in the order of the file: object i stands in line i + 1. Only at the end may lines be empty.
 
     Raises DataError for a file that is missing, unreadable or empty, and for a line that is no JSON object in UTF-8.
     """
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:  # ValueError: a name with NUL or half of a surrogate pair
-        raise DataError(f"{path!s:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
     # Only \n ends a line here: str.splitlines would also split at characters that JSON strings may hold.
-    lines = content.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
+    lines = read_bytes(path).rstrip().split(b"\n")
     if lines == [b""]:
         raise DataError(f"{path}: is empty; one JSON object a line is expected")
     return [_json_object(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
@@ -283,9 +287,19 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 def _json_object(line: bytes, at: str) -> dict[str, Any]:
     if not line.strip():
         raise DataError(f"{at}: is empty; one JSON object a line is expected")
+    value = json_value(line, at)
+    if not isinstance(value, dict):
+        kind = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
+        raise DataError(f"{at}: is {kind}, not an object with named fields")
+    return value
+
+
+def json_value(content: bytes, at: str) -> Any:
+    """What the JSON in UTF-8 says. Raises DataError, which begins with ``at``, for anything else and for text that is
+    none."""
     try:
-        value = json.loads(line.decode("utf-8"))
-        if b"\\ud" in line.lower():
+        value = json.loads(content.decode("utf-8"))
+        if b"\\ud" in content.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as e:
         raise DataError(f"{at}: is not UTF-8 (byte {e.start + 1})") from e
@@ -294,12 +308,10 @@ def _json_object(line: bytes, at: str) -> dict[str, Any]:
     except RecursionError as e:
         raise DataError(f"{at}: is not JSON: nested too deeply") from e
     except json.JSONDecodeError as e:
-        raise DataError(f"{at}: is not JSON: {e.msg} at column {e.colno}") from e
+        where = f"line {e.lineno}, column {e.colno}" if e.lineno > 1 else f"column {e.colno}"
+        raise DataError(f"{at}: is not JSON: {e.msg} at {where}") from e
     except ValueError as e:
         raise DataError(f"{at}: {str(e).partition(';')[0]}") from e
-    if not isinstance(value, dict):
-        kind = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
-        raise DataError(f"{at}: is {kind}, not an object with named fields")
     return value
 
 
@@ -342,80 +354,6 @@ def json_text(value: Any, indent: int | None = None) -> str:
     """JSON to be read: letters of every script as they are, but escapes for all that would steer a terminal."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     return _CONTROL.sub(lambda match: json.dumps(match[0])[1:-1].replace("\x7f", "\\u007f"), text)
-
-
-FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_OTHER_KINDS = {
-    ".txt",
-    ".tsv",
-    ".xlsx",
-    ".arrow",
-    ".feather",
-    ".pkl",
-    ".pickle",
-    ".gz",
-    ".zst",
-    ".zip",
-    ".yaml",
-    ".yml",
-}
-
-
-def load_rows(source: str) -> list[dict[str, Any]]:
-    """All rows of a local file, or of a hub set ``id[:split]`` (split ``train`` unless named). Raises DataError."""
-    path = Path(source)
-    there = is_there(path)
-    kind = FILE_KINDS.get(path.suffix.lower())
-    if there and path.is_dir():
-        raise DataError(f"{path}: is a folder; name a file ({', '.join(FILE_KINDS)}) or a hub set")
-    if kind == "jsonl":
-        return read_jsonl(path)
-    if not kind and ((there and path.is_file()) or any(s.lower() in _OTHER_KINDS for s in path.suffixes)):
-        raise DataError(f"{path}: a file of a kind that is not read; one of {', '.join(FILE_KINDS)} is, or a hub set")
-    if not (there and path.is_file()) and (kind or source.startswith((".", "/", "~"))):
-        raise DataError(f"{path}: no such file")
-    if kind == "json":
-        return _read_json(path)
-    import datasets
-
-    try:
-        if kind:
-            table = datasets.load_dataset(kind, data_files=str(path), split="train")
-        else:
-            name, _, split = source.partition(":")
-            table = datasets.load_dataset(name, split=split or "train")
-    except Exception as e:  # datasets raises many kinds, and all of them mean that there are no rows
-        what, why = f"a {kind} file" if kind else "a hub set", (str(e).splitlines() or [type(e).__name__])[0]
-        raise DataError(f"{source}: cannot be loaded as {what}: {why}") from e
-    if not len(table):
-        raise DataError(f"{source}: has no rows")
-    return list(table)
-
-
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    """A list of objects; a file of one object a line is JSON Lines, whatever its name."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-        rows = json.loads(content) if content.lstrip().startswith("[") else read_jsonl(path)
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: is not UTF-8 (byte {e.start + 1})") from e
-    except (json.JSONDecodeError, RecursionError) as e:
-        what = f"{e.msg} in line {e.lineno}" if isinstance(e, json.JSONDecodeError) else "nested too deeply"
-        raise DataError(f"{path}: is not JSON: {what}") from e
-    for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {i}: is not an object with named fields, found {row!r:.80}")
-    if not rows:
-        raise DataError(f"{path}: has no rows")
-    return rows
-
-
-def named_columns(row: dict[str, Any], names: Mapping[str, str], at: str) -> dict[str, Any]:
-    """Our name -> the value in the column that the recipe names so (``names``: ours -> theirs). Raises DataError."""
-    for ours, theirs in names.items():
-        if theirs not in row:
-            raise DataError(f"{at}: has no column {theirs!r}, which the recipe names as {ours}; found {', '.join(row)}")
-    return {ours: row[theirs] for ours, theirs in names.items()}
 
 
 def shown_bytes(size: float) -> str:

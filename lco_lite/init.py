@@ -20,11 +20,12 @@ from lco_lite.console import Console
 from lco_lite.data.prompts import held_out_prompts, recipe_task
 from lco_lite.data.rows import CONVERSATIONS, PROMPTS, RESPONSES
 from lco_lite.errors import DataError, UsageError
-from lco_lite.files import load_rows, write_text
+from lco_lite.files import write_text
 from lco_lite.grading.choice import LETTERS
 from lco_lite.models.loading import open_tokenizer
 from lco_lite.recipe.file import parse_yaml, validate, write_yaml
 from lco_lite.recipe.sections import Model
+from lco_lite.tables import load_rows
 from lco_lite.tasks.base import HELD_OUT_SHARE
 from lco_lite.train.pipeline import tried_rewards
 from lco_lite.user_code import names_function

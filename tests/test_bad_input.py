@@ -8,7 +8,7 @@ import time
 import pytest
 
 from lco_lite.command import _base_and_adapter
-from lco_lite.data.rows import load_rows, read_demonstrations
+from lco_lite.data.rows import read_demonstrations
 from lco_lite.errors import DataError, ModelError, RecipeError, UsageError
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import LanguageModel
@@ -17,6 +17,7 @@ from lco_lite.recipe import Model
 from lco_lite.recipe.file import load_recipe
 from lco_lite.recipe.sections import Lora
 from lco_lite.run import Run
+from lco_lite.tables import load_rows
 from lco_lite.user_code import bounded
 from tests.models.families import save
 

@@ -21,9 +21,9 @@ from itertools import combinations, takewhile
 from typing import Any, TypeAlias, TypeVar
 
 from lco_lite.errors import DataError
-from lco_lite.files import load_rows, named_columns
 from lco_lite.messages import Message, conversation, turns_of
 from lco_lite.recipe.sections import Columns
+from lco_lite.tables import load_rows, named_columns
 from lco_lite.tasks.base import Item
 from lco_lite.tasks.qa_feedback import qa_prompt
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lco_lite.errors import DataError, UsageError
-from lco_lite.files import load_rows, named_columns
 from lco_lite.grading import Grade, Grader, Item
 from lco_lite.grading.choice import LETTERS, grade_choice
 from lco_lite.grading.math import MathGrader
 from lco_lite.grading.string import grade_string
 from lco_lite.messages import Message, turns_of
+from lco_lite.tables import load_rows, named_columns
 from lco_lite.tasks.base import Problem, Rows, Task, answer_text, drawn_to_hold_out, lettered, normalised, text
 from lco_lite.user_code import load_function, names_function
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from lco_lite.data.rows import Prompt, load_rows, read_demonstrations, read_preferences, read_prompts
+from lco_lite.data.rows import Prompt, read_demonstrations, read_preferences, read_prompts
 from lco_lite.errors import DataError
 from lco_lite.recipe.sections import DemonstrationColumns, PreferenceColumns, PromptColumns
+from lco_lite.tables import load_rows
 
 USER = {"role": "user", "content": "2+2?"}
 
@@ -223,6 +224,9 @@ def test_a_file_without_a_winner_has_no_pairs(tmp_path):
         ("x.csv", b"", "cannot be loaded as a csv file"),
         ("x.parquet", b"PAR1 and nothing of it", "cannot be loaded as a parquet file"),
         ("x.json", b"[{", "is not JSON"),
+        ("x.json", b'[{"prompt": ' + b"1" * 5000 + b"}]", "x.json: Exceeds the limit"),
+        ("x.json", b'[\n{"prompt" "a"}]', "delimiter at line 2, column 11"),
+        ("x.json", b'[{"prompt": "\\ud800"}]', "half of a surrogate pair"),
         ("x.json", b"[1]", "row 1: is not an object"),
         ("x.json", b"[]", "has no rows"),
         ("x.json", b'["\xff"]', "is not UTF-8"),

@@ -649,11 +649,11 @@ _NAMES: dict[str, str] = {
 
 
 def _names() -> Iterator[tuple[str, Callable[[Path], object]]]:
-    from lco_lite.data.rows import load_rows
     from lco_lite.judging.keys import judge_key
     from lco_lite.recipe import Eval
     from lco_lite.recipe.file import find_recipe, load_recipe, override
     from lco_lite.run import Run
+    from lco_lite.tables import load_rows
     from lco_lite.tasks import load_task
     from lco_lite.tasks.custom import grader_named
     from lco_lite.user_code import function_file
