@@ -6,7 +6,6 @@ from statistics import median_high
 
 from lco_lite.console import Console
 from lco_lite.data.prompts import held_out_pairs, longest_response, pair_of, sft_examples, task_prompts
-from lco_lite.errors import DataError
 from lco_lite.files import shown_bytes
 from lco_lite.models.loading import base_dtype, quiet_libraries, resolve_device, reward_device
 from lco_lite.recipe import Recipe
@@ -17,6 +16,7 @@ from lco_lite.train.before import Ahead, look_ahead
 from lco_lite.train.pipeline import going_on, told_of_split, tried_rewards, up_to
 from lco_lite.train.reward_model import hold_out
 from lco_lite.train.rollouts import room_for
+from lco_lite.train.training import none_fits
 
 CLIPPED = 240  # characters of the example's prompt, and of its response
 
@@ -129,7 +129,7 @@ def _fitting(sizes: Sequence[int], limit: int, what: str, shown: Sequence[int] |
     DataError where there is none, as the stage does."""
     kept = [told for size, told in zip(sizes, shown or sizes, strict=True) if size <= limit]
     if not kept:
-        raise DataError(f"no {what} are left: all are longer than {limit} tokens (max_length, or the window)")
+        raise none_fits(what, limit)
     left_out = f" ({len(sizes) - len(kept)} more are too long)" if len(kept) < len(sizes) else ""
     return len(kept), f"{len(kept)} {what} of {min(kept)} to {max(kept)} (median {median_high(kept)}) tokens{left_out}"
 

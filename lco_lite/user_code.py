@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from lco_lite.calling import RETURNS, Adapted, adapted
 from lco_lite.errors import UsageError
-from lco_lite.files import is_there
+from lco_lite.files import is_there, sha256
 from lco_lite.workers import serve
 
 IMPORT_SECONDS = 120.0  # that importing a file of the user's may take in this process
@@ -43,6 +43,11 @@ def function_file(spec: str) -> Path:
     if not is_there(file) or not file.is_file():
         raise UsageError(f"{file!s:.200}: no such file")
     return file
+
+
+def file_digest(spec: str) -> str:
+    """Of the file that ``FILE.py:NAME`` names: an edited one gives other numbers."""
+    return sha256(function_file(spec))[:16]
 
 
 _LOADED = set[str]()  # files of the user's whose code runs in this process

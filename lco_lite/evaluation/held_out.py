@@ -32,6 +32,7 @@ from lco_lite.objectives.logprobs import token_logprobs
 from lco_lite.recipe import Eval, Recipe
 from lco_lite.sequences import Example, collate, own_micro_batches
 from lco_lite.tasks.base import Task
+from lco_lite.user_code import file_digest
 
 HELD_OUT = "held_out"
 
@@ -57,10 +58,7 @@ class HeldOut(Task):
         """The functions with a digest of their files: an edited one makes another score of the same responses."""
         assert self.recipe is not None, "held_out_task makes it"
         rl = self.recipe.rl
-        functions = {
-            name: [spec, hashlib.sha256(Path(spec.rpartition(":")[0]).read_bytes()).hexdigest()[:16]]
-            for name, spec in rl.reward_functions.items()
-        }
+        functions = {name: [spec, file_digest(spec)] for name, spec in rl.reward_functions.items()}
         weights_of = {name: part.weight for name, part in rl.reward_parts.items()}
         return {"functions": functions, "classifier": rl.reward_classifier, "weights": weights_of}
 

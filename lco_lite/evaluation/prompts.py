@@ -24,6 +24,7 @@ from lco_lite.recipe import Eval, Recipe
 from lco_lite.rollout.engine import engine_for
 from lco_lite.tasks.base import Item, Problem, Task, answer_text, asked, fill, read_rows, text
 from lco_lite.tasks.custom import UsersGrader
+from lco_lite.user_code import file_digest
 from lco_lite.weights import policy_id
 
 
@@ -166,8 +167,7 @@ def grader_of(task: Task) -> dict[str, Any]:
     digest of its file, since an edited grader makes another score."""
     grader: Any = task.grader or task.aggregate
     if isinstance(grader, UsersGrader):
-        file = Path(grader.spec.rpartition(":")[0])
-        return {"name": grader.spec, "file": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
+        return {"name": grader.spec, "file": file_digest(grader.spec)}
     if isinstance(grader, MathGrader):
         return {"name": "math", **asdict(grader), "math_verify": importlib.metadata.version("math-verify")}
     return {"name": f"{grader.__module__}.{grader.__qualname__}"}

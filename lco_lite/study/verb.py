@@ -28,6 +28,7 @@ STUDIES = {
     "feedback": "Feedback",
     "refresh": "Refresh",
     "variants": "Variants",
+    "real": "RealModels",
 }
 
 

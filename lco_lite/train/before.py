@@ -15,7 +15,7 @@ import torch
 from lco_lite.console import Console
 from lco_lite.data.prompts import longest_response, pair_of, preference_rows, rewarding_task, rl_prompts
 from lco_lite.data.rows import Preference, Prompt
-from lco_lite.errors import DataError, ModelError, UsageError, naming
+from lco_lite.errors import ModelError, UsageError, naming
 from lco_lite.evaluation.evaluate import check_all
 from lco_lite.files import shown_bytes
 from lco_lite.judging.classifiers import refuse_unscorable
@@ -38,6 +38,7 @@ from lco_lite.tasks.base import Task
 from lco_lite.trackers import refuse_missing
 from lco_lite.train.methods import method_of
 from lco_lite.train.rollouts import room_for
+from lco_lite.train.training import none_fits
 from lco_lite.user_code import load_function, names_function
 
 
@@ -147,7 +148,7 @@ def refuse_too_long(ahead: Ahead, most: int, what: str, lengths: Iterable[int]) 
     """Raises DataError where none of the sequences fits: as soon as one does, the others are not looked at."""
     limit = min(most, ahead.window)
     if not any(length <= limit for length in lengths):
-        raise DataError(f"no {what} are left: all are longer than {limit} tokens (max_length, or the window)")
+        raise none_fits(what, limit)
 
 
 def trained_numbers(weights: Weights, device: torch.device, section: str) -> float:

@@ -381,7 +381,9 @@ def fitting(
         left_out = len(sequences) - len(kept)
         ctx.console.warn(f"{left_out} of {len(sequences)} {what} are longer than {limit} tokens and are left out")
     if not kept:
-        raise DataError(
-            f"no {what} are left: all {len(sequences)} are longer than {limit} tokens (max_length, or the window)"
-        )
+        raise none_fits(what, limit)
     return kept
+
+
+def none_fits(what: str, limit: int) -> DataError:
+    return DataError(f"no {what} are left: all are longer than {limit} tokens (max_length, or the window)")

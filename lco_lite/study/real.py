@@ -1,0 +1,67 @@
+"""Whether it holds on a real small model: the mixed target beside GKD, RAFT and GRPO after equal samples.
+
+    lco-lite study real --set model.path=PKG --set model.gguf_file=SmolLM2-135M-Instruct.Q4_1.gguf
+    lco-lite study real gemma3 --set model.path=FOLDER --set rl.steps=2 --set rl.schedule=cosine
+
+The methods are those of the study ``methods``. Each has the better of two rates, the middle ones of the four there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lco_lite.study.base import Cell, Findings, Plot, Results, Study, Table, ahead
+from lco_lite.study.methods import GKD, METHODS, MIXED
+from lco_lite.study.statistics import mean_std
+from lco_lite.study.tuned import failures, rates_tried, tiered
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lco_lite.recipe import Recipe
+
+COMPARED = {name: METHODS[name]._replace(rates=METHODS[name].rates[1:3]) for name in (MIXED, GKD, "raft", "grpo")}
+
+
+class RealModels(Study):
+    name = "real"
+    asks = "Does the mixed target hold on a real small model?"
+    labels = tuple(COMPARED)
+    recipe, usual = "smollm2_arithmetic", ("rl.eval_every=0",)
+    seeds = 3
+
+    def cells(self, recipe: Recipe, seeds: Sequence[int], done: Results) -> list[Cell]:
+        return tiered([COMPARED], recipe, seeds, done, self.only)
+
+    def report(self, results: Results) -> Findings:
+        claims = [ahead(results, f"mixed against {rival}", MIXED, rival) for rival in COMPARED if rival != MIXED]
+        rows = []
+        for name in COMPARED:
+            ended = [row for row in results.of(name) if row["after"] is not None]
+            if ended:
+                scores = [mean_std([row[when]["mean"] for row in ended]) for when in ("before", "after")]
+                rows.append(
+                    [name, ended[0]["feedback"], f"{ended[0]['lr']:g}", len(ended), *scores, ended[0]["samples"]]
+                )
+        phi = {row["seed"]: one["mean"] for row in results.rows for one in row.get("start", {}).get("rm", {}).values()}
+        taught = [phi[seed] for seed in results.by_seed(MIXED) if seed in phi]
+        if taught:
+            rows.append(["φ_DPO itself", None, None, len(taught), None, mean_std(taught), None])
+        table = Table("real", "Scores", ["method", "feedback", "lr", "n", "before", "pass@1", "samples"], rows)
+        title = "pass@1 before, and after equal samples"
+        plots = [Plot("real", title, lambda figure: _draw(figure, results))] if rows else []
+        return Findings(claims, [table, rates_tried(results)], plots, failures(results))
+
+
+def _draw(figure: Figure, results: Results) -> None:
+    from lco_lite.study.figures import COLOURS
+
+    axes = figure.subplots()
+    for place, name in enumerate(COMPARED):
+        for row in results.of(name):
+            if row["after"] is not None:
+                values = [row["before"]["mean"], row["after"]["mean"]]
+                axes.plot([place - 0.2, place + 0.2], values, "o-", color=COLOURS[place], markersize=4)
+    axes.set_xticks(range(len(COMPARED)), list(COMPARED))
+    axes.set_ylabel("pass@1, a line a training seed")
