@@ -165,6 +165,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + "[0-9]" * 8))
 
 
+def seed_rng(seed: int) -> None:
+    """Python, numpy and torch draw from ``seed`` on, whatever was drawn in this process before."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def capture_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The random states of Python, numpy, torch on the CPU and on every CUDA device, as tensors and JSON."""
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from lco_lite import ranks
-from lco_lite.checkpoint import capture_rng, newest_good, restore_rng
+from lco_lite.checkpoint import capture_rng, newest_good, restore_rng, seed_rng
 from lco_lite.context import Context
 from lco_lite.data.prompts import held_out_prompts, makes_split, open_task, recipe_task, rl_prompts
 from lco_lite.errors import Diverged, UsageError, WeightsLost
@@ -16,6 +16,7 @@ from lco_lite.feedback.rewards import columns_of, try_functions
 from lco_lite.files import json_text, write_text
 from lco_lite.recipe import Recipe
 from lco_lite.run import Run, StageFolder, as_started, section, stage_settings, verb
+from lco_lite.sequences import derive
 from lco_lite.tasks.base import Task
 from lco_lite.train.before import look_ahead, refuse_untrainable
 from lco_lite.train.reward_model import train_rm
@@ -143,6 +144,7 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
         ctx.console.note(goes_on + (course if schedule != "constant" and done else ""))
     ctx.begins = partial(_begin, ctx, stage, upstream)
     trainer: Callable[[Context, StageFolder], None] = {"sft": train_sft, "rm": train_rm}.get(name, train_rl)
+    seed_rng(derive(ctx.recipe.seed, name))  # dropout, and what a user's objective draws
     random_states = capture_rng()
     while True:
         try:

@@ -110,11 +110,17 @@ def signals(shop: Workshop, text: str) -> str:
     return how(ended)
 
 
+def _heeds_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # where this runs in the background, a shell had it ignored
+
+
 def _interrupted_start(shop: Workshop, after: float) -> str:
     """A process of its own, from its first instant on."""
     with shop.bench("sft") as runs:
         command = [sys.executable, "-m", "lco_lite", *shop.command("sft", runs)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heeds_ctrl_c
+        )
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(after)
         process.send_signal(signal.SIGINT)

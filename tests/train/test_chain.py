@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lco_lite.checkpoint import checkpoints
 from lco_lite.command import command
 from lco_lite.context import Context
 from lco_lite.errors import UsageError
@@ -257,6 +260,21 @@ def test_the_first_dpo_loss_is_that_of_two_equal_models_with_dropout_in_the_reci
     assert all(b.any() for name, b in trained(ctx, "sft").items() if "lora_B" in name), "dropout has something to drop"
     (row,) = read_log(ctx.run.stage("rm").metrics)
     assert row["loss"] == pytest.approx(math.log(2), abs=1e-6) and row["margin"] == 0
+
+
+def test_two_runs_of_a_seed_are_the_same_to_the_last_bit_whatever_was_drawn_before_them(tiny, tmp_path):
+    """Dropout, what a user draws, and the random states of a checkpoint come from the recipe's seed."""
+    model = f"model={{path: {save('llama', tmp_path / 'base')}, lora: {{r: 4, dropout: 0.3}}}}"
+    made = []
+    for name in ("one", "two"):
+        torch.seed()
+        random.seed()
+        np.random.seed()
+        ctx = run_stage(tiny, "sft", model, "sft.max_steps=2", name=name)
+        newest = checkpoints(ctx.run.stage("sft").checkpoints)[-1]
+        made.append([file.read_bytes() for file in sorted(newest.glob("*.safetensors"))])
+        made[-1].append(json.loads((newest / "state.json").read_text())["content"]["rng"])
+    assert len(made[0]) == 3 and made[0] == made[1]
 
 
 @pytest.mark.parametrize("family", [None, *DROPOUT])
