@@ -126,9 +126,8 @@ def load_checkpoint(
 def checkpoint_id(path: Path) -> str:
     """Of its weights: another wherever they differ. UsageError where it is damaged."""
     try:
-        content = json.loads((path / "state.json").read_text(encoding="utf-8"))["content"]
-        return str(content["sha256"][TENSORS])[:12]
-    except (OSError, ValueError, LookupError, TypeError) as e:
+        return str(_content(path)["sha256"][TENSORS])[:12]
+    except _DAMAGED as e:
         raise UsageError(f"checkpoint {path} is damaged ({e})") from e
 
 
@@ -224,10 +223,7 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    file = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    content = file["content"]
-    if _digest(content) != file["sha256"]:
-        raise ValueError("state.json is not what was written")
+    content = _content(path)
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
     for name, expected in content["sha256"].items():
@@ -238,6 +234,17 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[
     if (name := not_finite_in({**tensors, **extra})) is not None:
         raise ValueError(f"{name} is not finite")
     return content, tensors, extra
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        file = json.loads((path / "state.json").read_bytes())
+        content, written = dict(file["content"]), file["sha256"]
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
+        raise ValueError(f"state.json is not what was written: {e}") from e
+    if _digest(content) != written:
+        raise ValueError("state.json is not what was written")
+    return content
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -332,7 +332,7 @@ class JsonLines:
 
     @ranks.once
     def _whole_lines(self) -> list[dict[str, Any]]:
-        content = self.path.read_bytes() if self.path.exists() else b""
+        content = read_bytes(self.path) if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             write_bytes(self.path, whole)

@@ -94,6 +94,9 @@ def test_each_line_is_on_the_disk_before_append_returns(tmp_path, monkeypatch):
 def test_a_file_of_something_else_is_refused_and_a_full_disk_is_said(write, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="line 1: is not JSON"):
         JsonLines(write(b"no json\n"))
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(DataError, match="folder.jsonl: cannot be read"):
+        JsonLines(tmp_path / "folder.jsonl")
     lines = JsonLines(tmp_path / "other.jsonl")
 
     def full(_):
