@@ -120,6 +120,8 @@ def load_base(
             f"{missing[0]}: a causal language model with its LM head is needed"
         )
     refuse_homeless(source, model, loaded["unexpected_keys"])
+    if (name := not_finite_in(dict(model.named_parameters()))) is not None:
+        raise ModelError(f"{source}: {name} has a number that is not finite: the weights are damaged")
     keep = model.generation_config
     model.generation_config = hf.GenerationConfig(
         eos_token_id=keep.eos_token_id, pad_token_id=keep.pad_token_id, bos_token_id=keep.bos_token_id

@@ -98,10 +98,14 @@ def test_an_unknown_quantisation_is_refused_instead_of_read_as_plain_weights(tmp
 def test_weights_that_are_no_numbers_are_refused_when_they_are_opened(tmp_path):
     folder = save("llama", tmp_path / "m")
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="hidden states are not finite"):
-        load(folder)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"):  # the latter of a token never met
+        save_file(
+            {n: w.index_fill(0, torch.tensor(-1 % len(w)), math.nan) if n == name else w for n, w in weights.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        with pytest.raises(ModelError, match=f"{name} has a number that is not finite"):
+            load(folder)
 
 
 def test_the_models_own_sampling_defaults_are_dropped_and_its_stop_tokens_kept(tmp_path):
