@@ -344,7 +344,7 @@ def study(
     recipe: Annotated[str | None, Argument(help=f"{_WHICH} The study's own unless given.")] = None,
     seeds: Annotated[int | None, Option(min=1, help="Training seeds; the study's own number unless given.")] = None,
     sets: Sets = None,
-    only: Annotated[list[str] | None, Option(metavar="LABEL", help="Of its runs these alone. Repeatable.")] = None,
+    only: Annotated[list[str] | None, Option(metavar="LABEL", help="Run these of its runs alone. Repeatable.")] = None,
     jobs: Annotated[int | None, Option(min=1, help="Runs at a time; two where cores allow.")] = None,
     runs: Runs = Path("runs"),
     out: Annotated[Path | None, Option(help="Folder of its page; in --runs unless given. Known rows count.")] = None,

@@ -66,6 +66,8 @@ def run_study(
     )
 
     def page() -> Findings:
+        if only:
+            study.only = [label for label in study.labels if label in only or _is_known(grid, label, numbers)]
         jobs_now = grid.settled(numbers)
         return write(study, grid.results(jobs_now), len(jobs_now), command, folder)
 
@@ -80,6 +82,12 @@ def run_study(
     else:
         show(report, console)
     console.done(folder / "README.md")
+
+
+def _is_known(grid: Grid, label: str, seeds: Sequence[int]) -> bool:
+    """Whether anything of it is done, whichever command ran it: the page of some runs tells of the others too."""
+    grid.study.only = [label]
+    return bool(grid.results(grid.settled(seeds)).of(label))
 
 
 def show(report: Findings, console: Console) -> None:

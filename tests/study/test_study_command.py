@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from pathlib import Path
+
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
 from lco_lite.study.verb import STUDIES
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def typed(*words: str, code: int = 0) -> str:
@@ -39,3 +45,11 @@ def test_only_some_of_its_runs_take_their_own_rates_alone(tmp_path):
     labels = {line.partition(": seeds")[0] for line in typed(*words, "--only", "gkd, twice").splitlines()[:-1]}
     assert labels == {f"gkd, lr {rate}" for rate in ("0.003", "0.006", "0.012", "0.024")}
     assert "nothing is called mixed; there are: kld mixed; gkd" in typed(*words, "--only", "mixed", code=2)
+
+
+def test_the_page_of_some_runs_tells_of_those_that_are_known_too(tmp_path):
+    shutil.copytree(ROOT / "docs/studies/rows", tmp_path / "rows")
+    typed("methods", "--only", "gkd", "--seeds", "3", "--out", str(tmp_path / "methods"), "--runs", str(tmp_path))
+    page = (tmp_path / "methods" / "README.md").read_text()
+    assert re.search(r"^\| gkd \|.*\| 3 \|", page, re.M) and re.search(r"^\| kld mixed \|.*\| 3 \|", page, re.M)
+    assert not (tmp_path / "studies").exists(), "nothing had to run"
