@@ -54,9 +54,10 @@ _LOADED = set[str]()  # files of the user's whose code runs in this process
 
 
 def users_file(error: BaseException) -> str | None:
-    """The file of the user's that ``error`` came out of, None where it is ours."""
+    """The file of the user's that ``error`` came out of, or what caused it; None where it is ours."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    return next((file for file in reversed(files) if file in _LOADED), None)
+    found = next((file for file in reversed(files) if file in _LOADED), None)
+    return found or (users_file(error.__cause__) if error.__cause__ else None)
 
 
 @cache
