@@ -30,6 +30,7 @@ from lco_lite import ranks
 from lco_lite.environment import environment
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.files import checksums, held, recover, remove, verify, write_errors, write_json, write_text
+from lco_lite.metrics import read_log
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump, flat, load_recipe
 from lco_lite.recipe.rl import REWARDS, RewardPart
@@ -84,6 +85,14 @@ class StageFolder:
         """``step``, held-out ``score`` and ``items`` of the best step that was kept, if one was."""
         kept = self._record("best/best.json")
         return kept and {name: kept[name] for name in _FIELDS["best.json"]}
+
+    @ranks.once
+    def better_step(self) -> dict[str, Any] | None:
+        """``best_step`` where the last step scored lower, or was not scored."""
+        best, log = self.best_step(), read_log(self.metrics)
+        last = log[-1].get("eval") if log else None
+        is_better = best is not None and best["step"] != self.steps_done() and (last is None or last < best["score"])
+        return best if is_better else None
 
     @ranks.once
     def owner(self) -> str | None:

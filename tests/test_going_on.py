@@ -254,6 +254,13 @@ def test_the_best_step_is_kept(made_once):
     assert same(*(load_file(f / "adapter_model.safetensors") for f in (stage.best / "adapter", stage.adapter)))
 
 
+def test_a_step_that_scored_no_higher_than_the_last_is_not_recommended(made, short, monkeypatch):
+    monkeypatch.setitem(SCORES, 3, 0.5)
+    told = on(made, "run", short, "--steps", "3", "-s", "eval.seeds=1", "-s", "eval.items=2")
+    assert told.exit_code == 0 and made.stage("rl-kld").best_step()["step"] == 2
+    assert "not of the last" not in told.output and "best: step" not in told.output
+
+
 def test_where_the_best_step_is_not_the_last_the_end_and_the_table_of_run_name_it(made, short, monkeypatch):
     monkeypatch.setitem(SCORES, 3, 0.1)
     told = on(made, "run", short, "--steps", "3", "-s", "eval.seeds=1", "-s", "eval.items=2")

@@ -64,8 +64,8 @@ def score_all(ctx: Context) -> None:
     """Every stage of the recipe, and the base where it is no model from scratch, on the recipe's evaluation tasks."""
     stages = [*([] if ctx.recipe.model.init else ["base"]), *ctx.recipe.stages]
     rl = ctx.run.stage(ctx.recipe.rl.stage)
-    best = rl.best_step() or {"step": rl.steps_done()}
-    labels = {rl.name: f"{rl.name} (best: step {best['step']})"} if best["step"] != rl.steps_done() else {}
+    better = rl.better_step()
+    labels = {rl.name: f"{rl.name} (best: step {better['step']})"} if better else {}
     results = [evaluate_stage(ctx, task, stage) for task in _eval_tasks(ctx.recipe) for stage in stages]
     own = [score_held_out(ctx, stage) for stage in stages] if ctx.recipe.task is None else []
     _show_both(ctx.console, results, own, labels)

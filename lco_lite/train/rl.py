@@ -120,7 +120,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
     weights.save(policy, stage, training.masters)
     rollouts.forget(rl.steps)
     stage.finish({"steps": rl.steps, "objective": rl.objective})
-    if (best := stage.best_step()) and best["step"] != rl.steps:
+    if (best := stage.better_step()) is not None:
         told = f"the best held-out score, {best['score']:.3f}, is that of step {best['step']}, not of the last"
         ctx.console.note(f"{stage.name}: {told}: `lco-lite eval --policy {stage.name}@best`")
 
