@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -81,7 +82,7 @@ def look_ahead(
         if own.gguf_file is None:
             with naming("reward_model.path"):
                 check_same_tokenizer(tokenizer, load_tokenizer(own))
-    trained = {name: trained_numbers(weights, device, name) for name, weights in used.items()}
+    numbers = {name: numbers_of(weights, device, name) for name, weights in used.items()}
     if "rm" in stages and recipe.data.preferences != "sampled":
         with naming("data.preferences"):
             ahead.pairs = preference_rows(recipe, task)
@@ -100,11 +101,13 @@ def look_ahead(
         task.items("test")
     if scores:
         ahead.scored = check_all(recipe, device, console)
-    by_stage = {stage: trained["reward_model" if stage == "rm" and own else "model"] for stage in stages}
+    by_stage = {stage: numbers["reward_model" if stage == "rm" and own else "model"].trained for stage in stages}
     if recipe.model.init is not None and "sft" in stages:
         whole = recipe.model.model_copy(update={"lora": None, "train_head": True})
-        by_stage["sft"] = trained_numbers(whole, device, "model")
+        by_stage["sft"] = numbers_of(whole, device, "model").trained
     ahead.least, ahead.most = written(recipe, by_stage, kept=1), written(recipe, by_stage)
+    plain = {"model": "base", "reward_model": "base-rm"}  # what a GGUF becomes in the run, in 16 bits
+    ahead.most |= {plain[name]: 2.0 * numbers[name].all for name, one in used.items() if one.gguf_file is not None}
     ahead.free = free_bytes(runs)
     if sum(ahead.least.values()) > ahead.free:
         raise UsageError(
@@ -151,9 +154,16 @@ def refuse_too_long(ahead: Ahead, most: int, what: str, lengths: Iterable[int]) 
         raise none_fits(what, limit)
 
 
-def trained_numbers(weights: Weights, device: torch.device, section: str) -> float:
-    """How many numbers are trained of a model that is built without any. Raises ModelError where it is none that can
-    be, and for an adapter's target that it has not; 0 where only code that comes with the weights could tell."""
+class Numbers(NamedTuple):
+    """How many numbers are trained of a model, and how many it has without its adapters."""
+
+    trained: float
+    all: float
+
+
+def numbers_of(weights: Weights, device: torch.device, section: str) -> Numbers:
+    """Of a model that is built without any. Raises ModelError where it is none that can be trained, and for an
+    adapter's target that it has not; 0 where only code that comes with the weights could tell."""
     with naming(f"{section}.path"):
         config = load_config(weights)
         kind = language_model_class(config)
@@ -161,12 +171,13 @@ def trained_numbers(weights: Weights, device: torch.device, section: str) -> flo
             refuse_without_weights(Path(weights.path))
     base_dtype(weights, reward_device(weights.device, device) if isinstance(weights, RewardModel) else device)
     if weights.trust_remote_code:
-        return 0.0
+        return Numbers(0.0, 0.0)
     with torch.device("meta"):
         base = kind.from_config(config, trust_remote_code=False)
+    whole = float(sum(p.numel() for p in base.parameters()))
     if weights.lora is None:
         frozen = 0 if getattr(weights, "train_head", False) else base.get_output_embeddings().weight.numel()
-        return float(sum(p.numel() for p in base.parameters()) - frozen)
+        return Numbers(whole - frozen, whole)
     linear = linear_layers(base)
     try:
         targets, _ = adapted_layers(linear, weights.lora)
@@ -175,7 +186,7 @@ def trained_numbers(weights: Weights, device: torch.device, section: str) -> flo
     modules = dict(base.named_modules())
     ends = tuple(f".{target}" for target in targets)
     adapted = [modules[name] for name, within in linear.items() if within and f".{name}".endswith(ends)]
-    return float(weights.lora.r * sum(m.in_features + m.out_features for m in adapted))
+    return Numbers(float(weights.lora.r * sum(m.in_features + m.out_features for m in adapted)), whole)
 
 
 def written(recipe: Recipe, trained: Mapping[str, float], kept: int = 3) -> dict[str, float]:

@@ -35,6 +35,7 @@ from lco_lite.models.loading import (
     reward_device,
 )
 from lco_lite.recipe.sections import Init, Model
+from lco_lite.train.before import numbers_of
 from tests.models.families import load, save
 
 CPU = torch.device("cpu")
@@ -227,6 +228,8 @@ def test_a_gguf_becomes_an_ordinary_folder_that_answers(tmp_path):
     assert GGUF is not None
     weights = Model(path=str(GGUF.parent), gguf_file=GGUF.name)
     assert converted_gguf(weights, tmp_path / "base") == tmp_path / "base"
+    foreseen = 2 * numbers_of(weights, torch.device("cpu"), "model").all
+    assert foreseen <= (tmp_path / "base/model.safetensors").stat().st_size <= foreseen + 100_000
     assert not list((tmp_path / "base").glob("*.bin"))
     model = load(tmp_path / "base")
     chat = ChatFormat(model.tokenizer)

@@ -20,7 +20,7 @@ from lco_lite.recipe.file import load_recipe
 from lco_lite.recipe.sections import Init
 from lco_lite.run import Run
 from lco_lite.train import before
-from lco_lite.train.before import trained_numbers, written
+from lco_lite.train.before import numbers_of, written
 from tests.conftest import TINY
 
 SCORED = {"objective": "grpo", "feedback": "reward_model"}
@@ -134,7 +134,7 @@ def test_a_full_disk_is_told_before_it_is_full_with_both_numbers(folder, monkeyp
 def test_what_is_trained_and_written_is_what_was_foreseen(folder):
     recipe = load_recipe(recipe_with({"rl": {"steps": 3}}))
     assert call("rl", "late.yaml", "-q").exit_code == 0
-    n, made = trained_numbers(recipe.model, torch.device("cpu"), "model"), Path("runs/tiny/rl-kld")
+    n, made = numbers_of(recipe.model, torch.device("cpu"), "model").trained, Path("runs/tiny/rl-kld")
     size = (made / "adapter" / "adapter_model.safetensors").stat().st_size
     assert 4 * n <= size <= 4 * n + 10_000
     whole = sum(one.stat().st_size for one in made.rglob("*.safetensors"))
