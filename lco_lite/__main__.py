@@ -42,6 +42,8 @@ def main() -> None:
         _stopped()
     except SystemExit as end:
         ranks.leave(well=not end.code)
+        if (user_code := sys.modules.get("lco_lite.user_code")) is not None:
+            user_code.ends(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
 
 

@@ -18,12 +18,15 @@ from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
+
 from lco_lite.calling import RETURNS, Adapted, adapted
-from lco_lite.errors import UsageError
+from lco_lite.errors import LcoError, UsageError
 from lco_lite.files import is_there, sha256
 from lco_lite.workers import serve
 
 IMPORT_SECONDS = 120.0  # that importing a file of the user's may take in this process
+END_SECONDS = 10.0
 CALL_SECONDS = 300.0  # and a call of a function in it; the caller of a worker has limits of its own
 LARGEST = 3.4028234663852886e38  # of float32
 _exit = os._exit
@@ -61,17 +64,17 @@ def users_file(error: BaseException) -> str | None:
 
 
 @cache
-def load_function(spec: str, endless: bool = False) -> Callable[..., Any]:
-    """The function ``FILE.py:NAME``, which ends no process (``contained``), and raises TimeoutError for a call that
-    does not end unless ``endless`` ones are somebody else's to end. Raises UsageError for a file or name that is not
-    there, and for a file whose import fails, ends the process or does not end."""
+def load_function(spec: str, in_worker: bool = False) -> Callable[..., Any]:
+    """The function ``FILE.py:NAME``, ``contained``. A call that does not end raises TimeoutError, but ``in_worker``,
+    whose caller ends it. Raises UsageError for a file or name that is not there, and for a file whose import fails,
+    ends the process or does not end."""
     file, name = function_file(spec), spec.rpartition(":")[2]
     module_spec = importlib.util.spec_from_file_location(file.stem, file)
     assert module_spec and module_spec.loader, "it is a file that ends in .py"
     module = importlib.util.module_from_spec(module_spec)
     sys.modules.setdefault(module_spec.name, module)  # dataclasses look there
     try:
-        with siblings(file), contained(), bounded(IMPORT_SECONDS):
+        with siblings(file), contained(in_worker), bounded(IMPORT_SECONDS):
             module_spec.loader.exec_module(module)
     except Exception as e:
         if sys.modules[module_spec.name] is module:
@@ -84,13 +87,14 @@ def load_function(spec: str, endless: bool = False) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with contained(), contextlib.nullcontext() if endless else bounded(CALL_SECONDS):
+        with contained(in_worker), contextlib.nullcontext() if in_worker else bounded(CALL_SECONDS):
             try:
                 return function(*args, **kwargs)
             except TypeError as e:
                 if e.__traceback__ is not None and e.__traceback__.tb_next is not None:  # inside it
                     raise
-                raise UsageError(f"{spec}: it is called with {len(args) + len(kwargs)} arguments: {told(e)}") from e
+                wrong = told(e)
+        raise UsageError(f"{spec}: it is called with {len(args) + len(kwargs)} arguments: {wrong}")
 
     return call
 
@@ -119,9 +123,11 @@ def told(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def contained() -> Iterator[None]:
-    """The user's code is run, and cannot end this process: ``sys.exit`` and ``os._exit`` are errors like others."""
-    me = os.getpid()
+def contained(in_worker: bool = False) -> Iterator[None]:
+    """The user's code is run, and neither ends nor steers this process: ``sys.exit``, ``os._exit``, exceptions that
+    mean something here and those that nobody catches are errors like others, and the working folder is what it was,
+    but ``in_worker``. A fork that comes back ends here: one process goes on."""
+    me, here = os.getpid(), None if in_worker else os.getcwd()
 
     def refused(status: int) -> NoReturn:
         if os.getpid() != me:  # a fork's own end
@@ -131,12 +137,27 @@ def contained() -> Iterator[None]:
     os._exit = refused
     try:
         yield
+    except KeyboardInterrupt:
+        raise
     except SystemExit as e:
         if os.getpid() != me:
-            raise
+            _exit(e.code if isinstance(e.code, int) else int(e.code is not None))
         raise RuntimeError(f"it calls sys.exit({e.code!r:.80}), which would end the training") from e
+    except BaseException as e:
+        if not isinstance(e, Exception) or _steers(e):
+            raise RuntimeError(f"it raises {told(e)}") from e
+        raise
     finally:
         os._exit = _exit
+        if os.getpid() != me:
+            _exit(0)
+        if here is not None:
+            os.chdir(here)
+
+
+def _steers(error: Exception) -> bool:
+    """Whether the trainer, or the command line, would take it for a word of its own."""
+    return isinstance(error, (LcoError, BrokenPipeError)) or type(error).__module__.split(".")[0] in ("click", "typer")
 
 
 @contextlib.contextmanager
@@ -158,6 +179,30 @@ def bounded(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, *clock)
+
+
+def ends(status: int) -> None:
+    """This process is about to end. Where a file of the user's was loaded, so do the processes that it has started, and
+    nothing that it left, threads or ``atexit``, holds the end up for more than ``END_SECONDS``."""
+    if not _LOADED:
+        return
+
+    def at_last() -> None:
+        _end_children()
+        _exit(status)
+
+    _end_children()
+    clock = threading.Timer(END_SECONDS, at_last)
+    clock.daemon = True
+    clock.start()
+
+
+def _end_children() -> None:
+    """Of this process's group: those of ``workers.py`` have groups of their own, and ends."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(child.pid) == os.getpgrp():
+                child.kill()
 
 
 # a reward function's side of its worker
@@ -222,7 +267,7 @@ def shown(value: Any) -> str:
 def _served() -> Callable[[str], str]:
     """In the worker. What is wrong with the file is its first word, in place of ``ready``."""
     try:
-        function = load_function(sys.argv[1], endless=True)
+        function = load_function(sys.argv[1], in_worker=True)
         try:
             return partial(answer, adapted(function))
         except UsageError as e:

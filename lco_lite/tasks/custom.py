@@ -21,7 +21,7 @@ from lco_lite.grading.string import grade_string
 from lco_lite.messages import Message, turns_of
 from lco_lite.tables import load_rows, named_columns
 from lco_lite.tasks.base import Problem, Rows, Task, answer_text, drawn_to_hold_out, lettered, normalised, text
-from lco_lite.user_code import load_function, names_function
+from lco_lite.user_code import load_function, names_function, shown, told
 
 PROMPTS = ("prompt", "question", "problem", "instruction", "messages")
 
@@ -144,12 +144,12 @@ class UsersGrader:
         try:
             verdict = self.function(response, item)
         except Exception as e:
-            raise UsageError(f"{self.spec} failed on item {item.id}: {type(e).__name__}: {e}") from e
+            raise UsageError(f"{self.spec} failed on item {item.id}: {told(e)}") from e
         if isinstance(verdict, Grade):
             return verdict
         if isinstance(verdict, bool):
             return Grade(verdict, None, f"{self.spec.rpartition(':')[2]} says {'right' if verdict else 'wrong'}")
-        raise UsageError(f"{self.spec} returned {verdict!r:.60} on item {item.id}; a bool or a Grade is needed")
+        raise UsageError(f"{self.spec} returned {shown(verdict)} on item {item.id}; a bool or a Grade is needed")
 
 
 TASKS = {"custom": custom}

@@ -24,6 +24,12 @@ _ANYWHERE = {
     "exits_at_once_on_import": "import os\nos._exit(0)",
     "imports_what_is_not_there": "import no_such_module_at_all",
     "writes_much_in_its_error": "def f(*a, **k): raise ValueError('x' * 10**6)",
+    "raises_what_nobody_catches": "class B(BaseException): pass\ndef f(*a, **k): raise B",
+    "raises_an_exit_of_typer": "import typer\ndef f(*a, **k): raise typer.Exit(0)",
+    "raises_our_own": "from lco_lite.errors import WeightsLost\ndef f(*a, **k): raise WeightsLost('x')",
+    "leaves_a_thread": "import threading, time\n"
+    "def f(*a, **k): threading.Thread(target=time.sleep, args=(999,)).start()",
+    "waits_at_the_end": "import atexit, time\natexit.register(time.sleep, 999)\ndef f(*a, **k): pass",
     "steers_the_terminal": "def f(*a, **k): raise ValueError('\\x1b[2J\\x1b]0;owned\\x07')",
 }
 REWARDS = {
@@ -67,6 +73,8 @@ REWARDS = {
 }
 _GRADES = {
     "good_bool": "def f(response, item): return len(response) % 2 == 0",
+    "good_forks": "import os\nos.fork()\ndef f(response, item): return bool(os.fork() + 1)",
+    "good_moves": "import os\ndef f(response, item):\n    os.chdir('/')\n    return True",
     "gives_a_number": "def f(response, item): return 1",
     "gives_nan": "def f(response, item): return float('nan')",
     "wrong_signature": "def f(): return True",
@@ -75,6 +83,8 @@ GRADERS = {**_ANYWHERE, **_GRADES}
 OBJECTIVES = {
     **_ANYWHERE,
     "good_reinforce": "def f(batch, clip): return -(batch.logprobs * batch.advantages).sum() / batch.tokens, {}",
+    "good_forks": "import os\ndef f(batch, clip):\n    os.fork()\n"
+    "    return -(batch.logprobs * batch.advantages).sum() / batch.tokens, {}",
     "gives_no_diagnostics": "def f(batch, clip): return -(batch.logprobs * batch.advantages).sum() / batch.tokens",
     "gives_nan": "def f(batch, clip): return batch.logprobs.sum() * float('nan'), {}",
     "has_no_gradient": "def f(batch, clip): return batch.logprobs.detach().sum(), {}",
