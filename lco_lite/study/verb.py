@@ -59,16 +59,15 @@ def run_study(
     if dry_run:
         return preview(grid, numbers, at_once, console)
     console.stage(name, f"{study.asks} Seeds {numbers[0]} to {numbers[-1]}, {at_once} at once")
-    given = [word for item in sets if item not in study.usual for word in ("-s", item)]
-    given += [word for label in only for word in ("--only", label)]
-    command = shlex.join(
-        ["lco-lite", "study", name, *([recipe] if recipe else []), *given, "--seeds", str(len(numbers))]
-    )
+    given = ["lco-lite", "study", name, *([recipe] if recipe else [])]
+    given += [word for item in sets if item not in study.usual for word in ("-s", item)]
 
     def page() -> Findings:
         if only:
             study.only = [label for label in study.labels if label in only or _is_known(grid, label, numbers)]
         jobs_now = grid.settled(numbers)
+        told = [word for label in study.only for word in ("--only", label)]
+        command = shlex.join([*given, *told, "--seeds", str(len(numbers))])
         return write(study, grid.results(jobs_now), len(jobs_now), command, folder)
 
     try:
