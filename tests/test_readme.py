@@ -100,6 +100,14 @@ def test_every_command_of_the_readme_is_covered_here():
     assert [c[1] for c in others] == ["run", "sft", "rl", "eval"]
 
 
+def test_the_rows_and_the_reward_of_the_readme_are_those_of_the_page_that_is_run():
+    (rows,), (reward,) = (re.findall(rf"^```{kind}\n(.*?)^```", README, re.M | re.S) for kind in ("json", "python"))
+    things = re.findall(r'things \+?= "(.*)"', OWN)
+    made = [{"prompt": f"What is {thing}, in one sentence?"} for thing in "".join(things).split()]
+    assert all(json.loads(line) in made for line in rows.splitlines())
+    assert reward.partition("\n")[2] and reward.partition("\n")[2] in OWN
+
+
 def test_every_link_of_the_readme_leads_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).exists(), target
