@@ -1,6 +1,7 @@
 """Whether it holds on a real small model: the mixed target beside GKD, RAFT and GRPO after equal samples.
 
-    lco-lite study real --set model.path=PKG --set model.gguf_file=SmolLM2-135M-Instruct.Q4_1.gguf
+    ln -s PKG smollm2       # the weights by a name that is the same everywhere: a run is known by its settings
+    lco-lite study real --set model.path=smollm2 --set model.gguf_file=SmolLM2-135M-Instruct.Q4_1.gguf
     lco-lite study real gemma3 --set model.path=FOLDER --set rl.steps=2 --set rl.schedule=cosine
 
 The methods are those of the study ``methods``. Each has the better of two rates, the middle ones of the four there.
