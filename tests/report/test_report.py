@@ -15,7 +15,7 @@ from lco_lite import report as package
 from lco_lite.cli import app
 from lco_lite.evaluation.compare import paired_bootstrap, t_quantile
 from lco_lite.recipe.file import dump, parse_yaml, validate
-from lco_lite.report import as_html, gather, visible
+from lco_lite.report import as_html, figures, gather, visible
 from lco_lite.report import runs as gathering
 from lco_lite.report.about import chosen
 from lco_lite.run import Run
@@ -233,11 +233,24 @@ def test_a_run_without_samples_and_one_that_has_just_begun_are_shown_too(tmp_pat
 
 def test_figures_are_written_as_svg_and_png_under_the_names_of_the_page(runs, tmp_path):
     typed("one-seed-1", "one-seed-2", "--runs", runs, "--out", tmp_path / "p.html", "--figures", tmp_path / "figures")
-    names = [figure["id"] for figure in read(tmp_path / "p.html")["figures"]] + ["scores-arithmetic"]
-    assert {f.name for f in (tmp_path / "figures").iterdir()} == {
-        f"{n}.{kind}" for n in names for kind in ("svg", "png")
-    }
+    names = {figure["id"] for figure in read(tmp_path / "p.html")["figures"]} | {"scores-arithmetic"}
+
+    def written(kind: str) -> set[str]:
+        return {file.stem for file in (tmp_path / "figures").glob(f"*.{kind}")}
+
+    assert written("svg") == written("png") == names - {"rl-lr"}, "those that the page shows first"
+    again = ("one-seed-1", "--runs", runs, "--out", tmp_path / "p.html", "--all-figures")
+    assert "give it too" in typed(*again, code=2)
+    typed(*again, "--figures", tmp_path / "figures")
+    assert written("svg") == written("png") == names
+    typed("one-seed-1", "one-seed-2", "--runs", runs, "--out", tmp_path / "p.html", "--figures", tmp_path / "figures")
     assert "mean ± std" in (tmp_path / "figures" / "rl-reward.svg").read_text(encoding="utf-8")
+
+
+def test_the_axis_of_a_share_stays_within_0_and_1_unless_its_values_do_not():
+    assert figures._of_shares((-0.05, 0.05), (0.0, 0.0), 1) == (0.0, 0.05)
+    assert figures._of_shares((-3.0, 104.0), (2.0, 99.0), 100) == (0.0, 100)
+    assert figures._of_shares((-5.5, -4.5), (-5.4, -4.6), 1) == (-5.5, -4.5)
 
 
 def test_a_studys_folder_becomes_a_page_of_claims_tables_and_figures(tmp_path):
