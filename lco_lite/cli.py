@@ -372,7 +372,8 @@ def report(
     out: Annotated[
         Path | None, Option(metavar="FILE", help="The page; report.html in the run, or of several in --runs.")
     ] = None,
-    figures: Annotated[Path | None, Option(metavar="DIR", help="Write the figures there too, as SVG and PNG.")] = None,
+    figures: Annotated[Path | None, Option(metavar="DIR", help="Write the main figures there, as SVG and PNG.")] = None,
+    every: Annotated[bool, Option("--all-figures", help="With --figures: those of all metrics.")] = False,
     runs: Runs = Path("runs"),
     quiet: Annotated[bool, Option("--quiet", "-q", help="Only warnings and the last line.")] = False,
 ) -> None:
@@ -383,7 +384,7 @@ def report(
     with boundary():
         from lco_lite.report import report
 
-        report(names or [], runs, out, figures, Console(quiet))
+        report(names or [], runs, out, figures, every, Console(quiet))
 
 
 @data_app.command("check")

@@ -30,9 +30,14 @@ visible = partial(written_out, keep="\u200c\u200d", form="⟨U+{:04X}⟩")  # jo
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
-def report(names: Sequence[str], runs: Path, out: Path | None, figures: Path | None, console: Console) -> Path:
+def report(
+    names: Sequence[str], runs: Path, out: Path | None, figures: Path | None, every: bool, console: Console
+) -> Path:
     """Writes the page of these runs (names in ``runs``, or folders; none: the newest) or of one study's folder, and
-    their figures as SVG and PNG where a folder for them is given. Returns the page's path."""
+    their figures as SVG and PNG where a folder for them is given: those that the page shows first, or every one.
+    Returns the page's path. UsageError where there is nothing to show, or ``every`` without a folder."""
+    if every and figures is None:
+        raise UsageError("--all-figures: says which figures --figures DIR writes; give it too")
     folders = [_folder(name, runs) for name in dict.fromkeys(names)] or [Run.newest(runs).path]
     if twice := [name for name, n in Counter(folder.resolve().name for folder in folders).items() if n > 1]:
         raise UsageError(
@@ -52,8 +57,9 @@ def report(names: Sequence[str], runs: Path, out: Path | None, figures: Path | N
         raise UsageError(f"--out {page}: is a folder; name a file in it")
     write_text(page, as_html(data))
     if figures is not None:
-        made = study_pictures(folders[0], figures) if studies else draw(data, figures)
-        console.note(f"{made} figures as SVG and PNG in {figures}")
+        made = study_pictures(folders[0], figures) if studies else draw(data, figures, every)
+        more = 0 if every or studies else sum(not figure["first"] for figure in data["figures"])
+        console.note(f"{made} figures as SVG and PNG in {figures}{f'; --all-figures writes {more} more' * bool(more)}")
     for text in data.get("left_out", []):
         console.note(f"left out: {text}")
     console.done(page)

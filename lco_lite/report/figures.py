@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw(data: dict[str, Any], folder: Path) -> int:
-    """One ``ID.svg`` and ``ID.png`` a figure of ``gather``: curves, and of each task its scores. Returns how many."""
-    plots = [Plot(figure["id"], figure["metric"], _Curves(figure), (7.0, 4.0)) for figure in data["figures"]]
+def draw(data: dict[str, Any], folder: Path, every: bool) -> int:
+    """One ``ID.svg`` and ``ID.png`` a figure of ``gather``: of each task its scores, and the curves that the page shows
+    first, or every one. Returns how many."""
+    shown = [figure for figure in data["figures"] if every or figure["first"]]
+    plots = [Plot(figure["id"], figure["metric"], _Curves(figure), (7.0, 4.0)) for figure in shown]
     for task in dict.fromkeys(row["task"] for row in data["scores"]):
         rows = [row for row in data["scores"] if row["task"] == task and row["main"]]
         labels = [data["methods"][row["method"]]["label"] for row in rows]
@@ -59,9 +61,13 @@ class _Curves:
                 axes.plot(run["x"], run["y"], color=colour, marker="." if len(run["x"]) < 30 else None, **alone)
             if band is not None:
                 low, high = ([m + s * d for m, d in zip(band["mean"], band["std"], strict=True)] for s in (-1, 1))
+                if self.figure["share"]:
+                    low, high = [max(0.0, value) for value in low], [min(1.0, value) for value in high]
                 label = f"{series['label']} ({band['n']} seeds, mean ± std)"
                 axes.plot(band["x"], band["mean"], color=colour, linewidth=2, label=label)
                 axes.fill_between(band["x"], low, high, color=colour, alpha=0.15, linewidth=0)
+        if self.figure["share"]:
+            axes.set_ylim(_of_shares(axes.get_ylim(), axes.dataLim.intervaly, 1))
         axes.set_xlabel(f"step of {self.figure['kind']}")
         axes.set_ylabel(self.figure["metric"])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -85,6 +91,14 @@ class _Scores:
                 values = [scale * run["value"] for run in row["runs"]]
                 axes.plot(values, [place + 0.2] * len(values), ".", color=colour, alpha=0.5)
             axes.plot(scale * row["mean"], place, "o", color=colour)
+        if not self.rows[0]["own"]:
+            axes.set_xlim(_of_shares(axes.get_xlim(), axes.dataLim.intervalx, 100))
         axes.set_yticks(range(len(self.rows)), self.labels)
         axes.invert_yaxis()
         axes.set_xlabel(f"{self.rows[0]['metric']}{'' if self.rows[0]['own'] else ', %'}, 95 % interval")
+
+
+def _of_shares(limits: tuple[float, float], values: Sequence[float], most: float) -> tuple[float, float]:
+    """The limits of an axis within 0 and ``most``, unless there are values outside of these."""
+    low, high = limits
+    return max(low, 0.0) if values[0] >= 0 else low, min(high, most) if values[1] <= most else high

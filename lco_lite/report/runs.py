@@ -24,6 +24,7 @@ from lco_lite.evaluation.compare import Score, by_item, compare, paired_bootstra
 from lco_lite.evaluation.summary import read_rows, read_scores
 from lco_lite.metrics import METRICS, read_log
 from lco_lite.recipe.file import flat, parse_yaml
+from lco_lite.report.about import chosen, headline
 from lco_lite.run import Run, StageFolder
 from lco_lite.study.statistics import paired
 
@@ -31,8 +32,19 @@ POINTS = 400  # of a curve
 SAMPLES, GRADED = 6_000_000, 4_000_000  # bytes of samples from training, and of graded responses
 LONGEST = 20_000  # characters of a prompt or response
 PAIRS = 45  # of methods that are tested against each other, a task: ten methods
-FIRST = ("reward", "accuracy", "eval", "kl_to_old", "entropy", "sampled_prob", "loss", "grad_norm")
+FIRST = (
+    "reward",
+    "accuracy",
+    "eval",
+    "grad_norm",
+    "kl_to_old",
+    "entropy",
+    "loss",
+    "mean_response_tokens",
+    "sampled_prob",
+)
 NO_CURVE = ("step", "update", "samples_seen")
+STAGES = ("base", "sft", "rm", "rl", "optimal")  # each is compared with those before it
 
 Row = dict[str, Any]
 
@@ -57,10 +69,12 @@ def gather(runs: Sequence[Run], say: Callable[[str], object] = lambda text: None
         if not run.has_recipe() and not stages and not scored:
             raise UsageError(f"{run.path}: no recipe, stage or score of a run is in it")
         recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8") if run.has_recipe() else ""
-        settings = flat(parse_yaml(recipe)[0] or {}) if recipe else {}
+        tree = parse_yaml(recipe)[0] or {}
+        settings = flat(tree)
         environment = _json(run.path / "environment.json") if (run.path / "environment.json").exists() else {}
         about.append({"name": run.name, "seed": settings.get("seed"), "recipe": recipe, "environment": environment})
-        about[-1] |= {"settings": settings, "stages": [_state(stage) for stage in run.stages()]}
+        about[-1] |= {"settings": settings, "chosen": chosen(tree, str(run.path / "recipe.yaml"))}
+        about[-1]["stages"] = [_state(stage) for stage in run.stages()]
         for stage in stages:
             curves.append({"run": run.name, "stage": stage.name, "log": read_log(stage.metrics)})
             curves[-1]["method"] = _method_of(methods, run, stage.name, settings)
@@ -74,20 +88,22 @@ def gather(runs: Sequence[Run], say: Callable[[str], object] = lambda text: None
             scores.append({"run": run.name, "task": name, "result": result, "responses": responses})
             scores[-1]["method"] = _method_of(methods, run, result["stage"], settings)
             graded += [{"run": run.name, "stage": result["stage"], "task": name, **row} for row in responses]
+    methods = _in_order(methods, [*curves, *scores])
     _name(methods)
     scores = _one_a_seed(scores, methods, left_out)
     tests = _tests(scores, methods, left_out, say)
     kept = within(samples, SAMPLES, ("run", "stage", "step"), "training steps with samples", left_out)
     kept += within(graded, GRADED, ("run", "stage", "task", "id"), "graded items", left_out)
+    told = [{"label": m.label, "stage": m.stage, "runs": list(m.of), "seeds": list(m.of.values())} for m in methods]
+    table = _scores(scores, methods)
     return {
         "kind": "runs",
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        "methods": [
-            {"label": m.label, "stage": m.stage, "runs": list(m.of), "seeds": list(m.of.values())} for m in methods
-        ],
+        "headline": headline(about, told, table, tests),
+        "methods": told,
         "runs": [{name: value for name, value in one.items() if name != "settings"} for one in about],
         "differences": _differences(about),
-        "scores": _scores(scores, methods),
+        "scores": table,
         "tests": tests,
         "figures": _figures(curves, methods, left_out),
         "samples": [_sample(row, left_out) for row in kept],
@@ -111,6 +127,15 @@ def _method_of(methods: list[Compared], run: Run, stage: str, recipe: Mapping[st
         methods.append(Compared(stage, rest))
     methods[found].of[run.name] = seed
     return found
+
+
+def _in_order(methods: Sequence[Compared], rows: Sequence[Row]) -> list[Compared]:
+    """The methods in the order of ``STAGES``, among which they keep their own; the rows' ``method`` goes with them."""
+    kinds = [method.stage.partition("@")[0].partition("-")[0] for method in methods]
+    order = sorted(range(len(methods)), key=lambda m: STAGES.index(kinds[m]) if kinds[m] in STAGES else len(STAGES))
+    for row in rows:
+        row["method"] = order.index(row["method"])
+    return [methods[m] for m in order]
 
 
 def _name(methods: Sequence[Compared]) -> None:
@@ -207,7 +232,8 @@ def _normal(told: Mapping[str, Any]) -> list[float] | None:
 def _tests(
     scores: Sequence[Row], methods: Sequence[Compared], left_out: list[str], say: Callable[[str], object]
 ) -> list[Row]:
-    """Every method against every other that has the task: paired over seeds that both have, and over items."""
+    """Every method (``b``) less every earlier one (``a``) that has the task, as ``eval --compare A B`` does: paired
+    over seeds that both have, and over items."""
     tests = []
     for task in dict.fromkeys(score["task"] for score in scores):
         of = {m: [s for s in scores if s["task"] == task and s["method"] == m] for m in range(len(methods))}
@@ -276,7 +302,8 @@ def _figures(curves: Sequence[Row], methods: Sequence[Compared], left_out: list[
             if series:
                 known = METRICS.get(metric) or METRICS.get("rewards.NAME" if metric.startswith("rewards.") else "", "")
                 figure = {"id": f"{kind}-{metric.replace('.', '-')}", "kind": kind, "metric": metric, "says": known}
-                figures.append(figure | {"first": metric in FIRST, "series": series})
+                shown = {"first": metric in FIRST, "share": known.endswith("0 to 1")}
+                figures.append(figure | shown | {"series": series})
     return figures
 
 
@@ -350,9 +377,15 @@ def _sample(row: Row, left_out: list[str]) -> Row:
 
 
 def _state(stage: StageFolder) -> Row:
-    file = stage.path / "done.json"  # a run is shown without its weights too
-    done = _json(file) if file.exists() else {}
-    return {"name": stage.name, "done": bool(done), "finished": done.get("finished"), "seconds": done.get("seconds")}
+    """Read as it lies there: a run is shown without its weights too."""
+    done, begun = (_json(file) if (file := stage.path / name).exists() else {} for name in ("done.json", "stage.json"))
+    state: Row = {"name": stage.name, "done": bool(done), "finished": done.get("finished")}
+    state |= {"seconds": done.get("seconds"), "objective": None}
+    state["steps"] = max((line["step"] for line in read_log(stage.metrics)), default=0)
+    if (objective := stage.name.removeprefix("rl-")) != stage.name:
+        feedback = begun.get("settings", {}).get("rl.feedback")
+        state["objective"] = f"{objective}, feedback {feedback}" if feedback else objective
+    return state
 
 
 def _json(path: Path) -> dict[str, Any]:

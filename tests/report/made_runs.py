@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def make_run(
             numbers = [
                 row | {"reward": dice.random() - 1 / row["step"], "samples_seen": 16 * row["step"]} for row in numbers
             ]
+            numbers = [row | {"accuracy": 0.0, "kl_to_old": 2.5e-5 / row["step"], "lr": 1e-3} for row in numbers]
         write_lines(folder / stage / "metrics.jsonl", numbers)
         share = right if stage != "sft" else 0.2
         rows = []
@@ -64,6 +66,21 @@ def make_run(
     samples[-1] |= {"prompt": HOSTILE, "response": HOSTILE}
     write_lines(folder / "rl-kld" / "samples.jsonl", samples)
     return folder
+
+
+def score_of_base(folder: Path, right: float) -> None:
+    """The run has no sft, and its base has a score: a share ``right`` of the same items."""
+    shutil.rmtree(folder / "sft")
+    for old in sorted((folder / "eval").glob("arithmetic--sft*")):
+        text = old.read_text(encoding="utf-8").replace('"sft"', '"base"').replace("-sft", "-base")
+        old.unlink()
+        rows = [json.loads(line) for line in text.splitlines()]
+        for i, row in enumerate(rows):
+            if "mean" in row:
+                row["mean"] = row["metrics"]["pass@1"]["mean"] = right
+            else:
+                row["right"] = i < 40 * right
+        old.with_name(old.name.replace("sft", "base")).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_study(folder: Path) -> Path:

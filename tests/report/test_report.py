@@ -14,11 +14,14 @@ from typer.testing import CliRunner
 from lco_lite import report as package
 from lco_lite.cli import app
 from lco_lite.evaluation.compare import paired_bootstrap, t_quantile
-from lco_lite.report import as_html, gather, visible
+from lco_lite.recipe.file import dump, parse_yaml, validate
+from lco_lite.report import as_html, figures, gather, visible
 from lco_lite.report import runs as gathering
+from lco_lite.report.about import chosen
 from lco_lite.run import Run
 from lco_lite.study.statistics import paired
-from tests.report.made_runs import HOSTILE, make_run, make_study
+from tests.conftest import TINY
+from tests.report.made_runs import HOSTILE, make_run, make_study, score_of_base
 
 TEMPLATE = (Path(package.__file__).parent / "page.html").read_text(encoding="utf-8")
 
@@ -74,24 +77,74 @@ def test_scores_have_the_interval_over_seeds_and_a_lone_run_that_over_items(data
 
 def test_methods_are_tested_against_each_other_over_seeds_and_over_items(data):
     labels = [method["label"] for method in data["methods"]]
-    (test,) = (t for t in data["tests"] if "sft" not in (labels[t["a"]], labels[t["b"]]))
+    assert labels[0] == "sft" and all(test["a"] < test["b"] for test in data["tests"])
+    (test,) = (t for t in data["tests"] if labels[t["a"]] != "sft")
     scores = {"rl-kld, beta 1.0": {1: 0.5, 2: 0.55, 3: 0.4}, "rl-kld, beta 0.5": {1: 0.7, 2: 0.7, 3: 0.65}}
     assert test["seeds"] == pytest.approx(paired(scores[labels[test["b"]]], scores[labels[test["a"]]])._asdict())
-    assert (
-        abs(test["items"]["difference"]) == pytest.approx(0.2) and test["items"]["items"] == 40 and not test["warnings"]
+    assert test["items"]["difference"] == pytest.approx(0.2)
+    assert test["items"]["items"] == 40 and not test["warnings"] and len(data["tests"]) == 3
+
+
+@pytest.fixture(scope="module")
+def worse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose policy scores lower than its base, which has no curve."""
+    folder = make_run(tmp_path_factory.mktemp("worse") / "runs", "worse", right=0.25)
+    score_of_base(folder, 0.75)
+    return folder
+
+
+def test_a_difference_has_the_sign_and_the_numbers_of_eval_compare(worse):
+    words = ["eval", "arithmetic", "--compare", "base", "rl-kld", "--json", "--name", "worse", "--runs"]
+    said = CliRunner().invoke(app, [*words, str(worse.parent)])
+    assert said.exit_code == 0, said.output
+    told, found = json.loads(said.stdout)["arithmetic"], gather([Run(worse)])
+    (test,) = found["tests"]
+    assert [found["methods"][test[side]]["label"] for side in "ab"] == ["base", "rl-kld"]
+    assert test["items"] == {key: told[key] for key in ("difference", "interval", "p", "items")}
+    assert test["items"]["difference"] == -0.5
+    assert [found["methods"][row["method"]]["label"] for row in found["scores"]] == ["base", "rl-kld"]
+
+
+def test_the_head_says_what_was_trained_and_what_came_of_it(worse, data):
+    (said,) = gather([Run(worse)])["headline"]["results"]
+    low, high = (f"−{value}" for value in re.findall(r"−([\d.]+)", said.partition("interval")[2]))
+    assert said == (
+        "arithmetic: rl-kld is below base. pass@1 75.0 % → 25.0 %, −50.0 points, "
+        f"95 % interval {low} to {high} points (paired over 40 items; one training seed)."
     )
-    assert len(data["tests"]) == 3
+    assert -70 < float(low.replace("−", "-")) < -50 < float(high.replace("−", "-")) < -30
+    first, second = data["headline"]["results"]
+    assert first.startswith("arithmetic: rl-kld, beta 1.0 is above sft. pass@1 20.0 % → 48.3 %, +28.3 points")
+    assert second.startswith("arithmetic: rl-kld, beta 0.5 is above sft.") and "paired over 3 seeds" in second
+    facts = dict(data["headline"]["facts"])
+    assert facts["Data"] == "arithmetic" and facts["Objective"] == "kld" and facts["Finished"] == "2026-01-01"
+    assert facts["Seed"] == "1 · 2 · 3" and facts["Stages"] == "sft 4 updates, rl-kld 4 steps"
+
+
+def test_the_settings_that_were_chosen_are_those_without_which_the_recipe_is_another(tmp_path):
+    given = TINY | {"rl": {"lr": 3e-3, "steps": 7}}
+    data = parse_yaml(dump(validate(given, "here")))[0]
+    found = {row["key"]: (row["value"], row["default"]) for row in chosen(data, "here")}
+    assert found["task"] == ("arithmetic", None) and found["rl.steps"][0] == 7
+    assert found["rl.lr"][1] == validate(given | {"rl": {}}, "here").rl.lr != 3e-3
+    assert "rl.beta" not in found and "seed" not in found and not any(key.startswith("rollout") for key in found)
+    assert found["model.lora.r"] == (4, 32) and found["model.init.layers"][0] == 1
+    small = parse_yaml(dump(validate(TINY | {"model": {"init": {}}}, "here")))[0]
+    assert "model.init" in {row["key"] for row in chosen(small, "here")}, "it is there, with defaults alone"
+    assert chosen({"rl": 1}, "here") is None
 
 
 def test_curves_have_the_mean_and_spread_over_seeds_and_every_run(data, runs):
-    figures = {figure["id"]: figure for figure in data["figures"]}
-    assert list(figures) == ["rl-reward", "rl-loss", "rl-grad_norm", "sft-loss", "sft-grad_norm"]
-    series = figures["rl-reward"]["series"][0]
+    by_id = {figure["id"]: figure for figure in data["figures"]}
+    first = ["rl-reward", "rl-accuracy", "rl-grad_norm", "rl-kl_to_old", "rl-loss"]
+    assert list(by_id) == [*first, "rl-lr", "sft-grad_norm", "sft-loss"]
+    assert [f["id"] for f in data["figures"] if f["share"]] == ["rl-accuracy"]
+    series = by_id["rl-reward"]["series"][0]
     curves = [run["y"] for run in series["runs"]]
     assert len(curves) == 3 and series["band"]["x"] == [1, 2, 3, 4] and series["band"]["samples"] == [16, 32, 48, 64]
     assert series["band"]["mean"] == pytest.approx([fmean(at) for at in zip(*curves, strict=True)])
     assert series["band"]["std"] == pytest.approx([stdev(at) for at in zip(*curves, strict=True)])
-    assert figures["sft-loss"]["series"][0]["band"]["n"] == 3
+    assert by_id["sft-loss"]["series"][0]["band"]["n"] == 3
 
 
 def test_what_does_not_fit_is_left_out_evenly_and_said(runs, monkeypatch):
@@ -174,17 +227,30 @@ def test_a_run_without_samples_and_one_that_has_just_begun_are_shown_too(tmp_pat
     with (folder / "rl-kld" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # being written
     found = gather([Run(folder)])
-    assert not found["samples"] and not found["scores"] and len(found["figures"]) == 5
+    assert not found["samples"] and not found["scores"] and len(found["figures"]) == 8
     assert [stage["done"] for stage in found["runs"][0]["stages"]] == [True, False]
 
 
 def test_figures_are_written_as_svg_and_png_under_the_names_of_the_page(runs, tmp_path):
     typed("one-seed-1", "one-seed-2", "--runs", runs, "--out", tmp_path / "p.html", "--figures", tmp_path / "figures")
-    names = [figure["id"] for figure in read(tmp_path / "p.html")["figures"]] + ["scores-arithmetic"]
-    assert {f.name for f in (tmp_path / "figures").iterdir()} == {
-        f"{n}.{kind}" for n in names for kind in ("svg", "png")
-    }
+    names = {figure["id"] for figure in read(tmp_path / "p.html")["figures"]} | {"scores-arithmetic"}
+
+    def written(kind: str) -> set[str]:
+        return {file.stem for file in (tmp_path / "figures").glob(f"*.{kind}")}
+
+    assert written("svg") == written("png") == names - {"rl-lr"}, "those that the page shows first"
+    again = ("one-seed-1", "--runs", runs, "--out", tmp_path / "p.html", "--all-figures")
+    assert "give it too" in typed(*again, code=2)
+    typed(*again, "--figures", tmp_path / "figures")
+    assert written("svg") == written("png") == names
+    typed("one-seed-1", "one-seed-2", "--runs", runs, "--out", tmp_path / "p.html", "--figures", tmp_path / "figures")
     assert "mean ± std" in (tmp_path / "figures" / "rl-reward.svg").read_text(encoding="utf-8")
+
+
+def test_the_axis_of_a_share_stays_within_0_and_1_unless_its_values_do_not():
+    assert figures._of_shares((-0.05, 0.05), (0.0, 0.0), 1) == (0.0, 0.05)
+    assert figures._of_shares((-3.0, 104.0), (2.0, 99.0), 100) == (0.0, 100)
+    assert figures._of_shares((-5.5, -4.5), (-5.4, -4.6), 1) == (-5.5, -4.5)
 
 
 def test_a_studys_folder_becomes_a_page_of_claims_tables_and_figures(tmp_path):

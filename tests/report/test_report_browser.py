@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from lco_lite.recipe.file import dump, validate
 from lco_lite.report import as_html, gather
 from lco_lite.report.study import gather_study
 from lco_lite.run import Run
+from tests.conftest import TINY
 from tests.report.browser import Browser, find_browser
-from tests.report.made_runs import make_run, make_study
+from tests.report.made_runs import make_run, make_study, score_of_base
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium here (LCO_LITE_BROWSER names one)")
 
@@ -62,6 +64,8 @@ def choose(browser: Browser, name: str, value: str) -> None:
 
 def test_every_figure_is_drawn_with_its_curves_bands_and_table(opened):
     shown = "JSON.parse(document.getElementById('data').textContent).figures"
+    opened.js("document.querySelectorAll('#curves > details').forEach(box => { box.open = true })")
+    opened.until("document.querySelectorAll('#figure-rl-lr .curve').length", 10)
     for figure in opened.js(shown):
         at = f"document.querySelector('#figure-{figure['id']}')"
         curves = opened.js(f"[...{at}.querySelectorAll('.curve')].map(x => x.getAttribute('d'))")
@@ -73,6 +77,45 @@ def test_every_figure_is_drawn_with_its_curves_bands_and_table(opened):
     assert opened.js("document.querySelectorAll('[data-figure=scores-arithmetic] .interval').length") == 3
     assert opened.js("document.querySelectorAll('#tests tbody tr').length") == 3
     assert opened.js("document.querySelectorAll('img').length") == 0, "what a model writes is text"
+
+
+def test_no_label_of_an_axis_is_cut_and_none_of_a_share_is_impossible(opened):
+    left = opened.js("[...document.querySelectorAll('.chart .tick')].map(x => x.getBBox().x)")
+    assert len(left) > 10 and min(left) >= 0
+
+    def ticks(metric: str) -> list[str]:
+        return opened.js(f"[...document.querySelectorAll('#figure-rl-{metric} .tick')].map(x => x.textContent)")
+
+    assert "1e−5" in ticks("kl_to_old"), "digits that say something alone"
+    assert all(0 <= float(tick) <= 1 for tick in ticks("accuracy")) and ticks("accuracy")[0] == "0"
+    level = opened.js(
+        "[...document.querySelectorAll('#curves .grid')].map(grid => [...grid.querySelectorAll('.chart')].slice(0, 3)"
+        ".map(chart => chart.getBoundingClientRect().top))"
+    )
+    assert all(max(row) - min(row) < 1 for row in level), "the charts of a row stand beside one another"
+
+
+def test_the_page_of_one_run_tells_its_result_what_was_chosen_and_no_empty_column(browser, tmp_path):
+    folder = make_run(tmp_path / "runs", "alone", right=0.25)
+    score_of_base(folder, 0.75)
+    (folder / "recipe.yaml").write_text(dump(validate(TINY, "here")))
+    page = tmp_path / "page.html"
+    page.write_text(as_html(gather([Run(folder)])), encoding="utf-8")
+    browser.errors.clear()
+    browser.open(page)
+    assert "rl-kld is below base" in browser.js("document.querySelector('header').innerText")
+    browser.resize(500, 900)
+    columns = browser.js("[...document.querySelectorAll('#tests th')].map(x => x.textContent)")
+    assert columns == ["task", "A", "B", "B − A over items", "p", "items"]
+    assert browser.js("document.querySelectorAll('#tests th')[4].getBoundingClientRect().right") < 500
+    assert "−50.0" in browser.js("document.querySelector('#tests tbody').innerText")
+    assert browser.js("[...document.querySelectorAll('#recipe details')].every(x => !x.open)")
+    chosen = browser.js("[...document.querySelectorAll('#recipe .wide')].at(-1).innerText")
+    assert "rl.steps" in chosen and "null" not in chosen and len(chosen.splitlines()) < 60
+    tags = browser.js("[...document.querySelectorAll('.sample')].map(x => [!!x.querySelector('.tok'), x.innerText])")
+    assert [with_tokens for with_tokens, _ in tags] == [True, True, False]
+    assert all(("tokens not kept" in text) is not with_tokens for with_tokens, text in tags)
+    assert not browser.errors and browser.js("window.hacked") is None
 
 
 def test_a_click_on_a_point_opens_the_samples_of_its_step_and_run(opened):
@@ -142,7 +185,7 @@ def test_tokens_are_coloured_by_sign_and_show_what_each_policy_held(opened):
 def test_a_hidden_method_and_another_axis_change_the_curves(opened):
     at = "document.querySelectorAll('#figure-rl-reward .curve').length"
     assert opened.js(at) == 6
-    opened.js("document.querySelector('input[data-method]').click()")
+    opened.js("document.querySelectorAll('input[data-method]')[1].click()")
     assert opened.js(at) == 3
     opened.js(
         "{ const a = document.getElementById('axis'); a.value = 'samples'; a.dispatchEvent(new Event('change')) }"
