@@ -159,12 +159,13 @@ def _locked(run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _context(run: Run, recipe: Recipe, console: Console, adapter: Path | None) -> Iterator[Context]:
-    import torch
+    with console.waiting("loading libraries"):
+        import torch
 
-    from lco_lite.context import Context, out_of_memory
-    from lco_lite.models.loading import limit_memory, quiet_libraries, resolve_device, reward_device
+        from lco_lite.context import Context, out_of_memory
+        from lco_lite.models.loading import limit_memory, quiet_libraries, resolve_device, reward_device
 
-    quiet_libraries()
+        quiet_libraries()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = resolve_device(recipe.device)

@@ -26,11 +26,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lco_lite.progress import Progress, bar, clock_time, flow
+from lco_lite.progress import Progress, clock_time, flow
 from lco_lite.visible import visible
 
 WIDEST = 100  # columns of the live lines at most: they are read at a glance, and a narrower window breaks none of them
 PANEL = (100, 24)  # columns and rows from which on the last response is shown
+HEAD, PHASE = len("1:02:03 left"), len("rollout 640/640")  # columns that the time left and a phase take: fixed places
 SHARE = 0.004  # of a processor's time, for the live lines at most
 _NUMBER = re.compile(r"([-+]?[\d.,]+([eE][-+]?\d+)?%?( ?[±] ?[\d.]+)?)?")
 
@@ -58,6 +59,7 @@ class Console:
         self._live: _Area | None = None
         self._phase: tuple[str, float] | None = None  # its name and beginning
         self._sample: tuple[str, str, str] | None = None  # verdict, prompt, response
+        self._rows = 0  # of the live lines, so far
         self._notice = ""
 
     def stage(self, name: str, detail: str = "") -> None:
@@ -90,7 +92,9 @@ class Console:
         if self._quiet and not result:
             return
         body = [[self._cell(value) for value in row] for row in rows]
-        table = Table(title=self._clean(title), title_justify="left")
+        if title:  # a line of its own: as a part of a narrow table it would be broken
+            self._put(self._screen, Text(self._clean(title), "italic"))
+        table = Table()
         for i, column in enumerate(columns):
             numeric = bool(body) and all(_NUMBER.fullmatch(row[i]) for row in body)
             table.add_column(self._clean(column), justify="right" if numeric else "left", overflow="fold")
@@ -107,23 +111,46 @@ class Console:
         label = self._clean(label, lines=False)
         progress = Progress(label, total, done, self.clock, self.note, columns, not self._open, every)
         if not self._open:
-            self._phase, self._sample, self._notice = None, None, ""
+            self._phase, self._sample, self._notice, self._rows = None, None, "", 0
         self._open.append(progress)
         try:
-            if len(self._open) == 1 and self.draws:
-                self._live = _Area(self._screen, self._area)
-                self._live.start()
+            self._draw()
             yield progress
         finally:
-            if len(self._open) == 1 and self._live is not None:
-                self._live.stop()  # the terminal is as it was, whatever has happened
-                self._live = None
+            if len(self._open) == 1:
+                self._draw_no_more()
             self._open.remove(progress)
         progress.end()
 
     def phase(self, name: str) -> None:
-        """What a step is at; nothing where it is empty."""
+        """What is under way, in a step or by itself; nothing where it is empty, with which a phase always ends."""
+        if self._phase is not None and self._open:
+            self._open[0].spent(self._phase[0], self.clock() - self._phase[1])
         self._phase = (name, self.clock()) if name else None
+        if name:
+            self._draw()
+        elif not self._open:
+            self._draw_no_more()
+
+    @contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """A phase by itself."""
+        self.phase(name)
+        try:
+            yield
+        finally:
+            self.phase("")
+
+    def _draw(self) -> None:
+        if self.draws and self._live is None:
+            self._live = _Area(self._screen, self._area)
+            self._live.start()
+
+    def _draw_no_more(self) -> None:
+        """The terminal is as it was, whatever has happened."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def sample(self, prompt: str, response: str, right: bool | None, reward: float | None = None) -> None:
         """The last response and its grade, for the panel."""
@@ -203,25 +230,30 @@ class Console:
         return visible(text, lines).encode(encoding, "replace").decode(encoding)
 
     def _area(self) -> Group:
-        """The live lines. Drawn by another thread than the one that works: it reads, and changes nothing."""
+        """The live lines. Drawn by another thread than the one that works: it reads, and changes nothing else than how
+        many there are."""
         at, phase, sample, (columns, rows) = list(self._open), self._phase, self._sample, self._screen.size
-        if not at:
-            return Group()
-        outer, inner = at[0], at[-1] if len(at) > 1 else None
         width = min(columns, WIDEST) - 1  # a full line would make some terminals begin another
-        left = outer.seconds_left()
-        if left is not None or inner is None or (of_phase := inner.seconds_left()) is None:
-            head = Text(f"{'…' if left is None else clock_time(left)} left", "bold cyan")
-        else:
-            head = Text(f"{inner.label} {clock_time(of_phase)} left", "bold cyan")
-        meters = [outer] if inner is None else [outer, inner]
-        texts = [meter.counted() for meter in meters]
-        if inner is None and phase is not None:
-            texts.append(Text.assemble((f"{phase[0]} ", "dim"), clock_time(self.clock() - phase[1])))
-        room = (width - sum(len(text) + 2 for text in (head, *texts))) // len(meters) - 1
-        for meter, text in zip(meters, texts, strict=False):
-            text.append(" ").append_text(bar(meter.done, meter.total, max(4, min(room, 24))))
-        lines = [*flow([head, *texts], width), *flow(outer.items(), width)]
+        now = Text() if phase is None else Text.assemble((phase[0], "dim"), f" {clock_time(self.clock() - phase[1])}")
+        if not at:
+            return Group(now)
+        outer, inner = at[0], at[-1] if len(at) > 1 else None
+        of_phase = None if inner is None else inner.seconds_left()
+        name, since = phase or ("", self.clock())
+        left = outer.seconds_left(name, self.clock() - since, of_phase)
+        told = "…" if left is None else f"{'≥' * outer.at_least}{clock_time(left)}"
+        head, stage = Text(f"{told} left", "bold cyan"), outer.counted()
+        long = max(4, min(24, (width - 2 * HEAD - stage.cell_len - PHASE - 7) // 2))  # a bar
+        head.pad_right(HEAD - head.cell_len)
+        stage.append(" ").append_text(outer.bar(long))
+        if inner is not None:
+            now = inner.counted()
+            now.pad_right(PHASE - now.cell_len)
+            now.append(" ").append_text(inner.bar(long))
+            now.append("" if of_phase is None else f" {clock_time(of_phase)} left", "cyan")
+        lines = [*flow([head, stage, now] if now else [head, stage], width), *flow(outer.items(), width)]
+        self._rows = max(self._rows, len(lines))
+        lines += [Text()] * (self._rows - len(lines))  # numbers that come and go leave the lines where they are
         if self._notice:
             lines.append(Text(self._notice, "yellow"))
         for line in lines:

@@ -39,11 +39,13 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         self.phase, start = phase, time.perf_counter()
         self.tell(phase)
-        yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-        self.tell("")
+        try:
+            yield
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        finally:
+            self.tell("")
 
     def lap(self) -> dict[str, float]:
         seconds, self.seconds = {k: round(v, 3) for k, v in self.seconds.items()}, {}

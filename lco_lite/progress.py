@@ -13,30 +13,33 @@ from rich.text import Text
 from lco_lite.metrics import memory_mib
 from lco_lite.visible import visible
 
-# what the screen shows of a step's metrics, in this order: name, label (its first word is the column's), format
+# what the screen shows of a step's metrics, in this order: name, label (its first word is the column's), format; an
+# empty one is ``compact``
 SHOWN: tuple[tuple[str, str, str], ...] = (
     ("reward", "reward", ".3f"),
     ("accuracy", "accuracy", ".3f"),
     ("eval", "held-out", ".3f"),
-    ("loss", "loss", ".4f"),
-    ("grad_norm", "grad", ".3g"),
-    ("kl_to_old", "KL", ".4f"),
+    ("loss", "loss", ""),
+    ("grad_norm", "grad", ""),
+    ("kl_to_old", "KL", ""),
     ("entropy", "entropy", ".3f"),
     ("dead_groups", "dead groups", ".2f"),
     ("skipped_updates", "skipped", "d"),
-    ("tokens_per_second", "tok/s", ".0f"),
+    ("tokens_per_second", "tok/s overall", ".0f"),
 )
 TRENDS = ("eval", "reward", "accuracy", "loss")  # the first that there is has its trend shown
 BLOCKS = "▁▂▃▄▅▆▇█"
+LOOKS = {"eval"}  # phases at the end of a step without which its time is told
 ONCE = ("loading", "preflight")  # phases before the first step
 REMEMBERED = 15  # steps that the time left is estimated from
+SOON = 1.0  # second of work without a whole part, from which on its rate is told
 _LIFE_SIGN_EVERY = 30.0  # seconds; without a terminal, a long phase inside a step still shows that it goes on
 
 
 class Progress:
     """Work of ``total`` equal parts, ``done`` of them earlier, made by ``Console.progress``. Without ``columns``, those
-    of a terminal that shows it as it is, it says a plain line now and then, and after every step. ``every``: how many
-    steps apart a phase is that is not in each."""
+    of a terminal that shows it as it is, it says a plain line now and then, and after every step. ``every``: the phases
+    that a step is known to have, and how many steps apart each is; 0: it has none."""
 
     def __init__(
         self,
@@ -56,6 +59,9 @@ class Progress:
         self._start = self._at = self._said_at = clock()
         self._done_at_start = self._said = done
         self._jump = 0  # parts that the last update brought
+        self._part = 0.0  # of what is under way, in parts
+        self.at_least = False  # the time left last told: something comes on top of it
+        self._within: dict[str, float] = {}  # seconds by phase of the step under way
         self._steps = deque[dict[str, float]](maxlen=REMEMBERED)  # seconds by phase; "": what is in none
         self._shown_left: float | None = None
         self._names: list[str] = []  # of the numbers that steps have had
@@ -66,10 +72,12 @@ class Progress:
             self._note_trend(metrics)
             self._steps.append({p: s for p, s in (metrics.get("seconds") or {}).items() if p not in ONCE})
 
-    def update(self, done: int, total: int | None = None, metrics: Mapping[str, Any] | None = None) -> None:
-        """``done`` of the total; ``metrics`` by their names in METRICS stay until they are given again. May be called
-        as often as one likes."""
-        self._metrics = self._metrics | dict(metrics or {})
+    def update(
+        self, done: int, total: int | None = None, metrics: Mapping[str, Any] | None = None, part: float = 0.0
+    ) -> None:
+        """``done`` of the total, and of what is under way ``part``, as many parts as it is worth so far; ``metrics`` by
+        their names in METRICS stay until they are given again. May be called as often as one likes."""
+        self._metrics, self._part = self._metrics | dict(metrics or {}), part
         self.total = self.total if total is None else total
         now = self._clock()
         if done != self.done:
@@ -87,23 +95,38 @@ class Progress:
             metrics = {"tokens_per_second": metrics["response_tokens"] / took, **metrics}
         own = {phase: time for phase, time in seconds.items() if phase != "loading"}
         self._steps.append({p: s for p, s in own.items() if p not in ONCE} | {"": max(0.0, took - sum(own.values()))})
-        self._metrics, self._at, self.done = dict(metrics), self._clock(), done
+        self._metrics, self._at, self.done, self._within = dict(metrics), self._clock(), done, {}
         if self._columns is None:
             return self._say_line(self._at)
         for line, style in self._row(metrics, took, self._columns()):
             self._say(line, style=style)
 
-    def seconds_left(self) -> float | None:
+    def spent(self, phase: str, seconds: float) -> None:
+        """The step under way has had this phase."""
+        self._within[phase] = self._within.get(phase, 0.0) + seconds
+
+    def seconds_left(self, phase: str = "", had: float = 0.0, left: float | None = None) -> float | None:
         """Of steps: what each phase of those to come usually takes, less what the one under way has had; of other
-        work by its rate. It never rises by less than a quarter: that is noise, not news."""
-        since, here = self._clock() - self._at, self.done - self._done_at_start
+        work by its rate. It never rises by less than a quarter: that is noise, not news.
+
+        In the first step: what is ``left`` of the ``phase`` under way, which has ``had`` its seconds so far, and for
+        each step to come as much as this one takes; None while more than a look (``LOOKS``) is still to come, with
+        which it is the least (``at_least``)."""
+        since, here, self.at_least = self._clock() - self._at, self.done - self._done_at_start, False
         if self.done >= self.total:
-            return 0.0
+            return 0.0 if self.total else None
+        first = self._within | {phase: self._within.get(phase, 0.0) + had + (left or 0.0)}
         if self._steps:
             left = self._expected(self.done, self.total) - min(since, self._expected(self.done, self.done + 1))
+        elif phase and left is not None and {name for name, n in self._every.items() if n} - LOOKS <= first.keys():
+            self.at_least = any(n and name not in first for name, n in self._every.items())
+            steps = range(self.done + 1, self.total)
+            left += sum(s for name, s in first.items() for i in steps if (i + 1) % (self._every.get(name) or 1) == 0)
         elif here > 0:
             rate = (self._at - self._start) / here  # what was done before this process took none of its time
             left = rate * (self.total - self.done) - min(since, rate * min(self._jump, self.total - self.done))
+        elif self._part and since >= SOON:
+            left = since * (self.total - self.done - self._part) / self._part
         else:
             return None
         if self._shown_left is None or left < self._shown_left or left > 1.25 * self._shown_left + 5:
@@ -121,7 +144,15 @@ class Progress:
         return total
 
     def counted(self) -> Text:
-        return Text.assemble((self.label, "bold" if self._outermost else ""), f" {self.done}/{self.total}")
+        """As wide when all is done; without a total, which is not known yet, the label alone."""
+        count = f" {self._count():<{2 * len(str(self.total)) + 1}}" if self.total else ""
+        return Text.assemble((self.label, "bold" if self._outermost else ""), count)
+
+    def bar(self, width: int) -> Text:
+        return bar(self.done + self._part, self.total, width)
+
+    def _count(self) -> str:
+        return f"{int(self.done + self._part)}/{self.total}"
 
     def items(self) -> list[Text]:
         """Every number with its label, the trend behind the first that has one, and the memory."""
@@ -136,7 +167,7 @@ class Progress:
     def line(self) -> str:
         """``1:20 left  rl-kld 2/4  reward 0.412  grad 0.83  …  memory 3.1 of 11.6 GiB``."""
         left = self.seconds_left()
-        head = [f"{clock_time(left)} left" if left else "", f"{self.label} {self.done}/{self.total}"]
+        head = [f"{clock_time(left)} left" if left else "", f"{self.label} {self._count()}"]
         numbers = [f"{label} {value}" for _, label, value in shown(self._metrics)]
         return "  ".join(filter(None, [*head, *numbers, f"memory {memory()}"]))
 
@@ -157,6 +188,7 @@ class Progress:
         self._names, before = list(dict.fromkeys([*self._names, *cells])), self._names
         cells |= {"step": place, "s": f"{took:.1f}"}
         widths = {"step": max(4, 2 * len(str(self.total)) + 1), "dead": 4, "tok/s": 5, "s": 5}
+        widths |= {label: 7 for _, label, form in SHOWN if not form}
         widths = {name: widths.get(name, max(6, len(name))) for name in ["step", *self._names, "s"]}
         head, row = (
             "  ".join(f"{of.get(n, ''):>{w}}" for n, w in widths.items()) for of in ({n: n for n in widths}, cells)
@@ -183,9 +215,20 @@ def shown(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         ):
             continue  # the same in other words
         if value is not None and (value or name != "skipped_updates"):
-            yield name, label, f"{value:{form}}"
+            yield name, label, f"{value:{form}}" if form else compact(value)
         if name == "reward" and len(parts := metrics.get("rewards") or {}) > 1:
             yield from ((f"rewards.{part}", visible(part, lines=False), f"{of:{form}}") for part, of in parts.items())
+
+
+def compact(value: float) -> str:
+    """Two or three significant digits in seven characters at most: ``0.146``, ``-0.0123``, ``1.2e-5``; zero has no
+    sign."""
+    size = abs(value)
+    if size and not 1e-3 <= size < 1e5:
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
+    if size >= 99.95 or 0 < size < 0.1:
+        return f"{value:.0f}" if size > 1 else f"{value:.4f}"
+    return f"{value + 0.0:#.3g}"
 
 
 def flow(items: Iterable[Text], width: int) -> list[Text]:
@@ -199,7 +242,7 @@ def flow(items: Iterable[Text], width: int) -> list[Text]:
     return lines
 
 
-def bar(done: int, total: int, width: int) -> Text:
+def bar(done: float, total: int, width: int) -> Text:
     halves = round(2 * width * min(1.0, done / total)) if total else 0
     full = "━" * (halves // 2) + "╸" * (halves % 2)
     return Text.assemble((full, "bar.complete"), ("━" * (width - len(full)), "bar.back"))

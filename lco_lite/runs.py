@@ -74,12 +74,9 @@ def show_runs(root: Path, name: str | None, console: Console, json: bool) -> Non
         return console.emit(told[0] if name else told)
     if not told:
         return console.note(f"no run under {root}/ yet: start with `lco-lite run recipes/quickstart.yaml`")
-    console.table(
-        "", ["run", "stage", "state", "score", "size", "last change"], [r for one in told for r in _rows(one)]
-    )
+    console.table("", ["run", "stage", "state", "score", "size", "changed"], [r for one in told for r in _rows(one)])
     if name:
-        parts = [[part["path"], shown_bytes(part["bytes"]), part["can_go"] or ""] for part in told[0]["parts"]]
-        console.table("", ["folder or file", "size", "can go"], parts)
+        console.table("", ["folder or file", "size", "can go"], _part_rows(told[0]["parts"]))
     if can_go := sum(one["can_go_bytes"] for one in told):
         console.note(f"{shown_bytes(can_go)} can go: lco-lite runs {f'{name} ' if name else ''}--clean")
 
@@ -221,11 +218,23 @@ def _scores(run: Run) -> dict[str, dict[str, Any]]:
     return scores
 
 
+def _part_rows(parts: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """What can go, then the rest, the largest first; what is under a hundredth of all of it stands in one row."""
+    small = sum(part["bytes"] for part in parts) / 100
+    rest = [part for part in parts if part["bytes"] < small and not part["can_go"]]
+    for part in sorted(parts, key=lambda part: (not part["can_go"], -part["bytes"])):
+        if len(rest) < 2 or part not in rest:
+            yield [part["path"], shown_bytes(part["bytes"]), part["can_go"] or ""]
+    if len(rest) > 1:
+        yield [f"{len(rest)} smaller ones", shown_bytes(sum(part["bytes"] for part in rest)), ""]
+
+
 def _rows(told: dict[str, Any]) -> Iterator[list[str]]:
-    of_run = [shown_bytes(told["bytes"]), told["changed"][:16].replace("T", " ")]
+    day, _, clock = told["changed"].partition("T")
+    of_run = [shown_bytes(told["bytes"]), clock[:5] if day == datetime.now().date().isoformat() else day]
     for i, one in enumerate(told["stages"] or [{"name": "", "state": None, "scores": {}}]):
         done = one["state"] in ("done", None)
-        where = "" if done else f" at step {one['step']}" + (f" of {one['steps']}" if one["steps"] else "")
+        where = "" if done else f" at {one['step']}" + (f"/{one['steps']}" if one["steps"] else "")
         scores = [f"{task} {_score(score)}" for task, score in one["scores"].items()]
         first = i == 0
         row = [told["name"] if first else "", one["name"], f"{one['state'] or ''}{where}", "\n".join(scores)]
@@ -235,7 +244,7 @@ def _rows(told: dict[str, Any]) -> Iterator[list[str]]:
 def _score(score: dict[str, Any]) -> str:
     numbers = [f"{score[key]:.3f}" for key in ("mean", "std") if score[key] is not None]
     own = "" if score["metric"] in ("pass@1", "accuracy") else f"{score['metric']} "
-    return own + " ± ".join(numbers)
+    return own + "±".join(numbers)
 
 
 def _changed(path: Path) -> float:

@@ -316,7 +316,7 @@ def test_of_a_stage_under_way_only_what_no_kept_checkpoint_goes_back_to_can_go(s
     monkeypatch.setenv("COLUMNS", "200")
     can_go = {str(one.path.relative_to(stopped.path)) for one in spare(stopped)}
     assert {name for name in can_go if name.startswith("rl-kld")} == {"rl-kld/rollouts/step-000001.jsonl"}
-    assert "stopped at step 2 of 5" in " ".join(call("runs", "--runs", stopped.path.parent).stdout.split())
+    assert "stopped at 2/5" in " ".join(call("runs", "--runs", stopped.path.parent).stdout.split())
 
 
 def test_a_stage_that_failed_or_is_damaged_is_said_to_have(stopped):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lco_lite.console import Console
-from lco_lite.progress import clock_time, sparkline
+from lco_lite.progress import clock_time, compact, sparkline
 from lco_lite.visible import visible
 
 
@@ -43,7 +43,7 @@ def test_without_a_terminal_each_step_is_one_plain_line_and_begins_with_the_time
             clock.now += 10
             line.step(step, {"rollout": 9.0}, NUMBERS)
     first, second = out.getvalue().splitlines()
-    numbers = "reward 0.250  grad 1.5  KL 0.0100  entropy 0.400  tok/s 321  memory "
+    numbers = "reward 0.250  grad 1.50  KL 0.0100  entropy 0.400  tok/s overall 321  memory "
     assert first.startswith(f"0:30 left  rl-kld 1/4  {numbers}") and second.startswith("0:20 left  rl-kld 2/4  ")
     assert re.search(r"memory [\d.]+ of [\d.]+ GiB, peak [\d.]+$", first)
     assert "\x1b" not in out.getvalue()
@@ -83,6 +83,104 @@ def test_a_phase_inside_a_step_shows_life_only_now_and_then():
         "0:40 left  rollout 60/100",
         "0:10 left  rollout 90/100",
     ]
+
+
+def test_a_batch_under_way_moves_the_count_and_the_time_left():
+    console, _, _, clock = screen()
+    with console.progress(64, "rollout") as line:
+        assert line.seconds_left() is None
+        shown = []
+        for second in range(1, 40):
+            clock.now += 1
+            line.update(0, part=1.6 * second)
+            shown.append(line.seconds_left())
+            assert line.line().split("  ")[1] == f"rollout {int(1.6 * second)}/64"
+        assert shown == [pytest.approx(40 - second) for second in range(1, 40)]
+        line.update(64)
+        assert line.seconds_left() == 0
+
+
+def test_batches_that_end_early_do_not_make_the_time_left_rise():
+    """The first of four takes a fifth of the tokens that it might: what is under way is an estimate from below."""
+    console, _, _, clock = screen()
+    shown = []
+    with console.progress(64, "rollout") as line:
+        for batch in range(4):
+            for second in range(1, 11):
+                clock.now += 1
+                line.update(16 * batch, part=16 * 0.02 * second)
+                shown.append(line.seconds_left())
+            line.update(16 * (batch + 1))
+    assert shown == sorted(shown, reverse=True) and shown[10] < 30
+
+
+def test_the_time_left_is_there_in_the_first_step_as_soon_as_every_phase_of_it_is_known():
+    console, _, _, clock = screen(terminal=True)
+    every = {"rollout": 1, "score": 1, "update": 1, "eval": 4}
+
+    def head() -> str:
+        return next(line.plain for line in console._area().renderables).split(" left")[0]
+
+    with console.progress(4, "rl", every=every) as line:
+        for phase, parts in {"rollout": 10, "score": 4, "update": 6}.items():
+            console.phase(phase)
+            with console.progress(parts, phase) as inner:
+                for done in range(1, parts + 1):
+                    clock.now += 1
+                    inner.update(done)
+                    expected = f"≥{clock_time(80 - clock.now)}" if phase == "update" else "…"
+                    assert head() == expected, (phase, done)
+            console.phase("")
+        line.step(1, {"rollout": 10.0, "score": 4.0, "update": 6.0}, {})
+        assert head() == "1:00"
+
+
+def test_the_places_of_the_live_lines_are_fixed():
+    console, _, _, clock = screen(terminal=True)
+    places, rows = set(), []
+    with console.progress(20, "rl-kld") as line:
+        for metrics in ({}, {"loss": 1e-7, "entropy": 1.0, "reward": -1.0, "dead_groups": 1.0, "kl_to_old": 1.0}, {}):
+            for phase, total in (("rollout", 640), ("score", 4), ("held-out", 64)):
+                with console.progress(total, phase) as inner:
+                    inner.update(total // 2)
+                    clock.now += 1
+                    shown = [part.plain for part in console._area().renderables]
+                    places.add((shown[0].index("rl-kld"), shown[0].index(phase), shown[0].rindex(" ━")))
+                    rows.append(len(shown))
+            line.step(line.done + 1, {}, metrics)
+    assert len(places) == 1 and rows == sorted(rows), "lines do not become fewer"
+
+
+def test_a_phase_by_itself_is_alive_until_it_ends_also_by_an_error():
+    console, out, _, _ = screen(terminal=True)
+    with pytest.raises(ValueError), console.waiting("loading"):
+        console.note("said")
+        assert [line.plain for line in console._area().renderables] == ["loading 0:00"]
+        raise ValueError
+    assert text(out.getvalue()).strip() == "said"
+    assert out.getvalue().rstrip().endswith("\x1b[2K") and out.getvalue().count("\x1b[?25h") == 1
+    console, out, _, _ = screen()
+    with console.waiting("loading"):
+        pass
+    assert not out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0.00"), (-0.0, "0.00"), (1.23e-5, "1.2e-5"), (-7.1e-7, "-7.1e-7"), (0.0056, "0.0056"), (0.1464, "0.146"),
+        (-0.01234, "-0.0123"), (5.6209, "5.62"), (12.34, "12.3"), (99.96, "100"), (1234.5, "1234"), (2e6, "2.0e+6"),
+        (float("nan"), "nan"),
+    ],
+)  # fmt: skip
+def test_small_numbers_are_told_from_none(value, shown):
+    assert compact(value) == shown and len(shown) <= 7
+
+
+def test_the_title_of_a_narrow_table_is_one_line():
+    console, out, _, _ = screen()
+    console.table("mean ± std over seeds, %", ["a"], [[1]])
+    assert out.getvalue().splitlines()[0] == "mean ± std over seeds, %"
 
 
 def times_left(steps, total, every=None, done=0):
@@ -231,11 +329,7 @@ def test_quiet_leaves_only_warnings_results_and_the_last_line():
     console.table("of", ["a"], [[1]], result=True)
     console.done("runs/a/sft/adapter", "lco-lite train-rm")
     lines = out.getvalue().splitlines()
-    assert (
-        lines[0] == "a score"
-        and lines[1].strip() == "of"
-        and lines[-1] == "runs/a/sft/adapter  next: lco-lite train-rm"
-    )
+    assert lines[0] == "a score" and lines[1] == "of" and lines[-1] == "runs/a/sft/adapter  next: lco-lite train-rm"
     assert "a note" not in out.getvalue() and "loss" not in out.getvalue()
     assert err.getvalue() == "warning: mind this\n"
 
@@ -266,7 +360,7 @@ def test_a_table_sets_numbers_right_and_shows_what_is_missing_as_empty():
     console, out, _, _ = screen()
     console.table("scores", ["stage", "score"], [["sft", 0.25], ["rl-kld", "0.700 ± 0.010"], ["x", None]])
     lines = out.getvalue().splitlines()
-    assert lines[0].strip() == "scores"
+    assert lines[0] == "scores"
     assert any("sft" in line and line.rstrip(" │|").endswith("0.250") for line in lines)
 
 
@@ -288,7 +382,7 @@ def line_of(metrics):
 
 
 def test_a_line_leaves_out_what_is_absent_and_what_says_the_same():
-    assert line_of({"loss": 0.5, "reward": None, "skipped_updates": 0}) == "rl 1/1  loss 0.5000"
+    assert line_of({"loss": 0.5, "reward": None, "skipped_updates": 0}) == "rl 1/1  loss 0.500"
     assert line_of({"reward": -0.4, "accuracy": 0.3}) == "rl 1/1  reward -0.400"
     assert line_of({"reward": 0.5, "accuracy": 0.3}) == "rl 1/1  reward 0.500  accuracy 0.300"
 

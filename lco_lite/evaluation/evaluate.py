@@ -128,7 +128,8 @@ def show(console: Console, results: Sequence[Mapping[str, Any]], labels: Mapping
     lines = [
         [(labels or {}).get(stage, stage), *(cells.get((stage, column), "") for column in columns)] for stage in stages
     ]
-    console.table("mean ± std over seeds, %", ["stage", *columns], lines, result=True)
+    title = "mean ± std over seeds, %" if any(r["seeds"] > 1 for r in results) else "score, %"
+    console.table(title, ["stage", *columns], lines, result=True)
     for r in results:
         errors = [f"{100 * r['stderr']:.1f}"] if r["stderr"] is not None else []
         if r.get("own"):
@@ -275,6 +276,10 @@ def respond_to_all(
         if done:
             ctx.console.note(f"{label}: goes on after {done} of {total} responses")
         with ctx.console.progress(total, label, done) as line:
+
+            def tell(made: int, part: float) -> None:
+                line.update(done, part=made + part)  # they count when they are on disk
+
             left = [(k, b) for k in range(n) for b in range(len(batches)) if (k, b) not in made]
             for turn in (left[i : i + ranks.world()] for i in range(0, len(left), ranks.world())):
                 answered = {}
@@ -284,7 +289,7 @@ def respond_to_all(
                         responses = likeliest(ctx, role, batch)
                     else:
                         at_once = replace(sampling, batch=len(planned[b * engine.ahead]))
-                        responses = respond(ctx, engine, chat, task, batch, at_once, seed + k, b)
+                        responses = respond(ctx, engine, chat, task, batch, at_once, seed + k, b, tell=tell)
                     answered[k, b] = [{"sample": j} | r for (_, j), r in zip(batches[b], responses, strict=True)]
                 for (k, b), rows in ((key, rows) for one in ranks.gather(answered) for key, rows in one.items()):
                     made[k, b] = rows
@@ -336,9 +341,13 @@ def held_out_accuracy(ctx: Context, engine: Engine, chat: ChatFormat, task: Task
     task, questions = _graded(task, settings), [question(chat, p) for p in prompts]
     own = ranks.share(questions)
     rank = [f"rank {ranks.rank()} of {ranks.world()}"] if ranks.world() > 1 else []
-    with ctx.console.progress(len(own), "eval") as line:
+    with ctx.console.progress(len(own), "held-out") as line:
         sampling, seed = _sampling(settings, task), ctx.recipe.seed
-        responses = respond(ctx, engine, chat, task, own, sampling, seed, *rank, tell=line.update) if own else []
+
+        def tell(made: int, part: float) -> None:
+            line.update(made, part=part)
+
+        responses = respond(ctx, engine, chat, task, own, sampling, seed, *rank, tell=tell) if own else []
     return ranks.total(sum(r["right"] for r in responses)) / len(questions)
 
 
@@ -351,17 +360,24 @@ def respond(
     sampling: Sampling,
     seed: int,
     *batch: int | str,
-    tell: Callable[[int], object] = lambda made: None,
+    tell: Callable[[int, float], object] = lambda made, part: None,
 ) -> list[Graded]:
     """One graded response a question, as many at once as ``eval.batch_tokens`` lets in and the memory holds. The random
-    numbers are those of the seed, the task and the batch's number. ``tell`` hears how many there are."""
+    numbers are those of the seed, the task and the batch's number. ``tell`` hears how many there are, and how many the
+    batch under way is worth so far."""
 
     def generate(at_once: int) -> list[Response]:
-        made = list[Made]()
+        made, done = list[Made](), 0
+
+        def of_batch(share: float) -> None:
+            tell(done, share * min(engine.ahead * at_once, len(questions) - done))
+
         with seeded(seed, "eval", task.name, *batch):
-            for some in engine.generate([q.prompt for q in questions], replace(sampling, batch=at_once)):
+            told = replace(sampling, batch=at_once, tell=of_batch)
+            for some in engine.generate([q.prompt for q in questions], told):
                 made.append(some)
-                tell(sum(len(places) for places, _ in made))
+                done += len(some[0])
+                tell(done, 0.0)
         return in_order(made)
 
     width = max(len(q.prompt) for q in questions) + sampling.max_new_tokens

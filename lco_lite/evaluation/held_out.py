@@ -159,7 +159,8 @@ def show_held_out(console: Console, results: Sequence[dict[str, Any]], labels: M
         for name, metric in r.get("metrics", {}).items():
             told[name] = " ± ".join(f"{metric[key]:.3f}" for key in ("mean", "std") if metric[key] is not None)
         lines.append([told.get(name, "") for name in columns])
-    console.table("held out: mean ± std over seeds", columns, lines, result=True)
+    several = any(r.get("seeds", 1) > 1 for r in results)
+    console.table("held out" + ": mean ± std over seeds" * several, columns, lines, result=True)
     for r in results[-1:]:
         rests = []
         if "metrics" in r:

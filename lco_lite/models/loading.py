@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers as hf
 from safetensors import safe_open
@@ -438,7 +439,10 @@ def quiet_libraries() -> None:
     """No progress bars of transformers and datasets; no warnings that a user can do nothing about, and no questions.
     Errors stay."""
     import datasets
+    from transformers import modeling_gguf_pytorch_utils as gguf
 
+    gguf.tqdm = hf.logging.tqdm  # else a plain bar, which heeds none of these
+    huggingface_hub.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
     hf.logging.set_verbosity_error()
     datasets.disable_progress_bars()

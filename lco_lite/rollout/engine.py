@@ -23,7 +23,8 @@ Combine = Callable[[list[Tensor]], Tensor]
 @dataclass(frozen=True)
 class Sampling:
     """``temperature`` 0 is greedy. ``max_new_tokens`` counts the end of turn; ``batch`` responses are made at once. The
-    first of the strings ``stop`` ends a response too. ``logprobs``: those of the sampler are asked for."""
+    first of the strings ``stop`` ends a response too. ``logprobs``: those of the sampler are asked for. ``tell`` hears,
+    while a batch is made, what share of its tokens there is, 0 to 1, as if no response ended before its limit."""
 
     temperature: float
     top_p: float
@@ -31,6 +32,7 @@ class Sampling:
     batch: int
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+    tell: Callable[[float], object] = field(default=lambda share: None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

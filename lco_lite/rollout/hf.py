@@ -4,6 +4,7 @@ A batch shrinks as its responses end: ``generate`` stops where at most half of i
 cache of those. Legend: B rows, L tokens of prompt and response.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,11 @@ class HFEngine(Engine):
             while running:
                 left = width + sampling.max_new_tokens - ids.shape[1]
                 least = len(ids) // 2 if len(ids) >= self.shrinks_from else 0
-                stops = Stops(width, torch.tensor(sorted(self.stop_ids), device=ids.device), strings, least)
+
+                def tell(tokens: int, ran: int = len(running)) -> None:
+                    sampling.tell(1 - ran / len(prompts) * (1 - tokens / sampling.max_new_tokens))
+
+                stops = Stops(width, torch.tensor(sorted(self.stop_ids), device=ids.device), strings, least, tell)
                 config = self._config(replace(sampling, max_new_tokens=left))
                 config.return_dict_in_generate = True
                 out = model.generate(
@@ -76,14 +81,18 @@ class HFEngine(Engine):
 
 
 class Stops:
-    """A stopping criterion: a row stops with a stop token or string, and all of them where at most ``least`` run on."""
+    """A stopping criterion: a row stops with a stop token or string, and all of them where at most ``least`` run on.
+    ``tell`` hears how many tokens a row has by then."""
 
-    def __init__(self, width: int, stop_ids: Tensor, strings: StopStrings, least: int) -> None:
-        self.width, self.stop_ids, self.strings, self.least = width, stop_ids, strings, least
+    def __init__(
+        self, width: int, stop_ids: Tensor, strings: StopStrings, least: int, tell: Callable[[int], object]
+    ) -> None:
+        self.width, self.stop_ids, self.strings, self.least, self.tell = width, stop_ids, strings, least, tell
         self.ended: Tensor | None = None  # [B]
 
     def __call__(self, ids: Tensor, scores: Any, **kw: Any) -> Tensor:
         """[B, L] -> [B]; without waiting for a GPU, unless there are strings."""
+        self.tell(ids.shape[1] - self.width)
         ended = torch.isin(ids[:, -1], self.stop_ids)
         if self.strings.strings:
             ended |= self.strings.reached(ids[:, self.width :])

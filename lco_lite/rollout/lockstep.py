@@ -67,7 +67,10 @@ class LockstepEngine(Engine):
                     return
 
     def _in_step(self, prompts: list[list[int]], sampling: Sampling) -> list[Response]:
-        strings, columns = StopStrings(self.tokenizer, sampling.stop), list(self._columns(prompts, sampling))
+        strings, columns = StopStrings(self.tokenizer, sampling.stop), list[Tensor]()
+        for column in self._columns(prompts, sampling):
+            columns.append(column)
+            sampling.tell(len(columns) / sampling.max_new_tokens)
         rows = torch.stack(columns, 1).tolist()
         return [finished(prompt, row, self.stop_ids, strings) for prompt, row in zip(prompts, rows, strict=True)]
 

@@ -62,7 +62,9 @@ class PagedEngine(HFEngine):
         seed, slots = int(torch.randint(2**31, (1,))), min(sampling.batch, len(prompts))
         with self.model.use(self.role.adapter):
             config = self._config(sampling)
-            made = run(self.model, prompts, config, slots, seed, self.way, logprobs=sampling.logprobs)
+            made = run(
+                self.model, prompts, config, slots, seed, self.way, logprobs=sampling.logprobs, tell=sampling.tell
+            )
         strings = StopStrings(self.model.tokenizer, sampling.stop)
         return [
             finished(prompt, ids, self.stop_ids, strings, logprobs if sampling.logprobs else None)
@@ -79,6 +81,7 @@ def run(
     way: Way,
     pages: int | None = None,
     logprobs: bool = False,
+    tell: Callable[[float], object] = lambda share: None,
 ) -> list[tuple[list[int], list[float]]]:
     """New tokens of each prompt and, where asked for, their log-probabilities; ``slots`` of them are made at once.
 
@@ -108,7 +111,7 @@ def run(
             try:
                 names = manager.add_requests(prompts)  # all of them before it starts: the same passes every time
                 manager.start()
-                made = _results(manager, len(prompts))
+                made = _results(manager, len(prompts), new_tokens, tell)
             finally:
                 if manager.is_running():
                     manager.stop(hard_stop=True)
@@ -121,11 +124,20 @@ def run(
     raise torch.OutOfMemoryError(f"{short}: {reason}")  # outside, so that it holds on to nothing of the pass
 
 
-def _results(manager: Any, n: int) -> dict[str, tuple[list[int], list[float]]]:
-    """By the name of the request; what went wrong in the manager's thread is raised in this one."""
+def _results(
+    manager: Any, n: int, new_tokens: int, tell: Callable[[float], object]
+) -> dict[str, tuple[list[int], list[float]]]:
+    """By the name of the request; what went wrong in the manager's thread is raised in this one. ``tell`` hears with
+    every response, and every half second, what share of the tokens there is."""
     made: dict[str, tuple[list[int], list[float]]] = {}
+    share = 0.0
     while len(made) < n:
-        result, failed = manager.get_result(timeout=1.0), manager.background_thread_status.fatal_error
+        result, failed = manager.get_result(timeout=0.5), manager.background_thread_status.fatal_error
+        processor = manager.batch_processor  # None until its thread has begun
+        running = list(processor.scheduler.active_requests.values()) if processor else []
+        tokens = sum(one.generated_len() for one in running if one.request_id not in made)
+        share = max(share, (len(made) + tokens / new_tokens) / n)  # responses that have ended are not here at once
+        tell(share)
         if result is not None and not result.error:
             made[result.request_id] = (list(result.generated_tokens), list(result.logprobs))
         elif result is not None or failed or not manager.is_running():

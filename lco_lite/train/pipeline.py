@@ -44,7 +44,8 @@ def train(ctx: Context, stage: str, fresh: bool = False, whole: bool = False) ->
 
 @ranks.once
 def _look_ahead(ctx: Context, recipe: Recipe, to_do: Sequence[str], scores: bool) -> None:
-    look_ahead(recipe, to_do, ctx.device, ctx.run.path.parent, ctx.console, scores)
+    with ctx.console.waiting("looking at data and models"):
+        look_ahead(recipe, to_do, ctx.device, ctx.run.path.parent, ctx.console, scores)
 
 
 def up_to(recipe: Recipe, stage: str) -> list[str]:

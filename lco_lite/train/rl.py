@@ -69,7 +69,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
             phase = rollouts.phase(step, training.stop_if_asked)  # on disk, batch by batch
             rows = readable(phase, rollouts, rl)
             ctx.console.sample(*(rows[-1][name] for name in ("prompt", "response", "right", "reward")))
-            with ctx.clock("score"), ctx.console.progress(1, "score") as line:
+            with ctx.clock("score"), ctx.console.progress(0, "score") as line:
                 plan = plan_minibatches(phase.examples, rl, recipe.seed, step)
                 lengths = [[len(phase.examples[i]) for places in minibatch for i in places] for minibatch in plan]
                 in_plan = partial(score_in_plan, models, phase, rl, recipe.seed, step, line.update)
@@ -100,6 +100,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
             if last is not None:
                 minibatch, lengths = last
                 with ctx.clock("score"):
+                    ctx.console.phase("KL to old")
                     kl = training.within_memory(kl_to_old, lengths, models, rl, minibatch, group=rl.unit)
                     report.kl_to_old = ranks.total(kl)
             if rl.samples:

@@ -189,6 +189,7 @@ class Rollouts:
         items = [p.item for p in prompts if p.item is not None]
         grades = None
         with self.ctx.clock("score"):
+            self.ctx.console.phase("rewards")
             if self.task is not None and self.task.graded and len(items) == len(prompts):
                 right = [self.task.grade(text, item).right for text, item in zip(texts, items, strict=True)]
                 grades = torch.tensor([1.0 if r else -1.0 for r in right])
@@ -270,13 +271,19 @@ def sample(
     def unmade() -> list[int]:
         return [place for place in own if place not in responses]
 
+    def tell(share: float) -> None:
+        """Of the batches under way, one a rank."""
+        of_all = min(engine.ahead * size * ranks.world(), len(prompts) - len(responses))
+        progress.update(len(responses), part=share * of_all)
+
     def next_batch(at_once: int) -> tuple[list[int], list[Response], list[str]]:
         nonlocal size, batches, left
         if not unmade():
             return [], [], []  # other ranks have some left
         if at_once != size:
             left, size = unmade(), at_once
-            batches = engine.generate([prompts[place] for place in left], replace(sampling, batch=at_once))
+            told = replace(sampling, batch=at_once, tell=tell)
+            batches = engine.generate([prompts[place] for place in left], told)
         mine = () if ranks.world() == 1 else (f"rank {ranks.rank()} of {ranks.world()}", len(responses))
         with seeded(ctx.recipe.seed, *names, *mine, state=None if mine else state):
             chosen, made = next(batches)

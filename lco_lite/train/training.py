@@ -68,6 +68,7 @@ class StageTraining:
         self.done = self.updates = 0
         self.saved: int | None = None  # step of the newest checkpoint
         self.inside_step = False  # some of the next step's updates are made
+        self.told_how = False  # to change settings after a warning
         self.owner = stage.owner()
         held = {f"weights.{name}": master for name, master in self.masters.items()}
         checkpoint = load_latest(stage.checkpoints, self.adamw, ctx.device, self.owner, held)
@@ -105,7 +106,10 @@ class StageTraining:
         self.interrupt = self._open.enter_context(InterruptGuard(self.ctx.console))
         self.metrics = self.log(self.stage.metrics)
         label = "train-rm" if self.stage.name == "rm" else self.stage.name
-        every = {"eval": self.ctx.recipe.rl.eval_every} if self.stage.name.startswith("rl") else {}
+        rl, every = self.ctx.recipe.rl, dict[str, int]()
+        if self.stage.name.startswith("rl"):
+            scored = rl.eval_every if self.ctx.recipe.task else 0
+            every = {"rollout": 1, "score": 1, "update": 1, "eval": scored}
         line = self.ctx.console.progress(self.steps_planned, label, self.done, every)
         self.line = self._open.enter_context(line)
         self.line.recall(read_log(self.stage.metrics))
@@ -283,7 +287,8 @@ class StageTraining:
         warnings = ranks.from_main(warnings)  # all stop, or none
         for warning in warnings:
             self.ctx.console.warn(f"step {step + 1}: {warning.text}")
-        if warnings:
+        if warnings and not self.told_how:
+            self.told_how = True
             self.ctx.console.note(f"other settings take `{verb(self.stage.name)} --fresh`, or a new run by --name")
         collapses = [warning.text for warning in warnings if warning.stops and self.ctx.recipe.rl.guard == "stop"]
         if (step + 1) % self.settings.save_every == 0 or collapses or left_out:  # which may be the first of several

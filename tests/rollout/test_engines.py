@@ -82,6 +82,19 @@ def test_a_response_ends_with_its_first_stop_token_or_is_truncated():
 
 
 @pytest.mark.parametrize("kind", ENGINES)
+def test_a_batch_under_way_tells_how_far_it_is(model, kind, monkeypatch):
+    """Token by token; paged, whose loop is another thread's, whenever it is looked at."""
+    if kind == "paged":
+        real = ContinuousBatchingManager.get_result
+        monkeypatch.setattr(ContinuousBatchingManager, "get_result", lambda self, **kw: real(self, timeout=1e-3))
+    told = list[float]()
+    sampling = Sampling(temperature=0, top_p=1.0, max_new_tokens=32, batch=16, tell=told.append)
+    in_order(opened(kind, Role(model)).generate(MIXED, sampling))
+    assert told == sorted(told) and 0 <= told[0] < 0.5 < told[-1] <= 1
+    assert len(set(told)) > 3, "and not only when responses are there"
+
+
+@pytest.mark.parametrize("kind", ENGINES)
 def test_a_response_ends_where_a_stop_string_is_complete(model, kind):
     """Told from what the same model says without them: every response is cut at the token that completes a string."""
     engine, tokenizer = opened(kind, Role(model)), model.tokenizer

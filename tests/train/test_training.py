@@ -310,11 +310,12 @@ def test_a_reward_model_that_does_not_move_is_said_and_off_says_nothing(tiny, ca
     assert "φ has learned" not in capsys.readouterr().err
 
 
-def test_only_a_collapse_ends_a_run_whose_guard_is_stop(training, tiny):
+def test_only_a_collapse_ends_a_run_whose_guard_is_stop(training, tiny, capsys):
     one = training([("w", Parameter(torch.ones(2)))], TrainRm())
     one.ctx.recipe = one.ctx.recipe.model_copy(update={"rl": Rl(guard="stop")})
+    one.ctx.console = Console()
     with one:
         one.keep(0, {}, [Warned("dull", stops=False)])
         with pytest.raises(Diverged, match="after step 2: wild"):
             one.keep(1, {}, [Warned("dull", stops=False), Warned("wild", stops=True)])
-    assert one.saved == 2
+    assert one.saved == 2 and capsys.readouterr().out.count("other settings take") == 1
