@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup
 
 from lco_lite.recipe.file import shipped
+from lco_lite.recipe.peers import NOTHING, answered, called_here
 from lco_lite.recipe.rl import METHOD_DEFAULTS
 
 GROUPS = {
@@ -42,8 +44,23 @@ EXAMPLES = {
 }
 
 
+_WrongUsage: Any = BadParameter.__mro__[1]  # click's UsageError, or that of typer's own copy of click
+
+
 class Command(TyperCommand):
-    """Its options in groups, and an example of it."""
+    """Its options in groups, and an example of it. An option that is a setting of the recipe is answered as one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _WrongUsage as e:
+            name = getattr(e, "option_name", "").lstrip("-").replace("-", "_")
+            sets = any(parameter.name == "sets" for parameter in self.params)
+            if sets and (name in NOTHING or called_here(name)):
+                told = answered(name, {"train-rm": "train_rm"}.get(str(self.name), str(self.name)))
+                e.message += f". The recipe's settings are given by -s KEY=VALUE; {told}"
+                e.possibilities = None
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], **{name: [] for name in _SHARED}}

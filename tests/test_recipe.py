@@ -205,8 +205,8 @@ def test_reading_recipes_does_not_import_torch():
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_one_and_its_line(tmp_path):
-    assert problems(tmp_path, "rl:\n  betta: 1\n") == ["rl.betta (line 4): unknown key; did you mean 'beta'?"]
-    assert problems(tmp_path, "RL: {}\n") == ["RL (line 3): unknown key; did you mean 'rl'?"]
+    assert problems(tmp_path, "rl:\n  betta: 1\n") == ["rl.betta (line 4): unknown key; did you mean 'rl.beta'?"]
+    assert problems(tmp_path, "RL: {}\n") == ["RL (line 3): unknown key; here it is rl"]
 
 
 def test_an_unknown_key_that_is_like_none_is_told_what_is_accepted(tmp_path):
@@ -236,7 +236,7 @@ def test_the_heading_names_the_file_and_counts_the_problems(tmp_path):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("reward_model: {pth: x}", "reward_model.pth (line 3): unknown key; did you mean 'path'?"),
+        ("reward_model: {pth: x}", "reward_model.pth (line 3): unknown key; did you mean 'reward_model.path'?"),
         ("reward_model: slef", "reward_model (line 3): should be 'self' or a mapping of settings, found 'slef'"),
         (
             "reward_model: {}",
@@ -536,7 +536,7 @@ def test_overriding_leaves_the_data_it_was_given_alone():
 def test_a_problem_names_the_override_it_comes_from_and_not_the_line_of_the_file(tmp_path):
     text = "rl: {beta: 1, lr: 1e-6}\n"
     assert problems(tmp_path, text, sets=["rl.beta=x"], flags={"rl.lr": -1.0, "sft.lrr": 3}) == [
-        "sft.lrr (flag): unknown key; did you mean 'lr'?",
+        "sft.lrr (flag): unknown key; did you mean 'sft.lr'?",
         "rl.lr (flag): should be greater than 0, found -1.0",
         "rl.beta (--set): should be a number, found 'x'",
     ]

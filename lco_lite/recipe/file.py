@@ -10,17 +10,18 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lco_lite.console import Console
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.files import is_there
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.rl import LCO, RewardPart, defaults_of, feedbacks
+from lco_lite.recipe.peers import answered
+from lco_lite.recipe.rl import LCO, defaults_of, feedbacks
 
 KeyPath = tuple[Any, ...]
 Say = Callable[[str], object]
@@ -156,72 +157,6 @@ _KINDS |= {"string": "text", "bool": "true or false", "int": "a whole number", "
 
 
 MOST_PROBLEMS = 20
-# what TRL, verl, OpenRLHF, unsloth and mlx-lm call it, and our fields; where one is of the section, that one is told
-PEERS = {
-    "learning_rate": "lr",
-    "actor_learning_rate": "rl.lr",
-    "lr_scheduler_type": "schedule",
-    "warmup_ratio": "warmup_steps",
-    "optim": "optimizer",
-    "num_train_epochs": "epochs rl.steps",
-    "num_epochs": "epochs rl.steps",
-    "iters": "max_steps steps",
-    "max_train_steps": "max_steps steps",
-    "max_steps": "steps",
-    "total_episodes": "steps",
-    "num_generations": "responses_per_prompt",
-    "n_samples_per_prompt": "responses_per_prompt",
-    "group_size": "responses_per_prompt",
-    "generation_batch_size": "rollout_batch prompts_per_step",
-    "train_batch_size": "batch_size minibatch",
-    "rollout_batch_size": "prompts_per_step",
-    "mini_batch_size": "minibatch",
-    "ppo_mini_batch_size": "minibatch",
-    "per_device_train_batch_size": "batch_size minibatch micro_batch_tokens",
-    "gradient_accumulation_steps": "micro_batch_tokens",
-    "num_iterations": "inner_epochs",
-    "num_ppo_epochs": "inner_epochs",
-    "ppo_epochs": "inner_epochs",
-    "max_completion_length": "max_new_tokens",
-    "max_response_length": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "max_prompt_length": "max_length",
-    "max_seq_length": "max_length",
-    "loss_type": "objective",
-    "algorithm": "objective",
-    "epsilon": "clip_low",
-    "cliprange": "clip_low",
-    "clip_ratio": "clip_low",
-    "epsilon_high": "clip_high",
-    "kl_loss_coef": "kl_coef",
-    "init_kl_coef": "kl_coef",
-    "vf_coef": "value_coef",
-    "lam": "gae_lambda",
-    "reward_funcs": "rl.reward_function",
-    "reward_fn": "rl.reward_function",
-    "reward_weights": "rl.rewards",
-    "reward_model_path": "reward_model",
-    "model_name": "model.path",
-    "model_name_or_path": "model.path",
-    "torch_dtype": "model.dtype",
-    "load_in_4bit": "model.quantization",
-    "load_in_8bit": "model.quantization",
-    "attn_implementation": "model.attention",
-    "lora_r": "model.lora.r",
-    "lora_alpha": "model.lora.alpha",
-    "lora_dropout": "model.lora.dropout",
-    "target_modules": "targets",
-    "lora_target_modules": "model.lora.targets",
-    "use_vllm": "rollout.engine",
-    "vllm_gpu_memory_utilization": "rollout.gpu_share",
-    "dataset_name": "data.demonstrations data.prompts",
-    "train_file": "data.demonstrations data.prompts",
-    "eval_steps": "eval_every",
-    "save_steps": "save_every",
-    "system_prompt": "chat.system",
-    "output_dir": "name (and --runs)",
-    "run_name": "name",
-}
 
 
 def _problems(error: ValidationError, data: Any, places: Mapping[KeyPath, str]) -> tuple[list[str], int]:
@@ -263,16 +198,8 @@ def _wanted(error: ErrorDetails) -> str:
 
 def _in_words(path: KeyPath, error: ErrorDetails) -> list[tuple[KeyPath, str]]:
     if error["type"] == "extra_forbidden":
-        section: type[BaseModel] = Recipe
-        for key in path[:-1]:
-            field = section.model_fields.get(key)
-            either = field.annotation if field else RewardPart  # under a name that is the user's
-            section = next(a for a in (either, *get_args(either)) if isinstance(a, type) and issubclass(a, BaseModel))
-        name = str(path[-1]).lower().replace("-", "_")
-        if ours := PEERS.get(name):
-            here = [field for field in ours.split() if field in section.model_fields] or ours.split()
-            return [(path, f"unknown key; here it is {' or '.join(here)}")]
-        return [(path, f"unknown key; {_nearest(name, section.model_fields, 'accepted')}")]
+        *section, name = map(str, path)
+        return [(path, f"unknown key; {answered(name, '.'.join(section))}")]
     if error["type"] == "missing":
         return [(path, "is needed and missing")]
     if error["type"] == "value_error":
