@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from lco_lite.errors import RecipeError
+from lco_lite.errors import DataError, RecipeError
 from lco_lite.recipe import UNGRADED, Recipe, Section
-from lco_lite.recipe.file import dump, load_recipe, override, parse_yaml, validate, write_yaml
+from lco_lite.recipe.file import dump, dump_short, find_recipe, load_recipe, override, parse_yaml, validate, write_yaml
 from lco_lite.recipe.rl import LCO, METHOD_DEFAULTS
+from lco_lite.tables import load_rows
 from lco_lite.tasks import load_task, task_names
 
 ROOT = Path(__file__).parent.parent
@@ -353,6 +354,46 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "latin.yaml")
+
+
+def test_files_that_lie_beside_the_recipe_and_not_in_the_working_folder_are_told_with_what_to_type(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "sub").mkdir()
+    text = "data: {prompts: p.jsonl}\nrl: {feedback: function, reward_function: {a: 'r.py:f'}}\n"
+    for name in ("p.jsonl", "r.py"):
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path / "sub")
+    (tmp_path / "recipe.yaml").write_text(SMALL + text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(Path("../recipe.yaml"))
+    assert str(caught.value).splitlines() == [
+        f"../recipe.yaml: files are found from the working folder, {tmp_path / 'sub'}",
+        "  data.prompts: p.jsonl is not there; it lies beside the recipe: `cd ..` first, or -s data.prompts=../p.jsonl",
+        "  rl.reward_function.a: r.py is not there; it lies beside the recipe: `cd ..` first, or "
+        "-s rl.reward_function.a=../r.py:f",
+    ]
+    assert load_recipe(Path("../recipe.yaml"), ["data.prompts=../p.jsonl", "rl.reward_function.a=../r.py:f"])
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(Path("recipe.yaml"))
+    with pytest.raises(DataError, match=f"absent.jsonl: no such file in {tmp_path}"):
+        load_rows("absent.jsonl")
+
+
+@pytest.mark.parametrize("typed", ["tinny.yaml", "tinny"])
+def test_a_recipe_file_that_is_nearly_named_is_offered(tmp_path, monkeypatch, typed):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(SMALL)
+    with pytest.raises(RecipeError, match="did you mean 'tiny.yaml'"):
+        load_recipe(find_recipe(typed))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_what_differs_from_the_defaults_is_short_and_reads_back_to_the_same_recipe(path):
+    recipe = load_recipe(path)
+    text = dump_short(recipe)
+    assert validate(parse_yaml(text)[0], "short") == recipe
+    assert len(text.splitlines()) < len(dump(recipe).splitlines()) / 2 and "null" not in text.replace("lora: null", "")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_recipe(tmp_path):

@@ -7,7 +7,7 @@ it brings its own defaults (``makes_room``). Whatever is wrong with it is told a
 import difflib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def load_recipe(
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark first
     except FileNotFoundError as e:
-        raise RecipeError(f"{path}: no such recipe file. `lco-lite recipes` lists the shipped ones.") from e
+        raise RecipeError(f"{path}: no such recipe file; {_near_recipe(path)}") from e
     except (OSError, ValueError) as e:
         raise RecipeError(f"{path!s:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
     try:
@@ -48,7 +48,24 @@ def load_recipe(
     places = {key: f"line {line}" for key, line in lines.items()}
     for key, _, place in _overrides(sets, flags):
         places = {p: where for p, where in places.items() if p[: len(key)] != key} | {key: place}
-    return overridden(data, sets, flags, say, str(path), places)
+    recipe = overridden(data, sets, flags, say, str(path), places)
+    if lost := list(_lie_beside(path, recipe)):
+        raise RecipeError("\n".join([f"{path}: files are found from the working folder, {Path.cwd()}", *lost]))
+    return recipe
+
+
+_FILES: tuple[str, ...] = ("data.demonstrations", "data.preferences", "data.prompts", "data.task")
+_FILES += ("rl.objective", "rl.target", "rl.reward_function", "eval.examples", "eval.grader")
+
+
+def _lie_beside(path: Path, recipe: Recipe) -> Iterator[str]:
+    """A line a file that is not in the working folder, and lies beside the recipe."""
+    for key, value in flat(recipe.model_dump(mode="json")).items():
+        if isinstance(value, str) and key.startswith(_FILES):
+            name, colon, rest = value.partition(":")
+            if not is_there(Path(name)) and is_there(beside := path.parent / name) and beside.is_file():
+                told = f"it lies beside the recipe: `cd {path.parent}` first, or -s {key}={beside}{colon}{rest}"
+                yield f"  {key}: {name} is not there; {told}"
 
 
 def overridden(
@@ -117,6 +134,31 @@ def validate(data: dict[str, Any], origin: str, places: Mapping[KeyPath, str] | 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out; reads back to the same recipe."""
     return write_yaml(recipe.model_dump(mode="json"))
+
+
+def dump_short(recipe: Recipe) -> str:
+    """As YAML, what cannot be left out: all that differs from the defaults, of which an objective has its own. Reads
+    back to the same recipe."""
+    tree = recipe.model_dump(mode="json")
+
+    def shorten(section: dict[str, Any]) -> None:
+        for key, value in list(section.items()):
+            del section[key]
+            if _same(tree, recipe):
+                continue
+            section[key] = value
+            if isinstance(value, dict):
+                shorten(value)
+
+    shorten(tree)
+    return write_yaml({name: tree[name] for name in Recipe.model_fields if name in tree})
+
+
+def _same(tree: dict[str, Any], recipe: Recipe) -> bool:
+    try:
+        return Recipe.model_validate(tree) == recipe
+    except ValidationError:
+        return False
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -219,11 +261,6 @@ def _line(path: KeyPath, text: str, places: Mapping[KeyPath, str]) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(known)}"
 
 
 # --- YAML as one expects it (1.2): 1e-5 is a number; `no`, `on` and dates are text
@@ -344,8 +381,14 @@ def find_recipe(name: str) -> Path:
         return path
     if name in known:
         return known[name]
-    nearest = _nearest(name, known, "shipped recipes")
-    raise RecipeError(f"{name:.200}: no such recipe file, and no shipped recipe of that name; {nearest}")
+    near = _near_recipe(path)
+    raise RecipeError(f"{name:.200}: no such recipe file, and no shipped recipe of that name; {near}")
+
+
+def _near_recipe(path: Path) -> str:
+    names = {name: name for name in shipped()} | {file.stem: str(file) for file in path.parent.glob("*.yaml")}
+    near = difflib.get_close_matches(path.stem, names, 1)
+    return f"did you mean {names[near[0]]!r}?" if near else f"shipped recipes: {', '.join(shipped())}"
 
 
 def show_recipes(name: str | None, console: Console) -> None:
@@ -353,6 +396,15 @@ def show_recipes(name: str | None, console: Console) -> None:
         return console.say(find_recipe(name).read_text(encoding="utf-8"), end="")
     for known, path in shipped().items():
         console.say(f"{known:14} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+
+
+def unwritten(data: str, out: Path | None) -> Path:
+    """Where the recipe of a data file goes: beside it, unless ``out`` names another. Raises UsageError where something
+    is there."""
+    path = out or Path(data).with_suffix(".yaml")
+    if path.exists():
+        raise UsageError(f"{path} is there already, and is not written over: name another file with --out")
+    return path
 
 
 def copy_recipes(name: str | None, target: Path, console: Console) -> None:
