@@ -10,6 +10,7 @@ from typing import Any
 from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup
 
+from lco_lite.export import FORMS
 from lco_lite.recipe.file import shipped
 from lco_lite.recipe.peers import NOTHING, answered, called_here
 from lco_lite.recipe.rl import METHOD_DEFAULTS
@@ -131,7 +132,23 @@ def run_names() -> list[str]:
     return sorted(recipe.parent.name for recipe in root.glob("*/recipe.yaml"))
 
 
+def _stages() -> list[str]:
+    """RUN/STAGE of all that are done, and RUN/STAGE@best."""
+    root = Path(os.environ.get("LCO_LITE_RUNS", "runs"))
+    done = [file.parent.relative_to(root).as_posix() for file in root.glob("*/*/done.json")]
+    best = [file.parents[1].relative_to(root).as_posix() for file in root.glob("*/*/best/best.json")]
+    return sorted([*done, *(f"{stage}@best" for stage in best)])
+
+
 def policies() -> list[str]:
     """The stages of all runs."""
-    root = Path(os.environ.get("LCO_LITE_RUNS", "runs"))
-    return ["base", "optimal", "rl", *sorted({done.parent.name for done in root.glob("*/*/done.json")})]
+    return ["base", "optimal", "rl", *sorted({stage.partition("/")[2] for stage in _stages()})]
+
+
+def compared() -> list[str]:
+    """Stages by themselves, then with their run."""
+    return [*policies(), *_stages()]
+
+
+def forms() -> list[str]:
+    return list(FORMS)

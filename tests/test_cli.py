@@ -374,4 +374,9 @@ def test_tab_offers_recipes_objectives_tasks_runs_and_stages(tmp_path, monkeypat
     assert offered("rl", "--objective", "min").split() == ["minillm"]
     assert offered("eval", "math5").split() == ["math500"]
     assert offered("sft", "--name", "m").split() == ["mine"]
-    assert offered("eval", "--policy", "rl-").split() == ["rl-kld"]
+    (tmp_path / "mine" / "rl-kld" / "best").mkdir()
+    (tmp_path / "mine" / "rl-kld" / "best" / "best.json").write_text("{}")
+    assert offered("eval", "--policy", "rl-").split() == ["rl-kld", "rl-kld@best"]
+    assert offered("export", "--to", "gguf").split() == ["gguf", "gguf-lora"]
+    assert offered("eval", "--compare", "mine/").split() == ["mine/rl-kld", "mine/rl-kld@best"]
+    assert offered("eval", "--compare", "base", "rl-").split() == ["rl-kld", "rl-kld@best"]
