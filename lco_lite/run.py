@@ -366,9 +366,10 @@ class Run:
 def no_run(name: str, root: Path, remedy: str = "") -> UsageError:
     """For a name that is no run's: which there are, the nearest first."""
     there = sorted(recipe.parent.name for recipe in root.glob("*/recipe.yaml"))
-    near = difflib.get_close_matches(name, there, MOST_NAMED, 0)
-    more = f" and {len(there) - len(near)} more" if len(there) > len(near) else ""
-    told = f"no run {name!r} under {root}/; there are: {', '.join(near) or 'none'}{more}"
+    near = difflib.get_close_matches(name, there, MOST_NAMED)
+    shown = [*near, *(other for other in there if other not in near)][:MOST_NAMED]
+    more = f" and {len(there) - len(shown)} more" if len(there) > len(shown) else ""
+    told = f"no run {name!r} under {root}/; there are: {', '.join(shown) or 'none'}{more}"
     return UsageError(told + (f". {remedy}" if remedy else ""))
 
 
