@@ -29,7 +29,7 @@ from lco_lite.models.chat import ChatFormat, PlainText
 from lco_lite.models.language_model import Role
 from lco_lite.rollout.engine import Sampling, before_stop, open_engine
 from lco_lite.rollout.lockstep import LockstepEngine, alone, optimal_policy
-from lco_lite.run import Run
+from lco_lite.run import Run, no_run
 from lco_lite.sequences import seeded
 
 LONGEST = 512  # tokens of an answer where neither recipe nor task says
@@ -48,6 +48,7 @@ class Voice:
     """A policy, and the conversation as it has it: ``turns`` without the system message."""
 
     name: str
+    of: str  # run and base model; empty where the name is the model's
     engine: LockstepEngine
     form: ChatFormat
     window: int
@@ -112,6 +113,8 @@ def open_voices(
     opened: contextlib.ExitStack,
 ) -> list[tuple[Context, Voice]]:
     run = Run.known(which, runs)
+    if run is None and which is not None and "/" not in which and not Path(which).exists():
+        raise no_run(which, runs, "A model of the hub is named with its owner, e.g. openai-community/gpt2")
     if run is None and policy not in (None, "base"):
         raise UsageError(f"chat --policy {policy}: {which} is no run under {runs}/, and a model has no other policies")
     ctx = opened.enter_context(reading(run or str(which), runs, sets, flags, console))
@@ -176,7 +179,9 @@ def open_voice(ctx: Context, name: str, roles: list[Role]) -> Voice:
     assert isinstance(engine, LockstepEngine)
     title = f"π* (β {recipe.rl.beta:g})" if len(roles) > 1 else name
     system = system_text(recipe, recipe_task(recipe))
-    return Voice(title, engine, form, model.max_length, system, tuple(recipe.eval.stop))
+    base = recipe.model.path or "from scratch"
+    of = f"{ctx.run.name} ({base})" if ctx.run.has_recipe() else "" if name == base else base
+    return Voice(title, of, engine, form, model.max_length, system, tuple(recipe.eval.stop))
 
 
 class Quit(Exception):
@@ -196,7 +201,7 @@ class Conversation:
         self.longest = settings.max_new_tokens or (task.max_new_tokens if task else LONGEST)
 
     def converse(self, lines: Iterator[str]) -> None:
-        names = " | ".join(voice.name for voice in self.voices)
+        names = " | ".join(f"{voice.name} of {voice.of}" if voice.of else voice.name for voice in self.voices)
         sampled = f"temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}"
         self.console.note(f"{names}  {sampled}, at most {self.longest} tokens; /help")
         for line in lines:

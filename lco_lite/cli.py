@@ -15,9 +15,9 @@ from lco_lite.command import DryRun, boundary, command
 from lco_lite.console import Console
 from lco_lite.environment import environment
 from lco_lite.errors import UsageError
-from lco_lite.recipe.file import copy_recipes, find_recipe, load_recipe, show_recipes
+from lco_lite.recipe.file import copy_recipes, find_recipe, load_recipe, show_recipes, unwritten
 from lco_lite.recipe.rl import METHOD_DEFAULTS, known_objective
-from lco_lite.shell import Command, Group, objectives, of, policies, recipe_names, run_names
+from lco_lite.shell import Command, Group, compared, forms, objectives, of, policies, recipe_names, run_names
 from lco_lite.shell import tasks as known_tasks
 
 app = typer.Typer(
@@ -140,6 +140,7 @@ def init(
 ) -> None:
     """A commented recipe that fits your data and this machine."""
     with boundary():
+        unwritten(file, out)  # said before torch is loaded
         from lco_lite.models.loading import quiet_libraries
 
         quiet_libraries()
@@ -220,7 +221,9 @@ def evaluate(
     scoring: Annotated[str | None, Option(help="generation, or likelihood of the letters of the choices.")] = None,
     grader: Annotated[str | None, Option(help=_GRADER)] = None,
     data: Annotated[Path | None, Option(help="A local JSONL file with the task's items, or a folder of such.")] = None,
-    compare: Annotated[tuple[str, str] | None, Option(metavar="A B", help=_COMPARE)] = None,
+    compare: Annotated[
+        tuple[str, str] | None, Option(metavar="A B", help=_COMPARE, autocompletion=of(compared))
+    ] = None,
     judge_url: Annotated[str | None, Option(metavar="URL", help=_JUDGE)] = None,
     judge_model: Annotated[str | None, Option(help="The judge's name there.")] = None,
     judge_key: Annotated[str | None, Option(metavar="VARIABLE@HOST", help=_JUDGE_KEY)] = None,
@@ -313,7 +316,7 @@ def export(
         str | None,
         Argument(metavar="RUN", help="A run's name or folder; else the newest.", autocompletion=of(run_names)),
     ] = None,
-    to: Annotated[str, Option(help="adapter, merged, gguf, gguf-lora or ollama.")] = "merged",
+    to: Annotated[str, Option(help="adapter, merged, gguf, gguf-lora or ollama.", autocompletion=of(forms))] = "merged",
     policy: Annotated[
         str | None, Option(help="As eval names it, of what is trained; STAGE@best.", autocompletion=of(policies))
     ] = None,

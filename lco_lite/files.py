@@ -262,12 +262,17 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def not_there(path: str | Path) -> str:
+    """That there is no such file, and for a path from the working folder which that is."""
+    return "no such file" if Path(path).is_absolute() else f"no such file in {Path.cwd()}"
+
+
 def read_bytes(path: str | Path) -> bytes:
     """All of the file but a mark of its byte order. DataError where it is missing or cannot be read."""
     try:
         return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{path}: {not_there(path)}") from None
     except (OSError, ValueError) as e:  # ValueError: a name with NUL or half of a surrogate pair
         raise DataError(f"{path!s:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
 

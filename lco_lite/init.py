@@ -7,6 +7,7 @@ What learns from that, and how much of it the machine does in a while, is writte
 import ast
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,10 @@ from lco_lite.console import Console
 from lco_lite.data.prompts import held_out_prompts, recipe_task
 from lco_lite.data.rows import CONVERSATIONS, PROMPTS, RESPONSES
 from lco_lite.errors import DataError, UsageError
-from lco_lite.files import write_text
+from lco_lite.files import not_there, write_text
 from lco_lite.grading.choice import LETTERS
 from lco_lite.models.loading import open_tokenizer
-from lco_lite.recipe.file import parse_yaml, validate, write_yaml
+from lco_lite.recipe.file import parse_yaml, unwritten, validate, write_yaml
 from lco_lite.recipe.sections import Model
 from lco_lite.tables import load_rows
 from lco_lite.tasks.base import HELD_OUT_SHARE
@@ -65,10 +66,11 @@ class Looked:
 
 @dataclass(frozen=True)
 class Machine:
-    """``gib`` of the GPU, None where there is none."""
+    """``gib`` of the GPU, None where there is none that CUDA knows."""
 
     gib: float | None
     told: str
+    has_mps: bool = False
 
 
 @dataclass
@@ -97,24 +99,29 @@ def in_yaml(value: Any, inside: bool = False) -> str:
 def write_recipe(file: str, rewards: Sequence[str], model: str | None, out: Path | None, console: Console) -> None:
     """Writes the recipe beside ``file``, or to ``out``. Raises UsageError where something is there, or the data say
     nothing of good and bad and no reward does; DataError for data that cannot be read."""
-    path = out or Path(file).with_suffix(".yaml")
-    if path.exists():
-        raise UsageError(f"{path} is there already, and is not written over: name another file with --out")
+    path = unwritten(file, out)
     functions = dict[str, str]()
     for name, spec in (one for given in rewards for one in functions_of(given)):
         if functions.setdefault(name, spec) != spec:
             raise UsageError(f"--reward: {functions[name]} and {spec} have one name: rename one of the functions")
     found = look(file, load_rows(file), bool(functions))
+    if found.grader and len(found.rows) == 1:
+        raise DataError(f"{file}: has 1 row; answers that are graded need 2, one to train on and one for the score")
     machine = this_machine()
     weights = chosen_model(model, machine)
     lengths, unit = measure(found, weights)
-    text = recipe_text(file, path, found, functions, machine, weights, lengths, unit)
+    words = [file, *(word for spec in rewards for word in ("--reward", spec))]
+    words += [*(["--model", model] if model else []), *(["--out", str(out)] if out else [])]
+    typed = shlex.join(["lco-lite", "init", *words])
+    text = recipe_text(typed, file, path, found, functions, machine, weights, lengths, unit)
     recipe = validate(parse_yaml(text)[0], str(path))
     task = recipe_task(recipe)
     held = len(held_out_prompts(recipe, None) if task is None else task.items("test"))
     told = tried_rewards(recipe, task)
     write_text(path, text)
-    console.note(f"{file}: {len(found.rows)} rows, {held} {'prompts' if task is None else 'items'} of them held out")
+    if not held:
+        console.warn(f"{file}: of {_rows(len(found.rows))} none can be held out: there will be no held-out score")
+    console.note(f"{file}: {_rows(len(found.rows))}, {held} {'prompts' if task is None else 'items'} of them held out")
     for role, column in found.by_role.items():
         size = f", {lengths[role][0]} to {lengths[role][1]} {unit}" if role in lengths else ""
         console.note(f"  {role:<9} column {column}{size}" + (f": {found.why}" if role == "answer" else ""))
@@ -126,15 +133,17 @@ def write_recipe(file: str, rewards: Sequence[str], model: str | None, out: Path
 
 # what the rows are
 
+_EMPTY: tuple[Any, ...] = (None, "", [])
+
 
 def look(file: str, rows: Sequence[dict[str, Any]], has_reward: bool) -> Looked:
     """Raises DataError where no column is a prompt, UsageError where nothing tells a good response from a bad one."""
-    full = [n for n in rows[0] if all(row.get(n) not in (None, "", []) for row in rows)]
+    full = [n for n in rows[0] if all(row.get(n) not in _EMPTY for row in rows)]
     roles = {role: n for role, names in (("prompt", ASKED), ("choices", CHOICES)) if (n := _first(names, full))}
     pairs = {"chosen", "rejected"} <= set(full)
     if "prompt" not in roles and not pairs:
         partly = next((n for n in ASKED if any(n in row for row in rows)), None)
-        why = f"{partly} is empty or missing in some rows" if partly else f"one of {', '.join(ASKED)} is needed"
+        why = f"{_gap(rows, partly)}" if partly else f"one of {', '.join(ASKED)} is needed"
         raise DataError(f"{file}: no column for the prompt: {why}; found {', '.join(rows[0])}")
     if pairs:
         return Looked(
@@ -155,12 +164,24 @@ def look(file: str, rows: Sequence[dict[str, Any]], has_reward: bool) -> Looked:
     if "response" not in roles and all(isinstance(v, list) and _is_answer(v[-1]) for v in asked):
         roles["response"] = roles["prompt"]
     if not has_reward:
+        if partly := next((n for n in (*ANSWERS, "chosen", "rejected") if n in rows[0] and n not in full), None):
+            raise DataError(f"{file}: {_gap(rows, partly)}: fill it in, or leave the row out")
         has = "prompts and responses to imitate" if "response" in roles else "prompts"
         raise UsageError(
             f"{file}: has {has}, and nothing that tells a good response from a bad one. Give --reward FILE.py with a "
             f"function {ACCEPTED}, a column of short answers ({', '.join(ANSWERS)}), or chosen and rejected"
         )
     return Looked(rows, roles)
+
+
+def _gap(rows: Sequence[dict[str, Any]], column: str) -> str:
+    empty = [i for i, row in enumerate(rows, 1) if row.get(column) in _EMPTY]
+    more = f", as in {len(empty) - 1} more" if len(empty) > 1 else ""
+    return f"{column} is empty or missing in row {empty[0]} of {len(rows)}{more}"
+
+
+def _rows(n: int) -> str:
+    return f"{n} row{'s' * (n != 1)}"
 
 
 def _is_answer(turn: Any) -> bool:
@@ -206,6 +227,8 @@ def functions_of(spec: str) -> Iterator[tuple[str, str]]:
         yield spec.rpartition(":")[2], spec
         return
     file = Path(spec)
+    if file.suffix == ".py" and not file.exists():
+        raise UsageError(f"--reward {spec}: {not_there(file)}")
     if file.suffix != ".py" or not file.is_file():
         raise UsageError(f"--reward {spec}: a Python file with a reward function is needed, FILE.py or FILE.py:NAME")
     try:
@@ -231,6 +254,8 @@ def _may_judge(arguments: ast.arguments) -> bool:
 
 
 def this_machine() -> Machine:
+    if not torch.cuda.is_available() and torch.backends.mps.is_available():
+        return Machine(None, "an Apple GPU, which is used where the recipe says `device: mps`; else the CPU", True)
     if not torch.cuda.is_available():
         return Machine(None, "no GPU")
     card = torch.cuda.get_device_properties(0)
@@ -288,6 +313,7 @@ def _plain(value: Any) -> str:
 
 
 def recipe_text(
+    typed: str,
     file: str,
     path: Path,
     found: Looked,
@@ -300,7 +326,7 @@ def recipe_text(
     n, on_cpu, pairs = len(found.rows), machine.gib is None, "chosen" in found.by_role
     graded = found.grader is not None
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "own"
-    share = 0.2 if n < FEW else HELD_OUT_SHARE
+    share = 0.5 if n == 2 else 0.2 if n < FEW else HELD_OUT_SHARE
     new_tokens = response_tokens(found, lengths, unit, on_cpu)
     longest = max(size[1] for role, size in lengths.items() if role in ("prompt", "chosen", "rejected"))
     longest_response = max((s[1] for r, s in lengths.items() if r in ("response", "chosen", "rejected")), default=0)
@@ -308,12 +334,14 @@ def recipe_text(
     window = min(-(-(longest + max(new_tokens, longest_response) + 64) // 64) * 64, 4096)
     y = Lines(
         [
-            f"# {name}: written by `lco-lite init {file}` from {n} rows. Files are found from where it is run.",
+            f"# {name}: written by `{typed}` from {_rows(n)}. Files are found from where it is run.",
             "#",
             f"#   lco-lite run {path} --dry-run     # what would happen",
             f"#   lco-lite run {path}",
         ]
     )
+    if machine.has_mps:
+        y.text.append("# device: mps  would train on this machine's Apple GPU, in float32; that is not tested by us")
     y.add("name", name, "the run's folder under runs/")
     y.add("seed", 0, "of data order, sampling, and what is held out")
     if graded:

@@ -10,6 +10,7 @@ what is not said stays as it was. Everything is written whole, so a run can be k
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import json
 import os
@@ -315,8 +316,8 @@ class Run:
     def recipe(self) -> Recipe:
         """The resolved recipe that the run goes by. UsageError where it is missing or damaged."""
         if not self.has_recipe():
-            start = f"start it with `lco-lite run RECIPE --name {self.name}`"
-            raise UsageError(f"no run {self.name!r} under {self.path.parent}/: it has no recipe.yaml; {start}")
+            start = f"{self.path} has no recipe.yaml: `lco-lite run RECIPE --name {self.name}` starts it"
+            raise no_run(self.name, self.path.parent, start)
         try:
             recipe = load_recipe(self.path / "recipe.yaml")
             if "held_out" not in recipe.data.model_fields_set:  # a version without it began the run: it holds none out
@@ -371,6 +372,16 @@ class Run:
         return doomed
 
 
+def no_run(name: str, root: Path, remedy: str = "") -> UsageError:
+    """For a name that is no run's: which there are, the nearest first."""
+    there = sorted(recipe.parent.name for recipe in root.glob("*/recipe.yaml"))
+    near = difflib.get_close_matches(name, there, MOST_NAMED)
+    shown = [*near, *(other for other in there if other not in near)][:MOST_NAMED]
+    more = f" and {len(there) - len(shown)} more" if len(there) > len(shown) else ""
+    told = f"no run {name!r} under {root}/; there are: {', '.join(shown) or 'none'}{more}"
+    return UsageError(told + (f". {remedy}" if remedy else ""))
+
+
 def base_name(base: str, folder: Path, run: Path | None) -> str:
     """How an adapter in ``folder`` names its base: a hub id as it is, a folder by its absolute path or, where both are
     inside of ``run``, by its path from ``folder``."""
@@ -423,6 +434,8 @@ def _only(keys: Collection[str], old: dict[str, Any], new: dict[str, Any]) -> li
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
+
+MOST_NAMED = 20  # runs in a message
 
 _SFT = ["seed", "task", "model", "chat", "data.demonstrations", "data.columns.demonstrations", "data.task", "sft"]
 _SFT += ["data.columns.task", "data.held_out"]

@@ -24,7 +24,7 @@ from lco_lite.console import Console
 from lco_lite.errors import UsageError
 from lco_lite.files import remove, shown_bytes
 from lco_lite.metrics import read_log
-from lco_lite.run import Run, StageFolder
+from lco_lite.run import Run, StageFolder, no_run
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def one_run(root: Path, name: str) -> Run:
     if name not in found and (run := Run.known(name, root)) is not None:
         return run
     if name not in found:
-        raise UsageError(f"no run {name!r} under {root}/; there are: {', '.join(found) or 'none'}")
+        raise no_run(name, root)
     return found[name]
 
 

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup
 
+from lco_lite.export import FORMS
 from lco_lite.recipe.file import shipped
+from lco_lite.recipe.peers import NOTHING, answered, called_here
 from lco_lite.recipe.rl import METHOD_DEFAULTS
 
 GROUPS = {
@@ -42,8 +45,23 @@ EXAMPLES = {
 }
 
 
+_WrongUsage: Any = BadParameter.__mro__[1]  # click's UsageError, or that of typer's own copy of click
+
+
 class Command(TyperCommand):
-    """Its options in groups, and an example of it."""
+    """Its options in groups, and an example of it. An option that is a setting of the recipe is answered as one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _WrongUsage as e:
+            name = getattr(e, "option_name", "").lstrip("-").replace("-", "_")
+            sets = any(parameter.name == "sets" for parameter in self.params)
+            if sets and (name in NOTHING or called_here(name)):
+                told = answered(name, {"train-rm": "train_rm"}.get(str(self.name), str(self.name)))
+                e.message += f". The recipe's settings are given by -s KEY=VALUE; {told}"
+                e.possibilities = None
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], **{name: [] for name in _SHARED}}
@@ -114,7 +132,23 @@ def run_names() -> list[str]:
     return sorted(recipe.parent.name for recipe in root.glob("*/recipe.yaml"))
 
 
+def _stages() -> list[str]:
+    """RUN/STAGE of all that are done, and RUN/STAGE@best."""
+    root = Path(os.environ.get("LCO_LITE_RUNS", "runs"))
+    done = [file.parent.relative_to(root).as_posix() for file in root.glob("*/*/done.json")]
+    best = [file.parents[1].relative_to(root).as_posix() for file in root.glob("*/*/best/best.json")]
+    return sorted([*done, *(f"{stage}@best" for stage in best)])
+
+
 def policies() -> list[str]:
     """The stages of all runs."""
-    root = Path(os.environ.get("LCO_LITE_RUNS", "runs"))
-    return ["base", "optimal", "rl", *sorted({done.parent.name for done in root.glob("*/*/done.json")})]
+    return ["base", "optimal", "rl", *sorted({stage.partition("/")[2] for stage in _stages()})]
+
+
+def compared() -> list[str]:
+    """Stages by themselves, then with their run."""
+    return [*policies(), *_stages()]
+
+
+def forms() -> list[str]:
+    return list(FORMS)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lco_lite.errors import DataError
-from lco_lite.files import is_there, json_value, read_bytes, read_jsonl
+from lco_lite.files import is_there, json_value, not_there, read_bytes, read_jsonl
 
 FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _OTHER_KINDS = {
@@ -25,7 +25,7 @@ def load_rows(source: str) -> list[dict[str, Any]]:
     if not kind and ((there and path.is_file()) or any(s.lower() in _OTHER_KINDS for s in path.suffixes)):
         raise DataError(f"{path}: a file of a kind that is not read; one of {', '.join(FILE_KINDS)} is, or a hub set")
     if not (there and path.is_file()) and (kind or source.startswith((".", "/", "~"))):
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: {not_there(path)}")
     if kind == "json":
         return _read_json(path)
     import datasets

@@ -22,7 +22,7 @@ import psutil
 
 from lco_lite.calling import RETURNS, Adapted, adapted
 from lco_lite.errors import LcoError, UsageError
-from lco_lite.files import is_there, sha256
+from lco_lite.files import is_there, not_there, sha256
 from lco_lite.workers import serve
 
 IMPORT_SECONDS = 120.0  # that importing a file of the user's may take in this process
@@ -44,7 +44,7 @@ def function_file(spec: str) -> Path:
         raise UsageError(f"{spec!r:.200} is no FILE.py:NAME")
     file = Path(spec.rpartition(":")[0])
     if not is_there(file) or not file.is_file():
-        raise UsageError(f"{file!s:.200}: no such file")
+        raise UsageError(f"{file!s:.200}: {not_there(file)}")
     return file
 
 

@@ -119,6 +119,23 @@ def test_a_policy_that_is_not_there_is_one_message(runs, args, told):
     assert result.exit_code == 2 and told in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize("command", ["chat", "report", "export", "runs"])
+def test_a_mistyped_run_is_told_at_once_with_those_there_are_the_nearest_first(tmp_path, command):
+    for name in ("alpha", "tiny", "tin"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(TINY))
+    result = call(command, "tinny", "--runs", tmp_path)
+    assert result.exit_code == 2 and "HTTP" not in result.output
+    told = " ".join(result.stderr.split())
+    assert "no run 'tinny' under" in told and "there are: tiny, tin, alpha" in told
+    assert ("openai-community/gpt2" in told) == (command == "chat"), "how a model of the hub is named"
+
+
+def test_the_chat_says_of_which_run_and_model_it_is(runs):
+    said = call("chat", "--beside", "base", "--runs", runs, "--max", 2, said="/quit\n").stderr
+    assert "rl-kld of tiny (from scratch) | base of tiny (from scratch) temperature" in " ".join(said.split())
+
+
 def test_commands_that_are_wrong_are_told_in_a_line_and_the_chat_goes_on(runs, tmp_path):
     (tmp_path / "notes.txt").write_text("no JSON")
     wrong = [

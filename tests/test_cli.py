@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
-from lco_lite.recipe.file import PEERS, find_recipe, flat, load_recipe, shipped
+from lco_lite.errors import RecipeError
+from lco_lite.recipe.file import override, shipped, validate
+from lco_lite.recipe.peers import NOTHING, PEERS, all_keys, answered
 from lco_lite.recipe.rl import METHOD_DEFAULTS
 from lco_lite.run import Run
 from lco_lite.shell import EXAMPLES, GROUPS
@@ -53,16 +58,30 @@ def test_every_command_has_help_and_version_is_told():
     [
         (["run", "quikstart"], "did you mean 'quickstart'"),
         (["run", "none.yaml"], "no such recipe file"),
-        (["sft", "quickstart", "--set", "rl.objectiv=kld"], "did you mean 'objective'"),
+        (["sft", "quickstart", "--set", "rl.objectiv=kld"], "did you mean 'rl.objective'"),
         (["sft", "quickstart", "--set", "rl.lr"], "--set key.path=value"),
         (["rl", "--objective", "nope"], f"Accepted: {', '.join(METHOD_DEFAULTS)}"),
         (["rl", "quickstart", "-s", "rl.objective=nope"], f"Accepted: {', '.join(METHOD_DEFAULTS)}"),
         (["rl", "quickstart", "--beta", "0"], "rl.beta"),
-        (["rl", "quickstart", "-s", "rl.learning_rate=1e-5"], "unknown key; here it is lr"),
-        (["rl", "quickstart", "-s", "num_generations=4"], "unknown key; here it is responses_per_prompt"),
+        (["rl", "quickstart", "-s", "rl.learning_rate=1e-5"], "unknown key; here it is rl.lr"),
+        (["rl", "quickstart", "-s", "learning_rate=1e-5"], "here it is rl.lr; also sft.lr, train_rm.lr"),
+        (["rl", "quickstart", "-s", "lr=1e-5"], "here it is rl.lr; also sft.lr, train_rm.lr"),
+        (["rl", "quickstart", "-s", "max_steps=5"], "here it is rl.steps; also sft.max_steps, train_rm.max_steps"),
+        (["rl", "quickstart", "-s", "seeds=2"], "did you mean 'seed' or 'eval.seeds'?"),
+        (["rl", "quickstart", "-s", "report_to=wandb"], "unknown key; here it is trackers"),
+        (["rl", "quickstart", "-s", "rl.bf16=true"], "here it is model.dtype; also reward_model.dtype (bfloat16)"),
+        (["rl", "quickstart", "-s", "rl.logging_steps=1"], "there is nothing to set: every step is logged"),
+        (["rl", "quickstart", "-s", "model.lora.rank=8"], "unknown key; here it is model.lora.r"),
+        (["rl", "quickstart", "-s", "model.model=x"], "unknown key; here it is model.path"),
+        (["rl", "quickstart", "-s", "rl.max_prompt_length=9"], "rl.max_length (which is of prompt and response"),
+        (["rl", "quickstart", "--learning-rate", "1e-5"], "given by -s KEY=VALUE; here it is rl.lr"),
+        (["train-rm", "quickstart", "--lr", "1e-5"], "given by -s KEY=VALUE; here it is train_rm.lr"),
+        (["rl", "quickstart", "--logging-steps=1"], "there is nothing to set: every step is logged"),
+        (["rl", "quickstart", "--sed", "1"], "Possible options: --seed"),
+        (["rl", "quickstart", "-s", "num_generations=4"], "unknown key; here it is rl.responses_per_prompt"),
         (
             ["sft", "quickstart", "-s", "sft.per_device_train_batch_size=4"],
-            "here it is batch_size or micro_batch_tokens",
+            "here it is sft.batch_size or sft.micro_batch_tokens",
         ),
         (["sft", "quickstart", "-s", "model.load_in_4bit=true"], "here it is model.quantization"),
         (["rl", "quickstart", "-s", "rl.weighting=policy"], "no meaning for kld"),
@@ -276,14 +295,43 @@ def test_a_gradient_that_is_not_finite_exits_4(tiny, monkeypatch):
     assert "gradient" in result.stderr and "checkpoint" in result.stderr
 
 
-def test_a_peers_name_leads_to_a_field_that_there_is():
-    fields = flat(load_recipe(find_recipe("quickstart")).model_dump())
-    known = {key.rpartition(".")[2] for key in fields}
-    known |= {".".join(key.split(".")[:n]) for key in fields for n in range(1, 5)}
-    for peer, ours in PEERS.items():
-        assert peer not in fields
-        for field in ours.replace("(and --runs)", "").split():
-            assert field in known, (peer, field)
+# a recipe with every section
+WHOLE = {"task": "gsm8k", "model": {"path": "x"}, "reward_model": {"path": "y"}}
+SECTIONS = sorted({key.rpartition(".")[0] for key in all_keys()})
+
+
+@pytest.mark.parametrize("section", sorted(set(SECTIONS) - {"rl.rewards", "model.init"}))  # any name; no path beside it
+def test_what_a_peers_name_is_answered_with_is_taken_wherever_it_was_written(section):
+    whole = validate(WHOLE, "whole").model_dump(mode="json")
+    own = {key.removeprefix(f"{section}.") for key in all_keys() if key.rpartition(".")[0] == section}
+    for peer in {*PEERS, *NOTHING} - own:
+        with pytest.raises(RecipeError) as caught:
+            validate(override(whole, [f"{section}.{peer}=1".lstrip(".")], None), "here")
+        (_, told) = str(caught.value).splitlines()
+        if peer in NOTHING:
+            assert "there is nothing to set: " in told
+            continue
+        hint = told.partition("unknown key; here it is ")[2].partition(" (")[0]
+        keys = re.split(r" or |; also |, ", hint)
+        assert keys[0], (peer, told)
+        for key in keys:
+            value = reduce(getitem, key.split("."), whole)
+            validate(override(whole, None, {key: value}), "here")
+            assert key in all_keys(), (peer, key)
+
+
+def test_what_from_trl_says_of_a_name_is_what_an_unknown_key_is_answered_with():
+    text = (Path(__file__).parent.parent / "docs" / "from-trl.md").read_text(encoding="utf-8")
+    table = text.partition("| `GRPOConfig` |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) > 15
+    for row in table:
+        theirs, ours = (re.findall(r"`([\w.]+)`", cell) for cell in row.split("|")[1:3])
+        ours = [key for key in ours if key in all_keys()]
+        told = {name: answered(name) for name in theirs}
+        for name, hint in told.items():
+            of_row = [key for key in ours if re.search(rf"\b{re.escape(key)}\b", hint)]
+            assert of_row or (not ours and name in NOTHING), (name, hint)
+        assert not theirs or all(re.search(rf"\b{re.escape(key)}\b", " ".join(told.values())) for key in ours), row
 
 
 def test_commands_stand_in_four_groups_on_one_screen_and_each_help_has_an_example():
@@ -326,4 +374,9 @@ def test_tab_offers_recipes_objectives_tasks_runs_and_stages(tmp_path, monkeypat
     assert offered("rl", "--objective", "min").split() == ["minillm"]
     assert offered("eval", "math5").split() == ["math500"]
     assert offered("sft", "--name", "m").split() == ["mine"]
-    assert offered("eval", "--policy", "rl-").split() == ["rl-kld"]
+    (tmp_path / "mine" / "rl-kld" / "best").mkdir()
+    (tmp_path / "mine" / "rl-kld" / "best" / "best.json").write_text("{}")
+    assert offered("eval", "--policy", "rl-").split() == ["rl-kld", "rl-kld@best"]
+    assert offered("export", "--to", "gguf").split() == ["gguf", "gguf-lora"]
+    assert offered("eval", "--compare", "mine/").split() == ["mine/rl-kld", "mine/rl-kld@best"]
+    assert offered("eval", "--compare", "base", "rl-").split() == ["rl-kld", "rl-kld@best"]

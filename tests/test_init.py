@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,7 +113,8 @@ def test_on_a_gpu_answers_make_a_reward_model_and_the_model_is_one_that_fits(mad
         ({"prompt": "Say it."}, [], "--reward FILE.py with a function"),
         ({"prompt": "Say it.", "response": "It."}, [], "responses to imitate, and nothing that tells a good response"),
         ({"a": 1}, [], "no column for the prompt: one of prompt"),
-        ({"prompt": "p", "answer": 1}, ["--reward", "none.py"], "a Python file with a reward function"),
+        ({"prompt": "p", "answer": 1}, ["--reward", "none.py"], "--reward none.py: no such file in "),
+        ({"prompt": "p", "answer": 1}, ["--reward", "."], "a Python file with a reward function"),
         ({"prompt": "p", "answer": 1}, ["--reward", "bad.py"], "no reward function, f.prompts.*found odd"),
         ({"prompt": "p", "answer": 1}, ["--reward", "wrong.py"], "wrong.py:f: came back 1.0; a list with a number"),
         ({"prompt": "p", "answer": 1}, ["--out", "taken.yaml"], "taken.yaml is there already"),
@@ -176,3 +179,47 @@ def test_gsm8ks_working_is_a_demonstration_and_rows_with_a_split_hold_out_their_
 
     recipe, said = made(row)
     assert recipe.sft.enabled and "5 items of them held out" in said and recipe.data.held_out is None
+
+
+def test_an_empty_answer_is_told_by_its_row_and_not_taken_for_a_missing_column(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("question,answer\n1 + 1?,2\n2 + 2?,\n3 + 3?,6\n")
+    told = CliRunner().invoke(app, ["init", "a.csv"])
+    assert told.exit_code == 2 and "answer is empty or missing in row 2 of 3: fill it in" in told.stderr
+    Path("b.csv").write_text("question,answer\n1 + 1?,2\n,4\n,6\n")
+    told = CliRunner().invoke(app, ["init", "b.csv"])
+    assert "question is empty or missing in row 2 of 3, as in 1 more" in told.stderr
+
+
+def test_one_row_is_enough_for_a_reward_but_holds_no_score_out_and_graded_it_takes_two(made, model, tmp_path):
+    (tmp_path / "r.py").write_text(REWARDS)
+    _, said = made(lambda i: {"prompt": "Say it."}, "--reward", "r.py", n=1)
+    assert "of 1 row none can be held out: there will be no held-out score" in " ".join(said.split())
+    (tmp_path / "one.csv").write_text("question,answer\n1 + 1?,2\n")
+    told = CliRunner().invoke(app, ["init", "one.csv", "--model", model])
+    assert told.exit_code == 2 and "has 1 row; answers that are graded need 2" in told.stderr
+    recipe, _ = made(lambda i: {"question": f"{i} + 1?", "answer": i + 1}, "--out", "two.yaml", "--reward", "r.py", n=2)
+    assert len(recipe_task(load_recipe(Path("two.yaml"))).items("test")) == 1
+
+
+def test_the_recipe_begins_with_the_command_as_it_was_typed(made, model, tmp_path):
+    (tmp_path / "my r.py").write_text(REWARDS)
+    made(lambda i: {"prompt": f"Say {i}."}, "--reward", "my r.py:short")
+    line = Path("rows.yaml").read_text().splitlines()[0]
+    assert f"`lco-lite init rows.jsonl --reward 'my r.py:short' --model {model}` from 40 rows" in line
+
+
+def test_a_recipe_that_is_there_is_told_before_torch_is_loaded(tmp_path):
+    (tmp_path / "a.yaml").write_text("mine")
+    code = "import sys\nfrom lco_lite.cli import app\nfrom typer.testing import CliRunner\n"
+    code += "told = CliRunner().invoke(app, ['init', 'a.jsonl'])\n"
+    code += "assert told.exit_code == 2 and 'is there already' in told.stderr and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=tmp_path)
+
+
+def test_an_apple_gpu_is_mentioned_and_not_taken_unasked(made, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    recipe, said = made(lambda i: {"prompt": f"{i} + 1?", "answer": i + 1})
+    assert recipe.device == "auto" and "an Apple GPU, which is used where the recipe says `device: mps`" in said
+    assert "# device: mps " in Path("rows.yaml").read_text()

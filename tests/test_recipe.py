@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from lco_lite.errors import RecipeError
+from lco_lite.errors import DataError, RecipeError
 from lco_lite.recipe import UNGRADED, Recipe, Section
-from lco_lite.recipe.file import dump, load_recipe, override, parse_yaml, validate, write_yaml
+from lco_lite.recipe.file import dump, dump_short, find_recipe, load_recipe, override, parse_yaml, validate, write_yaml
 from lco_lite.recipe.rl import LCO, METHOD_DEFAULTS
+from lco_lite.tables import load_rows
 from lco_lite.tasks import load_task, task_names
 
 ROOT = Path(__file__).parent.parent
@@ -205,8 +206,8 @@ def test_reading_recipes_does_not_import_torch():
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_one_and_its_line(tmp_path):
-    assert problems(tmp_path, "rl:\n  betta: 1\n") == ["rl.betta (line 4): unknown key; did you mean 'beta'?"]
-    assert problems(tmp_path, "RL: {}\n") == ["RL (line 3): unknown key; did you mean 'rl'?"]
+    assert problems(tmp_path, "rl:\n  betta: 1\n") == ["rl.betta (line 4): unknown key; did you mean 'rl.beta'?"]
+    assert problems(tmp_path, "RL: {}\n") == ["RL (line 3): unknown key; here it is rl"]
 
 
 def test_an_unknown_key_that_is_like_none_is_told_what_is_accepted(tmp_path):
@@ -236,7 +237,7 @@ def test_the_heading_names_the_file_and_counts_the_problems(tmp_path):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("reward_model: {pth: x}", "reward_model.pth (line 3): unknown key; did you mean 'path'?"),
+        ("reward_model: {pth: x}", "reward_model.pth (line 3): unknown key; did you mean 'reward_model.path'?"),
         ("reward_model: slef", "reward_model (line 3): should be 'self' or a mapping of settings, found 'slef'"),
         (
             "reward_model: {}",
@@ -353,6 +354,46 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "latin.yaml")
+
+
+def test_files_that_lie_beside_the_recipe_and_not_in_the_working_folder_are_told_with_what_to_type(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "sub").mkdir()
+    text = "data: {prompts: p.jsonl}\nrl: {feedback: function, reward_function: {a: 'r.py:f'}}\n"
+    for name in ("p.jsonl", "r.py"):
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path / "sub")
+    (tmp_path / "recipe.yaml").write_text(SMALL + text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(Path("../recipe.yaml"))
+    assert str(caught.value).splitlines() == [
+        f"../recipe.yaml: files are found from the working folder, {tmp_path / 'sub'}",
+        "  data.prompts: p.jsonl is not there; it lies beside the recipe: `cd ..` first, or -s data.prompts=../p.jsonl",
+        "  rl.reward_function.a: r.py is not there; it lies beside the recipe: `cd ..` first, or "
+        "-s rl.reward_function.a=../r.py:f",
+    ]
+    assert load_recipe(Path("../recipe.yaml"), ["data.prompts=../p.jsonl", "rl.reward_function.a=../r.py:f"])
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(Path("recipe.yaml"))
+    with pytest.raises(DataError, match=f"absent.jsonl: no such file in {tmp_path}"):
+        load_rows("absent.jsonl")
+
+
+@pytest.mark.parametrize("typed", ["tinny.yaml", "tinny"])
+def test_a_recipe_file_that_is_nearly_named_is_offered(tmp_path, monkeypatch, typed):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(SMALL)
+    with pytest.raises(RecipeError, match="did you mean 'tiny.yaml'"):
+        load_recipe(find_recipe(typed))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_what_differs_from_the_defaults_is_short_and_reads_back_to_the_same_recipe(path):
+    recipe = load_recipe(path)
+    text = dump_short(recipe)
+    assert validate(parse_yaml(text)[0], "short") == recipe
+    assert len(text.splitlines()) < len(dump(recipe).splitlines()) / 2 and "null" not in text.replace("lora: null", "")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_recipe(tmp_path):
@@ -536,7 +577,7 @@ def test_overriding_leaves_the_data_it_was_given_alone():
 def test_a_problem_names_the_override_it_comes_from_and_not_the_line_of_the_file(tmp_path):
     text = "rl: {beta: 1, lr: 1e-6}\n"
     assert problems(tmp_path, text, sets=["rl.beta=x"], flags={"rl.lr": -1.0, "sft.lrr": 3}) == [
-        "sft.lrr (flag): unknown key; did you mean 'lr'?",
+        "sft.lrr (flag): unknown key; did you mean 'sft.lr'?",
         "rl.lr (flag): should be greater than 0, found -1.0",
         "rl.beta (--set): should be a number, found 'x'",
     ]

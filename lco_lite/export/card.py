@@ -14,13 +14,13 @@ from huggingface_hub import hf_hub_download
 from lco_lite.evaluation.summary import read_scores
 from lco_lite.export.job import Export, read_object
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.file import dump, write_yaml
+from lco_lite.recipe.file import dump_short, write_yaml
 from lco_lite.weights import policy_id
 
 
 def model_card(job: Export, folder: Path) -> str:
-    """README.md: what it is, how it is served, what was scored, and the recipe; from the run's files alone, but for the
-    licence, which is the base's."""
+    """README.md: what it is, how it is used, what was scored, and what the recipe sets; from the run's files alone, but
+    for the licence, which is the base's."""
     recipe, run, stage = job.recipe, job.run, job.stage
     on_hub, base = not job.is_local, _base_title(job)
     licence = licence_of(job)
@@ -55,18 +55,16 @@ def model_card(job: Export, folder: Path) -> str:
             else f"The licence of {base} holds for what is made from it; it is not stated beside these weights."
         )
     )
-    sections.append(f"## Recipe\n\n```yaml\n{dump(recipe)}```")
+    told = "What differs from the defaults; `training-recipe.yaml` has every setting."
+    sections.append(f"## Recipe\n\n{told}\n\n```yaml\n{dump_short(recipe)}```")
     return "\n\n".join(sections) + "\n"
 
 
 def _usage(job: Export, folder: Path) -> str:
     """Commands and, for Python, the call; what the model was asked with."""
     lines = [f"```sh\n{following(job, folder)}\n```"]
-    if job.form == "adapter":
-        rank = read_object(folder / "adapter_config.json")["r"]
-        lines.insert(0, f'```python\nmodel = PeftModel.from_pretrained(base, "{job.out.name}")  # rank {rank}\n```')
-    elif job.form == "merged":
-        lines.insert(0, f'```python\nmodel = AutoModelForCausalLM.from_pretrained("{job.out.name}", dtype="auto")\n```')
+    if job.form in ("adapter", "merged"):
+        lines.insert(0, f"```python\n{_snippet(job)}\n```")
     elif job.form != "gguf-lora":
         lines.append("In 4 bits, with llama.cpp's own tool: `llama-quantize FILE.gguf OUT.gguf Q4_K_M`.")
     s = job.recipe.eval
@@ -79,20 +77,55 @@ def _usage(job: Export, folder: Path) -> str:
     return "\n\n".join(lines)
 
 
+def _snippet(job: Export) -> str:
+    """Python that runs as it stands: it asks the model as the recipe does."""
+    settings, out, adapts = job.recipe.eval, str(job.out), job.form == "adapter"
+    messages = [{"role": "system", "content": job.system}] if job.system else []
+    messages.append({"role": "user", "content": "What is 12 + 34?"})
+    options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens or 512, "do_sample": settings.temperature > 0}
+    if settings.temperature:
+        options |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    if adapts:
+        options["eos_token_id"] = job.chat.end
+    template = "".join(f", {name}={value!r}" for name, value in job.recipe.chat.template_args.items())
+    lines = [
+        *(["from peft import PeftModel"] if adapts else []),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained({job.base_path if adapts else out!r}, dtype="auto")',
+        *([f"model = PeftModel.from_pretrained(model, {out!r})"] if adapts else []),
+        f"tokenizer = AutoTokenizer.from_pretrained({out!r})",
+        f"messages = {messages!r}",
+        "prompt = tokenizer.apply_chat_template(",
+        f'    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{template}',
+        ")",
+        f"answer = model.generate(**prompt, {', '.join(f'{name}={value!r}' for name, value in options.items())})",
+        'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return "\n".join(lines)
+
+
 def _scores(job: Export) -> str:
-    """A row a score, of this stage as it is now and of the base it began with."""
-    rows = list[list[Any]]()
-    for score in read_scores(job.run.path).values():
+    """A row a score, before and after: of the base, of sft, and of this policy, as they are now."""
+    rows, made_by = list[list[Any]](), {"base": "base", job.policy: policy_id(job.run, job.policy)}
+    if job.run.stage("sft").is_done():
+        made_by["sft"] = policy_id(job.run, "sft")
+    order = ["base", "sft", job.policy]
+    scores = [score for score in read_scores(job.run.path).values() if score["stage"] in made_by]
+    for score in sorted(scores, key=lambda score: (score["task"], order.index(score["stage"]))):
         settings = score["settings"]
-        if score["stage"] == "base" or settings["made_by"] == policy_id(job.run, job.policy):
+        if score["stage"] == "base" or settings["made_by"] == made_by[score["stage"]]:
             spread = f" ± {score['std']:.4f}" if score["std"] is not None else ""
             temperature = settings["sampling"]["temperature"] or "greedy"
             mean = f"{score['mean']:.4f}{spread}"
             rows.append([score["task"], score["stage"], score["metric"], mean, score["n"], score["seeds"], temperature])
     if not rows:
         return f"None yet: `lco-lite eval --name {job.run.name} --policy {job.policy}`."
+    without = [name for name in ("base", job.policy) if name not in {row[1] for row in rows}]
+    asked = [f"`lco-lite eval --name {job.run.name} --policy {name}`" for name in without]
+    lacking = f"\n\nNot scored: {', '.join(without)} ({', '.join(asked)})." if without else ""
     head = ["task", "stage", "metric", "mean ± std over seeds", "items", "seeds", "temperature"]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]) + lacking
 
 
 def _sources(recipe: Recipe) -> str:

@@ -27,16 +27,17 @@ from lco_lite import __version__
 from lco_lite.console import Console
 from lco_lite.errors import LcoError, ModelError, UsageError
 from lco_lite.evaluation.summary import read_scores
+from lco_lite.export import FORMS
 from lco_lite.export.card import following, model_card
 from lco_lite.export.job import Export, read_object
 from lco_lite.export.ollama import modelfile
 from lco_lite.files import write_folder, write_json, write_text
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.models.loading import load_base, load_config
-from lco_lite.run import Run, base_name
+from lco_lite.recipe.file import dump
+from lco_lite.run import Run, base_name, no_run
 from lco_lite.weights import base_of, named_policy
 
-FORMS = ("adapter", "merged", "gguf", "gguf-lora", "ollama")
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # and what they are called in GGUF
 CONVERTERS = {"model": "convert_hf_to_gguf.py", "lora": "convert_lora_to_gguf.py"}
 SOURCE = "llama-cpp-python==0.3.36"  # llama.cpp 0c1e570, with which this was tested
@@ -64,7 +65,9 @@ def export(
         raise UsageError(f"export --to {form} --dtype {dtype}: {what}")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise UsageError(f"export --push {push}: a repository of the hub is needed, OWNER/NAME")
-    run = Run.known(name, runs) or Run(runs / str(name))  # whose recipe says that there is none
+    run = Run.known(name, runs)
+    if run is None:
+        raise no_run(str(name), runs)
     recipe = run.recipe()
     with run.lock():
         policy = _policy(run, policy)
@@ -95,6 +98,7 @@ def write_whole(job: Export) -> None:
     with write_folder(job.out) as new:
         write(job, new)
         write_text(new / "README.md", model_card(job, new))
+        write_text(new / "training-recipe.yaml", dump(job.recipe))  # recipe.yaml is what makes a folder a run
         write_json(new / "export.json", {**job.made_from(), "run": job.run.name, "lco_lite": __version__})
 
 

@@ -7,20 +7,21 @@ it brings its own defaults (``makes_room``). Whatever is wrong with it is told a
 import difflib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lco_lite.console import Console
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.files import is_there
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.rl import LCO, RewardPart, defaults_of, feedbacks
+from lco_lite.recipe.peers import answered
+from lco_lite.recipe.rl import LCO, defaults_of, feedbacks
 
 KeyPath = tuple[Any, ...]
 Say = Callable[[str], object]
@@ -34,7 +35,7 @@ def load_recipe(
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark first
     except FileNotFoundError as e:
-        raise RecipeError(f"{path}: no such recipe file. `lco-lite recipes` lists the shipped ones.") from e
+        raise RecipeError(f"{path}: no such recipe file; {_near_recipe(path)}") from e
     except (OSError, ValueError) as e:
         raise RecipeError(f"{path!s:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
     try:
@@ -47,7 +48,24 @@ def load_recipe(
     places = {key: f"line {line}" for key, line in lines.items()}
     for key, _, place in _overrides(sets, flags):
         places = {p: where for p, where in places.items() if p[: len(key)] != key} | {key: place}
-    return overridden(data, sets, flags, say, str(path), places)
+    recipe = overridden(data, sets, flags, say, str(path), places)
+    if lost := list(_lie_beside(path, recipe)):
+        raise RecipeError("\n".join([f"{path}: files are found from the working folder, {Path.cwd()}", *lost]))
+    return recipe
+
+
+_FILES: tuple[str, ...] = ("data.demonstrations", "data.preferences", "data.prompts", "data.task")
+_FILES += ("rl.objective", "rl.target", "rl.reward_function", "eval.examples", "eval.grader")
+
+
+def _lie_beside(path: Path, recipe: Recipe) -> Iterator[str]:
+    """A line a file that is not in the working folder, and lies beside the recipe."""
+    for key, value in flat(recipe.model_dump(mode="json")).items():
+        if isinstance(value, str) and key.startswith(_FILES):
+            name, colon, rest = value.partition(":")
+            if not is_there(Path(name)) and is_there(beside := path.parent / name) and beside.is_file():
+                told = f"it lies beside the recipe: `cd {path.parent}` first, or -s {key}={beside}{colon}{rest}"
+                yield f"  {key}: {name} is not there; {told}"
 
 
 def overridden(
@@ -118,6 +136,31 @@ def dump(recipe: Recipe) -> str:
     return write_yaml(recipe.model_dump(mode="json"))
 
 
+def dump_short(recipe: Recipe) -> str:
+    """As YAML, what cannot be left out: all that differs from the defaults, of which an objective has its own. Reads
+    back to the same recipe."""
+    tree = recipe.model_dump(mode="json")
+
+    def shorten(section: dict[str, Any]) -> None:
+        for key, value in list(section.items()):
+            del section[key]
+            if _same(tree, recipe):
+                continue
+            section[key] = value
+            if isinstance(value, dict):
+                shorten(value)
+
+    shorten(tree)
+    return write_yaml({name: tree[name] for name in Recipe.model_fields if name in tree})
+
+
+def _same(tree: dict[str, Any], recipe: Recipe) -> bool:
+    try:
+        return Recipe.model_validate(tree) == recipe
+    except ValidationError:
+        return False
+
+
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, keys joined by dots; an empty mapping stays as a value."""
     leaves: dict[str, Any] = {}
@@ -156,72 +199,6 @@ _KINDS |= {"string": "text", "bool": "true or false", "int": "a whole number", "
 
 
 MOST_PROBLEMS = 20
-# what TRL, verl, OpenRLHF, unsloth and mlx-lm call it, and our fields; where one is of the section, that one is told
-PEERS = {
-    "learning_rate": "lr",
-    "actor_learning_rate": "rl.lr",
-    "lr_scheduler_type": "schedule",
-    "warmup_ratio": "warmup_steps",
-    "optim": "optimizer",
-    "num_train_epochs": "epochs rl.steps",
-    "num_epochs": "epochs rl.steps",
-    "iters": "max_steps steps",
-    "max_train_steps": "max_steps steps",
-    "max_steps": "steps",
-    "total_episodes": "steps",
-    "num_generations": "responses_per_prompt",
-    "n_samples_per_prompt": "responses_per_prompt",
-    "group_size": "responses_per_prompt",
-    "generation_batch_size": "rollout_batch prompts_per_step",
-    "train_batch_size": "batch_size minibatch",
-    "rollout_batch_size": "prompts_per_step",
-    "mini_batch_size": "minibatch",
-    "ppo_mini_batch_size": "minibatch",
-    "per_device_train_batch_size": "batch_size minibatch micro_batch_tokens",
-    "gradient_accumulation_steps": "micro_batch_tokens",
-    "num_iterations": "inner_epochs",
-    "num_ppo_epochs": "inner_epochs",
-    "ppo_epochs": "inner_epochs",
-    "max_completion_length": "max_new_tokens",
-    "max_response_length": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "max_prompt_length": "max_length",
-    "max_seq_length": "max_length",
-    "loss_type": "objective",
-    "algorithm": "objective",
-    "epsilon": "clip_low",
-    "cliprange": "clip_low",
-    "clip_ratio": "clip_low",
-    "epsilon_high": "clip_high",
-    "kl_loss_coef": "kl_coef",
-    "init_kl_coef": "kl_coef",
-    "vf_coef": "value_coef",
-    "lam": "gae_lambda",
-    "reward_funcs": "rl.reward_function",
-    "reward_fn": "rl.reward_function",
-    "reward_weights": "rl.rewards",
-    "reward_model_path": "reward_model",
-    "model_name": "model.path",
-    "model_name_or_path": "model.path",
-    "torch_dtype": "model.dtype",
-    "load_in_4bit": "model.quantization",
-    "load_in_8bit": "model.quantization",
-    "attn_implementation": "model.attention",
-    "lora_r": "model.lora.r",
-    "lora_alpha": "model.lora.alpha",
-    "lora_dropout": "model.lora.dropout",
-    "target_modules": "targets",
-    "lora_target_modules": "model.lora.targets",
-    "use_vllm": "rollout.engine",
-    "vllm_gpu_memory_utilization": "rollout.gpu_share",
-    "dataset_name": "data.demonstrations data.prompts",
-    "train_file": "data.demonstrations data.prompts",
-    "eval_steps": "eval_every",
-    "save_steps": "save_every",
-    "system_prompt": "chat.system",
-    "output_dir": "name (and --runs)",
-    "run_name": "name",
-}
 
 
 def _problems(error: ValidationError, data: Any, places: Mapping[KeyPath, str]) -> tuple[list[str], int]:
@@ -263,16 +240,8 @@ def _wanted(error: ErrorDetails) -> str:
 
 def _in_words(path: KeyPath, error: ErrorDetails) -> list[tuple[KeyPath, str]]:
     if error["type"] == "extra_forbidden":
-        section: type[BaseModel] = Recipe
-        for key in path[:-1]:
-            field = section.model_fields.get(key)
-            either = field.annotation if field else RewardPart  # under a name that is the user's
-            section = next(a for a in (either, *get_args(either)) if isinstance(a, type) and issubclass(a, BaseModel))
-        name = str(path[-1]).lower().replace("-", "_")
-        if ours := PEERS.get(name):
-            here = [field for field in ours.split() if field in section.model_fields] or ours.split()
-            return [(path, f"unknown key; here it is {' or '.join(here)}")]
-        return [(path, f"unknown key; {_nearest(name, section.model_fields, 'accepted')}")]
+        *section, name = map(str, path)
+        return [(path, f"unknown key; {answered(name, '.'.join(section))}")]
     if error["type"] == "missing":
         return [(path, "is needed and missing")]
     if error["type"] == "value_error":
@@ -292,11 +261,6 @@ def _line(path: KeyPath, text: str, places: Mapping[KeyPath, str]) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(known)}"
 
 
 # --- YAML as one expects it (1.2): 1e-5 is a number; `no`, `on` and dates are text
@@ -417,8 +381,14 @@ def find_recipe(name: str) -> Path:
         return path
     if name in known:
         return known[name]
-    nearest = _nearest(name, known, "shipped recipes")
-    raise RecipeError(f"{name:.200}: no such recipe file, and no shipped recipe of that name; {nearest}")
+    near = _near_recipe(path)
+    raise RecipeError(f"{name:.200}: no such recipe file, and no shipped recipe of that name; {near}")
+
+
+def _near_recipe(path: Path) -> str:
+    names = {name: name for name in shipped()} | {file.stem: str(file) for file in path.parent.glob("*.yaml")}
+    near = difflib.get_close_matches(path.stem, names, 1)
+    return f"did you mean {names[near[0]]!r}?" if near else f"shipped recipes: {', '.join(shipped())}"
 
 
 def show_recipes(name: str | None, console: Console) -> None:
@@ -426,6 +396,15 @@ def show_recipes(name: str | None, console: Console) -> None:
         return console.say(find_recipe(name).read_text(encoding="utf-8"), end="")
     for known, path in shipped().items():
         console.say(f"{known:14} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+
+
+def unwritten(data: str, out: Path | None) -> Path:
+    """Where the recipe of a data file goes: beside it, unless ``out`` names another. Raises UsageError where something
+    is there."""
+    path = out or Path(data).with_suffix(".yaml")
+    if path.exists():
+        raise UsageError(f"{path} is there already, and is not written over: name another file with --out")
+    return path
 
 
 def copy_recipes(name: str | None, target: Path, console: Console) -> None:

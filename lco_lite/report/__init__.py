@@ -23,7 +23,7 @@ from lco_lite.metrics import finite
 from lco_lite.report.figures import draw, study_pictures
 from lco_lite.report.runs import gather
 from lco_lite.report.study import gather_study
-from lco_lite.run import Run
+from lco_lite.run import Run, no_run
 from lco_lite.visible import visible as written_out
 
 visible = partial(written_out, keep="\u200c\u200d", form="⟨U+{:04X}⟩")  # joiners make letters and emoji
@@ -71,8 +71,7 @@ def _folder(name: str, runs: Path) -> Path:
     for folder in (runs / name, Path(name), runs / "studies" / name):
         if folder.is_dir():
             return folder
-    there = sorted(recipe.parent.name for recipe in runs.glob("*/recipe.yaml"))
-    raise UsageError(f"report {name}: no such run or folder; in {runs}/ there are: {', '.join(there) or 'none'}")
+    raise no_run(name, runs)
 
 
 def as_html(data: dict[str, Any]) -> str:

@@ -106,7 +106,7 @@ def test_evaluation_data_that_cannot_be_loaded_is_noted(tiny, monkeypatch):
     ("sets", "told"),
     [
         (["data.demonstrations=none.jsonl"], "none.jsonl: no such file"),
-        (["data.columns.demonstrations.promt=q"], "did you mean 'prompt'?"),
+        (["data.columns.demonstrations.promt=q"], "did you mean 'data.columns.demonstrations.prompt'?"),
         (["eval.tasks=[math5000]"], "did you mean math500?"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import shutil
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,7 +29,7 @@ from lco_lite.export.forms import export
 from lco_lite.export.ollama import ollama_template
 from lco_lite.models.chat import PLAIN_TEMPLATE, ChatFormat
 from lco_lite.models.loading import byte_tokenizer
-from lco_lite.recipe.file import load_recipe
+from lco_lite.recipe.file import load_recipe, validate
 from lco_lite.run import Run, stage_settings
 from tests.conftest import TINY
 from tests.models.families import save
@@ -159,7 +160,13 @@ def test_a_gguf_reads_back_equal_within_its_rounding_and_a_modelfile_says_how_th
     assert 'PARAMETER stop "<|end|>"' in text and "PARAMETER temperature 0.6\n" in text and "top_k 0\n" in text
     assert "{{ if .System }}{{ .System }}<|user|>{{ else }}<|user|>{{ end }}" in text
     assert line.endswith(f"next: ollama create tiny-sft -f {folder}/Modelfile")
-    assert sorted(p.name for p in folder.iterdir()) == ["Modelfile", "README.md", "export.json", file.name]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "Modelfile",
+        "README.md",
+        "export.json",
+        file.name,
+        "training-recipe.yaml",
+    ]
 
 
 def test_an_adapter_as_gguf_has_its_matrices(run):
@@ -213,6 +220,8 @@ def test_the_card_has_the_runs_own_scores_recipe_data_and_the_licence_of_the_bas
     (run.path / "eval").mkdir(exist_ok=True)
     file = run.eval_path("arithmetic", "sft")
     file.write_text(json.dumps(score | {"settings": settings}))
+    before = score | {"stage": "base", "mean": 0.25, "settings": {**settings, "made_by": "base weights"}}
+    run.eval_path("arithmetic", "base").write_text(json.dumps(before))
     stale = score | {"mean": 0.9, "settings": {**settings, "made_by": "an earlier training"}}
     run.eval_path("math500", "sft").write_text(json.dumps(stale))
     folder, _ = made(run, fresh=True)
@@ -221,9 +230,22 @@ def test_the_card_has_the_runs_own_scores_recipe_data_and_the_licence_of_the_bas
     assert front["license"] == "mit" and "base_model" not in front, "a folder here is no model of the hub"
     assert "| arithmetic | sft | pass@1 | 0.4125 ± 0.0100 | 80 | 4 | 0.6 |" in card and "0.9000" not in card
     assert f"vllm serve {folder}" in card and "> Add." in card and "those of task `arithmetic`" in card
-    assert yaml.safe_load(card.split("```yaml")[1].split("```")[0]) == yaml.safe_load(
-        (run.path / "recipe.yaml").read_text()
-    )
+    rows = [line.split(" | ")[1:4] for line in card.splitlines() if line.startswith("| arithmetic")]
+    assert rows == [["base", "pass@1", "0.2500 ± 0.0100"], ["sft", "pass@1", "0.4125 ± 0.0100"]], "before, and after"
+    assert (folder / "training-recipe.yaml").read_text() == (run.path / "recipe.yaml").read_text()
+    assert Run.known(str(folder), run.path.parent) is None, "it is a model, and no run"
+    short = card.split("```yaml")[1].split("```")[0]
+    assert validate(yaml.safe_load(short), "card") == run.recipe() and len(short.splitlines()) < 70
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_the_cards_python_runs_as_it_stands_on_the_folder_that_vllm_serves(run, tmp_path, form, capsys):
+    folder, line = made(run, form, out=tmp_path / "out it")
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert f"from_pretrained({str(folder)!r}" in code and "do_sample=True, temperature=0.6, top_p=0.95, top_k=0" in code
+    assert shlex.quote(str(folder)) in line or f"'tiny-sft={folder}'" in line
+    exec(compile(code, "card", "exec"), {})
+    assert "'role': 'system', 'content': 'Add.'" in code and capsys.readouterr().out.endswith("\n")
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -143,7 +143,7 @@ def test_on_policy_distillation_is_gkds_reverse_kl_on_the_policys_own_responses(
         ({"feedback": "dpo + rule", "variant.top_k": 5}, r"takes one feedback, not dpo \+ rule"),
         ({"rewards.rule.weight": 4}, r"rewards\.rule is set, and feedback has no rule: dpo \+ rule"),
         ({"feedback": "dpo + rule", "rewards.rule": 4}, r"rl\.rewards\.rule .*should be a mapping"),
-        ({"feedback": "dpo + rule", "rewards.rule.wieght": 4}, "did you mean 'weight'"),
+        ({"feedback": "dpo + rule", "rewards.rule.wieght": 4}, "did you mean 'rl.rewards.rule.weight'"),
         ({"feedback": "dpo + rule", "rewards.rule.weight": 0}, "greater than 0"),
         ({"objective": "ppo", "rewards.rule.sign": "positive"}, "whose critic learns what is below"),
         ({"objective": "kld", "on_policy": 0.5}, "on_policy belongs to gkd"),
@@ -182,7 +182,7 @@ def test_on_policy_distillation_is_gkds_reverse_kl_on_the_policys_own_responses(
         ),
         (
             {"feedback": "function", "reward_function": "{short: a.py:f}", "rewards.short.wieght": 2},
-            "did you mean 'weight'",
+            "did you mean 'rl.rewards.short.weight'",
         ),
         ({"objective": "dapo", "feedback": "dpo_sampled", "dynamic_sampling": True}, "whole responses"),
         ({"objective": "grpo", "variant.top_k": 5}, "variant belongs"),
