@@ -98,14 +98,14 @@ def command(
             resolved = load_recipe(find_recipe(recipe), sets, flags, console.note)
             name = name or resolved.name
         else:
-            run = Run.newest(runs) if name is None else Run(runs / name)
+            run = Run.newest(runs) if name is None else Run.named(runs, name)
             kept, name = run.recipe().model_dump(mode="json"), run.name
             resolved = overridden(kept, sets, flags, console.note, "the run's recipe with your flags")
         named = said(None if recipe is None else find_recipe(recipe), sets, flags)
         if dry_run is not None:
             from lco_lite.dry_run import preview
 
-            preview(resolved, Run(runs / name), named, *dry_run, console)
+            preview(resolved, Run.named(runs, name), named, *dry_run, console)
             raise typer.Exit
         run = Run.open(runs, name)
         if not all(ranks.gather(run.path.is_dir())):

@@ -30,9 +30,9 @@ from pydantic import ValidationError
 from lco_lite import ranks
 from lco_lite.environment import environment
 from lco_lite.errors import RecipeError, UsageError
-from lco_lite.files import checksums, held, recover, remove, verify, write_errors, write_json, write_text
+from lco_lite.files import checksums, held, is_there, recover, remove, verify, write_errors, write_json, write_text
 from lco_lite.metrics import read_log
-from lco_lite.recipe import Recipe
+from lco_lite.recipe import RUN_NAME, Recipe
 from lco_lite.recipe.file import dump, flat, load_recipe
 from lco_lite.recipe.rl import REWARDS, RewardPart
 from lco_lite.recipe.sections import TaskColumns
@@ -239,17 +239,22 @@ class Run:
     @ranks.once
     def open(cls, root: Path, name: str) -> Run:
         """``root/name``, made if it is not there. UsageError for a name that is no plain folder name."""
-        if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{,127}", name):
-            shown = name if len(name) <= 140 else f"{name[:60]}… ({len(name)} characters)"
-            raise UsageError(
-                f"{shown!r} is no name for a run: letters and digits, after the first also '.', '_', '-', at most 128"
-            )
-        path = root / name
+        path = cls.named(root, name).path
         with write_errors(path):
             if path.exists() and not path.is_dir():
                 raise UsageError(f"{path} is a file: choose another --name or --runs")
             path.mkdir(parents=True, exist_ok=True)
         return cls(path)
+
+    @classmethod
+    def named(cls, root: Path, name: str) -> Run:
+        """``root/name``, which need not be there. UsageError for a name that is no plain folder name."""
+        if not re.fullmatch(RUN_NAME, name):
+            shown = name if len(name) <= 140 else f"{name[:60]}… ({len(name)} characters)"
+            raise UsageError(
+                f"{shown!r} is no name for a run: letters and digits, after the first also '.', '_', '-', at most 128"
+            )
+        return cls(root / name)
 
     @classmethod
     def newest(cls, root: Path) -> Run:
@@ -311,7 +316,7 @@ class Run:
 
     @ranks.once
     def has_recipe(self) -> bool:
-        return (self.path / "recipe.yaml").exists()
+        return is_there(self.path / "recipe.yaml")
 
     def recipe(self) -> Recipe:
         """The resolved recipe that the run goes by. UsageError where it is missing or damaged."""

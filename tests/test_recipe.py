@@ -218,7 +218,7 @@ def test_all_problems_are_reported_at_once_each_with_line_key_and_value(tmp_path
     text = "seed: x\nrl:\n  objective: kdl\n  beta: -1\n  steps: 1.5\nsft:\n  lerning_rate: 1\ndata: [1]\n"
     assert sorted(problems(tmp_path, text)) == [
         "data (line 10): should be a mapping of settings, found [1]",
-        "rl.beta (line 6): should be greater than 0, found -1",
+        "rl.beta (line 6): should be greater than or equal to 0.000001, found -1",
         "rl.objective (line 5): unknown objective 'kdl'; did you mean kld? Accepted: "
         + f"{', '.join(METHOD_DEFAULTS)}, or FILE.py:NAME",
         "rl.steps (line 7): should be a whole number, found 1.5",

@@ -25,6 +25,7 @@ from lco_lite.recipe.sections import (
     setting,
 )
 
+RUN_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 UNGRADED = ("alpaca_eval", "qa_feedback")  # tasks that compare or score responses by a model, without right and wrong
 # adapters take about ten times the rate of full fine-tuning: TRL's lora_without_regret.md; docs/methods.md
 LORA_RATE = 10
@@ -39,14 +40,14 @@ def _has_lora(weights: Any) -> bool:
 
 
 class Recipe(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = setting("run", "folder in --runs", "yours")
+    name: Annotated[str, Field(pattern=f"^{RUN_NAME}$")] = setting("run", "folder in --runs", "yours")
     seed: int = setting(0, "of weights, data order and sampling", "0", ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting(
         "auto",
         "auto: cuda where there is one, else cpu; mps: an Apple GPU, only if named: float32, not tested by us",
         "the machine",
     )
-    threads: int | None = setting(None, "CPU threads; null: torch's choice", "the machine", ge=1)
+    threads: int | None = setting(None, "CPU threads; null: torch's choice", "the machine", ge=1, le=1024)
     memory_limit: Annotated[str, AfterValidator(known_size)] | None = setting(
         None, "most that is allocated on the GPU, e.g. 11.5GiB; the driver's own share comes on top", "all of it"
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from lco_lite.recipe.sections import WITH_LORA, Section, Training, setting
+from lco_lite.recipe.sections import LEAST, WITH_LORA, Section, Temperature, Training, setting
 from lco_lite.user_code import names_function
 
 TRL, TRL_PPO, PAPER = "TRL 1.16", "TRL 1.10, its last PPO", "arXiv 2603.00963"
@@ -98,6 +98,7 @@ METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
     "minillm": {"feedback": _TEACHER, "lr": (1e-6, "TRL 1.10, its last"), "teacher_mix": (0.2, "Gu et al. 2024, 2.2")},
 }
 
+MOST_A_PHASE = 1_000_000  # responses, which are held in memory with their advantages
 DENSE = ("dpo", "logprob")  # an advantage for every token of the vocabulary
 REWARDS = ("rule", "function", "reward_model")  # a number a response
 FEEDBACK = (*DENSE, "dpo_sampled", *REWARDS)
@@ -193,7 +194,7 @@ class Variant(Section):
     target: Literal["old", "current"] = setting(
         "old", "lch, mse: current starts z* from the logits of each update instead of π_old's", "current there"
     )
-    negative_beta: float | None = setting(None, "sparse: β times this where A ≤ 0", "100 there", gt=0)
+    negative_beta: float | None = setting(None, "sparse: β times this where A ≤ 0", "100 there", ge=LEAST)
     agreement: float | None = setting(None, "logprob: β times 100 where log π_old and log φ exceed this", "-0.02", lt=0)
 
     @property
@@ -209,7 +210,7 @@ class Rl(Training):
     )
     target: str | None = setting(None, "kld, lch, mse: FILE.py:NAME that changes z* (docs/extending.md)", "paper: eq 7")
     settings: dict[str, Any] = setting({}, "of your own objective or target, in its `batch.settings`", "yours")
-    beta: float = setting(1.0, "strength of the KL regulariser, in units of the advantage", "paper", gt=0)
+    beta: float = setting(1.0, "strength of the KL regulariser, in units of the advantage", "paper", ge=LEAST)
     feedback: Annotated[str, AfterValidator(known_feedback)] = setting(
         "dpo",
         "dpo: dense, eq 13; dpo_sampled: that of the sampled token; logprob: dense, eq 12; rule: +1 right, -1 wrong; "
@@ -226,7 +227,9 @@ class Rl(Training):
     reward_function: str | dict[str, str] | None = setting(
         None, "feedback function: FILE.py:NAME; of several {short: FILE.py:NAME, …}, each a reward by itself", "yours"
     )
-    reward_timeout: float = setting(60.0, "seconds that a reward function may take for 32 responses", "a minute", gt=0)
+    reward_timeout: float = setting(
+        60.0, "seconds that a reward function may take for 32 responses; at most a day", "a minute", gt=0, le=86_400
+    )
     reward_classifier: str | None = setting(None, "reward_model: hub id or folder of a sequence classifier", "yours")
     baseline: Literal["none", "batch", "group", "leave_one_out"] = setting(
         "batch", "mean taken off: of the phase, of the prompt's responses, of its others", "prototype: none collapses"
@@ -258,7 +261,7 @@ class Rl(Training):
         0.5, "gkd, opd: β of the divergence; 0: KL(φ ‖ π_θ), 1: KL(π_θ ‖ φ)", "TRL 1.16", ge=0, le=1
     )
     on_policy: float = setting(1.0, "gkd: share answered by the policy, not a demonstration", "GKD 0.5", ge=0, le=1)
-    logprob_temperature: float | None = setting(
+    logprob_temperature: Temperature | None = setting(
         None, "policy gradients, minillm: logits are divided by this; null: temperature, 1 if greedy", "TRL 1.16", gt=0
     )
     teacher_mix: float = setting(0.0, "minillm: the teacher's share in what is sampled", "MiniLLM 0.2", ge=0, lt=1)
@@ -279,7 +282,7 @@ class Rl(Training):
     minibatch: int = setting(64, "responses per update", "prototype", ge=1)
     whole_groups: bool = setting(False, "a prompt's responses in one minibatch and micro-batch", "off: less variance")
     inner_epochs: int = setting(1, "passes over a phase's responses", "paper's public code", ge=1)
-    temperature: float = setting(0.6, "of rollouts; 0 is greedy", "paper", ge=0)
+    temperature: Temperature = setting(0.6, "of rollouts; 0 is greedy", "paper", ge=0)
     top_p: float = setting(0.95, "of rollouts", "paper", gt=0, le=1)
     max_new_tokens: int | None = setting(None, "longest response, tokens; null: the task's", "the task", ge=1)
     rollout_batch: int = setting(128, "responses generated at once", "fits 12 GB with a 3B policy", ge=1)
@@ -442,6 +445,9 @@ class Rl(Training):
 
     def _wrong_for_the_feedback(self) -> Iterator[str]:
         size = self.responses_per_prompt
+        if (phase := self.prompts_per_step * size) > MOST_A_PHASE:
+            made = f"prompts_per_step × responses_per_prompt is {phase:,}"
+            yield f"{made}; at most {MOST_A_PHASE:,} responses are made in a phase"
         grouped = self.baseline in ("group", "leave_one_out") or self.scale_rewards or self.dynamic_sampling
         if (self.reward_parts or not self.is_dense) and grouped and size < 2:
             yield f"baseline {self.baseline}, scale_rewards, dynamic_sampling need responses_per_prompt of at least 2"

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from lco_lite.errors import UsageError
@@ -42,23 +51,37 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Section:
-        large = [name for name, value in self if isinstance(value, int) and abs(value) >= 2**63]
-        if problems := [*(f"{name} is of more than 64 bits" for name in large), *self._wrong()]:
+        large = [name for name, value in self if isinstance(value, int) and value > MOST and name != "seed"]
+        if problems := [*(f"{name} is at most {MOST:,}" for name in large), *self._wrong()]:
             raise ValueError(*problems)
         return self
 
 
+MOST = 10_000_000  # of whatever is counted, seeds aside: more is a slip of the hand that nobody waits for
+LEAST = 1e-6  # of what is divided by: numbers over less leave float32
 MOST_LAYERS = 1000
+MOST_OF_SCRATCH = 2**31  # numbers of a model from scratch: 8 GiB
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def greedy_or_warm(value: float) -> float:
+    """A temperature. ValueError for one that is neither 0 nor divides logits within float32."""
+    if value and not LEAST <= value <= 1 / LEAST:
+        raise ValueError(f"a temperature is 0, which is greedy, or from {LEAST:g} to {1 / LEAST:g}; found {value:g}")
+    return value
+
+
+Temperature = Annotated[float, AfterValidator(greedy_or_warm)]
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
 
 def size_in_bytes(text: str) -> int:
     """``11.5GiB`` -> 12348030976. ValueError for anything else than a positive number with a unit."""
     found = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})\s*", text)
-    if found is None or float(found[1]) == 0:
-        raise ValueError(f"{text!r} is no size: write a number with its unit, {', '.join(_UNITS)}, e.g. 11.5GiB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    size = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if not 1 <= size < 2**63:
+        raise ValueError(f"{text!r:.80} is no size: write a number with its unit, {', '.join(_UNITS)}, e.g. 11.5GiB")
+    return int(size)
 
 
 def known_size(text: str) -> str:
@@ -72,7 +95,9 @@ class Lora(Section):
     dropout: float = setting(
         0.0, "share of adapter inputs dropped in sft; train-rm and rl drop none", "TRL: DPO compares passes", ge=0, lt=1
     )
-    targets: Literal["all-linear"] | list[str] = setting("all-linear", "adapted modules; never the LM head", "QLoRA")
+    targets: Literal["all-linear"] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = (
+        setting("all-linear", "adapted modules; never the LM head", "QLoRA")
+    )
 
 
 class Init(Section):
@@ -83,9 +108,15 @@ class Init(Section):
     heads: int = setting(4, "attention heads", "prototype", ge=1)
     intermediate_size: int = setting(384, "width of the feed-forward layer", "3 x hidden_size", ge=8)
     max_length: int = setting(256, "longest sequence, tokens", "ample for the arithmetic task", ge=16)
-    std: float = setting(0.05, "standard deviation of the first weights", "prototype", gt=0)
+    std: float = setting(0.05, "standard deviation of the first weights", "prototype", ge=LEAST, le=1)
 
     def _wrong(self) -> Iterator[str]:
+        numbers = self.layers * self.hidden_size * (4 * self.hidden_size + 3 * self.intermediate_size)
+        if numbers > MOST_OF_SCRATCH:
+            yield (
+                f"hidden_size {self.hidden_size}, intermediate_size {self.intermediate_size} and layers {self.layers} "
+                f"make {numbers:.1e} numbers; a model from scratch has at most {MOST_OF_SCRATCH:.1e}"
+            )
         if self.hidden_size % self.heads:
             yield f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}"
         elif self.hidden_size // self.heads % 2:
@@ -234,7 +265,7 @@ class RewardModels(Section):
 class Eval(Section):
     tasks: list[str] | None = setting(None, "tasks scored at the end of a run; null: the recipe's task", "the task")
     seeds: int = setting(4, "sampling passes over all items", "paper: mean ± std over 4", ge=1)
-    temperature: float = setting(0.6, "0 is greedy, and then one pass", "paper", ge=0)
+    temperature: Temperature = setting(0.6, "0 is greedy, and then one pass", "paper", ge=0)
     top_p: float = setting(0.95, "nucleus", "paper", gt=0, le=1)
     items: int | None = setting(None, "only the first N items; null: all", "all", ge=1)
     max_new_tokens: int | None = setting(None, "longest response, tokens; null: the task's", "the task", ge=1)
@@ -364,12 +395,12 @@ class TrainRm(Training):
     epochs: float = setting(1.0, "passes over the pairs", "paper", gt=0)
     max_steps: int | None = setting(None, "updates; overrides epochs", "none", ge=1)
     batch_size: int = setting(16, "pairs per update", "common practice", ge=1)
-    beta: float = setting(0.1, "DPO's beta", "paper", gt=0)
+    beta: float = setting(0.1, "DPO's beta", "paper", ge=LEAST)
     sft_weight: float = setting(0.0, "weight of the chosen responses' mean token NLL beside DPO", "paper: none", ge=0)
     prompts: int | None = setting(None, "sampled pairs: prompts to sample for; null: all that sft left", "all", ge=1)
     samples_per_prompt: int = setting(4, "sampled pairs: responses per prompt", "two of four differ often enough", ge=2)
     pairs_per_prompt: int = setting(1, "sampled pairs: at most this many per prompt", "every prompt counts alike", ge=1)
-    temperature: float = setting(1.0, "sampled pairs: temperature", "1: varied mistakes", gt=0)
+    temperature: Temperature = setting(1.0, "sampled pairs: temperature", "1: varied mistakes", gt=0)
     top_p: float = setting(1.0, "sampled pairs: nucleus", "1: varied mistakes", gt=0, le=1)
     demonstrations_as_chosen: bool = setting(False, "the item's demonstration if none is right", "off: on-policy pairs")
     cut_rejected: bool = setting(
