@@ -3,6 +3,7 @@
 import bisect
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,6 +18,7 @@ from lco_lite.models.loading import (
     load_tokenizer,
     refuse_unusable_folder,
     refuse_without_weights,
+    tried_tokenizer,
     unloadable,
 )
 from lco_lite.recipe.sections import Weights
@@ -141,10 +143,8 @@ class SegmentClassifier:
         self.by_token = kind == "token"
         # words tokenised one by one, as in training: byte-level BPE wants a space before each
         spaced = {"add_prefix_space": True} if self.by_token else {}
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **spaced)
-        except Exception as e:  # each tokenizer class raises its own kinds
-            raise unloadable("tokenizer", path, e) from e
+        load = partial(AutoTokenizer.from_pretrained, path, trust_remote_code=False, **spaced)
+        self.tokenizer: Any = tried_tokenizer(path, load)
         if self.by_token and not self.tokenizer.is_fast:
             raise ModelError(f"{path}: its tokenizer does not tell which token belongs to which word; a fast one does")
         if self.tokenizer.pad_token_id is None:

@@ -321,14 +321,17 @@ def linear_layers(base: PreTrainedModel) -> dict[str, bool]:
 
 
 def adapted_layers(linear: Mapping[str, bool], lora: Lora) -> tuple[list[str], list[str]]:
-    """(last parts of the names of the ``linear`` layers to adapt, whole names outside the decoder that share them).
-    Raises ModelError for a target that there is not."""
+    """(ends of the names of the ``linear`` layers to adapt, whole names outside the decoder that end so too). Raises
+    ModelError for a target that the decoder has not, as PEFT takes it: whole parts of a name."""
     known = sorted({name.rpartition(".")[2] for name, within in linear.items() if within})
     targets = known if lora.targets == "all-linear" else list(lora.targets)
-    unknown = [target for target in targets if not any(name.endswith(target) for name in linear)]
-    if unknown:
-        raise ModelError(f"lora.targets: no linear layer named {', '.join(unknown)}; there are: {', '.join(known)}")
-    return targets, [n for n, within in linear.items() if not within and n.rpartition(".")[2] in targets]
+    inside = [f".{name}" for name, within in linear.items() if within]
+    unknown = [target for target in targets if not any(name.endswith(f".{target}") for name in inside)]
+    if unknown or not targets:
+        named = ", ".join(f"{target:.80}" for target in unknown[:9])
+        raise ModelError(f"lora.targets: no linear layer named {named}; there are: {', '.join(known)}")
+    ends = tuple(f".{target}" for target in targets)
+    return targets, [n for n, within in linear.items() if not within and f".{n}".endswith(ends)]
 
 
 @dataclass(frozen=True)

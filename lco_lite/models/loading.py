@@ -4,13 +4,16 @@ Only safetensors are read. A model from scratch and a GGUF file become ordinary 
 loaded is one ModelError that says what was found and what is accepted.
 """
 
+import contextlib
 import importlib.util
 import json
 import logging
+import math
+import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +292,7 @@ def refuse_implausible(config: Any, source: str) -> None:
             raise ModelError(f"{source}/config.json: {name} is a whole number from 1 to {most:,}, found {found!r:.80}")
 
 
-def unloadable(what: str, source: str, error: Exception) -> ModelError:
+def unloadable(what: str, source: str, error: BaseException) -> ModelError:
     """The message for whatever transformers raised while it loaded ``what``."""
     if isinstance(error, ModelError):
         return error
@@ -307,14 +310,57 @@ def load_tokenizer(weights: Weights, folder: Path | None = None) -> hf.PreTraine
     """From ``folder`` if given, else ``weights.path``; padding is chosen here, tokenizers are stored without."""
     source = str(folder or weights.path)
     refuse_huge_files(Path(source))
-    try:
-        tokenizer = hf.AutoTokenizer.from_pretrained(source, **_origin(weights))
-    except Exception as e:  # each tokenizer class raises its own kinds
-        raise unloadable("tokenizer", source, e) from e
+    tokenizer = tried_tokenizer(source, lambda: hf.AutoTokenizer.from_pretrained(source, **_origin(weights)))
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         _choose_pad(tokenizer)
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"{source}: its tokenizer has neither a padding token nor one that ends a response")
     return tokenizer
+
+
+PROBE = "What is 3 + 4? \n\tÄ 7"
+
+
+def tried_tokenizer(source: str, load: Callable[[], Any]) -> Any:
+    """What ``load`` gives, once it has encoded and decoded a text. Raises ModelError for what cannot: a damaged
+    tokenizer.json may load, and it may end in a panic of Rust's, which is no Exception."""
+    try:
+        with _panics_unsaid():
+            tokenizer = load()
+            longest = tokenizer.model_max_length
+            if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not 1 <= longest < math.inf:
+                raise ValueError(f"model_max_length: a number of tokens is needed, found {longest!r:.80}")
+            ids = tokenizer(PROBE)["input_ids"]
+            if not ids or not tokenizer.get_vocab():
+                raise ValueError(f"the text {PROBE!r} has no tokens")
+            tokenizer.decode(ids)
+            tokenizer.decode(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # each tokenizer class raises its own kinds
+        raise unloadable("tokenizer", source, e) from e
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _panics_unsaid() -> Iterator[None]:
+    """A panic writes itself on the process's stderr before it is raised: that is left out, and what else is written
+    there inside the block comes after it."""
+    with tempfile.TemporaryFile() as said:
+        stderr, panicked = os.dup(2), False
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException as e:
+            panicked = type(e).__name__ == "PanicException"
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            if not panicked:
+                os.write(2, said.read())
 
 
 def _choose_pad(tokenizer: hf.PreTrainedTokenizerBase) -> None:
@@ -329,14 +375,14 @@ def _choose_pad(tokenizer: hf.PreTrainedTokenizerBase) -> None:
 
 
 def open_tokenizer(model: Model, seed: int) -> Any:
-    """The policy's tokenizer before there is a run: a model from scratch is built in a folder that is thrown away."""
+    """The policy's tokenizer before there is a run."""
     if model.gguf_file is not None:
-        return _from_gguf(hf.AutoTokenizer, model)
+        return _tokenizer_of_gguf(model)
     if model.init is None:
         return load_tokenizer(model)
     with tempfile.TemporaryDirectory() as folder:
-        build_scratch(model.init, Path(folder) / "model", seed)
-        return load_tokenizer(model, Path(folder) / "model")
+        byte_tokenizer(model.init.max_length).save_pretrained(folder)
+        return load_tokenizer(model, Path(folder))
 
 
 @ranks.once
@@ -351,7 +397,7 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
         if not record.exists() or json.loads(record.read_text(encoding="utf-8")) != origin:
             raise UsageError(f"{folder}: was converted from another GGUF file: delete it, or choose another --name")
         return folder
-    tokenizer = _from_gguf(hf.AutoTokenizer, weights)
+    tokenizer = _tokenizer_of_gguf(weights)
     model, loaded = _from_gguf(hf.AutoModelForCausalLM, weights, dtype=torch.bfloat16, output_loading_info=True)
     if missing := sorted(loaded["missing_keys"]):  # see load_base
         raise ModelError(
@@ -366,6 +412,11 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
         write_json(new / record.name, origin)
         seal(new)
     return folder
+
+
+def _tokenizer_of_gguf(weights: Weights) -> Any:
+    file = Path(str(weights.path)) / str(weights.gguf_file)
+    return tried_tokenizer(str(file), lambda: _from_gguf(hf.AutoTokenizer, weights))
 
 
 def _from_gguf(kind: Any, weights: Weights, **options: Any) -> Any:
@@ -392,9 +443,12 @@ CHAT_TEMPLATE = (
 def build_scratch(init: Init, folder: Path, seed: int) -> None:
     """Writes model and tokenizer to ``folder``, whole or not at all. The weights depend on ``seed`` alone."""
     tokenizer = byte_tokenizer(init.max_length)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = hf.LlamaForCausalLM(_scratch_config(init, tokenizer))
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = hf.LlamaForCausalLM(_scratch_config(init, tokenizer))
+    except (RuntimeError, ValueError, MemoryError) as e:
+        raise ModelError(f"model.init: this model cannot be built: {' '.join(str(e).split())[:400]}") from e
     with write_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
