@@ -15,18 +15,21 @@ from statistics import median
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from lco_lite.calling import ACCEPTED
 from lco_lite.console import Console
 from lco_lite.data.prompts import held_out_prompts, recipe_task
 from lco_lite.data.rows import CONVERSATIONS, PROMPTS, RESPONSES
 from lco_lite.errors import DataError, UsageError
-from lco_lite.files import not_there, write_text
+from lco_lite.files import is_there, not_there, write_text
 from lco_lite.grading.choice import LETTERS
 from lco_lite.models.loading import open_tokenizer
 from lco_lite.recipe.file import parse_yaml, unwritten, validate, write_yaml
 from lco_lite.recipe.sections import Model
-from lco_lite.tables import load_rows
+from lco_lite.tables import load_rows, names_in
 from lco_lite.tasks.base import HELD_OUT_SHARE
 from lco_lite.train.pipeline import tried_rewards
 from lco_lite.user_code import names_function
@@ -144,7 +147,7 @@ def look(file: str, rows: Sequence[dict[str, Any]], has_reward: bool) -> Looked:
     if "prompt" not in roles and not pairs:
         partly = next((n for n in ASKED if any(n in row for row in rows)), None)
         why = f"{_gap(rows, partly)}" if partly else f"one of {', '.join(ASKED)} is needed"
-        raise DataError(f"{file}: no column for the prompt: {why}; found {', '.join(rows[0])}")
+        raise DataError(f"{file}: no column for the prompt: {why}; found {names_in(rows[0])}")
     if pairs:
         return Looked(
             rows, {n: c for n, c in roles.items() if n == "prompt"} | {"chosen": "chosen", "rejected": "rejected"}
@@ -233,12 +236,12 @@ def functions_of(spec: str) -> Iterator[tuple[str, str]]:
         raise UsageError(f"--reward {spec}: a Python file with a reward function is needed, FILE.py or FILE.py:NAME")
     try:
         tree = ast.parse(file.read_text(encoding="utf-8-sig"))
-    except (SyntaxError, ValueError) as e:
-        raise UsageError(f"{file}: is not Python: {e}") from e
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise UsageError(f"{file}: is not Python: {str(e) or 'nested too deeply'}") from e
     defined = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     judges = [node.name for node in defined if not node.name.startswith("_") and _may_judge(node.args)]
     if not judges:
-        names = ", ".join(node.name for node in defined) or "no function"
+        names = names_in({node.name: node for node in defined}) if defined else "no function"
         raise UsageError(f"{file}: has no reward function, {ACCEPTED}; found {names}")
     yield from ((name, f"{spec}:{name}") for name in judges)
 
@@ -272,6 +275,11 @@ def chosen_model(asked: str | None, machine: Machine) -> Model:
         if machine.gib is not None:
             path, quantization = next((name, kind) for least, name, kind in GPUS if machine.gib >= least)
         options["quantization"] = quantization
+    elif not is_there(Path(path)):
+        try:
+            validate_repo_id(path)
+        except HFValidationError as e:
+            raise UsageError(f"--model {path!r:.200}: no such folder or file, and no hub id, OWNER/NAME") from e
     elif Path(path).suffix == ".gguf" and Path(path).is_file():
         options["gguf_file"], path = Path(path).name, str(Path(path).parent)
     elif Path(path).is_dir() and (Path(path) / "adapter_config.json").is_file():
@@ -281,6 +289,8 @@ def chosen_model(asked: str | None, machine: Machine) -> Model:
         if len(ggufs) > 1:
             raise UsageError(f"--model {path}: has {len(ggufs)} GGUF files; name one: {', '.join(ggufs)}")
         options |= {"gguf_file": ggufs[0]} if ggufs else {}
+    elif not Path(path).is_dir():
+        raise UsageError(f"--model {path}: is no folder; name a model's folder, a GGUF file or a hub id")
     return Model(path=path, **options)
 
 
@@ -298,8 +308,6 @@ def is_here(model: str) -> bool:
     """Whether its tokenizer can be had without the network."""
     if Path(model).is_dir():
         return True
-    from huggingface_hub import try_to_load_from_cache
-
     return isinstance(try_to_load_from_cache(model, "tokenizer_config.json"), str)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,14 @@ def test_on_a_gpu_answers_make_a_reward_model_and_the_model_is_one_that_fits(mad
         ({"prompt": "p", "answer": 1}, ["--reward", "bad.py"], "no reward function, f.prompts.*found odd"),
         ({"prompt": "p", "answer": 1}, ["--reward", "wrong.py"], "wrong.py:f: came back 1.0; a list with a number"),
         ({"prompt": "p", "answer": 1}, ["--out", "taken.yaml"], "taken.yaml is there already"),
+        ({"prompt": "p", "answer": 1}, ["--model", "/no/such"], "no such folder or file, and no hub id"),
+        ({"prompt": "p", "answer": 1}, ["--model", "-"], "no such folder or file, and no hub id"),
+        ({"prompt": "p", "answer": 1}, ["--model", "x" * 300], "no such folder or file, and no hub id"),
+        ({"prompt": "p", "answer": 1}, ["--model", "a\x1b[2Jb"], "no such folder or file, and no hub id"),
+        ({"prompt": "p", "answer": 1}, ["--model", "taken.yaml"], "taken.yaml: is no folder"),
+        ({"prompt": "p", "answer": 1}, ["--reward", "deep.py"], "deep.py: is not Python: "),
+        ({"k" * 100_000: 1}, [], r"no column for the prompt: one of prompt.*found k{60} *$"),
+        ({f"c{i}": i for i in range(20_000)}, [], "found c0, .* and 19,970 more"),
     ],
 )
 def test_what_it_cannot_go_by_is_one_message_and_no_recipe(model, tmp_path, monkeypatch, row, flags, message):
@@ -127,13 +136,19 @@ def test_what_it_cannot_go_by_is_one_message_and_no_recipe(model, tmp_path, monk
     )
     Path("bad.py").write_text("def odd(x):\n    return 1\n")
     Path("wrong.py").write_text("def f(completions, **columns):\n    return 1.0\n")
+    Path("deep.py").write_text("x = " + "-" * 200_000 + "1")
     Path("taken.yaml").write_text("mine")
     result = CliRunner().invoke(app, ["init", "rows.jsonl", "--model", model, *flags])
     assert result.exit_code == 2
-    import re
-
     assert re.search(message, result.stderr.replace("\n", " ")), result.stderr
     assert not Path("rows.yaml").exists() and Path("taken.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "x" * 300 + ".jsonl"])
+def test_what_is_no_file_is_one_message(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    told = CliRunner().invoke(app, ["init", name])
+    assert told.exit_code == 2 and re.search("is a folder|no such file|too long", told.stderr), told.output
 
 
 def test_csv_and_parquet_are_read_too(model, tmp_path, monkeypatch):

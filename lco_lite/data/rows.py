@@ -23,7 +23,7 @@ from typing import Any, TypeAlias, TypeVar
 from lco_lite.errors import DataError
 from lco_lite.messages import Message, conversation, turns_of
 from lco_lite.recipe.sections import Columns
-from lco_lite.tables import load_rows, named_columns
+from lco_lite.tables import load_rows, named_columns, names_in
 from lco_lite.tasks.base import Item
 from lco_lite.tasks.qa_feedback import qa_prompt
 
@@ -222,7 +222,7 @@ def _conversation(row: Row, at: str) -> list[Message] | None:
 
 
 def _found(row: Row) -> str:
-    return f"found {', '.join(row) or 'no fields'}"
+    return f"found {names_in(row)}"
 
 
 # HH-RLHF: the whole conversation in one text, "\n\nHuman: … \n\nAssistant: …"

@@ -25,7 +25,7 @@ from lco_lite.evaluation.held_out import HELD_OUT, held_out_task, likelihoods, s
 from lco_lite.evaluation.likelihood import likeliest_letters
 from lco_lite.evaluation.prompts import Question, eval_prompts, question, score_name, score_settings
 from lco_lite.evaluation.summary import Graded, graded, main_first, over_items, read_rows, read_score, spread, summarise
-from lco_lite.files import JsonLines, json_line, remove, sha256, write_bytes, write_json
+from lco_lite.files import JsonLines, is_there, json_line, remove, sha256, write_bytes, write_json
 from lco_lite.grading.choice import answer_index
 from lco_lite.grading.math import MathGrader
 from lco_lite.models.chat import ChatFormat, PlainText
@@ -45,7 +45,7 @@ def score(
 ) -> None:
     """Scores, then a table or, for machines, one JSON object by task. ``data``: where the items are."""
     names = list(tasks or [ctx.recipe.task or HELD_OUT])
-    if data is not None and data.is_file() and len(names) > 1:
+    if data is not None and is_there(data) and data.is_file() and len(names) > 1:
         raise UsageError(
             f"--data {data}: one file holds the items of one task, and {len(names)} are named; give a folder"
         )

@@ -401,8 +401,8 @@ def show_recipes(name: str | None, console: Console) -> None:
 def unwritten(data: str, out: Path | None) -> Path:
     """Where the recipe of a data file goes: beside it, unless ``out`` names another. Raises UsageError where something
     is there."""
-    path = out or Path(data).with_suffix(".yaml")
-    if path.exists():
+    path = out or Path(data).parent / f"{Path(data).stem}.yaml"
+    if is_there(path):
         raise UsageError(f"{path} is there already, and is not written over: name another file with --out")
     return path
 

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 from lco_lite.console import Console
 from lco_lite.errors import DataError, UsageError
-from lco_lite.files import read_jsonl
+from lco_lite.files import is_there, read_jsonl
 from lco_lite.grading import Grade, Grader, Item
 from lco_lite.grading.choice import LETTERS
 from lco_lite.grading.math import MathGrader
 from lco_lite.messages import Message, conversation
 from lco_lite.recipe import Eval
+from lco_lite.tables import names_in, refuse_local
 
 FOLDER = "LCO_LITE_DATA"
 BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -119,7 +120,7 @@ class Task:
                 return None
             prompt = fill(self.template, row, problem.text)
         except KeyError as e:
-            raise DataError(f"{place}: has no field {e.args[0]!r}; found {', '.join(row) or 'none'}") from e
+            raise DataError(f"{place}: has no field {e.args[0]!r}; found {names_in(row)}") from e
         except ValueError as e:
             raise DataError(f"{place}: {e}") from e
         shown = None if split == "test" else problem.demonstration  # what is held out is never imitated
@@ -171,7 +172,9 @@ def text(row: Mapping[str, Any], *names: str) -> str:
 def answer_text(row: Mapping[str, Any]) -> str:
     """The field ``answer``, a text or a number, as text: 27.0 becomes 27. Raises KeyError or ValueError."""
     value = row["answer"]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"field answer is {value!r}, no number")
         return str(int(value)) if value == int(value) else repr(value)
@@ -193,8 +196,9 @@ class Source:
 
     def __call__(self, folder: Path | None) -> Rows:
         """Raises DataError where neither has the rows."""
-        if folder is not None and all((folder / name).exists() for name in self.files):
+        if folder is not None and all(is_there(folder / name) for name in self.files):
             return read_rows(*(folder / name for name in self.files))
+        refuse_local(self.hub)
         import datasets
 
         every = self.config == EVERY_CONFIG
@@ -206,7 +210,7 @@ class Source:
             ]
         except Exception as e:  # offline, renamed, gated, a broken cache: many kinds, one meaning
             files = " and ".join(self.files)
-            where = f"the folder {folder} has no {files}, and the" if folder else "the"
+            where = f"the folder {str(folder):.200} has no {files}, and the" if folder else "the"
             raise hub_error(f"{where} hub set {self.hub} (split {self.split})", files, e) from e
         return [(f"{self.hub}, row {i}", row) for i, row in enumerate(rows, 1)]
 
@@ -225,7 +229,7 @@ def read_rows(*files: Path) -> Rows:
 
 def first_file(folder: Path | None, names: Sequence[str]) -> Path | None:
     """The first of these files that the folder has."""
-    return next((folder / name for name in names if folder and (folder / name).exists()), None)
+    return next((folder / name for name in names if folder and is_there(folder / name)), None)
 
 
 def normalised(text: str) -> str:

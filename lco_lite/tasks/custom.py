@@ -19,7 +19,7 @@ from lco_lite.grading.choice import LETTERS, grade_choice
 from lco_lite.grading.math import MathGrader
 from lco_lite.grading.string import grade_string
 from lco_lite.messages import Message, turns_of
-from lco_lite.tables import load_rows, named_columns
+from lco_lite.tables import load_rows, named_columns, names_in
 from lco_lite.tasks.base import Problem, Rows, Task, answer_text, drawn_to_hold_out, lettered, normalised, text
 from lco_lite.user_code import load_function, names_function, shown, told
 
@@ -88,7 +88,7 @@ def _asked(row: Mapping[str, Any], at: str) -> tuple[list[Message], str | None]:
     """The turns up to the response, and the response where they end with one. Raises DataError."""
     name = next((n for n in PROMPTS if n in row), None)
     if name is None:
-        raise DataError(f"{at}: has no field {' or '.join(PROMPTS)}; found {', '.join(row)}")
+        raise DataError(f"{at}: has no field {' or '.join(PROMPTS)}; found {names_in(row)}")
     if isinstance(value := row[name], str) and value.strip():
         more = row.get("input") if name == "instruction" else None
         if more is not None and not isinstance(more, str):

@@ -113,7 +113,7 @@ def _passage(passage: Any) -> tuple[str, str]:
 def _rows(split: str, folder: Path | None) -> Rows:
     if file := first_file(folder, FILES[split]):
         return read_rows(file)
-    where = f"the folder {folder} has no" if folder else f"{FOLDER} names no folder with"
+    where = f"the folder {str(folder):.200} has no" if folder else f"{FOLDER} names no folder with"
     source = f"{split}.json from tasks/qa_feedback/data of FG-RLHF's repository (allenai/FineGrainedRLHF on GitHub)"
     raise DataError(f"{where} {' or '.join(FILES[split])}. Take {source}, and write each object of its list on a line")
 
