@@ -1,6 +1,7 @@
 """``lco-lite`` and ``python -m lco_lite``."""
 
 import os
+import re
 import signal
 import sys
 from types import FrameType
@@ -30,7 +31,14 @@ def main() -> None:
 
         usage_error: Any = BadParameter.__mro__[2]  # click's ClickException, or that of typer's own copy of click
         try:
+            for word in sys.argv[1:]:
+                if re.search("[\ud800-\udfff]", word):  # bytes that are no text, which no file of ours could name
+                    raise BadParameter(f"{word!r:.200} is not in UTF-8")
             sys.exit(app(prog_name="lco-lite", standalone_mode=False))
+        except (KeyError, ValueError) as e:
+            if "_LCO_LITE_COMPLETE" not in os.environ:
+                raise
+            sys.exit(f"error: what a shell asks to complete (COMP_WORDS, COMP_CWORD): {type(e).__name__}: {e}")
         except usage_error as e:  # what was typed is in it
             e.message = visible(e.message)
             e.show()

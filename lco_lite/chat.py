@@ -24,9 +24,10 @@ from lco_lite.console import Console
 from lco_lite.context import Context, out_of_memory
 from lco_lite.data.prompts import recipe_task, system_text
 from lco_lite.errors import LcoError, UsageError
-from lco_lite.files import json_line, read_jsonl, write_bytes
+from lco_lite.files import is_there, json_line, read_jsonl, write_bytes
 from lco_lite.models.chat import ChatFormat, PlainText
 from lco_lite.models.language_model import Role
+from lco_lite.recipe.sections import greedy_or_warm
 from lco_lite.rollout.engine import Sampling, before_stop, open_engine
 from lco_lite.rollout.lockstep import LockstepEngine, alone, optimal_policy
 from lco_lite.run import Run, no_run
@@ -151,7 +152,7 @@ def _of_model(
 
 def _elsewhere(name: str, runs: Path) -> bool:
     """Whether it names another run, or a folder or hub id."""
-    return Run.known(name, runs) is not None or "/" in name or Path(name).exists()
+    return Run.known(name, runs) is not None or "/" in name or is_there(Path(name))
 
 
 def open_roles(ctx: Context, names: Sequence[str]) -> list[list[Role]]:
@@ -304,7 +305,11 @@ class Conversation:
         self.seed = self._number(rest, int, 0, 2**31 - 1, "/seed takes a whole number from 0")
 
     def _temperature(self, rest: str) -> None:
-        self.temperature = self._number(rest, float, 0, 1e6, "/temperature takes a number from 0, which is greedy")
+        value = self._number(rest, float, 0, 1e6, "/temperature takes a number from 0, which is greedy")
+        try:
+            self.temperature = greedy_or_warm(value)
+        except ValueError as e:
+            raise UsageError(f"/temperature: {e}") from e
 
     def _max(self, rest: str) -> None:
         self.longest = self._number(rest, int, 1, 2**31, "/max takes a number of tokens from 1")
@@ -324,15 +329,18 @@ class Conversation:
         """A line a policy; with two of them each says whose it is. What the file has already stays."""
         try:
             (name,) = shlex.split(rest)
-        except ValueError:
-            raise UsageError(f"/save takes one file, found {rest!r}") from None
-        file, rows = Path(name).expanduser(), [voice for voice in self.voices if voice.turns]
+            file = Path(name).expanduser()
+        except (ValueError, RuntimeError):  # RuntimeError: the home of nobody
+            raise UsageError(f"/save takes one file, found {rest!r:.200}") from None
+        if "\0" in name:
+            raise UsageError(f"/save: {name!r:.200} is no name for a file")
+        rows = [voice for voice in self.voices if voice.turns]
         if not rows:
             raise UsageError("/save: nothing is said yet")
-        if file.is_dir():
+        if is_there(file) and file.is_dir():
             raise UsageError(f"/save: {file} is a folder; name a file")
         before = b""
-        if file.exists() and file.stat().st_size:
+        if is_there(file) and file.stat().st_size:
             read_jsonl(file)  # raises for a file that is something else
             before = file.read_bytes().rstrip() + b"\n"
         many = len(self.voices) > 1

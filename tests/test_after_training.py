@@ -112,6 +112,8 @@ def test_an_adapter_talks_beside_its_base_or_another_folder_and_makes_no_run(run
         (("tiny", "--beside", "rl-lch"), "there are: base, sft, "),
         (("no/such", "--policy", "sft"), "no run under"),
         (("tiny", "--temperature", "-1"), "eval.temperature"),
+        (("tiny", "--beside", "x" * 5000), "there are: base, sft, "),
+        (("tiny", "--policy", "optimal", "-s", "rl.beta=1e-300"), "rl.beta"),
     ],
 )
 def test_a_policy_that_is_not_there_is_one_message(runs, args, told):
@@ -147,16 +149,19 @@ def test_commands_that_are_wrong_are_told_in_a_line_and_the_chat_goes_on(runs, t
         "/max 0",
         "/save",
         "/save none.jsonl",
+        "/temperature 1e-320",
+        "/save ~nobody-of-this-name/x.jsonl",
+        "/save a\0b",
     ]
-    said = "\n".join(
-        [*wrong, "x" * 400, f"hi\n/save {tmp_path / 'notes.txt'}", f"/save {tmp_path}", "/quit", "unheard"]
-    )
+    saves = [f"/save {tmp_path / one}" for one in ("notes.txt", "", "x" * 300)]
+    said = "\n".join([*wrong, "x" * 400, "hi", *saves, "/quit", "unheard"])
     result = call("chat", "--runs", runs, "--max", 4, said=said)
     assert result.exit_code == 0 and "Traceback" not in result.output
     told = result.stderr.splitlines()
     assert len([line for line in told if line.startswith("/") or "no command /foo" in line]) == len(wrong) + 2
     assert any("fills the window of 256" in line for line in told)
     assert any("notes.txt, line 1: is not JSON" in line for line in told)
+    assert any("File name too long" in line for line in told)
     assert (tmp_path / "notes.txt").read_text() == "no JSON"
     assert "unheard" not in result.output
 

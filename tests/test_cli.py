@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -358,6 +359,42 @@ def test_what_an_example_says_is_taken():
         found.make_context(found.name, list(words), resilient_parsing=True)
         options = {option for p in found.params for option in p.opts}
         assert {word for word in words if word.startswith("--")} <= options, example
+
+
+@pytest.mark.parametrize(
+    "words, env, told",
+    [
+        (["export", "--out", b"\xff"], {}, "is not in UTF-8"),
+        (["chat", "--system", b"a\xff"], {}, "is not in UTF-8"),
+        ([], {"_LCO_LITE_COMPLETE": "complete_bash", "COMP_WORDS": "lco-lite", "COMP_CWORD": "x"}, "COMP_CWORD"),
+        ([], {"_LCO_LITE_COMPLETE": "complete_bash"}, "COMP_WORDS"),
+    ],
+)
+@pytest.mark.skipif(os.name != "posix", reason="bytes as arguments")
+def test_what_no_shell_types_is_one_message(words, env, told):
+    done = subprocess.run([sys.executable, "-m", "lco_lite", *words], env=os.environ | env, capture_output=True)
+    assert done.returncode in (1, 2) and told in done.stderr.decode()
+    assert b"Traceback" not in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("name", ["bin.yaml", "none.yaml", "folder.yaml", "", "none", "x" * 300])
+def test_a_recipe_that_cannot_be_shown_is_one_message(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin.yaml").write_bytes(bytes(range(256)))
+    (tmp_path / "folder.yaml").mkdir()
+    told = call("recipes", name)
+    assert told.exit_code == 2 and told.stderr.count("error: ") == 1, told.output
+
+
+def test_a_card_beyond_any_is_no_size(tiny):
+    told = call("plan", tiny, "--gpu", "9" * 400 + "GiB")
+    assert told.exit_code == 2 and "is no size" in told.stderr and len(told.stderr) < 500
+
+
+def test_items_in_a_file_that_no_file_system_names_are_one_message(tmp_path):
+    words = ["eval", "gsm8k", "--model", tmp_path, "--runs", tmp_path / "runs", "--data", "n" * 300]
+    told = call(*words)
+    assert told.exit_code == 2 and "no such file or folder" in told.stderr, told.output
 
 
 def test_tab_offers_recipes_objectives_tasks_runs_and_stages(tmp_path, monkeypatch):

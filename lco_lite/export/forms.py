@@ -274,7 +274,8 @@ def _convert(job: Export, arguments: Sequence[str]) -> None:
     if process.returncode:
         lacking = re.search(r"No module named '(\w+)'", tail[-1] if tail else "")
         hint = "\nIt needs more packages: pip install 'lco-lite[export]'" if lacking else ""
-        listed = "\n  ".join(tail)
+        traces = any(line.startswith("Traceback (") for line in tail)
+        listed = "\n  ".join(tail[-1:] if traces else tail)
         raise LcoError(f"{script} failed with status {process.returncode}:\n  {listed}{hint}")
 
 

@@ -33,13 +33,7 @@ def load_recipe(
     """The recipe in ``path`` under ``--set`` items and then named flags (``{"rl.beta": 1.0}``). Raises RecipeError.
     ``say`` is told which of the file's values another objective replaced."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark first
-    except FileNotFoundError as e:
-        raise RecipeError(f"{path}: no such recipe file; {_near_recipe(path)}") from e
-    except (OSError, ValueError) as e:
-        raise RecipeError(f"{path!s:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
-    try:
-        data, lines = parse_yaml(text)
+        data, lines = parse_yaml(_text(path))
     except ValueError as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(data, dict):
@@ -66,6 +60,16 @@ def _lie_beside(path: Path, recipe: Recipe) -> Iterator[str]:
             if not is_there(Path(name)) and is_there(beside := path.parent / name) and beside.is_file():
                 told = f"it lies beside the recipe: `cd {path.parent}` first, or -s {key}={beside}{colon}{rest}"
                 yield f"  {key}: {name} is not there; {told}"
+
+
+def _text(path: Path) -> str:
+    """Raises RecipeError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark first
+    except FileNotFoundError as e:
+        raise RecipeError(f"{path}: no such recipe file; {_near_recipe(path)}") from e
+    except (OSError, ValueError) as e:
+        raise RecipeError(f"{path!s:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
 
 
 def overridden(
@@ -393,7 +397,7 @@ def _near_recipe(path: Path) -> str:
 
 def show_recipes(name: str | None, console: Console) -> None:
     if name is not None:
-        return console.say(find_recipe(name).read_text(encoding="utf-8"), end="")
+        return console.say(_text(find_recipe(name)), end="")
     for known, path in shipped().items():
         console.say(f"{known:14} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
@@ -411,7 +415,7 @@ def copy_recipes(name: str | None, target: Path, console: Console) -> None:
     """Raises UsageError rather than write over a file, and for a folder that cannot be written."""
     wanted = [find_recipe(name)] if name else list(shipped().values())
     for path in wanted:
-        if (target / path.name).exists():
+        if is_there(target / path.name):
             raise UsageError(f"{target / path.name} is there already; nothing was overwritten")
     for path in wanted:
         try:

@@ -18,7 +18,7 @@ from typing import Any
 from lco_lite import __version__
 from lco_lite.console import Console
 from lco_lite.errors import UsageError
-from lco_lite.files import write_text
+from lco_lite.files import is_there, read_bytes, write_text
 from lco_lite.metrics import finite
 from lco_lite.report.figures import draw, study_pictures
 from lco_lite.report.runs import gather
@@ -27,6 +27,7 @@ from lco_lite.run import Run, no_run
 from lco_lite.visible import visible as written_out
 
 visible = partial(written_out, keep="\u200c\u200d", form="⟨U+{:04X}⟩")  # joiners make letters and emoji
+_OURS = b'<script type="application/json" id="data">'  # of every version's page
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
@@ -53,8 +54,7 @@ def report(
     data = {"version": __version__} | data  # a study has that of its runs
     default = folders[0] if len(folders) == 1 else runs
     page = out or default / "report.html"
-    if page.is_dir():
-        raise UsageError(f"--out {page}: is a folder; name a file in it")
+    _refuse_other(page)
     write_text(page, as_html(data))
     if figures is not None:
         made = study_pictures(folders[0], figures) if studies else draw(data, figures, every)
@@ -64,6 +64,16 @@ def report(
         console.note(f"left out: {text}")
     console.done(page)
     return page
+
+
+def _refuse_other(page: Path) -> None:
+    """Raises UsageError where something is there that is no page of ours, which alone is written over."""
+    if not is_there(page):
+        return
+    if page.is_dir():
+        raise UsageError(f"--out {page}: is a folder; name a file in it")
+    if not page.is_file() or ((found := read_bytes(page)) and _OURS not in found):
+        raise UsageError(f"--out {page}: is there already, and is no page of a report: name another file")
 
 
 def _folder(name: str, runs: Path) -> Path:

@@ -76,7 +76,13 @@ def test_the_time_that_the_server_asks_for_is_waited():
     assert waits == [17.0, 42.0, 4.0]
 
 
-@pytest.mark.parametrize(("value", "seconds"), [(None, None), ("-3", 0.0), ("nan", None), ("x y", None), ("0.5", 0.5)])
+_NO_DATE = "Mon, 99999999999999999999 Jan 2024 00:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(None, None), ("-3", 0.0), ("nan", None), ("x y", None), ("0.5", 0.5), (_NO_DATE, None)],
+)
 def test_a_retry_after_that_means_nothing_is_none(value, seconds):
     assert retry_after(value, NOW) == seconds
 

@@ -274,6 +274,18 @@ def test_the_studies_that_are_kept_have_a_page(study):
     assert found["claims"] and found["tables"] and found["figures"] and len(as_html(found)) > len(TEMPLATE)
 
 
+def test_only_a_page_is_written_over(runs, tmp_path):
+    recipe = runs / "one-seed-1" / "recipe.yaml"
+    before = recipe.read_bytes()
+    assert "is no page of a report" in typed("one-seed-1", "--runs", runs, "--out", recipe, code=2)
+    assert recipe.read_bytes() == before
+    for page in (tmp_path / "page", tmp_path / "page"):
+        typed("one-seed-1", "--runs", runs, "--out", page)
+    assert read(page)
+    (tmp_path / "empty.html").touch()
+    typed("one-seed-1", "--runs", runs, "--out", tmp_path / "empty.html")
+
+
 def test_what_cannot_be_shown_is_one_message(tmp_path, runs):
     study, empty = make_study(tmp_path / "study"), tmp_path / "empty"
     empty.mkdir()
