@@ -377,7 +377,7 @@ def test_what_no_shell_types_is_one_message(words, env, told):
     assert b"Traceback" not in done.stderr and not done.stdout
 
 
-@pytest.mark.parametrize("name", ["bin.yaml", "none.yaml", "folder.yaml", "", "none", "x" * 300])
+@pytest.mark.parametrize("name", ["bin.yaml", "none.yaml", "folder.yaml", "", "none", "x" * 300, "n" * 300 + "/x"])
 def test_a_recipe_that_cannot_be_shown_is_one_message(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bin.yaml").write_bytes(bytes(range(256)))

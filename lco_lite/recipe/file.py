@@ -390,7 +390,8 @@ def find_recipe(name: str) -> Path:
 
 
 def _near_recipe(path: Path) -> str:
-    names = {name: name for name in shipped()} | {file.stem: str(file) for file in path.parent.glob("*.yaml")}
+    beside = path.parent.glob("*.yaml") if is_there(path.parent) else ()
+    names = {name: name for name in shipped()} | {file.stem: str(file) for file in beside}
     near = difflib.get_close_matches(path.stem, names, 1)
     return f"did you mean {names[near[0]]!r}?" if near else f"shipped recipes: {', '.join(shipped())}"
 
