@@ -18,10 +18,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from lco_lite.errors import DataError, UsageError
 from lco_lite.evaluation.compare import Score, by_item, compare, paired_bootstrap, t_quantile
 from lco_lite.evaluation.summary import read_rows, read_scores
+from lco_lite.files import checked, damage, read_text
 from lco_lite.metrics import METRICS, read_log
 from lco_lite.recipe.file import flat, parse_yaml
 from lco_lite.run import Run, StageFolder
@@ -35,6 +37,12 @@ FIRST = ("reward", "accuracy", "eval", "kl_to_old", "entropy", "sampled_prob", "
 NO_CURVE = ("step", "update", "samples_seen")
 
 Row = dict[str, Any]
+
+
+class RecipeSeed(BaseModel):
+    """Of a recipe, which may be another version's, what is counted with."""
+
+    seed: int | None = None
 
 
 @dataclass
@@ -56,9 +64,8 @@ def gather(runs: Sequence[Run], say: Callable[[str], object] = lambda text: None
         scored = read_scores(run.path)
         if not run.has_recipe() and not stages and not scored:
             raise UsageError(f"{run.path}: no recipe, stage or score of a run is in it")
-        recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8") if run.has_recipe() else ""
-        settings = flat(parse_yaml(recipe)[0] or {}) if recipe else {}
-        environment = _json(run.path / "environment.json") if (run.path / "environment.json").exists() else {}
+        recipe, settings = _recipe(run.path / "recipe.yaml") if run.has_recipe() else ("", {})
+        environment = run.made_on() if (run.path / "environment.json").exists() else {}
         about.append({"name": run.name, "seed": settings.get("seed"), "recipe": recipe, "environment": environment})
         about[-1] |= {"settings": settings, "stages": [_state(stage) for stage in run.stages()]}
         for stage in stages:
@@ -67,8 +74,6 @@ def gather(runs: Sequence[Run], say: Callable[[str], object] = lambda text: None
             for row in read_log(stage.samples):
                 samples.append({"run": run.name, "stage": stage.name, **row})
         for file, result in scored.items():
-            if not {"task", "stage", "mean", "metrics", "n"} <= result.keys():
-                raise DataError(f"{file}: is no score: it has no task, stage, mean, metrics or n")
             responses = read_rows(file, result) if file.with_suffix(".rows.jsonl").exists() else []
             name = file.stem.removesuffix(f"--{result['stage']}")
             scores.append({"run": run.name, "task": name, "result": result, "responses": responses})
@@ -100,8 +105,8 @@ def gather(runs: Sequence[Run], say: Callable[[str], object] = lambda text: None
 
 def _method_of(methods: list[Compared], run: Run, stage: str, recipe: Mapping[str, Any]) -> int:
     """Index of the method that ``stage`` of ``run`` is a training run of."""
-    begun = run.path / stage.partition("@")[0] / "stage.json"  # rl-kld@best is of rl-kld
-    settings = _json(begun).get("settings", {}) if begun.exists() else {}
+    begun = run.stage(stage.partition("@")[0]).record("stage.json")  # rl-kld@best is of rl-kld
+    settings = begun["settings"] if begun else {}
     if not settings:  # the base, π*: what is not trained here
         settings = {k: v for k, v in recipe.items() if k == "seed" or k.startswith(("model.", "reward_model", "chat."))}
     seed, rest = settings.get("seed", recipe.get("seed")), {k: v for k, v in settings.items() if k != "seed"}
@@ -164,9 +169,7 @@ def _scores(scores: Sequence[Row], methods: Sequence[Compared]) -> list[Row]:
         for m, method in enumerate(methods):
             mine = [score for score in scores if score["task"] == task and score["method"] == m]
             for metric in dict.fromkeys(name for score in mine for name in score["result"]["metrics"]):
-                have = [s for s in mine if (s["result"]["metrics"].get(metric) or {}).get("mean") is not None]
-                if not have:
-                    continue
+                have = [s for s in mine if metric in s["result"]["metrics"]]
                 means = [float(s["result"]["metrics"][metric]["mean"]) for s in have]
                 result = have[0]["result"]
                 row = {"task": task, "metric": metric, "main": metric == result["metric"], "method": m}
@@ -229,8 +232,6 @@ def _tests(
                 row["warnings"] = warned
             except UsageError as e:
                 row["warnings"] = [str(e).removeprefix("--compare: ")]
-            except KeyError as e:
-                row["warnings"] = [f"a score of {task} has no {e}"]
             tests.append(row)
     return tests
 
@@ -350,16 +351,16 @@ def _sample(row: Row, left_out: list[str]) -> Row:
 
 
 def _state(stage: StageFolder) -> Row:
-    file = stage.path / "done.json"  # a run is shown without its weights too
-    done = _json(file) if file.exists() else {}
+    done = stage.record("done.json") or {}  # a run is shown without its weights too
     return {"name": stage.name, "done": bool(done), "finished": done.get("finished"), "seconds": done.get("seconds")}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise DataError(f"{path}: cannot be read as JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: is no JSON object")
-    return value
+def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
+    """As it lies there, and its settings by dotted key."""
+    with damage(path, "Put it back as it was; what is trained in this run from now on writes it again"):
+        text = read_text(path)
+        try:
+            settings = parse_yaml(text)[0] or {}
+        except ValueError as e:
+            raise DataError(f"{path}: not valid YAML: {e}") from e
+        return text, flat(checked(settings, RecipeSeed))

@@ -221,5 +221,5 @@ def test_what_cannot_be_shown_is_one_message(tmp_path, runs):
     assert "study.json" in typed(study, code=2)
     broken = make_run(tmp_path, "broken")
     (broken / "eval" / "arithmetic--sft.json").write_text("{")
-    assert "arithmetic--sft.json: is not JSON" in typed(broken, code=2)
+    assert "arithmetic--sft.json: damaged: is not JSON" in typed(broken, code=2)
     assert not (broken / "report.html").exists()
