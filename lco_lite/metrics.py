@@ -61,10 +61,10 @@ METRICS: dict[str, str] = {
 }
 
 
-# A line of any log: its step, and numbers under the names above. What a sample says of one response is a yes or no.
-_NUMBER = float | bool | None
-_FIELDS: dict[str, Any] = {name: (_NUMBER, None) for name in METRICS if "." not in name}
-_FIELDS |= dict.fromkeys(("seconds", "rewards"), (dict[str, _NUMBER], {})) | {"step": Count}
+# a line of any log: its step, and numbers under the names above; of one response it is a yes or no whether it was cut
+_FIELDS: dict[str, Any] = {name: (float | None, None) for name in METRICS if "." not in name}
+_FIELDS |= dict.fromkeys(("seconds", "rewards"), (dict[str, float | None], {}))
+_FIELDS |= {"step": Count, "truncated": (float | bool | None, None)}
 _LINE = create_model("LogLine", **_FIELDS)
 
 

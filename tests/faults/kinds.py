@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.faults import children, hostile, malformed
+from tests.faults import children, damaged, hostile, malformed
 from tests.faults.children import Ended, Fault
 from tests.faults.runs import STAGES, Failed, Workshop, products, same, told_well, whole
 
@@ -229,6 +229,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "more": lambda file: file.write_bytes(file.read_bytes() + b"\x00{]"),
     "null": lambda file: file.write_bytes(b"null\n"),
     "list": lambda file: file.write_bytes(b"[]\n"),
+    "deep": lambda file: file.write_bytes(damaged.DEEP + b"\n"),
     "gone": lambda file: file.unlink(),
     "folder": _folder,
 }
@@ -287,6 +288,59 @@ def products_but(runs: Path, file: Path) -> dict[str, str]:
         if file.is_file():
             file.unlink()
         return products(runs)
+
+
+# mistyped: one field of a file that we wrote is of another type, or gone; then each command that reads it
+
+_READERS = {
+    "runs": ["runs"],
+    "clean": ["runs", "--clean", "--yes"],
+    "report": ["report", "tiny", "--quiet"],
+    "compare": ["eval", "arithmetic", "--compare", "rl-kld", "rl-kld"],
+    "eval": ["eval", "arithmetic", "--name", "tiny", "--policy", "rl", "--quiet"],
+    "export": ["export", "tiny", "--to", "merged", "--quiet"],
+    "longer": ["rl", "--name", "tiny", "--steps", "3", "--quiet"],
+}
+_THEIRS = ("adapter", "model", "base", "checkpoints")  # folders whose files libraries write, or sums guard
+
+
+def mistyped_cases(shop: Workshop, draw: Random) -> Cases:
+    root = shop.folder / "after" / "eval"
+    files = [p for p in root.rglob("*.json*") if not {*_THEIRS} & {*p.relative_to(root).parts}]
+    cases = [
+        f"{reader} {file.relative_to(root)} {field} {wrong}"
+        for file in files
+        for field in damaged.fields(file)
+        for wrong in (*damaged.WRONG, "gone")
+        for reader in (*_READERS, *(["plan"] if file.name == "metrics.jsonl" else []))
+    ]
+    draw.shuffle(cases)
+    yield from cases
+
+
+def mistyped(shop: Workshop, text: str) -> str:
+    """It is told, once; what a sum guards is not guarded here, so that what reads the file meets it."""
+    reader, name, field, wrong = text.split()
+    with shop.bench("eval", "after") as runs:
+        damaged.mistype(runs / name, field, wrong)
+        _unguard(runs, runs / name)
+        words = _READERS.get(reader) or ["plan", str(shop.recipe)]
+        ended = children.run([*words, "--runs", str(runs)], runs)
+        told_well(ended)
+        if ended.status not in (0, 2):
+            raise Failed(f"status {ended.status}: {ended.err.strip()[-600:]}")
+        if ended.status == 2 and Path(name).parts[1] not in ended.err:
+            raise Failed(f"its message does not name the file or its folder: {ended.err.strip()[-600:]}")
+    return how(ended)
+
+
+def _unguard(runs: Path, but: Path) -> None:
+    """No other file notes sums any more."""
+    for file in {*runs.rglob("done.json"), *runs.glob("*/eval/*.json")} - {but}:
+        content = json.loads(file.read_bytes())
+        for name in ("files", "rows_sha256"):
+            content.pop(name, None)
+        file.write_text(json.dumps(content))
 
 
 # non-finite: NaN and infinities at each place that numbers come from
@@ -511,6 +565,7 @@ KINDS: dict[str, tuple[Callable[[Workshop, Random], Cases], Callable[[Workshop, 
     "signals": (signals_cases, signals),
     "disk-full": (disk_full_cases, disk_full),
     "damage": (damage_cases, damage),
+    "mistyped": (mistyped_cases, mistyped),
     "non-finite": (non_finite_cases, non_finite),
     "user-code": (user_code_cases, user_code),
     "malformed": (malformed_cases, malformed_),
