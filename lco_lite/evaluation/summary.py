@@ -32,9 +32,13 @@ class MetricKept(BaseModel):
     stderr: FiniteFloat | None
 
 
+class SamplingKept(BaseModel):
+    temperature: FiniteFloat
+
+
 class ScoreSettings(BaseModel):
     made_by: str
-    sampling: dict[str, Any]
+    sampling: SamplingKept
     protocol: dict[str, Any]
     items: str
     scored_by: dict[str, Any] = {}

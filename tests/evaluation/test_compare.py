@@ -293,7 +293,7 @@ def test_runs_that_do_not_vary_have_no_test(tmp_path, write):
             "sft",
             [[run < "e", True]],
             run=run,
-            settings={"made_by": run, "sampling": {}, "protocol": {}, "items": "d"},
+            settings={"made_by": run, "sampling": {"temperature": 0.6}, "protocol": {}, "items": "d"},
         )
     shown = compare(tmp_path, "arithmetic", "--compare", "c/sft,d/sft", "e/sft,f/sft").stdout
     assert "(2), no spread to test with" in " ".join(shown.split())

@@ -300,6 +300,7 @@ _READERS = {
     "eval": ["eval", "arithmetic", "--name", "tiny", "--policy", "rl", "--quiet"],
     "export": ["export", "tiny", "--to", "merged", "--quiet"],
     "longer": ["rl", "--name", "tiny", "--steps", "3", "--quiet"],
+    "plan": ["plan", "RECIPE"],
 }
 _THEIRS = ("adapter", "model", "base", "checkpoints")  # folders whose files libraries write, or sums guard
 
@@ -307,15 +308,10 @@ _THEIRS = ("adapter", "model", "base", "checkpoints")  # folders whose files lib
 def mistyped_cases(shop: Workshop, draw: Random) -> Cases:
     root = shop.folder / "after" / "eval"
     files = [p for p in root.rglob("*.json*") if not {*_THEIRS} & {*p.relative_to(root).parts}]
-    cases = [
-        f"{reader} {file.relative_to(root)} {field} {wrong}"
-        for file in files
-        for field in damaged.fields(file)
-        for wrong in (*damaged.WRONG, "gone")
-        for reader in (*_READERS, *(["plan"] if file.name == "metrics.jsonl" else []))
-    ]
-    draw.shuffle(cases)
-    yield from cases
+    while True:
+        file = draw.choice(files)
+        field, wrong = draw.choice(damaged.fields(file)), draw.choice([*damaged.WRONG, "gone"])
+        yield f"{draw.choice(list(_READERS))} {file.relative_to(root)} {field} {wrong}"
 
 
 def mistyped(shop: Workshop, text: str) -> str:
@@ -324,7 +320,7 @@ def mistyped(shop: Workshop, text: str) -> str:
     with shop.bench("eval", "after") as runs:
         damaged.mistype(runs / name, field, wrong)
         _unguard(runs, runs / name)
-        words = _READERS.get(reader) or ["plan", str(shop.recipe)]
+        words = [str(shop.recipe) if word == "RECIPE" else word for word in _READERS[reader]]
         ended = children.run([*words, "--runs", str(runs)], runs)
         told_well(ended)
         if ended.status not in (0, 2):

@@ -47,7 +47,8 @@ def make_run(
         mean = sum(row["right"] for row in rows) / 40
         told = {"mean": mean, "std": None, "stderr": 0.05}
         result = {"task": "arithmetic", "stage": stage, "metric": "pass@1", **told, "metrics": {"pass@1": told}}
-        how = {"made_by": f"{name}-{stage}", "sampling": {}, "protocol": {}, "items": "i"}
+        how = {"made_by": f"{name}-{stage}", "sampling": {"temperature": 0.6}}
+        how |= {"protocol": {}, "items": "i"}
         result |= {"n": 40, "seeds": 1, "samples": 1, "truncated": 0.0, "settings": how}
         (folder / "eval" / f"arithmetic--{stage}.json").write_text(json.dumps(result))
     samples = []
