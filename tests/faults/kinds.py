@@ -292,16 +292,16 @@ def products_but(runs: Path, file: Path) -> dict[str, str]:
 
 # mistyped: one field of a file that we wrote is of another type, or gone; then each command that reads it
 
-_READERS = {
-    "runs": ["runs"],
-    "clean": ["runs", "--clean", "--yes"],
-    "report": ["report", "tiny", "--quiet"],
-    "compare": ["eval", "arithmetic", "--compare", "rl-kld", "rl-kld"],
-    "eval": ["eval", "arithmetic", "--name", "tiny", "--policy", "rl", "--quiet"],
-    "export": ["export", "tiny", "--to", "merged", "--quiet"],
-    "longer": ["rl", "--name", "tiny", "--steps", "3", "--quiet"],
-    "plan": ["plan", "RECIPE"],
-}
+_READERS = (
+    "runs",
+    "runs --clean --yes",
+    "report tiny --quiet",
+    "eval arithmetic --compare rl-kld rl-kld",
+    "eval arithmetic --name tiny --policy rl --quiet",
+    "export tiny --to merged --quiet",
+    "rl --name tiny --steps 3 --quiet",
+    "plan RECIPE",
+)
 _THEIRS = ("adapter", "model", "base", "checkpoints")  # folders whose files libraries write, or sums guard
 
 
@@ -311,23 +311,26 @@ def mistyped_cases(shop: Workshop, draw: Random) -> Cases:
     while True:
         file = draw.choice(files)
         field, wrong = draw.choice(damaged.fields(file)), draw.choice([*damaged.WRONG, "gone"])
-        yield f"{draw.choice(list(_READERS))} {file.relative_to(root)} {field} {wrong}"
+        yield f"{file.relative_to(root)} {field} {wrong}"
 
 
 def mistyped(shop: Workshop, text: str) -> str:
     """It is told, once; what a sum guards is not guarded here, so that what reads the file meets it."""
-    reader, name, field, wrong = text.split()
-    with shop.bench("eval", "after") as runs:
-        damaged.mistype(runs / name, field, wrong)
-        _unguard(runs, runs / name)
-        words = [str(shop.recipe) if word == "RECIPE" else word for word in _READERS[reader]]
-        ended = children.run([*words, "--runs", str(runs)], runs)
-        told_well(ended)
-        if ended.status not in (0, 2):
-            raise Failed(f"status {ended.status}: {ended.err.strip()[-600:]}")
-        if ended.status == 2 and Path(name).parts[1] not in ended.err:
-            raise Failed(f"its message does not name the file or its folder: {ended.err.strip()[-600:]}")
-    return how(ended)
+    name, field, wrong = text.split()
+    told = False
+    for words in _READERS:
+        with shop.bench("eval", "after") as runs:
+            damaged.mistype(runs / name, field, wrong)
+            _unguard(runs, runs / name)
+            command = [str(shop.recipe) if word == "RECIPE" else word for word in words.split()]
+            ended = children.run([*command, "--runs", str(runs)], runs)
+            told_well(ended)
+            if ended.status not in (0, 2):
+                raise Failed(f"{words}: status {ended.status}: {ended.err.strip()[-600:]}")
+            if ended.status == 2 and Path(name).parts[1] not in ended.err:
+                raise Failed(f"{words}: it does not name the file or its folder: {ended.err.strip()[-600:]}")
+            told |= ended.status == 2
+    return "told" if told else "done all the same"
 
 
 def _unguard(runs: Path, but: Path) -> None:
