@@ -284,7 +284,7 @@ def products_but(runs: Path, file: Path) -> dict[str, str]:
     """Those of ``runs``; the damaged ``file`` may be anything."""
     try:
         return products(runs)
-    except ValueError:
+    except (ValueError, RecursionError):
         if file.is_file():
             file.unlink()
         return products(runs)
