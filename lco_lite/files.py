@@ -13,8 +13,11 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from lco_lite import ranks
 from lco_lite.errors import DataError, LcoError, UsageError
@@ -27,6 +30,11 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 # a file where a folder should be or the other way round, or a name too long
 _NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+MOST_NESTED = 100  # levels of a JSON value
+# the types of fields in files that this package writes
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Sums = dict[Annotated[str, Field(max_length=1000)], Sha256]  # by path in a folder
 _held: dict[Path, tuple[Path, os.stat_result]] = {}  # folder -> what lies in it while it is held
 
 
@@ -171,7 +179,7 @@ def verify(folder: Path, sums: Mapping[str, str], remedy: str) -> None:
     file that was read by this process and has not changed since is not read again."""
     for name, expected in sums.items():
         file = folder / name
-        if not file.is_file():
+        if not os.path.isfile(file):  # a name that is too long is no file's
             raise DataError(f"{file}: is missing, which this run has made. {remedy}")
         if _state(file, expected) in _VERIFIED:
             continue
@@ -196,13 +204,7 @@ def verify_sealed(folder: Path, remedy: str) -> None:
     """``verify`` by what ``seal`` noted; a folder without a seal passes."""
     if not (noted := folder / _SEAL).exists():
         return
-    try:
-        sums = json.loads(noted.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise DataError(f"{noted}: damaged: {e}. {remedy}") from e
-    if not isinstance(sums, dict) or not all(isinstance(one, str) for one in sums.values()):
-        raise DataError(f"{noted}: damaged: a sha256 for each file is needed, found {sums!r:.80}. {remedy}")
-    verify(folder, sums, remedy)
+    verify(folder, read_json(noted, Sums, remedy), remedy)
 
 
 _SEAL = "sha256.json"
@@ -277,6 +279,52 @@ def read_bytes(path: str | Path) -> bytes:
         raise DataError(f"{path!s:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
 
 
+def read_text(path: str | Path) -> str:
+    """The file as UTF-8. DataError where it is missing, cannot be read or is none."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path}: is not UTF-8 (byte {e.start + 1})") from e
+
+
+def read_json(path: str | Path, kind: Any, remedy: str) -> Any:
+    """What a JSON file says that this package wrote. DataError with ``remedy`` where it cannot be read, or its fields
+    are not of ``kind``, a type that pydantic knows; fields that the type does not name may stand beside them."""
+    with damage(path, remedy):
+        return checked(json_value(read_bytes(path), str(path)), kind)
+
+
+def checked(value: Any, kind: Any) -> Any:
+    """The value itself, of a type that pydantic knows, and without conversion. ValidationError where it is not."""
+    _validator(kind).validate_python(value, strict=True)
+    return value
+
+
+_validator = cache(TypeAdapter)
+
+
+@contextmanager
+def damage(at: str | Path, remedy: str) -> Iterator[None]:
+    """A DataError, or a value that is not of its type, becomes one DataError: where, what was found and is accepted,
+    and what to do."""
+    try:
+        yield
+    except DataError as e:
+        raise DataError(f"{at}: damaged: {str(e).removeprefix(f'{at}: ')}. {remedy}") from e
+    except ValidationError as e:
+        raise DataError(f"{at}: damaged: {_first(e)}. {remedy}") from e
+
+
+def _first(error: ValidationError) -> str:
+    """The first of what is wrong, in words."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])[:100]
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    wanted = "be an object" if first["type"] == "model_type" else first["msg"].partition(" should ")[2]
+    return f"{field}{': ' * bool(field)}found {first['input']!r:.60}, it should {wanted}"
+
+
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """All objects in the order of the file: object i stands in line i + 1. Only at the end may lines be empty.
 
@@ -306,6 +354,8 @@ def json_value(content: bytes, at: str) -> Any:
         value = json.loads(content.decode("utf-8"))
         if b"\\ud" in content.lower():
             json.dumps(value, ensure_ascii=False).encode()
+        if content.count(b"[") + content.count(b"{") > MOST_NESTED:
+            _refuse_deep(value)
     except UnicodeDecodeError as e:
         raise DataError(f"{at}: is not UTF-8 (byte {e.start + 1})") from e
     except UnicodeEncodeError as e:
@@ -318,6 +368,16 @@ def json_value(content: bytes, at: str) -> Any:
     except ValueError as e:
         raise DataError(f"{at}: {str(e).partition(';')[0]}") from e
     return value
+
+
+def _refuse_deep(value: Any) -> None:
+    """RecursionError, as of what is deeper yet, for a value that functions which call themselves would fail at."""
+    level = [value]
+    for _ in range(MOST_NESTED):
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = [one for values in inner for one in values]
+    if level:
+        raise RecursionError
 
 
 class JsonLines:

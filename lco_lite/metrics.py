@@ -4,17 +4,16 @@ and, of an rl stage, one an update in ``updates.jsonl``.
 ``docs/metrics.md`` is the same list for readers.
 """
 
-import contextlib
-import json
 import math
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import create_model
+
 from lco_lite import ranks
-from lco_lite.errors import DataError
-from lco_lite.files import json_line, write_bytes, write_errors
+from lco_lite.files import Count, checked, damage, json_line, json_value, read_bytes, write_bytes, write_errors
 
 METRICS: dict[str, str] = {
     "step": "updates done (sft, rm) or rollout phases done (rl), this one included",
@@ -62,6 +61,13 @@ METRICS: dict[str, str] = {
 }
 
 
+# a line of any log: its step, and numbers under the names above; of one response it is a yes or no whether it was cut
+_FIELDS: dict[str, Any] = {name: (float | None, None) for name in METRICS if "." not in name}
+_FIELDS |= dict.fromkeys(("seconds", "rewards"), (dict[str, float | None], {}))
+_FIELDS |= {"step": Count, "truncated": (float | bool | None, None)}
+_LINE = create_model("LogLine", **_FIELDS)
+
+
 class JsonLog:
     """Appends JSON objects to ``path``, one a line, each at once. Each has its ``step``, which others may share.
 
@@ -105,25 +111,17 @@ class MetricsLog(JsonLog):
 @ranks.once
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The objects of a metrics, updates or samples file; none where there is no file. A last line without its end was
-    cut short by a kill or a full disk, and is passed over. DataError with file and line for any other that is none."""
+    cut short by a kill or a full disk, and is passed over. DataError with file and line for any other that is none, and
+    for a metric that is no number."""
     if not path.exists():
         return []
-    *lines, _ = path.read_bytes().split(b"\n")
-    return [_logged(path, i, line) for i, line in enumerate(lines, 1)]
+    *lines, _ = read_bytes(path).split(b"\n")
+    return [_logged(f"{path}, line {i}", line) for i, line in enumerate(lines, 1)]
 
 
-def _logged(path: Path, i: int, line: bytes) -> dict[str, Any]:
-    what = "is not JSON"
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(line)
-        step = value.get("step") if isinstance(value, dict) else None
-        if isinstance(step, int) and not isinstance(step, bool):
-            return dict(value)
-        what = "is no object with its step, a whole number"
-    raise DataError(
-        f"{path}, line {i}: {what}, found {line[:60].decode('utf-8', 'replace')!r}: the file is damaged. Put it back, "
-        "delete the line, or start the stage again with --fresh"
-    )
+def _logged(at: str, line: bytes) -> dict[str, Any]:
+    with damage(at, "Put it back, delete the line, or start the stage again with --fresh"):
+        return dict(checked(json_value(line, at), _LINE))
 
 
 def finite(value: Any) -> Any:

@@ -25,24 +25,84 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from lco_lite import ranks
 from lco_lite.environment import environment
 from lco_lite.errors import RecipeError, UsageError
-from lco_lite.files import checksums, held, is_there, recover, remove, verify, write_errors, write_json, write_text
+from lco_lite.files import (
+    Count,
+    Sums,
+    checksums,
+    held,
+    is_there,
+    read_json,
+    recover,
+    remove,
+    verify,
+    write_errors,
+    write_json,
+    write_text,
+)
 from lco_lite.metrics import read_log
 from lco_lite.recipe import RUN_NAME, Recipe
 from lco_lite.recipe.file import dump, flat, load_recipe
 from lco_lite.recipe.rl import REWARDS, RewardPart
 from lco_lite.recipe.sections import TaskColumns
 
-# what a stage writes, and so what is believed of it
-_FIELDS: dict[str, dict[str, Any]] = {
-    "stage.json": {"settings": dict, "upstream": dict, "started": str},
-    "done.json": {"id": str, "finished": str, "result": dict},
-    "best.json": {"step": int, "score": (int, float), "items": int},
-}
+# the files of a run, field by field: what is believed of them
+
+
+class StartedWith(BaseModel):
+    """Of the settings, by dotted key, those that are counted with."""
+
+    seed: int | None = None
+    sft_steps: Count | None = Field(None, alias="sft.max_steps")
+    sft_epochs: FiniteFloat | None = Field(None, alias="sft.epochs")
+    rm_steps: Count | None = Field(None, alias="train_rm.max_steps")
+    rm_epochs: FiniteFloat | None = Field(None, alias="train_rm.epochs")
+    rl_steps: Count | None = Field(None, alias="rl.steps")
+
+
+class StageBegun(BaseModel):
+    settings: StartedWith
+    upstream: dict[str, str]
+    started: str
+    id: str = ""
+    steps: Count | None = None
+
+
+class StageResult(BaseModel):
+    steps: Count = 0
+    updates: Count = 0
+
+
+class StageDone(BaseModel):
+    id: str
+    finished: str
+    result: StageResult
+    seconds: FiniteFloat | None = None
+    order: Count = 0
+    files: Sums = {}
+
+
+class BestStep(BaseModel):
+    step: Count
+    score: FiniteFloat
+    items: Count
+    files: Sums = {}
+
+
+class MadeOnDevice(BaseModel):
+    kind: str
+
+
+class MadeOn(BaseModel):
+    packages: dict[str, str | None]
+    device: MadeOnDevice
+
+
+_RECORDS = {"stage.json": StageBegun, "done.json": StageDone, "best.json": BestStep}
 
 
 class StageFolder:
@@ -58,7 +118,7 @@ class StageFolder:
     @ranks.once
     def is_done(self) -> bool:
         """UsageError where the stage says so and what it made is gone."""
-        if self._record("done.json") is None:
+        if self.record("done.json") is None:
             return False
         if not (self.adapter.exists() or self.model.exists()):
             gone = f"{self.path / 'done.json'} says that this stage is done, and neither adapter/ nor model/ is there."
@@ -78,14 +138,14 @@ class StageFolder:
     @ranks.once
     def steps_done(self) -> int:
         """How many steps are in the result or, while there is none, in the newest checkpoint."""
-        result = (self._record("done.json") or {"result": {}})["result"]
+        result = (self.record("done.json") or {"result": {}})["result"]
         return max([int(result.get("steps", result.get("updates", 0))), *self.kept_steps()])
 
     @ranks.once
     def best_step(self) -> dict[str, Any] | None:
         """``step``, held-out ``score`` and ``items`` of the best step that was kept, if one was."""
-        kept = self._record("best/best.json")
-        return kept and {name: kept[name] for name in _FIELDS["best.json"]}
+        kept = self.record("best/best.json")
+        return kept and {name: kept[name] for name in ("step", "score", "items")}
 
     @ranks.once
     def better_step(self) -> dict[str, Any] | None:
@@ -98,20 +158,20 @@ class StageFolder:
     @ranks.once
     def owner(self) -> str | None:
         """What the stage's checkpoints carry; None of a stage that version 0.3 began."""
-        begun = self._record("stage.json") or {}
+        begun = self.record("stage.json") or {}
         return str(begun["id"]) if "id" in begun else None
 
     @ranks.once
     def settings(self) -> dict[str, Any]:
         """What the stage was started with; nothing while it does not count as started."""
-        return dict((self._record("stage.json") or {"settings": {}})["settings"]) if self.started() else {}
+        return dict((self.record("stage.json") or {"settings": {}})["settings"]) if self.started() else {}
 
     @ranks.once
     def check(self, settings: dict[str, Any], upstream: dict[str, str]) -> list[str]:
         """Whether the stage may start or go on with this; ``upstream`` maps the stages it builds on to the ids of their
         results. Returns a line a setting that makes it longer, or shorter than it was planned. UsageError with every
         difference where it was started with something else, or has done more than is asked for."""
-        before = self._record("stage.json")
+        before = self.record("stage.json")
         if not self.started():
             return []
         if before is None:
@@ -139,8 +199,10 @@ class StageFolder:
     @ranks.once
     def begin(self, settings: dict[str, Any], upstream: dict[str, str]) -> bool:
         """What ``check`` lets pass is remembered; returns whether anything is new. What was sampled for other settings
-        is deleted, and a stage that goes on after its end is open again."""
-        longer, before = self.check(settings, upstream), self._record("stage.json")
+        is deleted, and a stage that goes on after its end is open again. DataError where the best step is not as it was
+        kept."""
+        longer, before = self.check(settings, upstream), self.record("stage.json")
+        self.verify_best()  # ``finish`` would tell hours later
         started, new = self.started(), json.loads(json.dumps(settings))
         if before is not None and (before["settings"], before["upstream"]) == (new, upstream):
             return False
@@ -158,7 +220,7 @@ class StageFolder:
     @ranks.once
     def plan(self, steps: int) -> None:
         """How many steps the stage takes, in ``stage.json``, for who looks at it from outside."""
-        begun = self._record("stage.json")
+        begun = self.record("stage.json")
         if begun is not None and begun.get("steps") != steps:
             write_json(self.path / "stage.json", {**begun, "steps": steps})
 
@@ -178,7 +240,7 @@ class StageFolder:
         """That these files and folders of a stage that is done (``adapter``, ``model``, ``metrics.jsonl``) are as it
         left them. Whoever opens them asks first. DataError with the file and what to do where one is not; runs of
         earlier versions noted no checksums, and pass."""
-        made = (self._record("done.json") or {}).get("files", {})
+        made = (self.record("done.json") or {}).get("files", {})
         loaded = {name for name in made if name.partition("/")[0] in parts and not name.endswith(".md")}
         remedy = f"Put it back as it was.{self._anew()}"
         verify(self.path, {name: made[name] for name in made if name in loaded}, remedy)
@@ -186,45 +248,36 @@ class StageFolder:
     @ranks.once
     def verify_best(self) -> None:
         """``verify`` of the best step, which is kept while the stage is not done, by what was noted as it was kept."""
-        if best := self._record("best/best.json"):
+        if best := self.record("best/best.json"):
             verify(self.best, best.get("files", {}), f"Put it back as it was, or delete {self.best}.")
 
     @ranks.once
     def id(self) -> str:
         """Changes whenever the stage is trained again. UsageError while it is not done."""
-        done = self._record("done.json")
+        done = self.record("done.json")
         if done is None:
             raise UsageError(f"{self.path}: this stage is not done yet")
         return str(done["id"])
 
     def upstream(self) -> dict[str, str]:
         """The stages that it was started on, and the ids of their results."""
-        return dict((self._record("stage.json") or {"upstream": {}})["upstream"])
+        return dict((self.record("stage.json") or {"upstream": {}})["upstream"])
 
     def order(self) -> int:
         """The how-manieth result of the run it was; 0 where it has none, or where nobody counted yet."""
         try:
-            return int((self._record("done.json") or {}).get("order", 0))
+            return int((self.record("done.json") or {}).get("order", 0))
         except UsageError:
             return 0  # another stage's damage is told where that stage is asked for
 
-    def _record(self, name: str) -> dict[str, Any] | None:
-        """What the stage wrote there, if it did. UsageError for a file that holds anything else."""
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What the stage wrote there, if it did. DataError for a file that holds anything else."""
         file = self.path / name
-        if not file.exists():
+        if not is_there(file):
             return None
-        spare = f" Delete {file.parent}: other steps may be kept there again."
-        remedy = spare if name != file.name else self._anew()
-        try:
-            value = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise UsageError(f"{file} is damaged ({e}).{remedy}") from e
-        fields = _FIELDS[file.name]
-        if not isinstance(value, dict) or not all(isinstance(value.get(key), fields[key]) for key in fields):
-            found = json.dumps(value, ensure_ascii=False)
-            wanted = f"what a stage writes: an object with {', '.join(fields)}"
-            raise UsageError(f"{file}: found {found:.60}, accepted is {wanted}.{remedy}")
-        return value
+        spare = f"Delete {file.parent}: other steps may be kept there again."
+        remedy = spare if name != file.name else self._anew().lstrip()
+        return dict(read_json(file, _RECORDS[file.name], remedy))
 
     def _anew(self, start: str = " Start") -> str:
         remedy = f"{start} this stage again with `{verb(self.name)} --fresh` and the recipe and flags that you want (it"
@@ -296,7 +349,8 @@ class Run:
                         raise UsageError(no_locks % e) from e
                     raise
         except Timeout as e:
-            used = f"in use by process {holder.read_text(encoding='utf-8') if holder.exists() else 'unknown'}"
+            process = holder.read_text(encoding="utf-8", errors="replace") if holder.exists() else "unknown"
+            used = f"in use by process {process:.30}"
             raise UsageError(f"{self.path} is {used}: wait for it, stop it, or start another run with --name") from e
         except (OSError, NotImplementedError) as e:
             raise UsageError(no_locks % e) from e
@@ -337,6 +391,11 @@ class Run:
         write_text(self.path / "recipe.yaml", dump(recipe))
         write_json(self.path / "environment.json", environment())
 
+    def made_on(self) -> dict[str, Any]:
+        """The environment that it was last run in. DataError where that is damaged or missing."""
+        remedy = "Put it back as it was; what is trained in this run from now on writes it again"
+        return dict(read_json(self.path / "environment.json", MadeOn, remedy))
+
     def stage(self, name: str) -> StageFolder:
         """``sft``, ``rm`` or ``rl-OBJECTIVE``; the folder need not be there yet."""
         return StageFolder(self.path / name)
@@ -354,7 +413,7 @@ class Run:
         made = [
             (_order(s.name)[0], s.order(), done["finished"], s.name)
             for s in self.stages()
-            if s.name != "rm" and s.name.startswith(kind) and (done := s._record("done.json")) is not None
+            if s.name != "rm" and s.name.startswith(kind) and (done := s.record("done.json")) is not None
         ]
         return str(max(made)[-1]) if made else "base"
 

@@ -7,7 +7,6 @@ checkpoint that is kept would go back to. Weights, logs, samples and scores stay
 from __future__ import annotations
 
 import contextlib
-import json as json_format
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from lco_lite.console import Console
 from lco_lite.errors import UsageError
+from lco_lite.evaluation.summary import read_score, score_files
 from lco_lite.files import remove, shown_bytes
 from lco_lite.metrics import read_log
 from lco_lite.run import Run, StageFolder, no_run
@@ -170,7 +170,7 @@ def is_running(run: Run) -> bool:
             return False
     except Timeout:
         return True
-    except (OSError, ValueError, NotImplementedError):
+    except (OSError, ValueError, OverflowError, NotImplementedError):
         return False
 
 
@@ -187,11 +187,11 @@ def size_of(path: Path) -> int:
 def _stage(run: Run, stage: StageFolder) -> dict[str, Any]:
     """``state``: done, stopped, failed, or damaged. ``step`` of ``steps``: as far as its metrics go."""
     step, steps, state = 0, None, "damaged"
-    with contextlib.suppress(UsageError, OSError, ValueError, LookupError, TypeError, AttributeError):
+    with contextlib.suppress(UsageError, OSError):
         step = max((line["step"] for line in read_log(stage.metrics)), default=0)
-        begun = json_format.loads((stage.path / "stage.json").read_text(encoding="utf-8"))
-        steps = begun.get("steps") or _planned(stage.name, begun["settings"])
-        state = "done" if stage.is_done() else "failed" if _failed(run, stage) else "stopped"
+        if (begun := stage.record("stage.json")) is not None:
+            steps = begun.get("steps") or _planned(stage.name, begun["settings"])
+            state = "done" if stage.is_done() else "failed" if _failed(run, stage) else "stopped"
     return {"name": stage.name, "state": state, "step": step, "steps": steps}
 
 
@@ -207,14 +207,16 @@ def _failed(run: Run, stage: StageFolder) -> bool:
 
 
 def _scores(run: Run) -> dict[str, dict[str, Any]]:
-    """By stage and task: metric, mean, std, n, seeds."""
+    """By stage and task: metric, mean, std, n, seeds; or what is ``damaged``."""
     scores = dict[str, dict[str, Any]]()
-    for file in sorted((run.path / "eval").glob("*--*.json")):
+    for file in score_files(run.path):
         task, _, stage = file.stem.rpartition("--")
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # a score of another version has no line here
-            score = json_format.loads(file.read_text(encoding="utf-8"))
+        try:
+            score = read_score(file)
             kept = {name: score[name] for name in ("metric", "mean", "std", "n", "seeds")}
-            scores.setdefault(stage, {})[task] = kept
+        except UsageError as e:
+            kept = {"damaged": str(e)}
+        scores.setdefault(stage, {})[task] = kept
     return scores
 
 
@@ -242,6 +244,8 @@ def _rows(told: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def _score(score: dict[str, Any]) -> str:
+    if "damaged" in score:
+        return "damaged"
     numbers = [f"{score[key]:.3f}" for key in ("mean", "std") if score[key] is not None]
     own = "" if score["metric"] in ("pass@1", "accuracy") else f"{score['metric']} "
     return own + "±".join(numbers)

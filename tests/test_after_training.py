@@ -23,7 +23,7 @@ from lco_lite.console import Console
 from lco_lite.data.prompts import held_out, recipe_task
 from lco_lite.data.rows import read_demonstrations
 from lco_lite.evaluation.evaluate import open_policy
-from lco_lite.files import read_jsonl
+from lco_lite.files import read_jsonl, write_json
 from lco_lite.rollout.engine import Sampling, in_order
 from lco_lite.run import Run
 from lco_lite.runs import describe, spare
@@ -348,6 +348,17 @@ def test_a_stage_that_failed_or_is_damaged_is_said_to_have(stopped):
     assert describe(stopped)["stages"][2]["state"] == "failed"
     (stopped.path / "rl-kld/stage.json").write_text("{")
     assert describe(stopped)["stages"][2]["state"] == "damaged"
+
+
+def test_a_damaged_score_is_named_beside_the_others_and_a_lock_that_is_no_process_is_nobodys(copied):
+    score = copied.eval_path("arithmetic", "rl-kld")
+    write_json(score, json.loads(score.read_text()) | {"mean": "x"})
+    (copied.path / ".lock").write_text("9" * 30)
+    assert " damaged" in call("runs", "--runs", copied.path.parent).stdout
+    told = describe(copied)
+    found = {stage["name"]: stage["scores"] for stage in told["stages"] if stage["scores"]}
+    assert found.pop("rl-kld")["arithmetic"]["damaged"].startswith(f"{score}: damaged: mean: found 'x'")
+    assert found and not told["running"]
 
 
 def test_one_damaged_run_leaves_the_others_in_the_list(copied):

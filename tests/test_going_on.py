@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -329,12 +330,49 @@ def test_run_takes_what_rl_takes(short):
 
 
 @pytest.mark.parametrize("file", ["stage.json", "done.json", "best/best.json"])
-def test_a_record_that_no_stage_wrote_is_refused_with_what_was_found_and_what_is_accepted(made, file):
+def test_a_record_that_no_stage_wrote_is_refused_with_what_is_missing(made, file):
     write_json(made.stage("rl-kld").path / file, {})
     told = on(made, *(["rl"] if file == "stage.json" else ["eval", "--policy", "rl@best"]))
     assert told.exit_code == 2
-    assert f"{file}: found {{}}, accepted is what a stage writes: an object with" in told.stderr
+    assert re.search(rf"{file}: damaged: (settings|id|step) is missing", told.stderr)
     assert "--fresh" in told.stderr or "Delete" in told.stderr
+
+
+def test_what_a_stage_goes_on_from_is_looked_at_before_it_trains(made):
+    stage = made.stage("rl-kld")
+    best, log = stage.best / "best.json", stage.metrics
+    *before, last = log.read_text().splitlines(keepends=True)
+    adapter = stage.best / "adapter" / "adapter_config.json"
+    for file, damage, told in (
+        (best, lambda: changed(best, files=3), "best.json: damaged: files: found 3, it should be a valid dictionary"),
+        (adapter, lambda: adapter.write_text("{}"), "adapter_config.json: has changed"),
+        (log, lambda: log.write_text("".join(before) + json.dumps(json.loads(last) | {"samples_seen": "x"}) + "\n"),
+         "line 2: damaged: samples_seen: found 'x', it should be a valid number"),
+        (log, lambda: log.write_text("".join(before) + '{"step": 2}\n'), "line 2: damaged: samples_seen is missing"),
+    ):  # fmt: skip
+        content = file.read_bytes()
+        damage()
+        refused = on(made, "rl", "--steps", "3")
+        assert refused.exit_code == 2 and told in " ".join(refused.stderr.split())
+        assert stage.kept_steps()[-1] == 2
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"result": {"steps": "x"}}, "result.steps: found 'x', it should be a valid integer"),
+        ({"result": {"steps": 10**30}}, "result.steps: found 1"),
+        ({"order": None}, "order: found None"),
+        ({"files": {"adapter": 5}}, "files.adapter: found 5"),
+        ({"files": {"x" * 5000: "0"}}, "it should have at most 1000 characters"),
+    ],
+)
+def test_each_field_of_what_a_stage_noted_is_looked_at(made, fields, told):
+    changed(made.stage("rl-kld").path / "done.json", **fields)
+    refused = on(made, "eval", "--policy", "rl-kld")
+    assert refused.exit_code == 2 and "done.json: damaged: " in refused.stderr and told in refused.stderr
+    assert len(refused.stderr) < 1000
 
 
 def test_checkpoints_of_another_run_and_of_unknown_settings_are_refused(made, short):

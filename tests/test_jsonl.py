@@ -45,6 +45,7 @@ def test_separators_of_unicode_do_not_end_a_line(write):
         (b"1.5", "line 1: is a number"),
         (b'{"a": "\xff"}', "line 1: is not UTF-8"),
         (b"[" * 100_000, "line 1: is not JSON"),
+        (b'{"a": ' * 150 + b"1" + b"}" * 150, "line 1: is not JSON: nested too deeply"),
         (b"", "rows.jsonl: is empty"),
         (b" \n\n", "rows.jsonl: is empty"),
     ],

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from lco_lite.cli import app
 from lco_lite.context import Clock
+from lco_lite.errors import DataError
 from lco_lite.models.loading import load_config
 from lco_lite.plan import LiveBytes, measured, peaks, work
 from lco_lite.plan.verdict import RESERVE, memory_of, on_device
@@ -176,6 +177,13 @@ def test_an_earlier_run_gives_its_rate_and_what_a_token_takes_to_learn_from(tmp_
     (tmp_path / "math" / "rl-kld" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert measured(tmp_path, "math") == {"rate": 100.0, "response": 50.0, "learning": 0.01}
     assert measured(tmp_path, "other") is None
+    log = tmp_path / "math" / "rl-kld" / "metrics.jsonl"
+    row["seconds"]["score"] = None  # not finite
+    log.write_text(json.dumps(row) + "\n" + json.dumps({**row, "response_tokens": 0}) + "\n")
+    assert measured(tmp_path, "math") == {"rate": 100.0, "response": 50.0, "learning": 0.008}
+    log.write_text(json.dumps({**row, "seconds": {"rollout": "x"}}) + "\n")
+    with pytest.raises(DataError, match="line 1: damaged: seconds.rollout: found 'x'"):
+        measured(tmp_path, "math")
 
 
 def test_work_is_counted_from_the_recipe():

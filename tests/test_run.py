@@ -295,7 +295,7 @@ def test_a_stage_that_is_not_done_has_no_id(run):
 def test_a_damaged_stage_file_is_named(run):
     stage = started(run, "sft")
     (stage.path / "stage.json").write_text("{")
-    with pytest.raises(UsageError, match=r"stage\.json is damaged.*--fresh"):
+    with pytest.raises(UsageError, match=r"stage\.json: damaged: .*--fresh"):
         started(run, "sft")
 
 

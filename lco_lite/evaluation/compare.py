@@ -97,6 +97,9 @@ def compare(a: Sequence[Score], b: Sequence[Score]) -> tuple[dict[str, Any], lis
     if own := a[0].result.get("own", False):  # without right and wrong, an item that one has no score of is left out
         ids = [i for i in ids if all(i in one for side in values for one in side)]
         n = len(ids)
+    labels = [",".join(one.label for one in side) for side in (a, b)]
+    if not 0 < len(ids) <= n:
+        raise UsageError(f"--compare: {' and '.join(labels)} have not answered the same items; score both again")
     # [R, N] of a side; what does not fit a window is wrong, as what fits none is for all
     grids = [torch.zeros(len(side), n, dtype=torch.float64) for side in values]
     for grid, side in zip(grids, values, strict=True):
@@ -104,7 +107,7 @@ def compare(a: Sequence[Score], b: Sequence[Score]) -> tuple[dict[str, Any], lis
     difference = grids[1].mean(0) - grids[0].mean(0)  # [N]
     wins, losses = int((difference > 1e-12).sum()), int((difference < -1e-12).sum())
     mean, low, high, p = paired_bootstrap(difference)
-    labels, means = [",".join(one.label for one in side) for side in (a, b)], [grid.mean(1).tolist() for grid in grids]
+    means = [grid.mean(1).tolist() for grid in grids]
     result = {"a": labels[0], "b": labels[1], "mean_a": fmean(means[0]), "mean_b": fmean(means[1])}
     result |= {"difference": mean, "interval": [low, high], "p": p, "resamples": RESAMPLES, "items": n}
     result |= {"wins": wins, "losses": losses, "ties": n - wins - losses}

@@ -21,7 +21,7 @@ from lco_lite.context import Context
 from lco_lite.data.prompts import held_out_rows, longest_response, pair_of
 from lco_lite.errors import DataError, UsageError
 from lco_lite.evaluation.prompts import made_by
-from lco_lite.evaluation.summary import read_score
+from lco_lite.evaluation.summary import LIKELIHOODS, LikelihoodsKept, read_score
 from lco_lite.feedback.rewards import Answers, RewardFunction, columns_of, reward_sources
 from lco_lite.files import write_json
 from lco_lite.grading import Item
@@ -111,10 +111,10 @@ def likelihoods(ctx: Context, stage: str) -> dict[str, Any]:
     shown, pairs = rows["demonstrations"], rows["preferences"]
     if not shown and not pairs:
         return {}
-    file = ctx.run.eval_path(f"{HELD_OUT}-likelihood", stage)
+    file = ctx.run.eval_path(LIKELIHOODS, stage)
     digest = hashlib.sha256(json.dumps([repr(row) for row in (*shown, *pairs)]).encode()).hexdigest()[:16]
     asked = {"made_by": made_by(ctx, stage), "items": digest}
-    known = ranks.from_main(read_score(file) if file.exists() else {})
+    known = ranks.from_main(read_score(file, LikelihoodsKept) if file.exists() else {})
     if known.get("settings") == asked:
         return dict(known)
     with ctx.clock("loading"):

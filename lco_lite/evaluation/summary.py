@@ -1,15 +1,16 @@
 """Graded responses to numbers: pass@1, pass@k, maj@k, with their spread over seeds and their error over items."""
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from operator import eq
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, FiniteFloat
 
 from lco_lite.errors import DataError
-from lco_lite.files import read_jsonl, verify
+from lco_lite.files import Count, Sha256, checked, damage, read_json, read_jsonl, verify
 from lco_lite.grading import Grade, Item
 
 Graded = dict[str, Any]
@@ -18,26 +19,86 @@ Same = Callable[[str, str], bool]
 """Are two answers, as they were extracted, one?"""
 
 
+LIKELIHOODS = "held_out-likelihood"
+"""What is kept under this name beside the scores is none (evaluation/held_out.py)."""
+
+
+# the files of a score, field by field: what is believed of them
+
+
+class MetricKept(BaseModel):
+    mean: FiniteFloat
+    std: FiniteFloat | None
+    stderr: FiniteFloat | None
+
+
+class SamplingKept(BaseModel):
+    temperature: FiniteFloat
+
+
+class ScoreSettings(BaseModel):
+    made_by: str
+    sampling: SamplingKept
+    protocol: dict[str, Any]
+    items: str
+    scored_by: dict[str, Any] = {}
+
+
+class ScoreKept(MetricKept):
+    task: str
+    stage: str
+    metric: Annotated[str, Field(max_length=200)]
+    metrics: dict[str, MetricKept]
+    n: Annotated[int, Field(ge=1, le=10_000_000)]
+    seeds: Annotated[Count, Field(ge=1)]
+    truncated: FiniteFloat = 0.0
+    own: bool = False
+    settings: ScoreSettings
+    rows_sha256: Sha256 = ""
+
+
+class ResponseKept(BaseModel):
+    """``score``: of a task that is not right or wrong, None where it could not be had."""
+
+    id: str
+    seed: int
+    sample: Count
+    right: bool
+    gold: str
+    extracted: str | None
+    response: str
+    score: FiniteFloat | None = None
+
+
+class LikelihoodsKept(BaseModel):
+    stage: str
+    settings: dict[str, str]
+    loss: FiniteFloat = 0.0
+    margin: FiniteFloat = 0.0
+    demonstrations: Count = 0
+    pairs: Count = 0
+
+
 def graded(item: Item, response: str, grade: Grade, truncated: bool) -> Graded:
     asked = {"id": item.id, "prompt": item.prompt, "response": response, "extracted": grade.extracted}
     return asked | {"gold": item.gold, "right": grade.right, "why": grade.why, "truncated": truncated}
 
 
-def read_score(file: Path) -> dict[str, Any]:
-    """A score as it lies on disk. DataError where it is damaged."""
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise DataError(f"{file}: is not JSON ({e}): it is damaged. Delete it: eval makes it again") from e
-    if not isinstance(result, dict) or "settings" not in result:
-        raise DataError(f"{file}: is no score with its settings: it is damaged. Delete it: eval makes it again")
+def read_score(file: Path, kind: type[BaseModel] = ScoreKept) -> dict[str, Any]:
+    """A score, or the likelihoods, as they lie on disk. DataError where they are damaged."""
+    result: dict[str, Any] = read_json(file, kind, "Delete it: eval makes it again")
+    if not file.stem.endswith(f"--{result['stage']}"):
+        raise DataError(f"{file}: damaged: stage: found {result['stage']!r:.60}, it should be as the file's name says")
     return result
 
 
+def score_files(run: Path) -> list[Path]:
+    return sorted(f for f in (run / "eval").glob("*--*.json") if not f.name.startswith(f"{LIKELIHOODS}--"))
+
+
 def read_scores(run: Path) -> dict[Path, dict[str, Any]]:
-    """All scores of a run by file; the likelihoods beside them (evaluation/held_out.py) have no metric and are none."""
-    found = {file: read_score(file) for file in sorted((run / "eval").glob("*--*.json"))}
-    return {file: score for file, score in found.items() if "metric" in score}
+    """All scores of a run by file."""
+    return {file: read_score(file) for file in score_files(run)}
 
 
 def read_rows(file: Path, result: Mapping[str, Any]) -> list[Graded]:
@@ -46,10 +107,13 @@ def read_rows(file: Path, result: Mapping[str, Any]) -> list[Graded]:
     rows, remedy = file.with_suffix(".rows.jsonl"), f"Put it back, or delete {file}: eval makes both again"
     if "rows_sha256" in result:
         verify(rows.parent, {rows.name: result["rows_sha256"]}, remedy)
-    read = read_jsonl(rows)
+    with damage(rows, remedy):
+        read = read_jsonl(rows)
     for i, row in enumerate(read, 1):
-        if absent := [name for name in ("id", "seed", "right") if name not in row]:
-            raise DataError(f"{rows}, line {i}: has no {', '.join(absent)}: it is damaged. {remedy}")
+        with damage(f"{rows}, line {i}", remedy):
+            checked(row, ResponseKept)
+    if (items := len({row["id"] for row in read})) > result["n"]:
+        raise DataError(f"{rows}: damaged: found {items} items, {file} is of {result['n']}. {remedy}")
     return read
 
 

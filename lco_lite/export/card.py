@@ -12,7 +12,7 @@ from gguf import GGUFReader
 from huggingface_hub import hf_hub_download
 
 from lco_lite.evaluation.summary import read_scores
-from lco_lite.export.job import Export, read_object
+from lco_lite.export.job import Export, adapter_config
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump_short, write_yaml
 from lco_lite.weights import policy_id
@@ -28,8 +28,8 @@ def model_card(job: Export, folder: Path) -> str:
     front |= {"base_model": base} if on_hub else {}
     front |= {"license": licence} if licence else {}
     front |= {"pipeline_tag": "text-generation", "tags": ["lco-lite", *(["lora"] if job.form == "adapter" else [])]}
-    ended = read_object(stage.path / "done.json")["finished"] if stage.is_done() else "not yet"
-    versions = read_object(run.path / "environment.json")["packages"]
+    ended = (stage.record("done.json") or {"finished": "not yet"})["finished"]
+    versions = run.made_on()["packages"]
     with_ = ", ".join(f"{k} {versions[k]}" for k in ("lco-lite", "torch", "transformers", "peft") if versions.get(k))
     what = {"adapter": "A LoRA adapter (PEFT)", "gguf-lora": "A LoRA adapter as GGUF"}.get(job.form, "A language model")
     how = "all weights" if job.whole else "a LoRA adapter"
@@ -169,7 +169,7 @@ def following(job: Export, folder: Path | None = None) -> str:
     base = job.base_path
     gguf = out / next((file.name for file in sorted((folder or out).glob("*.gguf"))), f"{job.name}.gguf")
     if job.form == "adapter":
-        rank = int(read_object((folder or out) / "adapter_config.json")["r"])
+        rank = adapter_config(folder or out)["r"]
         room = next((r for r in (8, 16, 32, 64, 128, 256) if r >= rank), 512)  # those that vLLM takes
         words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(room)]
         words += ["--tokenizer", str(out), "--lora-modules", f"{job.name}={out}"]

@@ -29,9 +29,9 @@ from lco_lite.errors import LcoError, ModelError, UsageError
 from lco_lite.evaluation.summary import read_scores
 from lco_lite.export import FORMS
 from lco_lite.export.card import following, model_card
-from lco_lite.export.job import Export, read_object
+from lco_lite.export.job import Export, adapter_config
 from lco_lite.export.ollama import modelfile
-from lco_lite.files import write_folder, write_json, write_text
+from lco_lite.files import read_json, write_folder, write_json, write_text
 from lco_lite.models.language_model import LanguageModel
 from lco_lite.models.loading import load_base, load_config
 from lco_lite.recipe.file import dump
@@ -136,7 +136,7 @@ def _is_made(job: Export, fresh: bool) -> bool:
         return False
     if not record.is_file():
         raise UsageError(f"{out} is there already, and export did not make it: choose another --out")
-    before, now = read_object(record), job.made_from()
+    before, now = read_json(record, dict[str, str], f"Choose another --out, or delete {out}"), job.made_from()
     if fresh:
         return False
     if all(before.get(key) == value for key, value in now.items()):
@@ -152,7 +152,7 @@ def _is_made(job: Export, fresh: bool) -> bool:
 def _adapter(job: Export, new: Path) -> None:
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copyfile(job.files.adapter / file, new / file)
-    config = read_object(new / "adapter_config.json")
+    config = adapter_config(new)
     base = base_name(job.base_path, job.out, job.run.path)
     write_json(new / "adapter_config.json", {**config, "base_model_name_or_path": base})
     job.tokenizer.save_pretrained(new)
@@ -195,7 +195,7 @@ def _gguf(job: Export, new: Path) -> Path:
 
 def _gguf_lora(job: Export, new: Path) -> None:
     kind = "q8_0" if job.dtype == "q8_0" else DTYPES.get(job.dtype, "f32")
-    config = read_object(job.files.adapter / "adapter_config.json")
+    config = adapter_config(job.files.adapter)
     odd = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(key)]
     if odd:
         raise UsageError(f"export --to gguf-lora: llama.cpp has no {', '.join(odd)} of this adapter: --to gguf")
@@ -223,7 +223,7 @@ def _dtype(job: Export) -> str:
         return str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
     if job.base.dtype != "auto":
         return job.base.dtype
-    made_on = read_object(job.run.path / "environment.json")["device"]["kind"]
+    made_on = job.run.made_on()["device"]["kind"]
     return "bfloat16" if job.recipe.device != "cpu" and made_on == "cuda" else "float32"
 
 

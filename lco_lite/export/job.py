@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from lco_lite.console import Console
 from lco_lite.data.prompts import recipe_task, system_text
-from lco_lite.errors import UsageError
+from lco_lite.files import read_json
 from lco_lite.models.chat import PLAIN_TEMPLATE, ChatFormat
 from lco_lite.models.loading import load_tokenizer
 from lco_lite.recipe import Recipe
@@ -81,12 +82,12 @@ class Export:
         return {"form": self.form, "policy": self.policy, "id": policy_id(self.run, self.policy), "dtype": self.dtype}
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises UsageError where there is none."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as e:
-        raise UsageError(f"{file}: cannot be read: {e}") from e
-    return value
+class AdapterKept(BaseModel):
+    """``adapter_config.json``, as far as it is read here."""
+
+    r: int
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """DataError where it is damaged."""
+    return dict(read_json(folder / "adapter_config.json", AdapterKept, "Put it back as it was"))

@@ -29,7 +29,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from lco_lite import ranks
 from lco_lite.console import Console
 from lco_lite.errors import ModelError, UsageError
-from lco_lite.files import is_there, seal, write_folder, write_json
+from lco_lite.files import is_there, read_json, seal, write_folder, write_json
 from lco_lite.finite import not_finite_in
 from lco_lite.recipe.sections import MOST_LAYERS, Init, Model, RewardModel, Weights, size_in_bytes
 
@@ -394,7 +394,8 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
     origin = {"path": weights.path, "revision": weights.revision, "gguf_file": weights.gguf_file}
     record = folder / "converted_from.json"
     if folder.exists():
-        if not record.exists() or json.loads(record.read_text(encoding="utf-8")) != origin:
+        remedy = f"Delete {folder}: it is made again"
+        if not record.exists() or read_json(record, dict[str, str | None], remedy) != origin:
             raise UsageError(f"{folder}: was converted from another GGUF file: delete it, or choose another --name")
         return folder
     tokenizer = _tokenizer_of_gguf(weights)

@@ -179,11 +179,12 @@ def measured(runs: Path, name: str) -> dict[str, float] | None:
     """Of an earlier run's rl stages: tokens sampled a second (``rate``), tokens of a ``response``, seconds of score and
     update a response token (``learning``)."""
     logs = [row for file in sorted((runs / name).glob("rl-*/metrics.jsonl")) for row in read_log(file)]
-    logs = [row for row in logs if row.get("seconds", {}).get("rollout") and row.get("mean_response_tokens")]
+    logs = [row for row in logs if row.get("seconds", {}).get("rollout")]
+    logs = [row for row in logs if row.get("mean_response_tokens") and row.get("response_tokens")]
     if not logs:
         return None
     tokens = sum(row["response_tokens"] for row in logs)
-    learning = sum(row["seconds"].get(phase, 0.0) for row in logs for phase in ("score", "update"))
+    learning = sum(row["seconds"].get(phase) or 0.0 for row in logs for phase in ("score", "update"))
     rate = tokens / sum(row["seconds"]["rollout"] for row in logs)
     return {"rate": rate, "response": fmean(row["mean_response_tokens"] for row in logs), "learning": learning / tokens}
 

@@ -18,10 +18,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from lco_lite.errors import DataError, UsageError
 from lco_lite.evaluation.compare import Score, by_item, compare, paired_bootstrap, t_quantile
 from lco_lite.evaluation.summary import read_rows, read_scores
+from lco_lite.files import checked, damage, read_text
 from lco_lite.metrics import METRICS, read_log
 from lco_lite.recipe.file import flat, parse_yaml
 from lco_lite.report.about import chosen, headline
@@ -49,6 +51,12 @@ STAGES = ("base", "sft", "rm", "rl", "optimal")  # each is compared with those b
 Row = dict[str, Any]
 
 
+class RecipeSeed(BaseModel):
+    """Of a recipe, which may be another version's, what is counted with."""
+
+    seed: int | None = None
+
+
 @dataclass
 class Compared:
     """A stage and the settings that decide it, without the seed; ``of``: run -> its seed."""
@@ -68,10 +76,9 @@ def gather(runs: Sequence[Run], say: Callable[[str], object] = lambda text: None
         scored = read_scores(run.path)
         if not run.has_recipe() and not stages and not scored:
             raise UsageError(f"{run.path}: no recipe, stage or score of a run is in it")
-        recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8") if run.has_recipe() else ""
-        tree = parse_yaml(recipe)[0] or {}
+        recipe, tree = _recipe(run.path / "recipe.yaml") if run.has_recipe() else ("", {})
         settings = flat(tree)
-        environment = _json(run.path / "environment.json") if (run.path / "environment.json").exists() else {}
+        environment = run.made_on() if (run.path / "environment.json").exists() else {}
         about.append({"name": run.name, "seed": settings.get("seed"), "recipe": recipe, "environment": environment})
         about[-1] |= {"settings": settings, "chosen": chosen(tree, str(run.path / "recipe.yaml"))}
         about[-1]["stages"] = [_state(stage) for stage in run.stages()]
@@ -81,8 +88,6 @@ def gather(runs: Sequence[Run], say: Callable[[str], object] = lambda text: None
             for row in read_log(stage.samples):
                 samples.append({"run": run.name, "stage": stage.name, **row})
         for file, result in scored.items():
-            if not {"task", "stage", "mean", "metrics", "n"} <= result.keys():
-                raise DataError(f"{file}: is no score: it has no task, stage, mean, metrics or n")
             responses = read_rows(file, result) if file.with_suffix(".rows.jsonl").exists() else []
             name = file.stem.removesuffix(f"--{result['stage']}")
             scores.append({"run": run.name, "task": name, "result": result, "responses": responses})
@@ -116,8 +121,8 @@ def gather(runs: Sequence[Run], say: Callable[[str], object] = lambda text: None
 
 def _method_of(methods: list[Compared], run: Run, stage: str, recipe: Mapping[str, Any]) -> int:
     """Index of the method that ``stage`` of ``run`` is a training run of."""
-    begun = run.path / stage.partition("@")[0] / "stage.json"  # rl-kld@best is of rl-kld
-    settings = _json(begun).get("settings", {}) if begun.exists() else {}
+    begun = run.stage(stage.partition("@")[0]).record("stage.json")  # rl-kld@best is of rl-kld
+    settings = begun["settings"] if begun else {}
     if not settings:  # the base, π*: what is not trained here
         settings = {k: v for k, v in recipe.items() if k == "seed" or k.startswith(("model.", "reward_model", "chat."))}
     seed, rest = settings.get("seed", recipe.get("seed")), {k: v for k, v in settings.items() if k != "seed"}
@@ -189,9 +194,7 @@ def _scores(scores: Sequence[Row], methods: Sequence[Compared]) -> list[Row]:
         for m, method in enumerate(methods):
             mine = [score for score in scores if score["task"] == task and score["method"] == m]
             for metric in dict.fromkeys(name for score in mine for name in score["result"]["metrics"]):
-                have = [s for s in mine if (s["result"]["metrics"].get(metric) or {}).get("mean") is not None]
-                if not have:
-                    continue
+                have = [s for s in mine if metric in s["result"]["metrics"]]
                 means = [float(s["result"]["metrics"][metric]["mean"]) for s in have]
                 result = have[0]["result"]
                 row = {"task": task, "metric": metric, "main": metric == result["metric"], "method": m}
@@ -255,8 +258,6 @@ def _tests(
                 row["warnings"] = warned
             except UsageError as e:
                 row["warnings"] = [str(e).removeprefix("--compare: ")]
-            except KeyError as e:
-                row["warnings"] = [f"a score of {task} has no {e}"]
             tests.append(row)
     return tests
 
@@ -378,7 +379,7 @@ def _sample(row: Row, left_out: list[str]) -> Row:
 
 def _state(stage: StageFolder) -> Row:
     """Read as it lies there: a run is shown without its weights too."""
-    done, begun = (_json(file) if (file := stage.path / name).exists() else {} for name in ("done.json", "stage.json"))
+    done, begun = (stage.record(name) or {} for name in ("done.json", "stage.json"))
     state: Row = {"name": stage.name, "done": bool(done), "finished": done.get("finished")}
     state |= {"seconds": done.get("seconds"), "objective": None}
     state["steps"] = max((line["step"] for line in read_log(stage.metrics)), default=0)
@@ -388,11 +389,12 @@ def _state(stage: StageFolder) -> Row:
     return state
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise DataError(f"{path}: cannot be read as JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: is no JSON object")
-    return value
+def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
+    """As it lies there, and the tree of its settings."""
+    with damage(path, "Put it back as it was; what is trained in this run from now on writes it again"):
+        text = read_text(path)
+        try:
+            settings = parse_yaml(text)[0] or {}
+        except ValueError as e:
+            raise DataError(f"{path}: not valid YAML: {e}") from e
+        return text, checked(settings, RecipeSeed)

@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import BaseModel, Field, FiniteFloat
+
+from lco_lite.files import Count, read_json
 from lco_lite.study.statistics import Interval, paired
 
 if TYPE_CHECKING:
@@ -24,6 +28,31 @@ Row = dict[str, Any]
 """What came out of a cell, as JSON: what its work returned, with its label, seed, settings and seconds; ``start``: the
 scores of its seed's warm-up and reward model, by stage and task."""
 Verdict = Literal["reproduced", "not reproduced", "unclear"]
+
+
+class ScoreOfRow(BaseModel):
+    mean: FiniteFloat
+
+
+class RowKept(BaseModel):
+    """``row.json``, as far as every study reads it."""
+
+    id: str
+    label: str
+    seed: Count
+    version: str
+    seconds: Annotated[FiniteFloat, Field(ge=0)]
+    failed: str | None = None
+    before: ScoreOfRow | None = None
+    after: ScoreOfRow | None = None
+    scores: dict[str, dict[str, Any]] = {}
+    updates: dict[str, list[FiniteFloat | None]] = {}
+    steps: list[dict[str, Any]] = []
+
+
+def read_row(file: Path) -> Row:
+    """DataError where it is damaged."""
+    return dict(read_json(file, RowKept, "Delete it, and its run is made again"))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from lco_lite.files import write_json
 from lco_lite.progress import clock_time
 from lco_lite.recipe.file import find_recipe, load_recipe
 from lco_lite.run import stage_settings
-from lco_lite.study.base import TUNING_SEED, Cell, Results, Row, Study
+from lco_lite.study.base import TUNING_SEED, Cell, Results, Row, Study, read_row
 from lco_lite.workers import Keeper, environment, python
 
 _POLL = 0.2  # seconds
@@ -104,9 +104,9 @@ class Grid:
         """What came out, if it is done, under the label that this study has for it."""
         row = self.known.get(job.folder.name)
         if job.row_file.exists():
-            row = json.loads(job.row_file.read_text(encoding="utf-8"))
+            row = read_row(job.row_file)
             if job.start is not None and job.start.row_file.exists():
-                row["start"] = json.loads(job.start.row_file.read_text(encoding="utf-8"))["scores"]
+                row["start"] = read_row(job.start.row_file).get("scores", {})
         return None if row is None else row | {"label": job.cell.label, "id": job.folder.name}
 
     def results(self, jobs: Iterable[Job]) -> Results:

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lco_lite import __version__
 from lco_lite.environment import environment
-from lco_lite.errors import UsageError
 from lco_lite.files import json_line, write_bytes, write_json, write_text
 from lco_lite.metrics import finite
-from lco_lite.study.base import Claim, Findings, Results, Row, Study, Table
+from lco_lite.study.base import Claim, Findings, Results, Row, Study, Table, read_row
 from lco_lite.study.figures import save
 
 ROWS = "rows"
@@ -44,14 +42,8 @@ def write(study: Study, results: Results, total: int, command: str, folder: Path
 
 def known_rows(folder: Path) -> dict[str, Row]:
     """The rows that studies beside this one have left, by id: cells that need not run again."""
-    rows: dict[str, Row] = {}
-    for file in sorted((folder.parent / ROWS).glob("*.json")):
-        try:
-            row = json.loads(file.read_text(encoding="utf-8"))
-            rows[row["id"]] = row
-        except (ValueError, KeyError, TypeError) as e:
-            raise UsageError(f"{file}: damaged ({e}): delete it, and its run is made again") from e
-    return rows
+    rows = [read_row(file) for file in sorted((folder.parent / ROWS).glob("*.json"))]
+    return {row["id"]: row for row in rows}
 
 
 def ordered(claims: Sequence[Claim]) -> list[Claim]:

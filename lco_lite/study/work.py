@@ -7,7 +7,6 @@ links.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -24,7 +23,7 @@ from lco_lite.context import Context
 from lco_lite.data.prompts import open_task
 from lco_lite.errors import Diverged
 from lco_lite.evaluation.evaluate import evaluate_stage
-from lco_lite.files import remove, write_folder, write_json
+from lco_lite.files import read_json, remove, write_folder, write_json
 from lco_lite.metrics import read_log
 from lco_lite.study.base import Row
 from lco_lite.train.pipeline import train
@@ -35,7 +34,7 @@ CURVES = "step grad_norm entropy sampled_prob logit_grad_norm_pos logit_grad_nor
 
 def main(folder: Path) -> None:
     with boundary():
-        cell = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        cell = read_json(folder / "cell.json", dict[str, Any], "The study writes it again")
         if cell["start"] is not None:
             link_start(folder.parent / cell["start"], folder)
         began = time.monotonic()

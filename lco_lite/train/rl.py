@@ -18,6 +18,7 @@ from torch import Tensor
 from lco_lite import ranks, weights
 from lco_lite.context import Context
 from lco_lite.data.prompts import held_out
+from lco_lite.errors import DataError
 from lco_lite.evaluation.evaluate import held_out_accuracy
 from lco_lite.feedback.advantages import live_groups
 from lco_lite.finite import rows_not_finite
@@ -29,7 +30,7 @@ from lco_lite.objectives.policy_gradient import ADVANTAGE_ONLY, ValueHead
 from lco_lite.recipe import Rl
 from lco_lite.rollout.engine import Engine, Response, engine_for, open_engine
 from lco_lite.rollout.lockstep import mixture
-from lco_lite.run import StageFolder
+from lco_lite.run import StageFolder, verb
 from lco_lite.sequences import Example
 from lco_lite.train.guard import Guard, ends_in_loop
 from lco_lite.train.methods import MicroBatch, Models, Seen, has_gradient, method_of, not_finite, score
@@ -59,6 +60,9 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
     with training:
         samples, update_log = training.log(stage.samples, JsonLog), training.log(stage.path / "updates.jsonl")
         history = read_log(stage.metrics)
+        if history and history[-1].get("samples_seen") is None:
+            remedy = f"Put it back, or start the stage again with `{verb(stage.name)} --fresh`"
+            raise DataError(f"{stage.metrics}, line {len(history)}: damaged: samples_seen is missing. {remedy}")
         guard = Guard(policy.model.head.rows, rl.eval_items, rl.compares_groups)
         for before in history:
             guard.check(before)

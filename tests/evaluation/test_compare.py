@@ -139,15 +139,20 @@ def write(tmp_path: Path) -> Write:
             "name: run\ntask: arithmetic\nmodel: {path: x}\nsft: {enabled: false}\n"
         )
         rows = [
-            {"seed": s, "sample": 0, "id": f"arithmetic/{i}", "extracted": f"{stage}{i}", "gold": "g", "right": r[k]}
+            {"seed": s, "sample": 0, "id": f"arithmetic/{i}", "response": "", "extracted": f"{stage}{i}", "gold": "g"}
+            | {"right": r[k]}
             for k, s in enumerate(seeds)
             for i, r in enumerate(right)
         ]
+        told = {"mean": sum(map(sum, right)) / len(right) / len(seeds), "std": None, "stderr": None}
         result = {
             "task": "arithmetic",
             "stage": stage,
-            "mean": sum(map(sum, right)) / len(right) / len(seeds),
+            "metric": "pass@1",
+            **told,
+            "metrics": {"pass@1": told},
             "n": len(right),
+            "seeds": len(seeds),
             "settings": {"made_by": stage, "sampling": {"temperature": 0.6}, "protocol": {"few_shot": 0}, "items": "d"},
         }
         (folder / f"arithmetic--{stage}.json").write_text(json.dumps(result | more))
@@ -225,10 +230,10 @@ def test_responses_that_are_not_those_of_the_score_are_refused(tmp_path, write):
     write("sft", right)
     rows.write_text(lines[0] + '{"seed": 0}\n' + "".join(lines[2:]))
     told = compare(tmp_path, "--compare", "sft", "rl-lch")
-    assert told.exit_code == 2 and "sft.rows.jsonl, line 2: has no id, right" in told.stderr
+    assert told.exit_code == 2 and "sft.rows.jsonl, line 2: damaged: id is missing" in told.stderr
     score.write_text("{")
     told = compare(tmp_path, "--compare", "sft", "rl-lch")
-    assert told.exit_code == 2 and "sft.json: is not JSON" in told.stderr
+    assert told.exit_code == 2 and "sft.json: damaged: is not JSON" in told.stderr
 
 
 def test_other_seeds_are_averaged_over_and_other_settings_warned_of(tmp_path, write):
@@ -288,7 +293,7 @@ def test_runs_that_do_not_vary_have_no_test(tmp_path, write):
             "sft",
             [[run < "e", True]],
             run=run,
-            settings={"made_by": run, **dict.fromkeys(("sampling", "protocol", "items"), {})},
+            settings={"made_by": run, "sampling": {"temperature": 0.6}, "protocol": {}, "items": "d"},
         )
     shown = compare(tmp_path, "arithmetic", "--compare", "c/sft,d/sft", "e/sft,f/sft").stdout
     assert "(2), no spread to test with" in " ".join(shown.split())

@@ -215,8 +215,10 @@ def test_only_its_own_folder_is_replaced_and_only_if_asked(run, tmp_path):
 
 def test_the_card_has_the_runs_own_scores_recipe_data_and_the_licence_of_the_base(run):
     stage = run.stage("sft")
-    score = {"task": "arithmetic", "stage": "sft", "metric": "pass@1", "mean": 0.4125, "std": 0.01, "n": 80, "seeds": 4}
-    settings = {"made_by": stage.id(), "sampling": {"temperature": 0.6}}
+    told = {"mean": 0.4125, "std": 0.01, "stderr": 0.05}
+    score = {"task": "arithmetic", "stage": "sft", "metric": "pass@1", **told, "metrics": {"pass@1": told}}
+    score |= {"n": 80, "seeds": 4}
+    settings = {"made_by": stage.id(), "sampling": {"temperature": 0.6}, "protocol": {}, "items": "i"}
     (run.path / "eval").mkdir(exist_ok=True)
     file = run.eval_path("arithmetic", "sft")
     file.write_text(json.dumps(score | {"settings": settings}))

@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.faults import children, hostile, malformed
+from tests.faults import children, damaged, hostile, malformed
 from tests.faults.children import Ended, Fault
 from tests.faults.runs import STAGES, Failed, Workshop, products, same, told_well, whole
 
@@ -229,6 +229,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "more": lambda file: file.write_bytes(file.read_bytes() + b"\x00{]"),
     "null": lambda file: file.write_bytes(b"null\n"),
     "list": lambda file: file.write_bytes(b"[]\n"),
+    "deep": lambda file: file.write_bytes(damaged.DEEP + b"\n"),
     "gone": lambda file: file.unlink(),
     "folder": _folder,
 }
@@ -283,10 +284,62 @@ def products_but(runs: Path, file: Path) -> dict[str, str]:
     """Those of ``runs``; the damaged ``file`` may be anything."""
     try:
         return products(runs)
-    except ValueError:
+    except (ValueError, RecursionError):
         if file.is_file():
             file.unlink()
         return products(runs)
+
+
+# mistyped: one field of a file that we wrote is of another type, or gone; then each command that reads it
+
+_READERS = (
+    "runs",
+    "runs --clean --yes",
+    "report tiny --quiet",
+    "eval arithmetic --compare rl-kld rl-kld",
+    "eval arithmetic --name tiny --policy rl --quiet",
+    "export tiny --to merged --quiet",
+    "rl --name tiny --steps 3 --quiet",
+    "plan RECIPE",
+)
+_THEIRS = ("adapter", "model", "base", "checkpoints")  # folders whose files libraries write, or sums guard
+
+
+def mistyped_cases(shop: Workshop, draw: Random) -> Cases:
+    root = shop.folder / "after" / "eval"
+    files = [p for p in root.rglob("*.json*") if not {*_THEIRS} & {*p.relative_to(root).parts}]
+    while True:
+        file = draw.choice(files)
+        field, wrong = draw.choice(damaged.fields(file)), draw.choice([*damaged.WRONG, "gone"])
+        yield f"{file.relative_to(root)} {field} {wrong}"
+
+
+def mistyped(shop: Workshop, text: str) -> str:
+    """It is told, once; what a sum guards is not guarded here, so that what reads the file meets it."""
+    name, field, wrong = text.split()
+    told = False
+    for words in _READERS:
+        with shop.bench("eval", "after") as runs:
+            damaged.mistype(runs / name, field, wrong)
+            _unguard(runs, runs / name)
+            command = [str(shop.recipe) if word == "RECIPE" else word for word in words.split()]
+            ended = children.run([*command, "--runs", str(runs)], runs)
+            told_well(ended)
+            if ended.status not in (0, 2):
+                raise Failed(f"{words}: status {ended.status}: {ended.err.strip()[-600:]}")
+            if ended.status == 2 and Path(name).parts[1] not in ended.err:
+                raise Failed(f"{words}: it does not name the file or its folder: {ended.err.strip()[-600:]}")
+            told |= ended.status == 2
+    return "told" if told else "done all the same"
+
+
+def _unguard(runs: Path, but: Path) -> None:
+    """No other file notes sums any more."""
+    for file in {*runs.rglob("done.json"), *runs.glob("*/eval/*.json")} - {but}:
+        content = json.loads(file.read_bytes())
+        for name in ("files", "rows_sha256"):
+            content.pop(name, None)
+        file.write_text(json.dumps(content))
 
 
 # non-finite: NaN and infinities at each place that numbers come from
@@ -511,6 +564,7 @@ KINDS: dict[str, tuple[Callable[[Workshop, Random], Cases], Callable[[Workshop, 
     "signals": (signals_cases, signals),
     "disk-full": (disk_full_cases, disk_full),
     "damage": (damage_cases, damage),
+    "mistyped": (mistyped_cases, mistyped),
     "non-finite": (non_finite_cases, non_finite),
     "user-code": (user_code_cases, user_code),
     "malformed": (malformed_cases, malformed_),

@@ -50,7 +50,7 @@ def test_a_promise_that_is_not_kept_is_told(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="forks and signals")
 def test_kills_faults_signals_a_full_disk_damage_and_hostile_code_keep_what_is_promised():
-    kinds = ["kills", "faults", "signals", "disk-full", "damage", "non-finite", "user-code"]
+    kinds = ["kills", "faults", "signals", "disk-full", "damage", "mistyped", "non-finite", "user-code"]
     command = [sys.executable, "-m", "tests.faults", *(word for kind in kinds for word in ("--only", kind))]
     done = subprocess.run(command, env=environment(), timeout=500, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from lco_lite.cli import app
 from lco_lite.data import rows
 from lco_lite.errors import LcoError, UsageError
 from lco_lite.files import json_line, read_jsonl
@@ -16,7 +19,9 @@ from lco_lite.judging.judge import read_completion, read_verdict, retry_after
 from lco_lite.metrics import read_log
 from lco_lite.recipe.file import load_recipe, parse_yaml, write_yaml
 from lco_lite.tasks import load_task
+from tests.faults.damaged import DEEP, WRONG, fields, mistype
 from tests.faults.malformed import _ITEMS, _ROWS
+from tests.report.made_runs import make_run
 
 few = settings(
     max_examples=60,
@@ -127,3 +132,36 @@ def test_verdicts_and_waits_of_any_text(text, wait):
     assert read_verdict(text) in ("A", "B", "tie", None)
     seconds = retry_after(wait, 0.0)
     assert seconds is None or seconds >= 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run, and the files in it that we write."""
+    folder = make_run(tmp_path_factory.mktemp("made"), "one")
+    return folder, sorted(p.relative_to(folder) for p in folder.rglob("*.json*"))
+
+
+LOOKS = {
+    "runs": ["runs"],
+    "report": ["report", "one", "--quiet"],
+    "compare": ["eval", "arithmetic", "--compare", "sft", "rl-kld"],
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@settings(few, max_examples=25)
+@given(st.data())
+def test_runs_with_any_type_in_a_field_of_a_file(tmp_path, made, look, data):
+    folder, files = made
+    file = data.draw(st.sampled_from(files))
+    field = data.draw(st.sampled_from([*fields(folder / file), "deep"]))
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    shutil.copytree(folder, tmp_path / "runs" / "one")
+    place = tmp_path / "runs" / "one" / file
+    if field == "deep":
+        place.write_bytes(DEEP + b"\n")
+    else:
+        mistype(place, field, data.draw(st.sampled_from([*WRONG, "gone"])))
+    told = CliRunner().invoke(app, [*LOOKS[look], "--runs", str(tmp_path / "runs")])
+    assert isinstance(told.exception, SystemExit | None) and told.exit_code in (0, 2), told.exception
+    assert look != "runs" or told.exit_code == 0

@@ -25,10 +25,11 @@ def make_run(
     settings = {"seed": seed, "task": "arithmetic", "model.init.hidden_size": 32}
     (folder / "eval").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(f"name: {name}\nseed: {seed}\ntask: arithmetic\nrl:\n  beta: {beta}\n")
-    (folder / "environment.json").write_text(json.dumps({"python": "3.11", "packages": {}}))
+    (folder / "environment.json").write_text(json.dumps({"packages": {}, "device": {"kind": "cpu"}}))
     for stage, more in (("sft", {}), ("rl-kld", {"rl.beta": beta})):
         (folder / stage).mkdir()
-        (folder / stage / "stage.json").write_text(json.dumps({"settings": settings | more, "upstream": {}}))
+        begun = {"settings": settings | more, "upstream": {}, "started": "2026-01-01T00:00:00+00:00"}
+        (folder / stage / "stage.json").write_text(json.dumps(begun))
         done = {"id": f"{name}-{stage}", "finished": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "result": {}}
         (folder / stage / "done.json").write_text(json.dumps(done))
         numbers = [{"step": k, "loss": 2 / k + dice.random() / 9, "grad_norm": 1 / k} for k in range(1, steps + 1)]
@@ -48,7 +49,8 @@ def make_run(
         mean = sum(row["right"] for row in rows) / 40
         told = {"mean": mean, "std": None, "stderr": 0.05}
         result = {"task": "arithmetic", "stage": stage, "metric": "pass@1", **told, "metrics": {"pass@1": told}}
-        how = {"made_by": f"{name}-{stage}", "sampling": {}, "protocol": {}, "items": "i"}
+        how = {"made_by": f"{name}-{stage}", "sampling": {"temperature": 0.6}}
+        how |= {"protocol": {}, "items": "i"}
         result |= {"n": 40, "seeds": 1, "samples": 1, "truncated": 0.0, "settings": how}
         (folder / "eval" / f"arithmetic--{stage}.json").write_text(json.dumps(result))
     samples = []

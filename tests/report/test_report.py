@@ -299,5 +299,19 @@ def test_what_cannot_be_shown_is_one_message(tmp_path, runs):
     assert "study.json" in typed(study, code=2)
     broken = make_run(tmp_path, "broken")
     (broken / "eval" / "arithmetic--sft.json").write_text("{")
-    assert "arithmetic--sft.json: is not JSON" in typed(broken, code=2)
+    assert "arithmetic--sft.json: damaged: is not JSON" in typed(broken, code=2)
+    study = make_study(tmp_path / "another")
+    for file, content, told in (
+        ("README.md", b"\xff\xfe", "README.md: damaged: is not UTF-8"),
+        ("scores.csv", b"\xff\xfe", "scores.csv: damaged: is not UTF-8"),
+        ("scores.csv", b"x" * 200_000, "scores.csv: damaged: field larger than field limit"),
+    ):
+        before = (study / file).read_bytes()
+        (study / file).write_bytes(content)
+        assert told in typed(study, code=2)
+        (study / file).write_bytes(before)
+    broken = make_run(tmp_path, "no-recipe")
+    for recipe in (b"\xff", b"[1]", b"rl: {steps: " + b"9" * 5000 + b"}", b"[" * 100_000, b"seed: []"):
+        (broken / "recipe.yaml").write_bytes(recipe)
+        assert "recipe.yaml: damaged: " in (said := typed(broken, code=2)) and len(said) < 1000
     assert not (broken / "report.html").exists()

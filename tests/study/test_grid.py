@@ -132,6 +132,16 @@ def test_a_damaged_row_is_named(tmp_path):
         known_rows(tmp_path / "methods")
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"5", b"\xff", b"[" * 100_000, b'{"id": "x", "label": "y"}'])
+def test_a_damaged_row_of_a_cell_is_named(tiny, tmp_path, content):
+    grid = Grid(Small(), str(tiny), [], tmp_path, quiet())
+    job = grid.settled([1])[0]
+    job.folder.mkdir(parents=True)
+    job.row_file.write_bytes(content)
+    with pytest.raises(LcoError, match=r"row\.json: damaged: (.|\n)*Delete it"):
+        grid.settled([1])
+
+
 def test_an_unfinished_page_says_how_much_of_it_is_there(tmp_path):
     from lco_lite.study.base import Results
 
