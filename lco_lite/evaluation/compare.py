@@ -25,6 +25,7 @@ from lco_lite.run import Run, differences
 from lco_lite.tasks import load_task
 
 RESAMPLES = 10_000
+FEW = 30  # items; of fewer a bootstrap draws too narrow an interval: of 8 by about a quarter
 _CELLS = 2**22  # numbers drawn at once
 _SHOWN, _WIDTH = 20, 40  # answers that flipped, and characters of each
 _SAME_SCORE = ("sampling", "protocol", "scored_by", "items")
@@ -147,6 +148,8 @@ def show(console: Console, task: str, result: Mapping[str, Any]) -> None:
         f"difference {told(result['difference'], '+')}, {tested(result)} "
         f"(paired bootstrap over {result['items']} items, {result['resamples']:,} resamples)"
     )
+    if result["items"] < FEW:
+        console.result(f"{result['items']} items are few: the interval is too narrow and p too small; score on more")
     if runs := result.get("runs"):
         a, b = (f"{told(runs[f'mean_{x}'])} ± {told(runs[f'std_{x}'])} ({runs[f'n_{x}']})" for x in "ab")
         found = "no spread to test with" if runs["p"] is None else f"Welch {tested(runs)}"

@@ -355,3 +355,4 @@ def test_scores_that_were_really_made_can_be_compared(tiny):
     result = call("eval", "--compare", "base", "sft", "--runs", runs)
     assert result.exit_code == 0, result.output
     assert "paired bootstrap over 8 items, 10,000 resamples" in result.stdout
+    assert "8 items are few" in result.stdout
