@@ -4,6 +4,7 @@ Objectives, targets and graders run in this process (``load_function``). As a pr
 function, which runs in a worker (``workers.py``). Neither can end the trainer, and no import or call may take for ever.
 """
 
+import atexit
 import contextlib
 import importlib.util
 import itertools
@@ -80,6 +81,8 @@ def load_function(spec: str, in_worker: bool = False) -> Callable[..., Any]:
         if sys.modules[module_spec.name] is module:
             del sys.modules[module_spec.name]
         raise UsageError(f"{file}: cannot be imported: {told(e)}") from e
+    if not _LOADED:
+        atexit.register(_end_children)
     _LOADED.add(str(module.__file__))
     function = getattr(module, name, None)
     if not callable(function):
@@ -182,19 +185,18 @@ def bounded(seconds: float) -> Iterator[None]:
 
 
 def ends(status: int) -> None:
-    """This process is about to end. Where a file of the user's was loaded, so do the processes that it has started, and
-    nothing that it left, threads or ``atexit``, holds the end up for more than ``END_SECONDS``."""
-    if not _LOADED:
-        return
+    """This process is about to end. Where a file of the user's was loaded, nothing that it left, threads or ``atexit``,
+    holds the end up for more than ``END_SECONDS``; the processes that it has started end then too."""
 
     def at_last() -> None:
-        _end_children()
-        _exit(status)
+        if not threading.main_thread().is_alive():  # else somebody goes on after the command
+            _end_children()
+            _exit(status)
 
-    _end_children()
-    clock = threading.Timer(END_SECONDS, at_last)
-    clock.daemon = True
-    clock.start()
+    if _LOADED:
+        clock = threading.Timer(END_SECONDS, at_last)
+        clock.daemon = True
+        clock.start()
 
 
 def _end_children() -> None:

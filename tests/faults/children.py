@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -130,6 +131,7 @@ def _child(
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # it has ended: what comes now is for nobody
         disk.remove()
+        threading._shutdown()  # as an interpreter that ends: it waits for threads, then calls what is registered
         atexit._run_exitfuncs()
         files[2].write_text(json.dumps(disk.counts))
     except KeyboardInterrupt:
