@@ -65,8 +65,10 @@ def still_there(path: Path) -> None:
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """A full disk or one that fails (LcoError), or a place that cannot be written (UsageError), becomes a message that
-    names ``path``."""
+    names ``path``; so does a device or a pipe, which is not replaced."""
     still_there(path)
+    if is_there(path) and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"{path} is a device or a pipe, and would be replaced: name another file")
     try:
         yield
     except Exception as e:

@@ -9,7 +9,18 @@ from lco_lite.files import is_there, json_value, not_there, read_bytes, read_jso
 
 FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _OTHER_KINDS = {
-    f".{end}" for end in ["txt", "tsv", "xlsx", "arrow", "feather", "pkl", "pickle", "gz", "zst", "zip", "yaml", "yml"]
+    ".txt",
+    ".tsv",
+    ".xlsx",
+    ".arrow",
+    ".feather",
+    ".pkl",
+    ".pickle",
+    ".gz",
+    ".zst",
+    ".zip",
+    ".yaml",
+    ".yml",
 }
 
 

@@ -58,6 +58,15 @@ def test_a_missing_permission_names_the_path(tmp_path, monkeypatch, number):
     assert names(tmp_path) == []
 
 
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (lambda: write_text(pipe, "x"), lambda: write_folder(pipe).__enter__()):
+        with pytest.raises(UsageError, match="pipe is a device or a pipe"):
+            write()
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(UsageError, match="cannot write .*Not a directory"):

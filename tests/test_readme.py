@@ -19,7 +19,7 @@ from lco_lite.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
+BLOCKS = [block for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S) if not kind]
 LINES = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [shlex.split(line.rpartition("&& ")[2]) for line in LINES if "lco-lite " in line]
 OWN = (ROOT / "docs/your-own.md").read_text(encoding="utf-8")
