@@ -198,9 +198,11 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
     """Those in ``rm/pairs.jsonl``; else made of responses, which are kept batch by batch until the pairs are there."""
     recipe, rm, task = ctx.recipe, ctx.recipe.train_rm, rewarding_task(ctx.recipe)
     assert task is not None, "the recipe makes sure"
-    file = stage.path / "pairs.jsonl"
+    file, made_of = stage.path / "pairs.jsonl", stage.path / "responses.jsonl"
     if ranks.from_main(file.exists()):
-        return load_pairs(file)
+        pairs = load_pairs(file)
+        ranks.once(remove)(made_of)  # where that failed once
+        return pairs
     longest = longest_response(recipe)
     sampling = Sampling(rm.temperature, rm.top_p, longest, recipe.rl.rollout_batch)
     asked = [(prompt, chat.prompt(prompt.messages)) for prompt in task_prompts(recipe, task)[: rm.prompts]]
@@ -209,7 +211,7 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
     total = len(asked) * rm.samples_per_prompt
     ids = [ids for _, ids in asked for _ in range(rm.samples_per_prompt)]
     ctx.begins()
-    kept = JsonLines(stage.path / "responses.jsonl")
+    kept = JsonLines(made_of)
     ctx.console.stage(
         "train-rm", f"sampling {rm.samples_per_prompt} responses to each of {len(asked)} prompts for pairs"
     )
@@ -231,7 +233,7 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
             "train_rm.demonstrations_as_chosen: true"
         )
     ranks.once(save_pairs)(file, pairs, chat)
-    remove(kept.path)
+    ranks.once(remove)(made_of)
     return pairs
 
 

@@ -47,7 +47,7 @@ _OF_THE_MOMENT = {
     "order",
 }
 _OF_THE_MOMENT |= {"owner", "metrics.jsonl", "stage.json"}  # sums of the latter
-_MAY_STAY = (".partial.jsonl", "responses.jsonl")  # what was made, where only its removal failed; it is used no more
+_MAY_STAY = (".partial.jsonl",)  # what was made, where only its removal failed; it is used no more
 _NOT_COMPARED = (".lock", "environment.json", "error.log")
 
 
