@@ -46,7 +46,7 @@ _OF_THE_MOMENT = {
     "made_by",
     "order",
 }
-_OF_THE_MOMENT |= {"owner", "metrics.jsonl", "stage.json"}  # sums of the latter
+_OF_THE_MOMENT |= {"owner", "metrics.jsonl", "updates.jsonl", "stage.json"}  # sums of the latter
 _MAY_STAY = (".partial.jsonl",)  # what was made, where only its removal failed; it is used no more
 _NOT_COMPARED = (".lock", "environment.json", "error.log")
 
