@@ -20,6 +20,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
     from lco_lite import ranks
+    from lco_lite.user_code import ends
     from lco_lite.visible import uncaught, visible
 
     sys.excepthook = uncaught
@@ -50,8 +51,7 @@ def main() -> None:
         _stopped()
     except SystemExit as end:
         ranks.leave(well=not end.code)
-        if (user_code := sys.modules.get("lco_lite.user_code")) is not None:
-            user_code.ends(end.code if isinstance(end.code, int) else int(end.code is not None))
+        ends(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
 
 

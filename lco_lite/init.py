@@ -146,7 +146,7 @@ def look(file: str, rows: Sequence[dict[str, Any]], has_reward: bool) -> Looked:
     pairs = {"chosen", "rejected"} <= set(full)
     if "prompt" not in roles and not pairs:
         partly = next((n for n in ASKED if any(n in row for row in rows)), None)
-        why = f"{_gap(rows, partly)}" if partly else f"one of {', '.join(ASKED)} is needed"
+        why = _gap(rows, partly) if partly else f"one of {', '.join(ASKED)} is needed"
         raise DataError(f"{file}: no column for the prompt: {why}; found {names_in(rows[0])}")
     if pairs:
         return Looked(

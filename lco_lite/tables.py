@@ -22,9 +22,8 @@ _OTHER_KINDS = {
     ".yaml",
     ".yml",
 }
-
-
 MOST_COLUMNS = 1000  # of a table; datasets takes the square of their number in time
+_NO_SET = f"is a folder; name a file ({', '.join(FILE_KINDS)}) or a hub set"
 
 
 def load_rows(source: str) -> list[dict[str, Any]]:
@@ -61,9 +60,6 @@ def load_rows(source: str) -> list[dict[str, Any]]:
     if not len(table):
         raise DataError(f"{source}: has no rows")
     return list(table)
-
-
-_NO_SET = f"is a folder; name a file ({', '.join(FILE_KINDS)}) or a hub set"
 
 
 def refuse_local(hub: str) -> None:

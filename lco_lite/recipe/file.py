@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
@@ -140,29 +140,61 @@ def dump(recipe: Recipe) -> str:
     return write_yaml(recipe.model_dump(mode="json"))
 
 
-def dump_short(recipe: Recipe) -> str:
-    """As YAML, what cannot be left out: all that differs from the defaults, of which an objective has its own. Reads
-    back to the same recipe."""
-    tree = recipe.model_dump(mode="json")
+class Needed(NamedTuple):
+    """A setting without which the recipe would be another. ``default``: what it would be; None where there would be no
+    recipe at all."""
 
-    def shorten(section: dict[str, Any]) -> None:
+    key: KeyPath
+    value: Any
+    default: Any
+
+
+def needed(recipe: Recipe) -> list[Needed]:
+    """The settings that cannot be left out: all that differ from the defaults, of which an objective has its own. A
+    section is one where it makes a difference by being there, with defaults alone (``model.init``)."""
+    tree, found = recipe.model_dump(mode="json"), list[Needed]()
+
+    def look(section: dict[str, Any], at: KeyPath) -> None:
         for key, value in list(section.items()):
+            path = (*at, key)
             del section[key]
-            if _same(tree, recipe):
+            without = _valid(tree)
+            if without == recipe:
                 continue
             section[key] = value
+            before = len(found)
             if isinstance(value, dict):
-                shorten(value)
+                look(value, path)
+            if len(found) == before:
+                found.append(Needed(path, value, _value_at(path, without)))
 
-    shorten(tree)
-    return write_yaml({name: tree[name] for name in Recipe.model_fields if name in tree})
+    look(tree, ())
+    return found
 
 
-def _same(tree: dict[str, Any], recipe: Recipe) -> bool:
+def dump_short(recipe: Recipe) -> str:
+    """``needed`` as YAML; reads back to the same recipe."""
+    tree: dict[str, Any] = {}
+    for (*at, key), value, _ in needed(recipe):
+        section = tree
+        for name in at:
+            section = section.setdefault(name, {})
+        section[key] = value
+    return write_yaml(tree)
+
+
+def _valid(tree: dict[str, Any]) -> Recipe | None:
     try:
-        return Recipe.model_validate(tree) == recipe
+        return Recipe.model_validate(tree)
     except ValidationError:
-        return False
+        return None
+
+
+def _value_at(path: KeyPath, recipe: Recipe | None) -> Any:
+    value: Any = recipe.model_dump(mode="json") if recipe else None
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

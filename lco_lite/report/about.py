@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from lco_lite.errors import RecipeError
-from lco_lite.recipe import Recipe
-from lco_lite.recipe.file import validate
+from lco_lite.recipe.file import needed, validate
 
 RESULTS = 4  # sentences at the head of the page
 NAMED = 4  # different values of a fact
@@ -62,31 +59,28 @@ def _progress(stage: Row) -> str:
 
 def results(methods: Sequence[Row], scores: Sequence[Row], tests: Sequence[Row]) -> list[str]:
     """Of each task and policy of reinforcement learning, what it scored and what the one before it (sft, else base)."""
-    sentences = []
-    for row in (row for row in scores if row["main"] and row["stage"].startswith("rl-")):
-        task, m = row["task"], row["method"]
-        earlier = [
-            other
-            for stage in ("sft", "base")
-            for other in scores
-            if other["main"] and other["task"] == task and other["stage"] == stage
-            and set(methods[other["method"]]["runs"]) & set(methods[m]["runs"])
-        ]  # fmt: skip
-        label, after = methods[m]["label"], _points(row["mean"], row["own"])
+    sentences, main = [], [row for row in scores if row["main"]]
+    for row in (row for row in main if row["stage"].startswith("rl-")):
+        task, own, method = row["task"], row["own"], methods[row["method"]]
+        label, runs = method["label"], {*method["runs"]}
+        of_task = [one for one in main if one["task"] == task and runs & {*methods[one["method"]]["runs"]}]
+        by_stage = {one["stage"]: one for one in reversed(of_task)}  # of several the first
+        earlier = by_stage.get("sft") or by_stage.get("base")
         seeds = f"{len(row['runs'])} training seeds" if len(row["runs"]) > 1 else "one training seed"
-        if not earlier:
-            within = f", 95 % interval {_interval(row['interval'], row['own'])}" if row["interval"] else ""
-            sentences.append(f"{task}: {label} has {row['metric']} {after}{within} ({row['n']} items, {seeds}).")
+        if earlier is None:
+            within = f", 95 % interval {_interval(row['interval'], own)}" if row["interval"] else ""
+            scored = f"{row['metric']} {_points(row['mean'], own)}{within}"
+            sentences.append(f"{task}: {label} has {scored} ({row['n']} items, {seeds}).")
             continue
-        before, values = methods[earlier[0]["method"]]["label"], _points(earlier[0]["mean"], row["own"])
-        change = f"{row['metric']} {values} → {after}"
-        pair = (test for test in tests if (test["task"], test["a"], test["b"]) == (task, earlier[0]["method"], m))
-        mean, interval, over = _tested(next(pair, None))
+        before = methods[earlier["method"]]["label"]
+        change = f"{row['metric']} {_points(earlier['mean'], own)} → {_points(row['mean'], own)}"
+        pair = (task, earlier["method"], row["method"])
+        mean, interval, over = _tested(next((t for t in tests if (t["task"], t["a"], t["b"]) == pair), None))
         if interval is None:
             sentences.append(f"{task}: {change} from {before} to {label} ({row['n']} items, {seeds}); not tested.")
             continue
         verdict = "is above" if interval[0] > 0 else "is below" if interval[1] < 0 else "cannot be told from"
-        how = f"{_points(mean, row['own'], '+')}, 95 % interval {_interval(interval, row['own'], '+')}"
+        how = f"{_points(mean, own, '+')}, 95 % interval {_interval(interval, own, '+')}"
         sentences.append(f"{task}: {label} {verdict} {before}. {change}, {how} (paired over {over}; {seeds}).")
     return sentences
 
@@ -115,36 +109,8 @@ def chosen(data: Mapping[str, Any], origin: str) -> list[Row] | None:
     """The settings (``key``, ``value``) without which the recipe would be another, and what each would be (``default``:
     null where there would be no recipe at all). None for a recipe that this version does not read."""
     try:
-        whole = validate(dict(data), origin).model_dump(mode="json")
+        recipe = validate(dict(data), origin)
     except RecipeError:
         return None
-    return [row for row in _chosen(data, whole, ()) if row["key"] != "name"]
-
-
-def _chosen(data: Mapping[str, Any], whole: Row, at: tuple[str, ...]) -> list[Row]:
-    """Of the settings below ``at``. A section that makes no difference is not looked into; one that makes it by being
-    there alone (``model.init``) is a setting."""
-    rows, section = [], data
-    for key in at:
-        section = section[key]
-    for key, value in section.items():
-        path = (*at, key)
-        try:
-            without = Recipe.model_validate(_without(data, path)).model_dump(mode="json")
-        except ValidationError:
-            without = None
-        if without == whole:
-            continue
-        if isinstance(value, dict) and (inner := _chosen(data, whole, path)):
-            rows += inner
-            continue
-        default: Any = without
-        for name in path:
-            default = default.get(name) if isinstance(default, dict) else None
-        rows.append({"key": ".".join(path), "value": value, "default": default})
-    return rows
-
-
-def _without(tree: Mapping[str, Any], path: Sequence[str]) -> Row:
-    head, *rest = path
-    return {key: _without(value, rest) if key == head else value for key, value in tree.items() if key != head or rest}
+    rows = [{"key": ".".join(one.key), "value": one.value, "default": one.default} for one in needed(recipe)]
+    return [row for row in rows if row["key"] != "name"]

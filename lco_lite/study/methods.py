@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lco_lite.study.base import (
-    TUNING_SEED,
     Cell,
     Claim,
     Findings,
@@ -27,7 +26,7 @@ from lco_lite.study.base import (
     told,
 )
 from lco_lite.study.statistics import mean_std
-from lco_lite.study.tuned import Contender, failures, gradient, of, rates_tried, regression, tiered
+from lco_lite.study.tuned import Contender, failures, gradient, of, rates_tried, regression, taught_by, tiered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,8 +141,7 @@ def _table(results: Results, names: Sequence[str]) -> Table:
         samples = f"{fmean(row['samples'] for row in found):,.0f}"
         first = [name, found[0]["feedback"], f"{found[0]['lr']:g}", len(ended)]
         rows.append([*first, *scores, mean_std(eight), samples, f"{max(map(_largest_norm, found)):.3g}"])
-    phi = {row["seed"]: one["mean"] for row in results.rows for one in row.get("start", {}).get("rm", {}).values()}
-    if scored := [mean for seed, mean in phi.items() if seed != TUNING_SEED]:
+    if scored := list(taught_by(results).values()):
         rows.append(["φ_DPO itself", None, None, len(scored), None, mean_std(scored), None, None, None])
     columns = ["method", "feedback", "lr", "n", "before", "pass@1", "pass@8", "samples", "largest gradient norm"]
     return Table("methods", "Scores", columns, rows)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lco_lite.study.base import Cell, Findings, Plot, Results, Study, Table, ahead
 from lco_lite.study.methods import GKD, METHODS, MIXED
 from lco_lite.study.statistics import mean_std
-from lco_lite.study.tuned import failures, rates_tried, tiered
+from lco_lite.study.tuned import failures, rates_tried, taught_by, tiered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,13 +42,10 @@ class RealModels(Study):
             ended = [row for row in results.of(name) if row["after"] is not None]
             if ended:
                 scores = [mean_std([row[when]["mean"] for row in ended]) for when in ("before", "after")]
-                rows.append(
-                    [name, ended[0]["feedback"], f"{ended[0]['lr']:g}", len(ended), *scores, ended[0]["samples"]]
-                )
-        phi = {row["seed"]: one["mean"] for row in results.rows for one in row.get("start", {}).get("rm", {}).values()}
-        taught = [phi[seed] for seed in results.by_seed(MIXED) if seed in phi]
-        if taught:
-            rows.append(["φ_DPO itself", None, None, len(taught), None, mean_std(taught), None])
+                one = ended[0]
+                rows.append([name, one["feedback"], f"{one['lr']:g}", len(ended), *scores, one["samples"]])
+        if scored := list(taught_by(results).values()):
+            rows.append(["φ_DPO itself", None, None, len(scored), None, mean_std(scored), None])
         table = Table("real", "Scores", ["method", "feedback", "lr", "n", "before", "pass@1", "samples"], rows)
         title = "pass@1 before, and after equal samples"
         plots = [Plot("real", title, lambda figure: _draw(figure, results))] if rows else []

@@ -93,6 +93,12 @@ def equal(sets: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     return usual | dict(sets)
 
 
+def taught_by(results: Results) -> dict[int, float]:
+    """Seed -> the score of φ_DPO itself, where a seed's start has one; not of the seed that rates are chosen on."""
+    scored = {row["seed"]: one["mean"] for row in results.rows for one in row.get("start", {}).get("rm", {}).values()}
+    return {seed: mean for seed, mean in scored.items() if seed != TUNING_SEED}
+
+
 def rates_tried(results: Results) -> Table:
     tried = [label for label in results.labels() if ", lr " in label]
     rows = [[*label.rsplit(", lr ", 1), score(results.of(label, tuning=True)[0])] for label in tried]

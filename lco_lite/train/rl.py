@@ -59,10 +59,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
     training = StageTraining(ctx, stage, parameters, rl, rl.steps, updates, weights.unrounded(ctx, policy))
     with training:
         samples, update_log = training.log(stage.samples, JsonLog), training.log(stage.path / "updates.jsonl")
-        history = read_log(stage.metrics)
-        if history and history[-1].get("samples_seen") is None:
-            remedy = f"Put it back, or start the stage again with `{verb(stage.name)} --fresh`"
-            raise DataError(f"{stage.metrics}, line {len(history)}: damaged: samples_seen is missing. {remedy}")
+        history = steps_before(stage)
         guard = Guard(policy.model.head.rows, rl.eval_items, rl.compares_groups)
         for before in history:
             guard.check(before)
@@ -128,6 +125,15 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
     if (best := stage.better_step()) is not None:
         told = f"the best held-out score, {best['score']:.3f}, is that of step {best['step']}, not of the last"
         ctx.console.note(f"{stage.name}: {told}: `lco-lite eval --policy {stage.name}@best`")
+
+
+def steps_before(stage: StageFolder) -> list[dict[str, Any]]:
+    """The metrics of the steps that are done. DataError where the last does not say how many samples were drawn."""
+    history = read_log(stage.metrics)
+    if history and history[-1].get("samples_seen") is None:
+        remedy = f"Put it back, or start the stage again with `{verb(stage.name)} --fresh`"
+        raise DataError(f"{stage.metrics}, line {len(history)}: damaged: samples_seen is missing. {remedy}")
+    return history
 
 
 def compounding(rl: Rl) -> str | None:

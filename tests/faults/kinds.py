@@ -383,9 +383,8 @@ def non_finite(shop: Workshop, text: str) -> str:
         if poisoned:
             if ended.status:
                 return how(ended)
-            _damage_was_harmless(
-                shop, stage, runs, poisoned[0], but=("sha256.json", "done.json")
-            )  # no later stage reads it
+            # no later stage reads it
+            _damage_was_harmless(shop, stage, runs, poisoned[0], but=("sha256.json", "done.json"))
             return "not used"
         if ended.status == 0 and not skipped:
             same(shop.folder / "after" / stage, runs, but=("metrics.jsonl", "updates.jsonl", "done.json"))
