@@ -312,7 +312,7 @@ def damage(at: str | Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except DataError as e:
-        raise DataError(f"{at}: damaged: {str(e).removeprefix(f'{at}: ')}. {remedy}") from e
+        raise DataError(f"{at}: damaged: {str(e).removeprefix(str(at)).lstrip(' :,')}. {remedy}") from e
     except ValidationError as e:
         raise DataError(f"{at}: damaged: {_first(e)}. {remedy}") from e
 
@@ -383,36 +383,66 @@ def _refuse_deep(value: Any) -> None:
 
 
 class JsonLines:
-    """JSON objects in a file, one a line. Each is on the disk when ``append`` returns.
+    """JSON objects in a file, one a line, each sealed. A line is on the disk when ``append`` returns.
 
     ``rows`` holds them all. Of a file that is there already these are the whole lines: a last one that a kill cut short
-    is removed. Raises LcoError on a full disk, UsageError without permission or for a file that holds anything else.
+    is removed. Raises LcoError on a full disk, UsageError without permission, DataError for a file that holds anything
+    else or that was changed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows = self._whole_lines()
+        self.rows, self._seal = self._whole_lines()
 
     def append(self, row: dict[str, Any]) -> None:
         self._write(row)
         self.rows.append(row)
 
     @ranks.once
-    def _whole_lines(self) -> list[dict[str, Any]]:
+    def _whole_lines(self) -> tuple[list[dict[str, Any]], str | None]:
         content = read_bytes(self.path) if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             write_bytes(self.path, whole)
-        return read_jsonl(self.path) if whole else []
+        return read_sealed(self.path) if whole else ([], "")
 
     @ranks.by_main
     def _write(self, row: dict[str, Any]) -> None:
+        line, seal = (json_line(row), None) if self._seal is None else sealed(row, self._seal)
         with write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write_through(self.path, "ab", json_line(row))
+            _write_through(self.path, "ab", line)
+        self._seal = seal
 
 
-def json_line(value: dict[str, Any]) -> bytes:
+def sealed(row: Mapping[str, Any], before: str = "") -> tuple[bytes, str]:
+    """A line of JSON with ``row`` and its seal, which holds for the lines before as well: (line, seal)."""
+    seal = hashlib.sha256(before.encode() + json_line(row)).hexdigest()[:16]
+    return json_line({**row, "seal": seal}), seal
+
+
+def read_sealed(
+    path: Path, remedy: str = "Put it back as it was, or delete this line and all after it, and they are made again"
+) -> tuple[list[dict[str, Any]], str | None]:
+    """(what the lines hold, the seal of the last). DataError with ``remedy`` for a line that was changed, or before
+    which one is gone. Earlier versions wrote none: where the first line has no seal, none has (seal: None)."""
+    rows, seal = list[dict[str, Any]](), ""
+    with damage(path, remedy):
+        for i, row in enumerate(read_jsonl(path), 1):
+            found = row.pop("seal", None)
+            old = bool(rows) and not seal
+            if found is not None or (rows and not old):
+                try:
+                    _, seal = sealed(row, seal)
+                except ValueError:  # NaN or ∞, which are never written
+                    seal = ""
+                if old or found != seal:
+                    raise DataError(f"{path}: line {i} is not as it was written")
+            rows.append(row)
+    return rows, seal or None
+
+
+def json_line(value: Mapping[str, Any]) -> bytes:
     """``value`` and a line end in UTF-8, lone surrogates as question marks. ValueError for NaN and infinities."""
     return json_text(value).encode("utf-8", "replace") + b"\n"
 

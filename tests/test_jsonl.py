@@ -3,9 +3,11 @@ import json
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis.strategies import data, integers, sampled_from
 
 from lco_lite.errors import DataError, LcoError
-from lco_lite.files import JsonLines, read_jsonl
+from lco_lite.files import JsonLines, json_line, read_jsonl, sealed
 
 
 @pytest.fixture
@@ -70,17 +72,66 @@ def test_lines_that_were_appended_are_there_when_the_file_is_opened_again(tmp_pa
     rows = [{"text": "one\u2028two\n\u0085"}, {"n": [1, None]}]
     for row in rows:
         JsonLines(path).append(row)
-    assert JsonLines(path).rows == rows == read_jsonl(path)
+    assert JsonLines(path).rows == rows == [{k: v for k, v in row.items() if k != "seal"} for row in read_jsonl(path)]
 
 
 @pytest.mark.parametrize("whole", [[], [{"a": 1}], [{"a": 1}, {"a": 2}]])
 @pytest.mark.parametrize("cut", [b'{"a"', b'{"a": 3}', b"\xc3"])
 def test_a_last_line_that_a_kill_cut_short_is_removed_and_the_next_one_follows_the_whole_ones(write, whole, cut):
-    path = write(b"".join(json.dumps(row).encode() + b"\n" for row in whole) + cut)
+    path = write(_sealed(whole) + cut)
     lines = JsonLines(path)
     assert lines.rows == whole
     lines.append({"a": 9})
-    assert lines.rows == read_jsonl(path) == [*whole, {"a": 9}]
+    assert path.read_bytes() == _sealed([*whole, {"a": 9}]) and JsonLines(path).rows == lines.rows == [*whole, {"a": 9}]
+
+
+def _sealed(rows):
+    lines, seal = b"", ""
+    for row in rows:
+        line, seal = sealed(row, seal)
+        lines += line
+    return lines
+
+
+ROWS = [{"a": [1, 0.1], "t": "é\u2028"}, {"a": 2}, {"a": None}]
+
+
+@given(data())
+def test_any_change_of_any_line_is_found_and_what_is_cut_at_the_end_is_made_again(tmp_path_factory, data):
+    path, content = tmp_path_factory.mktemp("seals") / "rows.jsonl", _sealed(ROWS)
+    at = data.draw(integers(0, len(content) - 1), "at")
+    how = data.draw(sampled_from(["cut", "flip", "drop"]), "how")
+    if how == "cut":
+        path.write_bytes(content[:at])
+        assert JsonLines(path).rows == ROWS[: content[:at].count(b"\n")]
+        return
+    lines = content.splitlines(keepends=True)
+    changed = bytearray(content)
+    changed[at] ^= 1 << data.draw(integers(0, 7), "bit")
+    path.write_bytes(b"".join(lines[1:]) if how == "drop" else changed)
+    try:
+        assert JsonLines(path).rows in (ROWS, ROWS[:2])  # a space in place of another, or the last line's end
+    except DataError as e:
+        assert "damaged: line" in str(e) and str(e).endswith("they are made again")
+
+
+@pytest.mark.parametrize("value", [True, "1", 2, None, float("nan"), float("inf"), 10**30, [1], {}])
+def test_a_field_of_another_value_or_type_is_named_by_its_line(write, value):
+    first, second = _sealed([{"a": 1}, {"b": 1}]).splitlines(keepends=True)
+    changed = json.dumps(json.loads(second) | {"b": value}).encode() + b"\n"
+    with pytest.raises(DataError, match="damaged: line 2 is not as it was written. Put it back as it was, or delete"):
+        JsonLines(write(first + changed))
+    path = write(first)
+    assert JsonLines(path).rows == [{"a": 1}]  # as it is said
+
+
+def test_lines_of_earlier_versions_have_no_seals_and_go_on_without(write):
+    path = write(json_line({"a": 1}) + json_line({"a": 2}))
+    lines = JsonLines(path)
+    lines.append({"a": 3})
+    assert path.read_bytes() == b'{"a": 1}\n{"a": 2}\n{"a": 3}\n' and JsonLines(path).rows == lines.rows
+    with pytest.raises(DataError, match="line 2 is not as"):
+        JsonLines(write(json_line({"a": 1}) + _sealed([{"a": 2}])))
 
 
 def test_each_line_is_on_the_disk_before_append_returns(tmp_path, monkeypatch):
@@ -89,7 +140,7 @@ def test_each_line_is_on_the_disk_before_append_returns(tmp_path, monkeypatch):
     lines = JsonLines(tmp_path / "rows.jsonl")
     for _ in range(2):
         lines.append({"a": 1})
-    assert synced == [9, 18]
+    assert synced == [37, 74]
 
 
 def test_a_file_of_something_else_is_refused_and_a_full_disk_is_said(write, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ import yaml
 
 from lco_lite import ranks
 from lco_lite.errors import UsageError
-from lco_lite.files import read_jsonl
+from lco_lite.files import JsonLines
 from lco_lite.metrics import read_log
 from lco_lite.models.loading import resolve_device
 from lco_lite.sequences import micro_batches
@@ -130,16 +130,18 @@ def test_on_the_same_rollouts_every_kind_of_method_has_the_gradient_of_one_proce
         stage = f"rl-{words.split()[0]}"
         both = base.parent / "runs" / f"two-{name}" / stage
         assert (both / "done.json").exists(), said
-        first = [len([r for r in read_log(both / "updates.jsonl") if r["step"] == 1])] * 2
-        one = norms(base.parent / "runs" / f"one-{name}" / stage)[: first[0]]
-        assert all(one) and norms(both)[: first[0]] == pytest.approx(one, rel=1e-5), name
+        first = len([r for r in read_log(both / "updates.jsonl") if r["step"] == 1])
+        one = norms(base.parent / "runs" / f"one-{name}" / stage)[:first]
+        assert all(one) and norms(both)[0] == pytest.approx(one[0], rel=1e-5), name
+        # Adam divides small gradients by themselves, and the rounding of their sums with them
+        assert norms(both)[:first] == pytest.approx(one, rel=1e-3), name
         if name == "grpo":
             logs = [read_log(base.parent / "runs" / f"{n}-grpo" / stage / "metrics.jsonl") for n in ("one", "two")]
             skipped = [log[0]["skipped_updates"] for log in logs]
             assert skipped[0] == skipped[1] > 0, "they agree which updates have no signal"
         if name == "skips":
-            (left_out,) = read_jsonl(both / "skipped.jsonl")
-            assert [left_out] == read_jsonl(base.parent / "runs" / "one-skips" / stage / "skipped.jsonl")
+            (left_out,) = JsonLines(both / "skipped.jsonl").rows
+            assert [left_out] == JsonLines(base.parent / "runs" / "one-skips" / stage / "skipped.jsonl").rows
             assert left_out["update"] == 1 and left_out["not_finite"] == ["loss"] and left_out["left_out"]
     assert (base.parent / "asked").read_text() == "x" * (16 + 8 + 2), (
         "of the second steps, each response once, and one each before them, where the function is tried"

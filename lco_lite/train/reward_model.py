@@ -30,7 +30,7 @@ from lco_lite.data.prompts import (
 )
 from lco_lite.errors import DataError, Interrupted
 from lco_lite.evaluation.evaluate import held_out_accuracy
-from lco_lite.files import JsonLines, json_line, read_jsonl, remove, write_bytes
+from lco_lite.files import JsonLines, read_sealed, remove, sealed, write_bytes
 from lco_lite.finite import witness
 from lco_lite.metrics import read_log
 from lco_lite.models.chat import ChatFormat
@@ -267,9 +267,11 @@ def cut_after_error(chat: ChatFormat, task: Task, item: Item, example: Example) 
 
 
 def save_pairs(file: Path, pairs: Sequence[Pair], chat: ChatFormat) -> None:
-    """JSONL with the text for people and the token ids, which are what was sampled."""
-    lines = [
-        {
+    """Sealed JSONL with the text for people and the token ids, which are what was sampled."""
+    lines, seal = b"", ""
+    for p in pairs:
+        row = {
+            "pairs": len(pairs),
             "prompt": chat.tokenizer.decode(p.chosen.prompt),
             "chosen": chat.text(p.chosen.response),
             "rejected": chat.text(p.rejected.response),
@@ -277,17 +279,21 @@ def save_pairs(file: Path, pairs: Sequence[Pair], chat: ChatFormat) -> None:
             "chosen_ids": p.chosen.response,
             "rejected_ids": p.rejected.response,
         }
-        for p in pairs
-    ]
-    write_bytes(file, b"".join(map(json_line, lines)))
+        line, seal = sealed(row, seal)
+        lines += line
+    write_bytes(file, lines)
 
 
 def load_pairs(file: Path) -> list[Pair]:
-    """The pairs that ``save_pairs`` wrote. Raises DataError where the file has been changed into something else."""
+    """The pairs that ``save_pairs`` wrote, this version or an earlier one. DataError where they are others now."""
+    remedy = "Put it back as it was, or delete the file: the pairs are sampled again"
+    rows, seal = read_sealed(file, remedy)
+    if seal and len(rows) != (made := rows[0]["pairs"]):
+        raise DataError(f"{file}: damaged: has {len(rows)} of its {made} pairs. {remedy}")
     try:
         return [
-            Pair(Example(line["prompt_ids"], line["chosen_ids"]), Example(line["prompt_ids"], line["rejected_ids"]))
-            for line in read_jsonl(file)
+            Pair(Example(row["prompt_ids"], row["chosen_ids"]), Example(row["prompt_ids"], row["rejected_ids"]))
+            for row in rows
         ]
     except KeyError as e:
-        raise DataError(f"{file}: a line has no field {e}; delete the file to sample the pairs again") from e
+        raise DataError(f"{file}: damaged: a line has no field {e}. {remedy}") from e

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -216,6 +217,15 @@ def _flipped(file: Path) -> None:
     file.write_bytes(content)
 
 
+def _other_digit(file: Path) -> None:
+    """What a program reads without a complaint, and is not what was written."""
+    content = file.read_bytes()
+    late = [m.start() for m in re.finditer(rb"[0-9]", content) if m.start() >= len(content) // 3]
+    if late:
+        at = late[len(late) // 2]
+        file.write_bytes(content[:at] + str((content[at] - 47) % 10).encode() + content[at + 1 :])
+
+
 def _folder(file: Path) -> None:
     file.unlink()
     file.mkdir()
@@ -225,6 +235,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda file: file.write_bytes(b""),
     "half": _halved,
     "flipped": _flipped,
+    "digit": _other_digit,
     "garbage": lambda file: file.write_bytes(b"\x00\xff\xfe{\n" * 9),
     "more": lambda file: file.write_bytes(file.read_bytes() + b"\x00{]"),
     "null": lambda file: file.write_bytes(b"null\n"),
@@ -263,9 +274,11 @@ def damage(shop: Workshop, text: str) -> str:
         if ended.status == 0 and stage == "eval" and way == "gone" and name.endswith("rl-kld/done.json"):
             return "not done"  # that is what a stage without it is: eval takes the one before, and says which
         if ended.status == 0:
-            return _damage_was_harmless(shop, stage, runs, file)
+            sums = ("done.json",) if name.endswith(_NOT_NOTICED) else ()  # of the file itself
+            return _damage_was_harmless(shop, stage, runs, file, but=sums)
         told = ended.err.replace(str(runs), "")
-        if Path(name).name not in told and not (way == "folder" and Path(name).parent.name in told):
+        by_folder = way in ("folder", "digit") and Path(name).parent.name in told
+        if Path(name).name not in told and not by_folder:
             raise Failed(f"its message does not name the file: {ended.err.strip()[-600:]}")
     return how(ended)
 

@@ -175,7 +175,7 @@ def test_answers_kept_have_the_words_and_tokens_but_neither_key_nor_texts(tmp_pa
         Judge(client, settings(server.url), tmp_path / "judge.jsonl").scores(PAIRS, quiet())
     content = (tmp_path / "judge.jsonl").read_text()
     line = json.loads(content.splitlines()[0])
-    assert sorted(line) == ["key", "said", "tokens_in", "tokens_out", "verdict"]
+    assert sorted(line) == ["key", "said", "seal", "tokens_in", "tokens_out", "verdict"]
     assert line["tokens_in"] == 100
     assert "sk-secret" not in content and "apple" not in content
 

@@ -23,7 +23,7 @@ from lco_lite.checkpoint import checkpoints, load_latest, newest_good, save_chec
 from lco_lite.console import Console
 from lco_lite.context import Context
 from lco_lite.errors import DataError, Diverged, ModelError, WeightsLost
-from lco_lite.files import read_jsonl
+from lco_lite.files import JsonLines, read_jsonl
 from lco_lite.finite import not_finite_in, rows_not_finite, witness
 from lco_lite.metrics import read_log
 from lco_lite.recipe.file import load_recipe
@@ -82,7 +82,7 @@ def test_a_batch_whose_numbers_are_not_finite_changes_nothing_and_is_named(train
         before, moments = stage.parameters["w"].detach().clone(), [s.clone() for s in states(stage)]
         assert one(stage, loss, gradient) is None
         assert torch.equal(stage.parameters["w"], before) and all(map(torch.equal, states(stage), moments))
-        (line,) = read_jsonl(stage.stage.path / "skipped.jsonl")
+        (line,) = JsonLines(stage.stage.path / "skipped.jsonl").rows
         assert line == {"step": 2, "update": 2, "not_finite": [named], "left_out": True, "rows": ROWS}
         assert f"update 2: not finite: {named}; its rows: pair 7, prompt '1+1', chosen '2'" in capsys.readouterr().err
         assert one(stage) is not None and not torch.equal(stage.parameters["w"], before)

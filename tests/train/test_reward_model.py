@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from lco_lite.data.prompts import Pair
+from lco_lite.errors import DataError
 from lco_lite.sequences import Example
-from lco_lite.train.reward_model import hold_out
+from lco_lite.train.reward_model import hold_out, load_pairs, save_pairs
 from tests.train.test_chain import run_stage
 
 
@@ -51,3 +53,31 @@ def test_a_files_pairs_are_held_out_by_prompt_and_where_none_fit_that_is_said(ti
     ctx = run_stage(tiny, "rm", *sets, "train_rm.held_out=0.2", name="none")
     assert "held_out_pairs" not in json.loads((ctx.run.stage("rm").path / "done.json").read_text())["result"]
     assert "every prompt has more pairs than that" in capsys.readouterr().err
+
+
+def test_sampled_pairs_that_were_changed_or_cut_are_not_trained_on(tmp_path):
+    file, made = tmp_path / "pairs.jsonl", pairs(1, 2, 3)
+    chat = SimpleNamespace(text=str, tokenizer=SimpleNamespace(decode=str))
+    save_pairs(file, made, chat)  # type: ignore[arg-type]
+    assert load_pairs(file) == made
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for content, told in {
+        whole.replace(b'"rejected_ids": [1, 2]', b'"rejected_ids": [1, 3]'): "damaged: line 2 is not as it was written",
+        b"".join(lines[1:]): "damaged: line 1 is not as it was written",
+        b"".join(lines[:-1]): "damaged: has 2 of its 3 pairs",
+        whole[:-9]: "damaged: line 3: is not JSON",
+        b"": "damaged: is empty",
+    }.items():
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=f"{told}.*Put it back as it was, or delete the file: the pairs are"):
+            load_pairs(file)
+
+
+def test_pairs_of_earlier_versions_have_no_seals_and_are_trained_on(tmp_path):
+    file, ids = tmp_path / "pairs.jsonl", {"prompt_ids": [1], "chosen_ids": [0, 1], "rejected_ids": [0, 2]}
+    file.write_text(json.dumps(ids) + "\n")
+    assert load_pairs(file) == pairs(1)
+    file.write_text(json.dumps({"prompt_ids": [1]}) + "\n")
+    with pytest.raises(DataError, match="a line has no field 'chosen_ids'. Put it back"):
+        load_pairs(file)
