@@ -426,20 +426,19 @@ def read_sealed(
 ) -> tuple[list[dict[str, Any]], str | None]:
     """(what the lines hold, the seal of the last). DataError with ``remedy`` for a line that was changed, or before
     which one is gone. Earlier versions wrote none: where the first line has no seal, none has (seal: None)."""
-    rows, seal = list[dict[str, Any]](), ""
     with damage(path, remedy):
-        for i, row in enumerate(read_jsonl(path), 1):
+        rows = read_jsonl(path)
+        seal = "" if "seal" in rows[0] else None
+        for i, row in enumerate(rows, 1):
             found = row.pop("seal", None)
-            old = bool(rows) and not seal
-            if found is not None or (rows and not old):
+            if seal is not None:
                 try:
                     _, seal = sealed(row, seal)
                 except ValueError:  # NaN or ∞, which are never written
-                    seal = ""
-                if old or found != seal:
-                    raise DataError(f"{path}: line {i} is not as it was written")
-            rows.append(row)
-    return rows, seal or None
+                    found = None
+            if found != seal:
+                raise DataError(f"{path}: line {i} is not as it was written")
+    return rows, seal
 
 
 def json_line(value: Mapping[str, Any]) -> bytes:
