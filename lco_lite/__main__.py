@@ -12,6 +12,9 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False) and sys
 
 
 def main() -> None:
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:  # closed by who started us: the next file opened would take its number
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):  # a pipe on Windows speaks cp1252, which has no β
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")

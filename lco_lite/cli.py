@@ -345,10 +345,10 @@ def export(
 def study(
     name: Annotated[str | None, Argument(help="Which study; without it they are listed.")] = None,
     recipe: Annotated[str | None, Argument(help=f"{_WHICH} The study's own unless given.")] = None,
-    seeds: Annotated[int | None, Option(min=1, help="Training seeds; the study's own number unless given.")] = None,
+    seeds: Annotated[int | None, Option(min=1, max=1000, help="Training seeds; else the study's own number.")] = None,
     sets: Sets = None,
     only: Annotated[list[str] | None, Option(metavar="LABEL", help="Run these of its runs alone. Repeatable.")] = None,
-    jobs: Annotated[int | None, Option(min=1, help="Runs at a time; two where cores allow.")] = None,
+    jobs: Annotated[int | None, Option(min=1, max=1000, help="Runs at a time; two where cores allow.")] = None,
     runs: Runs = Path("runs"),
     out: Annotated[Path | None, Option(help="Folder of its page; in --runs unless given. Known rows count.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the grid and what of it is done.")] = False,
@@ -408,8 +408,8 @@ def plan(
     gpu: Annotated[
         str | None, Option(metavar="SIZE", help="The card's memory, e.g. 12GiB; else the card here.")
     ] = None,
-    rate: Annotated[float | None, Option(min=0.001, help="Tokens sampled a second; else an earlier run's.")] = None,
-    prompt: Annotated[int | None, Option(min=1, help="Tokens of the longest prompt; else what fits.")] = None,
+    rate: Annotated[float | None, Option(min=0.001, max=1e9, help="Tokens sampled a second; else a run's.")] = None,
+    prompt: Annotated[int | None, Option(min=1, max=2**24, help="Tokens of the longest prompt.")] = None,
     runs: Runs = Path("runs"),
     json: Json = False,
 ) -> None:

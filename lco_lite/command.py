@@ -21,7 +21,7 @@ from lco_lite.errors import Interrupted, LcoError, MemoryExhausted, UsageError
 from lco_lite.files import still_there, write_text
 from lco_lite.metrics import peak_mib
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.file import find_recipe, load_recipe, overridden, said
+from lco_lite.recipe.file import find_recipe, overridden, recipe_and_said, said
 from lco_lite.recipe.sections import RewardModel
 from lco_lite.run import Run, decides, named_base, section, verb
 from lco_lite.user_code import told, users_file
@@ -88,20 +88,19 @@ def command(
     ``model``: any model or adapter folder or hub id, for ``tasks``; its scores lie in a run of their own, eval-MODEL.
     """
     with boundary():
-        adapter, console = None, Console(quiet, json)
+        adapter, console, named = None, Console(quiet, json), said({}, sets, flags)
         if model is not None:
             if not tasks:
                 raise UsageError("eval --model: name at least one task, e.g. `lco-lite eval math500 --model PATH`")
             resolved, adapter = _of_model(model, tasks[0], sets, flags, console, "eval --model")
             name = name or _name_of(model)
         elif recipe is not None:
-            resolved = load_recipe(find_recipe(recipe), sets, flags, console.note)
+            resolved, named = recipe_and_said(find_recipe(recipe), sets, flags, console.note)
             name = name or resolved.name
         else:
             run = Run.newest(runs) if name is None else Run.named(runs, name)
             kept, name = run.recipe().model_dump(mode="json"), run.name
             resolved = overridden(kept, sets, flags, console.note, "the run's recipe with your flags")
-        named = said(None if recipe is None else find_recipe(recipe), sets, flags)
         if dry_run is not None:
             from lco_lite.dry_run import preview
 

@@ -28,8 +28,8 @@ _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{12}\.(?P<kind>new|old|gone)$
 _CONTROL = re.compile(f"[{CONTROLS}]")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
-# a file where a folder should be or the other way round, or a name too long
-_NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+# a file where a folder should be or the other way round, a name too long, or a folder where none can be made
+_NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT)
 MOST_NESTED = 100  # levels of a JSON value
 # the types of fields in files that this package writes
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -65,8 +65,11 @@ def still_there(path: Path) -> None:
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """A full disk or one that fails (LcoError), or a place that cannot be written (UsageError), becomes a message that
-    names ``path``; so does a device or a pipe, which is not replaced."""
+    names ``path``; so does a device or a pipe, which is not replaced, and a path that leads back out of a folder which
+    is not there: what it names is looked for before the folder is made, and would be replaced unseen."""
     still_there(path)
+    if any(part == ".." and not is_there(Path(*path.parts[:i])) for i, part in enumerate(path.parts)):
+        raise UsageError(f"{path} leads through a folder that is not there, and back by ..: name the place itself")
     if is_there(path) and not (path.is_file() or path.is_dir()):
         raise UsageError(f"{path} is a device or a pipe, and would be replaced: name another file")
     try:
@@ -91,12 +94,17 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replaces ``path`` by ``data``, whole or not at all. Raises LcoError or UsageError as ``write_errors`` does."""
+    """Replaces ``path`` by ``data``, whole or not at all; of a link, what it leads to. Who may read it stays. Raises
+    LcoError or UsageError as ``write_errors`` does."""
+    if path.is_symlink():
+        path = path.resolve()
     temporary = _temporary(path, "new")
     with write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_through(temporary, "wb", data)
+            if path.is_file():
+                temporary.chmod(path.stat().st_mode & 0o777)
             os.replace(temporary, path)
             _sync_folder(path.parent)
         finally:
@@ -410,6 +418,8 @@ class JsonLines:
     def _write(self, row: dict[str, Any]) -> None:
         line, seal = (json_line(row), None) if self._seal is None else sealed(row, self._seal)
         with write_errors(self.path):
+            if self.path.exists() and self.path.stat().st_nlink > 1:  # another run's, too, which goes on by itself
+                write_bytes(self.path, self.path.read_bytes())
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _write_through(self.path, "ab", line)
         self._seal = seal

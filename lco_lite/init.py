@@ -33,6 +33,7 @@ from lco_lite.tables import load_rows, names_in
 from lco_lite.tasks.base import HELD_OUT_SHARE
 from lco_lite.train.pipeline import tried_rewards
 from lco_lite.user_code import names_function
+from lco_lite.visible import visible
 
 ASKED = ("prompt", *CONVERSATIONS, *PROMPTS[1:], "query", "input", "text")
 ANSWERS = ("answer", "solution", "ground_truth", "label", "gold", "target")
@@ -85,14 +86,14 @@ class Lines:
     def add(self, key: str, value: Any, comment: str = "", depth: int = 0) -> None:
         shown = "" if value is None else f" {in_yaml(value)}"
         line = f"{'  ' * depth}{key}:{shown}"
-        self.text.append(f"{line:<34}  # {comment}" if comment else line)
+        self.text.append(f"{line:<34}  # {visible(comment, lines=False)}" if comment else line)
 
 
 def in_yaml(value: Any, inside: bool = False) -> str:
-    """On one line; ``inside`` braces more texts need quotes."""
+    """On one line; ``inside`` braces more texts need quotes, and one of several lines does everywhere."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{in_yaml(key, True)}: {in_yaml(inner, True)}" for key, inner in value.items()) + "}"
-    if inside and isinstance(value, str) and not re.fullmatch(r"[\w./:-]*\w", value):
+    if isinstance(value, str) and ("\n" in value or (inside and not re.fullmatch(r"[\w./:-]*\w", value))):
         return json.dumps(value)
     if isinstance(value, float):
         return f"{value:.1e}".replace("e-0", "e-") if 0 < value < 1e-2 else f"{value:g}"
@@ -342,10 +343,13 @@ def recipe_text(
     window = min(-(-(longest + max(new_tokens, longest_response) + 64) // 64) * 64, 4096)
     y = Lines(
         [
-            f"# {name}: written by `{typed}` from {_rows(n)}. Files are found from where it is run.",
-            "#",
-            f"#   lco-lite run {path} --dry-run     # what would happen",
-            f"#   lco-lite run {path}",
+            visible(line, lines=False)
+            for line in (
+                f"# {name}: written by `{typed}` from {_rows(n)}. Files are found from where it is run.",
+                "#",
+                f"#   lco-lite run {path} --dry-run     # what would happen",
+                f"#   lco-lite run {path}",
+            )
         ]
     )
     if machine.has_mps:

@@ -417,3 +417,25 @@ def test_tab_offers_recipes_objectives_tasks_runs_and_stages(tmp_path, monkeypat
     assert offered("export", "--to", "gguf").split() == ["gguf", "gguf-lora"]
     assert offered("eval", "--compare", "mine/").split() == ["mine/rl-kld", "mine/rl-kld@best"]
     assert offered("eval", "--compare", "base", "rl-").split() == ["rl-kld", "rl-kld@best"]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_whoever_starts_it_has_closed_is_as_an_empty_one(tmp_path, closed):
+    for words in ("runs --json", "env --json", "runs --clean", "chat"):
+        command = f"{shlex.quote(sys.executable)} -m lco_lite {words} {'' if 'env' in words else '--runs .'} {closed}"
+        done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode in (0, 2) and "Traceback" not in done.stderr, (words, done.stderr)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such pipes")
+def test_a_recipe_from_a_pipe_is_read_once(tiny, tmp_path):
+    words = f"<(cat {shlex.quote(str(tiny))}) --runs {shlex.quote(str(tmp_path))} --name piped --dry-run"
+    command = f"{shlex.quote(sys.executable)} -m lco_lite sft {words}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "from scratch (1 layers)" in done.stdout, done.stderr
+
+
+def test_a_number_beyond_reason_is_refused_at_once(tiny):
+    for words in (["plan", tiny, "--prompt", 10**24], ["plan", tiny, "--rate", "inf"]):
+        assert call(*words).exit_code == 2
+    assert call("study", "convexity", "--seeds", 3_000_000, "--dry-run").exit_code == 2

@@ -7,7 +7,16 @@ import pytest
 from safetensors import SafetensorError
 
 from lco_lite.errors import LcoError, UsageError
-from lco_lite.files import recover, remove, write_bytes, write_errors, write_folder, write_json, write_text
+from lco_lite.files import (
+    JsonLines,
+    recover,
+    remove,
+    write_bytes,
+    write_errors,
+    write_folder,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -194,3 +203,39 @@ def test_recovery_deletes_what_killed_writers_left_and_nothing_else(tmp_path, mo
     assert len(names(tmp_path)) == 3
     recover(tmp_path)
     assert names(tmp_path) == [".hidden", "kept"]
+
+
+def test_a_path_that_leads_back_out_of_a_folder_that_is_not_there_replaces_nothing(tmp_path, monkeypatch):
+    """``new/../kept`` is not there for who looks, and is for who makes ``new`` first."""
+    monkeypatch.chdir(tmp_path)
+    Path("kept.txt").write_text("mine")
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "weights").write_text("mine")
+    with pytest.raises(UsageError, match="leads through a folder that is not there"):
+        write_text(Path("new/../kept.txt"), "theirs")
+    with pytest.raises(UsageError, match="leads through"), write_folder(Path("new/../stage")):
+        pass
+    assert Path("kept.txt").read_text() == "mine" and Path("stage/weights").read_text() == "mine"
+    assert sorted(os.listdir()) == ["kept.txt", "stage"]
+    write_text(Path("stage/../made/deep/new.txt"), "a")
+    write_text(Path(f"../{tmp_path.name}/other/new.txt"), "b")
+    assert Path("made/deep/new.txt").read_text() == "a" and Path("other/new.txt").read_text() == "b"
+
+
+def test_a_link_stays_one_and_what_only_its_owner_may_read_stays_so(tmp_path):
+    private, link = tmp_path / "private.txt", tmp_path / "link.txt"
+    private.write_text("old")
+    private.chmod(0o600)
+    link.symlink_to(private.name)
+    write_text(link, "new")
+    assert link.is_symlink() and private.read_text() == "new" and private.stat().st_mode & 0o777 == 0o600
+
+
+def test_lines_that_two_runs_share_by_a_hard_link_are_gone_on_with_by_each(tmp_path):
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    JsonLines(one).append({"a": 1})
+    os.link(one, other)
+    lines = JsonLines(one), JsonLines(other)
+    for i, each in enumerate(lines):
+        each.append({"b": i})
+    assert [JsonLines(path).rows for path in (one, other)] == [[{"a": 1}, {"b": 0}], [{"a": 1}, {"b": 1}]]

@@ -26,7 +26,7 @@ from lco_lite.errors import UsageError
 from lco_lite.files import write_json
 from lco_lite.metrics import read_log
 from lco_lite.recipe import Recipe
-from lco_lite.recipe.file import load_recipe, said
+from lco_lite.recipe.file import recipe_and_said
 from lco_lite.run import Run, as_started, stage_settings
 from lco_lite.train import rl as rl_module
 from lco_lite.train.training import StageTraining
@@ -156,12 +156,14 @@ def test_unset_sections_come_back_whole_and_newer_settings_keep_their_old_meanin
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump({"model": {"path": "some/model"}, "task": "arithmetic"}))
     sets = ["rl.whole_groups=true"]  # on no older version's list
-    kept, lines = as_started(load_recipe(file, sets), stage, said(file, sets, {}))
+    recipe, named = recipe_and_said(file, sets, {}, lambda text: None)
+    kept, lines = as_started(recipe, stage, named)
     assert kept.model.lora is None and kept.rl.lr == 5e-6 and any("rl.lr" in line for line in lines)
     with pytest.raises(UsageError) as caught:
         stage.check(stage_settings(kept, "rl-kld"), {})
     assert [line for line in str(caught.value).splitlines() if "→ " in line][1:] == ["  rl.whole_groups: unset → True"]
-    kept, _ = as_started(load_recipe(file), stage, said(file, [], {}))
+    recipe, named = recipe_and_said(file, [], {}, lambda text: None)
+    kept, _ = as_started(recipe, stage, named)
     assert stage.check(stage_settings(kept, "rl-kld"), {}) == []
 
 

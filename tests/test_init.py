@@ -238,3 +238,12 @@ def test_an_apple_gpu_is_mentioned_and_not_taken_unasked(made, monkeypatch):
     recipe, said = made(lambda i: {"prompt": f"{i} + 1?", "answer": i + 1})
     assert recipe.device == "auto" and "an Apple GPU, which is used where the recipe says `device: mps`" in said
     assert "# device: mps " in Path("rows.yaml").read_text()
+
+
+def test_the_name_of_a_file_is_no_line_of_the_recipe(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "a\ntrackers: [wandb]\n#.jsonl"
+    Path(name).write_text("".join(json.dumps({"question": f"{i}?", "answer": str(i)}) + "\n" for i in range(N)))
+    result = CliRunner().invoke(app, ["init", name, "--model", model, "--out", "own.yaml"])
+    assert result.exit_code == 0, result.output
+    assert load_recipe(Path("own.yaml")).trackers == []

@@ -32,6 +32,13 @@ def load_recipe(
 ) -> Recipe:
     """The recipe in ``path`` under ``--set`` items and then named flags (``{"rl.beta": 1.0}``). Raises RecipeError.
     ``say`` is told which of the file's values another objective replaced."""
+    return recipe_and_said(path, sets, flags, say)[0]
+
+
+def recipe_and_said(
+    path: Path, sets: list[str] | None, flags: dict[str, Any] | None, say: Say
+) -> tuple[Recipe, frozenset[str]]:
+    """``load_recipe``, and ``said`` of what it read: the file is read once."""
     try:
         data, lines = parse_yaml(_text(path))
     except ValueError as e:
@@ -45,7 +52,7 @@ def load_recipe(
     recipe = overridden(data, sets, flags, say, str(path), places)
     if lost := list(_lie_beside(path, recipe)):
         raise RecipeError("\n".join([f"{path}: files are found from the working folder, {Path.cwd()}", *lost]))
-    return recipe
+    return recipe, said(data, sets, flags)
 
 
 _FILES: tuple[str, ...] = ("data.demonstrations", "data.preferences", "data.prompts", "data.task")
@@ -90,10 +97,9 @@ def overridden(
     return recipe
 
 
-def said(path: Path | None, sets: list[str] | None, flags: dict[str, Any] | None) -> frozenset[str]:
-    """The settings, by dotted key, that the recipe file (None: there is none), ``--set`` and flags name. Those of the
-    file that make room for another objective's are not among them."""
-    data = {} if path is None else parse_yaml(path.read_text(encoding="utf-8-sig"))[0]
+def said(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any] | None) -> frozenset[str]:
+    """The settings, by dotted key, that a recipe file's ``data``, ``--set`` and flags name. Those of the file that make
+    room for another objective's are not among them."""
     return frozenset(key for key, value in flat(override(data, sets, flags)).items() if value != {})
 
 
@@ -447,6 +453,7 @@ def unwritten(data: str, out: Path | None) -> Path:
 def copy_recipes(name: str | None, target: Path, console: Console) -> None:
     """Raises UsageError rather than write over a file, and for a folder that cannot be written."""
     wanted = [find_recipe(name)] if name else list(shipped().values())
+    target = target.resolve() if ".." in target.parts else target  # looked at where it will be written
     for path in wanted:
         if is_there(target / path.name):
             raise UsageError(f"{target / path.name} is there already; nothing was overwritten")

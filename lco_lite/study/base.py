@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat
 
+from lco_lite.errors import DataError
 from lco_lite.files import Count, read_json
 from lco_lite.study.statistics import Interval, paired
 
@@ -50,9 +51,13 @@ class RowKept(BaseModel):
     steps: list[dict[str, Any]] = []
 
 
-def read_row(file: Path) -> Row:
-    """DataError where it is damaged."""
-    return dict(read_json(file, RowKept, "Delete it, and its run is made again"))
+def read_row(file: Path, cell: str) -> Row:
+    """What came out of the cell of this id. DataError where it is damaged, or another cell's."""
+    remedy = "Delete it, and its run is made again"
+    row = dict(read_json(file, RowKept, remedy))
+    if row["id"] != cell:
+        raise DataError(f"{file}: is that of {row['id']}, not of {cell}. {remedy}")
+    return row
 
 
 @dataclass(frozen=True)

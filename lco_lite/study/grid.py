@@ -25,7 +25,7 @@ from typing import Any, TextIO
 from lco_lite.console import Console
 from lco_lite.context import InterruptGuard
 from lco_lite.errors import Interrupted, LcoError
-from lco_lite.files import write_json
+from lco_lite.files import sha256, write_json
 from lco_lite.progress import clock_time
 from lco_lite.recipe.file import find_recipe, load_recipe
 from lco_lite.run import stage_settings
@@ -62,6 +62,7 @@ class Grid:
     ) -> None:
         self.study, self.sets, self.console, self.known = study, list(sets), console, known or {}
         self.path = find_recipe(recipe or study.recipe)
+        self.recipe_sum = sha256(self.path)
         self.recipe = load_recipe(self.path, self.sets)
         self.root = runs / "studies" / self.recipe.name
         self._names: dict[str, str] = {}
@@ -104,9 +105,9 @@ class Grid:
         """What came out, if it is done, under the label that this study has for it."""
         row = self.known.get(job.folder.name)
         if job.row_file.exists():
-            row = read_row(job.row_file)
+            row = read_row(job.row_file, job.folder.name)
             if job.start is not None and job.start.row_file.exists():
-                row["start"] = read_row(job.start.row_file).get("scores", {})
+                row["start"] = read_row(job.start.row_file, job.start.folder.name).get("scores", {})
         return None if row is None else row | {"label": job.cell.label, "id": job.folder.name}
 
     def results(self, jobs: Iterable[Job]) -> Results:
@@ -159,7 +160,7 @@ class Grid:
                 ready = [j for j in waiting if j.start is None or j.start.row_file.exists()]
                 for job in ready[:free]:
                     waiting.remove(job)
-                    running[job] = Worker(job, self.path, self.sets, threads=max(1, (os.cpu_count() or 1) // at_once))
+                    running[job] = Worker(job, self, threads=max(1, (os.cpu_count() or 1) // at_once))
                 for job, worker in list(running.items()):
                     code = worker.process.poll()
                     if code is None:
@@ -196,13 +197,14 @@ class Grid:
 class Worker:
     """The process of a job, in a session of its own: Ctrl-C reaches it through us, once."""
 
-    def __init__(self, job: Job, recipe: Path, sets: Sequence[str], threads: int) -> None:
+    def __init__(self, job: Job, grid: Grid, threads: int) -> None:
         self.job, self.began = job, time.monotonic()
         job.folder.mkdir(parents=True, exist_ok=True)
         cell = job.cell
         given: dict[str, Any] = {
-            "recipe": str(recipe.resolve()),
-            "given": list(sets),
+            "recipe": str(grid.path.resolve()),
+            "recipe_sha256": grid.recipe_sum,
+            "given": list(grid.sets),
             "sets": {"seed": cell.seed, **cell.sets},
         }
         given |= {"label": cell.label, "seed": cell.seed, "work": cell.work, "options": dict(cell.options)}

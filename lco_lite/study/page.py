@@ -42,7 +42,7 @@ def write(study: Study, results: Results, total: int, command: str, folder: Path
 
 def known_rows(folder: Path) -> dict[str, Row]:
     """The rows that studies beside this one have left, by id: cells that need not run again."""
-    rows = [read_row(file) for file in sorted((folder.parent / ROWS).glob("*.json"))]
+    rows = [read_row(file, file.stem) for file in sorted((folder.parent / ROWS).glob("*.json"))]
     return {row["id"]: row for row in rows}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lco_lite.console import Console
 from lco_lite.errors import LcoError, UsageError
+from lco_lite.files import write_errors
 from lco_lite.models.loading import resolve_device
 from lco_lite.progress import clock_time
 from lco_lite.study.base import TUNING_SEED, Findings, Study
@@ -58,6 +59,8 @@ def run_study(
     at_once = jobs or max(1, min(2, cores // (grid.recipe.threads or 1)))
     if dry_run:
         return preview(grid, numbers, at_once, console)
+    with write_errors(folder):  # before hours of work, not after
+        folder.mkdir(parents=True, exist_ok=True)
     console.stage(name, f"{study.asks} Seeds {numbers[0]} to {numbers[-1]}, {at_once} at once")
     given = ["lco-lite", "study", name, *([recipe] if recipe else [])]
     given += [word for item in sets if item not in study.usual for word in ("-s", item)]

@@ -21,9 +21,9 @@ from lco_lite import __version__
 from lco_lite.command import boundary, command
 from lco_lite.context import Context
 from lco_lite.data.prompts import open_task
-from lco_lite.errors import Diverged
+from lco_lite.errors import DataError, Diverged
 from lco_lite.evaluation.evaluate import evaluate_stage
-from lco_lite.files import read_json, remove, write_folder, write_json
+from lco_lite.files import read_json, remove, sha256, write_folder, write_json
 from lco_lite.metrics import read_log
 from lco_lite.study.base import Row
 from lco_lite.train.pipeline import train
@@ -37,6 +37,9 @@ def main(folder: Path) -> None:
         cell = read_json(folder / "cell.json", dict[str, Any], "The study writes it again")
         if cell["start"] is not None:
             link_start(folder.parent / cell["start"], folder)
+        if sha256(Path(cell["recipe"])) != cell["recipe_sha256"]:
+            told = "has changed since the study began, whose cells are named by what it says"
+            raise DataError(f"{cell['recipe']}: {told}. Start the study again, or put it back.")
         began = time.monotonic()
         work = WORK.get(cell["work"]) or _probe(cell["work"])
         with command(cell["recipe"], folder.parent, folder.name, cell["given"], cell["sets"], quiet=True) as ctx:

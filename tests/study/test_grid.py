@@ -142,6 +142,37 @@ def test_a_damaged_row_of_a_cell_is_named(tiny, tmp_path, content):
         grid.settled([1])
 
 
+def test_a_row_of_another_cell_is_not_taken_for_its_own(tiny, tmp_path):
+    grid = Grid(Small(), str(tiny), [], tmp_path, quiet())
+    one, other = grid.settled([1])[:2]
+    one.folder.mkdir(parents=True)
+    row = {"id": other.folder.name, "label": "kld", "seed": 1, "version": "0.5.0", "seconds": 1.0}
+    one.row_file.write_text(json.dumps(row))
+    with pytest.raises(LcoError, match=rf"row\.json: is that of {other.folder.name}, not of {one.folder.name}. Delete"):
+        grid.settled([1])
+    one.row_file.write_text(json.dumps(row | {"id": one.folder.name}))
+    assert grid.row(one)["label"] == one.cell.label
+
+
+@pytest.mark.slow
+def test_a_recipe_that_changes_while_its_study_runs_is_refused_by_each_cell(tiny, tmp_path, capsys):
+    grid = Grid(Small(), str(tiny), [], tmp_path, quiet())
+    tiny.write_text(yaml.safe_dump(TINY | {"sft": {**TINY["sft"], "max_steps": 1}}))
+    with pytest.raises(LcoError, match="its start failed"):
+        grid.work_off([1], at_once=1)
+    (log,) = tmp_path.glob("studies/tiny/start-*/work.log")
+    assert "tiny.yaml: has changed since the study began" in log.read_text()
+
+
+def test_a_place_for_the_page_that_cannot_be_is_told_before_the_work(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Grid, "work_off", lambda *_: pytest.fail("hours of work"))
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "in", "/proc/none"):
+        words = ["study", "convexity", str(tiny), "--seeds", "1", "--runs", str(tmp_path), "--out", str(place)]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 2 and str(place) in result.output and "Traceback" not in result.output
+
+
 def test_an_unfinished_page_says_how_much_of_it_is_there(tmp_path):
     from lco_lite.study.base import Results
 
