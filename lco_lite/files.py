@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -280,8 +281,11 @@ def not_there(path: str | Path) -> str:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """All of the file but a mark of its byte order. DataError where it is missing or cannot be read."""
+    """All of the file but a mark of its byte order. DataError where it is missing, no file or cannot be read."""
     try:
+        mode = Path(path).stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # it may never say anything, or never end
+            raise DataError(f"{path}: is a pipe or a device; a file is needed")
         return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError:
         raise DataError(f"{path}: {not_there(path)}") from None

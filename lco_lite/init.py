@@ -157,6 +157,7 @@ def look(file: str, rows: Sequence[dict[str, Any]], has_reward: bool) -> Looked:
         roles["response"] = response
     answer = _first(ANSWERS, full)
     if answer is not None:
+        _refuse_text_choices(file, rows, roles, answer)
         grader, system, why = grader_for([row[answer] for row in rows], roles, rows)
         if grader:
             if all("####" in str(row[answer]) for row in rows):  # GSM8K's: the working, and the answer after it
@@ -176,6 +177,14 @@ def look(file: str, rows: Sequence[dict[str, Any]], has_reward: bool) -> Looked:
             f"function {ACCEPTED}, a column of short answers ({', '.join(ANSWERS)}), or chosen and rejected"
         )
     return Looked(rows, roles)
+
+
+def _refuse_text_choices(file: str, rows: Sequence[dict[str, Any]], roles: dict[str, str], answer: str) -> None:
+    """Raises DataError where the answers pick from choices that are one text, as in a CSV file."""
+    picks = all(str(row[answer]).strip() in (*LETTERS, *"0123456789") for row in rows)
+    if "choices" in roles and picks and any(isinstance(row[roles["choices"]], str) for row in rows):
+        needed = "a list is needed, as .jsonl, .json and .parquet files hold it; or leave the column out"
+        raise DataError(f"{file}: column {roles['choices']} is text, from which {answer} picks: {needed}")
 
 
 def _gap(rows: Sequence[dict[str, Any]], column: str) -> str:

@@ -148,7 +148,7 @@ def test_a_broken_table_is_one_message_and_no_library_speaks_of_it(tmp_path):
     logging.getLogger("datasets").addHandler(handler)
     for name, content in (("a\x1b[2Jb.parquet", b"PAR1xxxxxxxx"), ("a.csv", bytes(range(256))), ("b.parquet", b"")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match="cannot be loaded"):
+        with pytest.raises(DataError, match="cannot be loaded|line 1: has byte|line 2: has byte"):
             load_rows(str(tmp_path / name))
     logging.getLogger("datasets").removeHandler(handler)
     assert not said

@@ -5,10 +5,13 @@ it brings its own defaults (``makes_room``). Whatever is wrong with it is told a
 """
 
 import difflib
+import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,11 +75,32 @@ def _lie_beside(path: Path, recipe: Recipe) -> Iterator[str]:
 def _text(path: Path) -> str:
     """Raises RecipeError."""
     try:
+        about = path.stat()
+        if stat.S_ISFIFO(about.st_mode):
+            return _piped(path, about.st_dev, about.st_ino)
+        if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
+            raise RecipeError(f"{path}: is a device; a recipe is a file, or comes through a pipe")
         return path.read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark first
     except FileNotFoundError as e:
         raise RecipeError(f"{path}: no such recipe file; {_near_recipe(path)}") from e
     except (OSError, ValueError) as e:
         raise RecipeError(f"{path!s:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
+
+
+@cache  # a pipe gives what it has once, and a command reads its recipe more than once
+def _piped(path: Path, *which: int) -> str:
+    """What is written to a pipe, as ``<(command)`` is one; ``which`` tells it from a later one of its name. Raises
+    RecipeError where nobody writes to it, or more than is read."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as pipe:  # does not wait for a writer to come
+        os.set_blocking(pipe.fileno(), True)
+        content = pipe.read(4 * MOST_CHARACTERS + 1)
+    if not content:
+        raise RecipeError(f"{path}: is a pipe that nothing is written to; a recipe is a mapping of settings")
+    if len(content) > 4 * MOST_CHARACTERS:
+        raise RecipeError(
+            f"{path}: is a pipe with more to it than {MOST_CHARACTERS:,} characters, the most that is read"
+        )
+    return content.decode("utf-8-sig")
 
 
 def overridden(

@@ -221,7 +221,7 @@ def test_a_file_without_a_winner_has_no_pairs(tmp_path):
     ("name", "content", "named"),
     [
         ("x.csv", b"question;answer\na;b\n", "found question;answer"),
-        ("x.csv", b"", "cannot be loaded as a csv file"),
+        ("x.csv", b"", "x.csv, line 1: is empty"),
         ("x.parquet", b"PAR1 and nothing of it", "cannot be loaded as a parquet file"),
         ("x.json", b"[{", "is not JSON"),
         ("x.json", b'[{"prompt": ' + b"1" * 5000 + b"}]", "x.json: Exceeds the limit"),
