@@ -11,6 +11,9 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False) and sys
     del sys.path[0]  # python -m: a json.py in the working folder is not the library
 
 
+_exit = os._exit  # while the user's code runs it is another (user_code.py)
+
+
 def main() -> None:
     for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
         if getattr(sys, name) is None:  # closed by who started us: the next file opened would take its number
@@ -69,7 +72,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _stopped() -> None:
     os.write(2, b"stopped while loading; the same command goes on\n")
-    os._exit(130)
+    _exit(130)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,16 @@ import psutil
 from lco_lite.calling import RETURNS, Adapted, adapted
 from lco_lite.errors import LcoError, UsageError
 from lco_lite.files import is_there, not_there, sha256
+from lco_lite.restoring import put_back
+from lco_lite.visible import visible
 from lco_lite.workers import serve
 
 IMPORT_SECONDS = 120.0  # that importing a file of the user's may take in this process
 END_SECONDS = 10.0
 CALL_SECONDS = 300.0  # and a call of a function in it; the caller of a worker has limits of its own
+SWALLOWED = 3  # times that what ends a late block may be caught in it
 LARGEST = 3.4028234663852886e38  # of float32
-_exit = os._exit
+_exit, _unbounded = os._exit, contextlib.nullcontext()
 
 
 def names_function(text: str) -> bool:
@@ -75,7 +78,7 @@ def load_function(spec: str, in_worker: bool = False) -> Callable[..., Any]:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules.setdefault(module_spec.name, module)  # dataclasses look there
     try:
-        with siblings(file), contained(in_worker), bounded(IMPORT_SECONDS):
+        with siblings(file), contained(in_worker), bounded(IMPORT_SECONDS, str(file)):
             module_spec.loader.exec_module(module)
     except Exception as e:
         if sys.modules[module_spec.name] is module:
@@ -90,7 +93,7 @@ def load_function(spec: str, in_worker: bool = False) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with contained(in_worker), contextlib.nullcontext() if in_worker else bounded(CALL_SECONDS):
+        with contained(in_worker), _unbounded if in_worker else bounded(CALL_SECONDS, str(file)):
             try:
                 return function(*args, **kwargs)
             except TypeError as e:
@@ -128,9 +131,11 @@ def told(error: BaseException) -> str:
 @contextlib.contextmanager
 def contained(in_worker: bool = False) -> Iterator[None]:
     """The user's code is run, and neither ends nor steers this process: ``sys.exit``, ``os._exit``, exceptions that
-    mean something here and those that nobody catches are errors like others, and the working folder is what it was,
-    but ``in_worker``. A fork that comes back ends here: one process goes on."""
+    mean something here and those that nobody catches are errors like others, and the working folder and what
+    ``put_back`` knows of are what they were, but ``in_worker``. A fork that comes back ends here: one process goes on.
+    """
     me, here = os.getpid(), None if in_worker else os.getcwd()
+    on_interrupt = signal.getsignal(signal.SIGINT)
 
     def refused(status: int) -> NoReturn:
         if os.getpid() != me:  # a fork's own end
@@ -139,14 +144,15 @@ def contained(in_worker: bool = False) -> Iterator[None]:
 
     os._exit = refused
     try:
-        yield
-    except KeyboardInterrupt:
-        raise
+        with contextlib.nullcontext() if in_worker else put_back():
+            yield
     except SystemExit as e:
         if os.getpid() != me:
             _exit(e.code if isinstance(e.code, int) else int(e.code is not None))
         raise RuntimeError(f"it calls sys.exit({e.code!r:.80}), which would end the training") from e
     except BaseException as e:
+        if isinstance(e, KeyboardInterrupt) and (in_worker or _came_from(on_interrupt, e)):
+            raise
         if not isinstance(e, Exception) or _steers(e):
             raise RuntimeError(f"it raises {told(e)}") from e
         raise
@@ -158,30 +164,66 @@ def contained(in_worker: bool = False) -> Iterator[None]:
             os.chdir(here)
 
 
+def _came_from(handler: Any, error: BaseException) -> bool:
+    """Whether this handler of a signal raised it; Python's own leaves no trace of it."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    code = getattr(handler, "__code__", None)
+    return handler is signal.default_int_handler or any(frame.f_code is code for frame in frames)
+
+
 def _steers(error: Exception) -> bool:
     """Whether the trainer, or the command line, would take it for a word of its own."""
     return isinstance(error, (LcoError, BrokenPipeError)) or type(error).__module__.split(".")[0] in ("click", "typer")
 
 
+class _Late(BaseException):
+    """Raised in a block that takes too long: not an Exception, which the user's code may well catch."""
+
+
 @contextlib.contextmanager
-def bounded(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside a block that takes longer. Where there are no signals (Windows, other threads), and
-    in native code that does not come back, it takes as long as it takes."""
+def bounded(seconds: float, file: str = "") -> Iterator[None]:
+    """Raises TimeoutError for a block that takes longer. One that catches even ``_Late``, three times, ends the process
+    with one message. Where there are no signals (Windows, other threads), and in native code that does not come back,
+    it takes as long as it takes."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
+    raised, is_over = 0, False
 
-    def stop(number: int, frame: Any) -> NoReturn:
-        raise TimeoutError(f"it takes more than {seconds:g} s")
+    def stop(number: int, frame: Any) -> None:
+        nonlocal raised
+        if is_over:
+            return
+        if raised == SWALLOWED:
+            _end_at_once(
+                f"{file}: " * bool(file) + f"it takes more than {seconds:g} s, and catches all that would end it"
+            )
+        raised += 1
+        raise _Late
 
     before = signal.signal(signal.SIGALRM, stop)
     clock = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, should the block swallow the first
     try:
         yield
+    except _Late as e:
+        raise TimeoutError(f"it takes more than {seconds:g} s") from e
     finally:
+        is_over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, *clock)
+
+
+def _end_at_once(message: str) -> NoReturn:
+    """As by a kill, out of code that nothing else ends: what is on the disk is whole at any moment."""
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h\n")  # live lines hide the cursor
+        os.write(2, f"error: {visible(message)}\n".encode(errors="replace"))
+        _end_children()
+    finally:
+        _exit(LcoError.exit_code)
 
 
 def ends(status: int) -> None:

@@ -67,8 +67,8 @@ class Keeper:
 
     def forget(self) -> None:
         """Lets go of the pipe; what is kept in a fork would hide this process's end."""
-        if self._shell is not None and self._shell.stdin is not None:
-            self._shell.stdin.close()
+        if self._shell is not None:
+            _let_go(self._shell.stdin)
 
 
 class Started(NamedTuple):
@@ -130,8 +130,7 @@ class LineWorker:
                 _kill(process)
                 process.wait()
                 keeper.dismiss()
-                assert process.stdin
-                process.stdin.close()
+                _let_go(process.stdin)
 
     def _exchange(self, line: str, seconds: float) -> str:
         assert self._started and (pipe := self._started.process.stdin)
@@ -147,7 +146,7 @@ class LineWorker:
         timer.daemon = True
         timer.start()
         try:
-            with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            with contextlib.suppress(OSError):  # a closed pipe: then there is no answer either
                 while rest:
                     rest = rest[pipe.write(rest) :]
             while (answer := answers.get()) is not None:
@@ -174,16 +173,22 @@ class LineWorker:
         """In a fork of this process the worker is not ours, and nobody holds the lock."""
         self._lock = threading.RLock()
         if self._started is not None:
-            assert self._started.process.stdin
-            self._started.process.stdin.close()
+            _let_go(self._started.process.stdin)
             self._started.keeper.forget()
             self._started.process.returncode = 0  # not our child: nothing is to be waited for
             self._started = None
 
 
+def _let_go(pipe: IO[bytes] | None) -> None:
+    """Of a pipe that somebody may have closed under us (``os.closerange``)."""
+    with contextlib.suppress(OSError):
+        if pipe is not None:
+            pipe.close()
+
+
 def _read(pipe: IO[bytes], answers: queue.SimpleQueue[bytes | None]) -> None:
     rest = b""
-    with pipe:
+    with contextlib.suppress(OSError), pipe:
         while part := pipe.read(2**16):
             *lines, rest = (rest + part).split(b"\n")
             for line in lines:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ from lco_lite.sequences import Batch, collate, micro_batches
 from lco_lite.train.rollouts import Phase
 from lco_lite.user_code import load_function, names_function, shown
 
+Given = TypeVar("Given", bound=PolicyBatch | Target)
 Seen = dict[str, Tensor]
 """What a loss shows of the policy, per token: ``entropy``, ``logprob``, ``logit_grad_norm``, …"""
 
@@ -278,8 +279,11 @@ def lco(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
     """KLD, LCH or MSE between z_θ and z*, or a loss on hidden states that stands in for them."""
     head, actions, own = models.policy.model.head, micro.batch.actions, own_loss(rl)
     if own is not None:
-        given = own(hidden, head, micro.target, micro.policy_batch(rl))
-        loss, seen = users_loss(rl.objective, given, len(hidden)) if names_function(rl.objective) else given
+        target, batch, is_users = micro.target, micro.policy_batch(rl), names_function(rl.objective)
+        if is_users:
+            target, batch = copied(target) if hidden.device.type == "cpu" else target, copied(batch)
+        given = own(hidden, head, target, batch)
+        loss, seen = users_loss(rl.objective, given, len(hidden)) if is_users else given
     else:
         how: dict[str, Any] = {"standardise": rl.standardise, "actions": actions}
         loss, seen = lco_loss(rl.objective, hidden, head, micro.target, rl.weighting, **how)
@@ -338,8 +342,9 @@ def policy_gradient(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -
     gradient = POLICY_GRADIENTS.get(rl.objective) or load_function(rl.objective)
     head, t = models.policy.model.head, compared_at(rl)
     logprobs, seen = token_logprobs(hidden, head, micro.batch.actions, temperature=t)
-    given = gradient(micro.policy_batch(rl, logprobs), Clip(rl.clip_low, rl.clip_high))
-    loss, told = users_loss(rl.objective, given, len(logprobs)) if names_function(rl.objective) else given
+    batch, is_users = micro.policy_batch(rl, logprobs), names_function(rl.objective)
+    given = gradient(copied(batch) if is_users else batch, Clip(rl.clip_low, rl.clip_high))
+    loss, told = users_loss(rl.objective, given, len(logprobs)) if is_users else given
     (slope,) = torch.autograd.grad(loss, logprobs, retain_graph=True, allow_unused=True)
     size = 0.0 if slope is None else slope.abs() * micro.tokens  # of a token's loss, as LCO's is
     norms = {name: seen[name] * size for name in ("logit_grad_norm", "logit_grad_sampled")}
@@ -532,10 +537,21 @@ def own_target(models: Models, micro: MicroBatch, target: DenseTarget | SparseTa
     if change is None:
         return target
     device = models.policy.model.device
-    changed = change(target.to(device), models.policy.model.head, micro.to(device).policy_batch(rl))
+    target, batch = target.to(device), micro.to(device).policy_batch(rl)
+    if rl.target:
+        target, batch = copied(target) if device.type == "cpu" else target, copied(batch)
+    changed = change(target, models.policy.model.head, batch)
     if rl.target and type(changed) is not type(target):
         raise UsageError(f"{rl.target}: a {type(target).__name__} is needed, it gave {shown(changed)}")
     return changed
+
+
+def copied(given: Given) -> Given:
+    """For a function of the user's: what it does to these tensors in place stays there. A graph goes on through them.
+    (On other devices than the CPU a micro-batch's target is a copy already.)"""
+    values: dict[str, Any] = {field.name: getattr(given, field.name) for field in fields(given)}
+    clones = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(given, **(values | clones))
 
 
 def own_loss(rl: Rl) -> Callable[..., tuple[Tensor, Seen]] | None:

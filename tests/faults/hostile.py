@@ -85,6 +85,11 @@ OBJECTIVES = {
     "good_reinforce": "def f(batch, clip): return -(batch.logprobs * batch.advantages).sum() / batch.tokens, {}",
     "good_forks": "import os\ndef f(batch, clip):\n    os.fork()\n"
     "    return -(batch.logprobs * batch.advantages).sum() / batch.tokens, {}",
+    "good_sets_what_is_not_its_own": "import signal, sys, warnings\nimport torch\n"
+    "torch.set_default_dtype(torch.float64)\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    "def f(batch, clip):\n    warnings.simplefilter('error')\n    sys.stdout.close()\n    batch.advantages.mul_(2)\n"
+    "    return -(batch.logprobs * batch.advantages).sum() / batch.tokens, {}",
+    "interrupts": "def f(batch, clip): raise KeyboardInterrupt",
     "gives_no_diagnostics": "def f(batch, clip): return -(batch.logprobs * batch.advantages).sum() / batch.tokens",
     "gives_nan": "def f(batch, clip): return batch.logprobs.sum() * float('nan'), {}",
     "has_no_gradient": "def f(batch, clip): return batch.logprobs.detach().sum(), {}",
