@@ -17,9 +17,11 @@ from lco_lite import __version__
 from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, system_text
 from lco_lite.errors import DataError, UsageError, naming
+from lco_lite.files import fingerprint
 from lco_lite.grading.choice import LETTERS, answer_index
 from lco_lite.grading.math import MathGrader
 from lco_lite.models.chat import ChatFormat
+from lco_lite.models.loading import local_base
 from lco_lite.recipe import Eval, Recipe
 from lco_lite.rollout.engine import engine_for
 from lco_lite.tasks.base import Item, Problem, Task, answer_text, asked, fill, read_rows, text
@@ -175,7 +177,7 @@ def grader_of(task: Task) -> dict[str, Any]:
 
 def made_by(ctx: Context, stage: str) -> str:
     """Which weights: a stage by the id of its result, which is another once it is trained again; the base by name,
-    precision and, of local files, when they were last written."""
+    precision and, of local files, what is in them. DataError where one cannot be read."""
     if stage == "optimal":
         return f"rm {ctx.run.stage('rm').id()}, beta {ctx.recipe.rl.beta}"
     if stage != "base":
@@ -184,7 +186,5 @@ def made_by(ctx: Context, stage: str) -> str:
     if model.path is None:
         return "base"
     parts: list[object] = ["base", model.path, model.revision or "main", model.quantization, model.dtype]
-    for folder in filter(None, (Path(model.path), ctx.adapter)):
-        if written := [file.stat().st_mtime_ns for file in folder.glob("*.safetensors")] if folder.is_dir() else []:
-            parts += [folder, max(written)]
+    parts += [fingerprint(place)[:16] for place in (local_base(model), ctx.adapter) if place is not None]
     return " ".join(map(str, parts))

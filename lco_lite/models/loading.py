@@ -29,7 +29,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from lco_lite import ranks
 from lco_lite.console import Console
 from lco_lite.errors import ModelError, UsageError
-from lco_lite.files import is_there, read_json, seal, write_folder, write_json
+from lco_lite.files import fingerprint, is_there, read_json, seal, write_folder, write_json
 from lco_lite.finite import not_finite_in
 from lco_lite.recipe.sections import MOST_LAYERS, Init, Model, RewardModel, Weights, size_in_bytes
 
@@ -385,6 +385,14 @@ def open_tokenizer(model: Model, seed: int) -> Any:
         return load_tokenizer(model, Path(folder))
 
 
+def local_base(weights: Weights) -> Path | None:
+    """The folder or GGUF file on this machine that a base is read from; None of another, and of one that is gone."""
+    if weights.path is None:
+        return None
+    place = Path(weights.path) / (weights.gguf_file or "")
+    return place if is_there(place) else None
+
+
 @ranks.once
 def converted_gguf(weights: Weights, folder: Path) -> Path | None:
     """``folder`` with the GGUF's weights and tokenizer as an ordinary bfloat16 model, made the first time, whole or not
@@ -392,11 +400,16 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
     if weights.gguf_file is None or weights.path is None:
         return None
     origin = {"path": weights.path, "revision": weights.revision, "gguf_file": weights.gguf_file}
-    record = folder / "converted_from.json"
+    source, record = local_base(weights), folder / "converted_from.json"
+    content = {"fingerprint": fingerprint(source)} if source else {}
     if folder.exists():
         remedy = f"Delete {folder}: it is made again"
-        if not record.exists() or read_json(record, dict[str, str | None], remedy) != origin:
-            raise UsageError(f"{folder}: was converted from another GGUF file: delete it, or choose another --name")
+        known = read_json(record, dict[str, str | None], remedy) if record.exists() else {}
+        if {**content, **known} != {**known, **origin, **content}:  # earlier versions noted no content
+            raise UsageError(
+                f"{folder}: was converted from another GGUF file than {weights.gguf_file} is now: put that back, "
+                f"delete {folder}, or choose another --name"
+            )
         return folder
     tokenizer = _tokenizer_of_gguf(weights)
     model, loaded = _from_gguf(hf.AutoModelForCausalLM, weights, dtype=torch.bfloat16, output_loading_info=True)
@@ -410,7 +423,7 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
     with write_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        write_json(new / record.name, origin)
+        write_json(new / record.name, origin | content)
         seal(new)
     return folder
 

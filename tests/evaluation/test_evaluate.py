@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lco_lite.console import Console
 from lco_lite.errors import DataError, UsageError
@@ -119,7 +123,7 @@ def test_rows_are_on_disk_as_soon_as_their_batch_is_graded(model, tmp_path, monk
 # when a score is known
 
 
-def test_a_score_is_made_once_and_again_when_the_grader_or_the_weights_change(model, tmp_path):
+def test_a_score_is_made_once_and_again_when_the_grader_changes(model, tmp_path):
     task, data = chance_task(tmp_path)
     score(model, tmp_path, task, data, "--seeds", 1)
     assert "scored already" in score(model, tmp_path, task, data, "--seeds", 1).stdout
@@ -129,10 +133,46 @@ def test_a_score_is_made_once_and_again_when_the_grader_or_the_weights_change(mo
     load_function.cache_clear()
     assert "scored already" not in score(model, tmp_path, task, data, "--seeds", 1).stdout
     assert "scored already" in score(model, tmp_path, task, data, "--seeds", 1).stdout
-    weights = model / "model.safetensors"
-    before = weights.stat()
-    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
-    assert "scored already" not in score(model, tmp_path, task, data, "--seeds", 1).stdout
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}<|assistant|>"
+
+
+@pytest.mark.parametrize("change", ["weights", "chat_template.jinja", "lora_alpha"])
+def test_a_score_is_made_anew_where_a_model_folder_changed_whatever_its_times_say(model, tmp_path, change):
+    task, data = chance_task(tmp_path)
+    folder = shutil.copytree(model, tmp_path / "model")
+    scored, file = folder, {"weights": "model.safetensors"}.get(change, change)
+    if change == "lora_alpha":
+        scored, file = tmp_path / "adapter", "adapter_config.json"
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        get_peft_model(base, LoraConfig(r=2, lora_alpha=4, init_lora_weights=False)).save_pretrained(scored)
+    score(scored, tmp_path, task, data, "--seeds", 1)
+    os.utime(folder / "model.safetensors")
+    (folder / "README.md").write_text("notes\n")
+    assert "scored already" in score(scored, tmp_path, task, data, "--seeds", 1).stdout
+    changed = scored / file
+    before = changed.stat() if changed.exists() else folder.stat()
+    if change == "weights":
+        save_file({name: tensor + 0.1 for name, tensor in load_file(changed).items()}, changed, {"format": "pt"})
+    elif change == "lora_alpha":
+        changed.write_text(json.dumps(json.loads(changed.read_text()) | {"lora_alpha": 64}))
+    else:
+        changed.write_text(TEMPLATE)
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = score(scored, tmp_path, task, data, "--seeds", 1)
+    assert again.exit_code == 0 and "scored already" not in again.stdout, again.output
+
+
+def test_a_score_that_an_earlier_version_kept_is_made_anew(model, tmp_path):
+    task, data = chance_task(tmp_path)
+    score(model, tmp_path, task, data, "--seeds", 1)
+    file = tmp_path / "run/eval/custom--base.json"
+    kept = json.loads(file.read_text())
+    kept["settings"]["made_by"] = f"base {model} main none auto {model} 1764460800000000000"
+    file.write_text(json.dumps(kept))
+    again = score(model, tmp_path, task, data, "--seeds", 1)
+    assert again.exit_code == 0 and "scored already" not in again.stdout
 
 
 # batches
