@@ -17,7 +17,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -29,7 +29,7 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from lco_lite import ranks
 from lco_lite.environment import environment
-from lco_lite.errors import RecipeError, UsageError
+from lco_lite.errors import DataError, RecipeError, UsageError
 from lco_lite.files import (
     Count,
     Sums,
@@ -70,6 +70,7 @@ class StageBegun(BaseModel):
     started: str
     id: str = ""
     steps: Count | None = None
+    inputs: Sums = {}
 
 
 class StageResult(BaseModel):
@@ -103,6 +104,14 @@ class MadeOn(BaseModel):
 
 
 _RECORDS = {"stage.json": StageBegun, "done.json": StageDone, "best.json": BestStep}
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a stage is trained on and the run does not hold: what messages call it, and a sha256 of its content."""
+
+    name: str
+    sha256: str
 
 
 class StageFolder:
@@ -197,14 +206,29 @@ class StageFolder:
         return _only(lengths, old, new)
 
     @ranks.once
-    def begin(self, settings: dict[str, Any], upstream: dict[str, str]) -> bool:
+    def same_inputs(self, inputs: Mapping[str, Input]) -> None:
+        """DataError where one of these, by setting, is not what the stage noted as it began. What is gone or was never
+        noted, as in runs of earlier versions, passes."""
+        noted = (self.record("stage.json") or {}).get("inputs", {}) if self.started() else {}
+        for key, now in inputs.items():
+            if (was := noted.get(key, now.sha256)) != now.sha256:
+                sums = f"sha256 {now.sha256[:12]}…, in {self.path / 'stage.json'} {was[:12]}…"
+                changed = f"{now.name}: has changed since {self.name} was trained on it ({key}: {sums})"
+                raise DataError(f"{changed}. Put it back as it was.{self._anew()}")
+
+    @ranks.once
+    def begin(
+        self, settings: dict[str, Any], upstream: dict[str, str], inputs: Mapping[str, Input] | None = None
+    ) -> bool:
         """What ``check`` lets pass is remembered; returns whether anything is new. What was sampled for other settings
-        is deleted, and a stage that goes on after its end is open again. DataError where the best step is not as it was
-        kept."""
+        or ``inputs`` is deleted, and a stage that goes on after its end is open again. DataError where the best step is
+        not as it was kept."""
         longer, before = self.check(settings, upstream), self.record("stage.json")
         self.verify_best()  # ``finish`` would tell hours later
         started, new = self.started(), json.loads(json.dumps(settings))
-        if before is not None and (before["settings"], before["upstream"]) == (new, upstream):
+        noted = {"inputs": {key: one.sha256 for key, one in inputs.items()}} if inputs else {}
+        same = started or (before or {}).get("inputs") == noted.get("inputs")
+        if before is not None and same and (before["settings"], before["upstream"]) == (new, upstream):
             return False
         if started and not longer:
             return False  # the order of keys, or what an older version left out
@@ -212,6 +236,7 @@ class StageFolder:
             remove(self.path)
             run = self.path.parent.name
             before = {"upstream": upstream, "started": _now(), "id": f"{run}/{self.name} {uuid.uuid4().hex[:12]}"}
+            before |= noted
         remove(self.path / "done.json")
         assert before is not None
         write_json(self.path / "stage.json", {**before, "settings": new})

@@ -29,7 +29,7 @@ from lco_lite import ranks
 from lco_lite.checkpoint import checkpoint_id, load_checkpoint
 from lco_lite.context import Context
 from lco_lite.errors import Diverged, UsageError
-from lco_lite.files import checksums, remove, sha256, verify_sealed, write_folder, write_json
+from lco_lite.files import checksums, fingerprint, remove, sha256, verify_sealed, write_folder, write_json
 from lco_lite.models.chat import check_same_tokenizer
 from lco_lite.models.language_model import LanguageModel, Role, known_tokens
 from lco_lite.models.loading import (
@@ -38,13 +38,14 @@ from lco_lite.models.loading import (
     load_base,
     load_config,
     load_tokenizer,
+    local_base,
     reward_device,
     weight_not_finite,
 )
 from lco_lite.models.residency import FrozenWeights, make_room
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Init, RewardModel, Weights
-from lco_lite.run import Run, StageFolder
+from lco_lite.run import Input, Run, StageFolder, decides
 from lco_lite.sequences import derive
 
 START, POLICY, REWARD = "start", "policy", "rm"
@@ -66,13 +67,32 @@ def open_base(ctx: Context) -> LanguageModel:
 
 def base_of(run: Run, recipe: Recipe, stage: str) -> tuple[Weights, Path | None]:
     """(settings, folder, or None where it is theirs) of the base that the adapter of a finished stage belongs to. One
-    from a GGUF file is converted again where the run has it no more."""
+    from a GGUF file is converted again where the run has it no more. DataError where the base has changed since."""
+    refuse_other_base(recipe, run.stage(stage))
     own, model = recipe.reward_model, recipe.model
     if stage == "rm" and isinstance(own, RewardModel):
         return own, converted_gguf(own, run.path / "base-rm")
     if model.init is not None:
         return model, run.stage("sft").model if recipe.sft.enabled else run.path / "base"
     return model, converted_gguf(model, run.path / "base")
+
+
+def bases(recipe: Recipe, stage: str) -> dict[str, Input]:
+    """The bases on this machine that a stage is trained on, by setting; not those of the hub."""
+    used: dict[str, Weights] = {"model.path": recipe.model}
+    if recipe.model.lora is None and recipe.sft.enabled and stage != "sft":
+        used = {}  # all weights are sft's
+    if isinstance(recipe.reward_model, RewardModel) and decides(recipe, stage, "reward_model.path"):
+        used["reward_model.path"] = recipe.reward_model
+    places = {key: local_base(weights) for key, weights in used.items()}
+    return {key: Input(str(place), fingerprint(place)) for key, place in places.items() if place is not None}
+
+
+@ranks.once
+def refuse_other_base(recipe: Recipe, stage: StageFolder) -> None:
+    """DataError where a stage's adapter was trained on a local base that has changed since; a whole model has none."""
+    if not stage.model.exists():
+        stage.same_inputs(bases(recipe, stage.name))
 
 
 def open_sft(ctx: Context) -> Role:
@@ -128,7 +148,7 @@ def open_reward_model(ctx: Context, start: Role) -> tuple[Role, Role]:
     own = _own_reward_base(ctx, start)
     if own is None:
         return _made_by(ctx, "rm", REWARD, start.model), start
-    _verify(made := ctx.run.stage("rm"))
+    _verify(ctx, made := ctx.run.stage("rm"))
     own.model.load_adapter(REWARD, made.adapter)
     return Role(own.model, REWARD), own
 
@@ -219,7 +239,9 @@ def open_stage(ctx: Context, stage: str, start: Role | None = None, name: str = 
 
 def _at_step(ctx: Context, stage: str, step: str) -> Role:
     """What the stage trains, with the weights of a checkpoint."""
-    folder, role = ctx.run.stage(stage), open_sft(ctx) if stage == "sft" else open_start(ctx)
+    folder = ctx.run.stage(stage)
+    refuse_other_base(ctx.recipe, folder)
+    role = open_sft(ctx) if stage == "sft" else open_start(ctx)
     if stage == "rm":
         role, _ = open_untrained_reward_model(ctx, role)
     elif stage != "sft" and ctx.recipe.model.lora is not None:
@@ -286,7 +308,7 @@ def _built_once(init: Init, folder: Path, seed: int) -> None:
 def _made_by(ctx: Context, stage: str | StageFolder, name: str, base: LanguageModel | None = None) -> Role:
     """What a stage left: a model of its own, or an adapter on the policy's base, which is opened unless given."""
     folder = ctx.run.stage(stage) if isinstance(stage, str) else stage
-    _verify(folder)
+    _verify(ctx, folder)
     if trains_whole_model(ctx, folder.name):
         return Role(_load(ctx, ctx.recipe.model, folder.model))
     base = base or open_base(ctx)
@@ -294,12 +316,15 @@ def _made_by(ctx: Context, stage: str | StageFolder, name: str, base: LanguageMo
     return Role(base, name)
 
 
-def _verify(folder: StageFolder) -> None:
-    """A stage's product, or its best step, is about to be opened. DataError where it is not what the stage left."""
+def _verify(ctx: Context, folder: StageFolder) -> None:
+    """A stage's product, or its best step, is about to be opened. DataError where it is not what the stage left, or the
+    base is not what it was trained on."""
     if folder.name == "best":
-        StageFolder(folder.path.parent).verify_best()
+        folder = StageFolder(folder.path.parent)
+        folder.verify_best()
     else:
         folder.verify("adapter", "model")
+    refuse_other_base(ctx.recipe, folder)
 
 
 def _own_reward_base(ctx: Context, start: Role) -> Role | None:

@@ -27,7 +27,7 @@ from lco_lite.rollout.engine import engine_for
 from lco_lite.tasks.base import Item, Problem, Task, answer_text, asked, fill, read_rows, text
 from lco_lite.tasks.custom import UsersGrader
 from lco_lite.user_code import file_digest
-from lco_lite.weights import policy_id
+from lco_lite.weights import policy_id, refuse_other_base
 
 
 class Question(NamedTuple):
@@ -177,7 +177,10 @@ def grader_of(task: Task) -> dict[str, Any]:
 
 def made_by(ctx: Context, stage: str) -> str:
     """Which weights: a stage by the id of its result, which is another once it is trained again; the base by name,
-    precision and, of local files, what is in them. DataError where one cannot be read."""
+    precision and, of local files, what is in them. DataError where one cannot be read, or a stage's base has changed
+    since it was trained."""
+    if stage != "base":
+        refuse_other_base(ctx.recipe, ctx.run.stage("rm" if stage == "optimal" else stage.partition("@")[0]))
     if stage == "optimal":
         return f"rm {ctx.run.stage('rm').id()}, beta {ctx.recipe.rl.beta}"
     if stage != "base":

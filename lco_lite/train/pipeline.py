@@ -15,13 +15,14 @@ from lco_lite.evaluation.prompts import score_name
 from lco_lite.feedback.rewards import columns_of, try_functions
 from lco_lite.files import json_text, write_text
 from lco_lite.recipe import Recipe
-from lco_lite.run import Run, StageFolder, as_started, section, stage_settings, verb
+from lco_lite.run import Input, Run, StageFolder, as_started, section, stage_settings, verb
 from lco_lite.sequences import derive
 from lco_lite.tasks.base import Task
 from lco_lite.train.before import look_ahead, refuse_untrainable
 from lco_lite.train.reward_model import train_rm
 from lco_lite.train.rl import train_rl
 from lco_lite.train.sft import train_sft
+from lco_lite.weights import bases
 
 
 def train(ctx: Context, stage: str, fresh: bool = False, whole: bool = False) -> None:
@@ -137,13 +138,15 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
         _keep_recipe(ctx)
         ctx.console.note(f"{name}: done already ({stage.path})")
         return
+    inputs = ranks.once(bases)(ctx.recipe, name)
+    stage.same_inputs(inputs)
     where = section(name)
     schedule, done = getattr(ctx.recipe, where).schedule, stage.steps_done()
     if other_length:
         course = f"; its {schedule} schedule is now that of the new length: another course than this at once"
         goes_on = f"{name}: {', '.join(other_length)}: goes on after step {done}"
         ctx.console.note(goes_on + (course if schedule != "constant" and done else ""))
-    ctx.begins = partial(_begin, ctx, stage, upstream)
+    ctx.begins = partial(_begin, ctx, stage, upstream, inputs)
     trainer: Callable[[Context, StageFolder], None] = {"sft": train_sft, "rm": train_rm}.get(name, train_rl)
     seed_rng(derive(ctx.recipe.seed, name))  # dropout, and what a user's objective draws
     random_states = capture_rng()
@@ -169,12 +172,12 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
 
 
 @ranks.once
-def _begin(ctx: Context, stage: StageFolder, upstream: dict[str, str]) -> None:
+def _begin(ctx: Context, stage: StageFolder, upstream: dict[str, str], inputs: dict[str, Input]) -> None:
     """Everything that the stage works with is there: the run remembers it. Its recipe is the one that its stages were
     started with; another objective's stands beside it in that stage alone."""
     sampled = stage.path / ("responses.jsonl" if stage.name == "rm" else "rollouts")
     was_sampled, nothing = sampled.exists(), not any(one.started() for one in ctx.run.stages())
-    is_new = stage.begin(stage_settings(ctx.recipe, stage.name), upstream)
+    is_new = stage.begin(stage_settings(ctx.recipe, stage.name), upstream, inputs)
     if was_sampled and not sampled.exists():
         ctx.console.warn(f"{stage.name}: what was sampled for other settings, before the first checkpoint, is deleted")
     _keep_recipe(ctx)
