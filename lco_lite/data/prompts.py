@@ -6,9 +6,13 @@ items are the task's ``test`` split and never trained on. Where neither a task n
 out, the seed draws them by prompt, so that no prompt is on both sides.
 """
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from lco_lite.errors import DataError, UsageError
 from lco_lite.models.chat import ChatFormat
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Columns
+from lco_lite.run import Input
 from lco_lite.sequences import Example, derive
 from lco_lite.tasks import Own, graded_as, load_task
 from lco_lite.tasks.base import Item, Task, asked, drawn_to_hold_out, normalised
@@ -210,6 +215,38 @@ def rl_prompts(recipe: Recipe, task: Task | None) -> list[Prompt]:
 def held_out(recipe: Recipe, task: Task, limit: int | None) -> list[Prompt]:
     """The first ``limit`` held-out items."""
     return [_item_prompt(item, recipe, task) for item in task.items("test")[:limit]]
+
+
+def trained_on(recipe: Recipe, stage: str) -> dict[str, Input]:
+    """By setting, the rows that a stage is trained on, or samples responses to: as read, and in their order. Raises
+    DataError and UsageError as reading them does."""
+    data, task = recipe.data, recipe_task(recipe)
+    rows: Sequence[Any]
+    if stage == "sft":
+        key, source, rows = "data.demonstrations", data.demonstrations, demonstrations(recipe, task)
+    elif stage == "rm" and data.preferences != "sampled":
+        key, source, rows = "data.preferences", data.preferences, preference_rows(recipe, task)
+    elif stage == "rm":
+        assert task is not None, "the recipe makes sure"
+        key, source, rows = "task", None, task_prompts(recipe, task)[: recipe.train_rm.prompts]
+    else:
+        key, source, rows = "data.prompts", data.prompts, rl_prompts(recipe, task)
+    if source is None:
+        key, source = "task", f"task {recipe.task}" + (f" ({data.task})" if data.task else "")
+    more = recipe.sft.more_tasks if stage == "sft" else []
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, default=_plain, sort_keys=True).encode() + b"\n")
+    return {key: Input(", ".join([source, *more]), digest.hexdigest())}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: a row's fields, and of a picture or the like that it is one."""
+    if is_dataclass(value):
+        return vars(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return str(value) if isinstance(value, (bytes, date, Decimal)) else type(value).__name__
 
 
 def _shuffled_rows(

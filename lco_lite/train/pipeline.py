@@ -7,7 +7,7 @@ from functools import partial
 from lco_lite import ranks
 from lco_lite.checkpoint import capture_rng, newest_good, restore_rng, seed_rng
 from lco_lite.context import Context
-from lco_lite.data.prompts import held_out_prompts, makes_split, open_task, recipe_task, rl_prompts
+from lco_lite.data.prompts import held_out_prompts, makes_split, open_task, recipe_task, rl_prompts, trained_on
 from lco_lite.errors import Diverged, UsageError, WeightsLost
 from lco_lite.evaluation.evaluate import score_all
 from lco_lite.evaluation.held_out import HELD_OUT
@@ -138,7 +138,7 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
         _keep_recipe(ctx)
         ctx.console.note(f"{name}: done already ({stage.path})")
         return
-    inputs = ranks.once(bases)(ctx.recipe, name)
+    inputs = _inputs(ctx.recipe, name)
     stage.same_inputs(inputs)
     where = section(name)
     schedule, done = getattr(ctx.recipe, where).schedule, stage.steps_done()
@@ -169,6 +169,11 @@ def _train_one(ctx: Context, name: str, upstream: dict[str, str]) -> None:
     about = stage.adapter / "README.md"
     if about.exists():
         ctx.console.note(f"{name}: {about.read_text(encoding='utf-8').strip()}")
+
+
+@ranks.once
+def _inputs(recipe: Recipe, stage: str) -> dict[str, Input]:
+    return bases(recipe, stage) | trained_on(recipe, stage)
 
 
 @ranks.once

@@ -16,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
+from lco_lite.data.prompts import trained_on
 from lco_lite.files import write_json
+from lco_lite.recipe import Recipe
+from lco_lite.run import Input, Run
 from lco_lite.train.training import StageTraining
 from tests.conftest import TINY
 from tests.models.families import save
@@ -108,3 +111,51 @@ def test_the_base_of_a_reward_model_is_compared_too(folder):
     call("train-rm", "r.yaml", *own)
     with noise(folder / "other"):
         assert "other: has changed since rm was trained on it" in refused("rl")
+
+
+# --- the rows
+
+
+def write_rows(file: str, **fields: str) -> None:
+    rows = [{"prompt": f"{i} + 1", "answer": str(i + 1), "response": f"= {i + 1}"} | fields for i in range(24)]
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_stage_does_not_go_on_with_rows_that_were_edited(folder):
+    write_rows("rows.jsonl")
+    own = TINY | SHORT | {"task": "custom:string", "data": {"task": "rows.jsonl", "held_out": 0.2}}
+    Path("r.yaml").write_text(yaml.safe_dump(own))
+    killed_after(1, "sft", "r.yaml")
+    write_rows("rows.jsonl", response="no idea")
+    told = refused("sft")
+    assert "task custom:string (rows.jsonl): has changed since sft was trained on it" in told
+    assert "Put it back as it was" in told and "`lco-lite sft --fresh`" in told
+    write_rows("rows.jsonl")
+    call("sft")
+    write_rows("rows.jsonl", response="no idea")
+    assert "rows.jsonl" in refused("sft", "-s", "sft.max_steps=3")
+    call("sft")  # it is done: nothing is read
+    killed_after(1, "rl", "-s", "rl.steps=2")
+    write_rows("rows.jsonl", answer="7")
+    assert "rows.jsonl): has changed since rl-kld was trained on it" in refused("rl")
+
+
+def test_demonstrations_preferences_and_prompts_are_each_compared(folder):
+    rows = {"task": None, "data": {name: f"{name}.jsonl" for name in ("demonstrations", "preferences", "prompts")}}
+    for file in rows["data"].values():
+        write_rows(file, chosen="yes", rejected="no")
+    recipe = Recipe.model_validate(TINY | SHORT | rows | {"rl": SHORT["rl"] | {"feedback": "dpo", "eval_every": 0}})
+    for stage, name in (("sft", "demonstrations"), ("rm", "preferences"), ("rl-kld", "prompts")):
+        before = trained_on(recipe, stage)
+        assert list(before) == [f"data.{name}"] and before == trained_on(recipe, stage)
+        write_rows(f"{name}.jsonl", chosen="no", rejected="yes", response="!")
+        assert before != trained_on(recipe, stage)
+
+
+def test_what_was_sampled_for_other_prompts_before_the_first_checkpoint_is_sampled_anew(folder):
+    stage = Run.open(folder, "run").stage("rl-kld")
+    stage.begin({"seed": 0}, {}, {"task": Input("task", "0" * 64)})
+    (stage.path / "rollouts").mkdir()
+    assert not stage.begin({"seed": 0}, {}, {"task": Input("task", "0" * 64)})
+    assert stage.begin({"seed": 0}, {}, {"task": Input("task", "1" * 64)})
+    assert not (stage.path / "rollouts").exists()
