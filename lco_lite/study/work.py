@@ -23,7 +23,7 @@ from lco_lite.context import Context
 from lco_lite.data.prompts import open_task
 from lco_lite.errors import DataError, Diverged
 from lco_lite.evaluation.evaluate import evaluate_stage
-from lco_lite.files import read_json, remove, sha256, write_folder, write_json
+from lco_lite.files import read_json, remove, sha256, write_bytes, write_folder, write_json
 from lco_lite.metrics import read_log
 from lco_lite.study.base import Row
 from lco_lite.train.pipeline import train
@@ -111,6 +111,8 @@ def _probe(name: str) -> Callable[[Context, dict[str, Any]], Row]:
 def link_start(start: Path, folder: Path) -> None:
     """The stages and scores of ``start`` in ``folder``, as links where the file system has them: files are replaced
     here, never written into."""
+    if (held := start / "held_out.jsonl").exists():
+        write_bytes(folder / held.name, held.read_bytes())
     for part in sorted(start.iterdir()):
         if part.is_dir() and not (folder / part.name).exists():
             with write_folder(folder / part.name) as made:

@@ -18,6 +18,7 @@ from lco_lite.evaluation.held_out import held_out_task
 from lco_lite.files import read_jsonl
 from lco_lite.recipe.file import load_recipe
 from lco_lite.run import Run, stage_settings
+from lco_lite.train.training import StageTraining
 from tests.conftest import TINY
 
 REWARDS = """
@@ -122,6 +123,34 @@ def test_a_run_does_not_go_on_with_other_prompts_held_out(folder):
         )
     assert "other prompts are held out than" in call("rl", "own.yaml", status=2).stderr
     assert "data.held_out: 0.2 → 0.3" in call("rl", "own.yaml", "-s", "data.held_out=0.3", status=2).stderr
+
+
+def test_a_run_does_not_go_on_where_it_is_not_known_what_it_holds_out(folder):
+    call("sft", "own.yaml")
+    file = Path("runs/own/held_out.jsonl")
+    kept = file.read_bytes()
+    file.write_bytes(b"\xff" + kept)
+    assert "held_out.jsonl: is not UTF-8 (byte 1)" in " ".join(call("rl", "own.yaml", status=2).stderr.split())
+    file.unlink()
+    told = " ".join(call("rl", "own.yaml", status=2).stderr.split())
+    assert "held_out.jsonl: is missing" in told and "`lco-lite sft --fresh`" in told and not file.exists()
+    assert "data.held_out: 0.2 → 0.3" in call("rl", "own.yaml", "-s", "data.held_out=0.3", status=2).stderr
+    call("sft", "--fresh")
+    assert file.read_bytes() == kept
+
+
+def test_until_a_stage_has_started_others_may_be_held_out(folder, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTraining, "steps", killed)
+        CliRunner().invoke(app, ["sft", "own.yaml"])
+    assert Path("runs/own/sft/stage.json").exists()
+    before = Path("runs/own/held_out.jsonl").read_text()
+    call("sft", "own.yaml", "-s", "data.held_out=0.4")
+    assert len(Path("runs/own/held_out.jsonl").read_text()) > len(before)
+    call("sft", "-s", "sft.max_steps=3")
 
 
 def test_runs_from_before_there_was_a_choice_hold_nothing_out(folder):
