@@ -18,6 +18,7 @@ from lco_lite.cli import app
 from lco_lite.command import _base_and_adapter
 from lco_lite.data.rows import read_demonstrations, read_prompts
 from lco_lite.errors import DataError, ModelError, RecipeError, UsageError
+from lco_lite.judging.classifiers import classifier_config
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.language_model import LanguageModel, adapted_layers
 from lco_lite.models.loading import (
@@ -260,6 +261,21 @@ def test_a_config_of_shapes_that_no_model_has(llama, tmp_path, changed, told):
     with pytest.raises(ModelError, match=told):
         load_config(Model(path=str(folder)))
     assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_config_that_names_a_kernel_of_others_runs_nothing(llama, tmp_path, key):
+    config = json.loads((llama / "config.json").read_text())
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: "some-one/flash-attn@main"}))
+    for load in (load_config, lambda weights: load_base(weights, torch.device("cpu"))):
+        with pytest.raises(ModelError, match=r"config\.json: attn_implementation 'some-one/flash-attn@main' is code"):
+            load(Model(path=str(tmp_path)))
+    with pytest.raises(ModelError, match="is code of others"):
+        classifier_config(str(tmp_path), ("sequence",))
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: "eager"}))
+    assert load_config(Model(path=str(tmp_path)))._attn_implementation == "eager"
 
 
 def test_files_that_are_too_large_to_be_what_they_are_called(tmp_path):

@@ -16,6 +16,7 @@ from lco_lite.messages import Message
 from lco_lite.models.loading import (
     base_dtype,
     load_tokenizer,
+    refuse_foreign_kernels,
     refuse_unusable_folder,
     refuse_without_weights,
     tried_tokenizer,
@@ -84,6 +85,7 @@ def classifier_config(path: str, kinds: Sequence[str]) -> tuple[Any, str]:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as e:  # transformers raises many kinds
         raise unloadable("classifier", path, e) from e
+    refuse_foreign_kernels(config, path)
     named = config.architectures or ["no architecture"]
     kind = next((k for k in kinds if any(f"{k.capitalize()}Classification" in name for name in named)), None)
     if kind is None:

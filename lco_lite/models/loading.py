@@ -110,6 +110,8 @@ def load_base(
     try:
         config = hf.AutoConfig.from_pretrained(source, **origin)
         refuse_implausible(config, source)
+        if not weights.trust_remote_code:
+            refuse_foreign_kernels(config, source)
         kind = language_model_class(config)
         refuse_unknown_quantisation(source, config)
         model, loaded = kind.from_pretrained(source, config=config, output_loading_info=True, **origin, **options)
@@ -203,6 +205,8 @@ def load_config(weights: Weights, folder: Path | None = None) -> Any:
     except Exception as e:  # see load_base
         raise unloadable("model's config", str(weights.path), e) from e
     refuse_implausible(config, str(weights.path))
+    if not weights.trust_remote_code:
+        refuse_foreign_kernels(config, str(weights.path))
     return config
 
 
@@ -290,6 +294,17 @@ def refuse_implausible(config: Any, source: str) -> None:
         found = getattr(text, name, 1)
         if not isinstance(found, int) or not 1 <= found <= most:
             raise ModelError(f"{source}/config.json: {name} is a whole number from 1 to {most:,}, found {found!r:.80}")
+
+
+def refuse_foreign_kernels(config: Any, source: str) -> None:
+    """Raises ModelError for an attention kernel that is a repository on the hub: its code would be fetched and run."""
+    for part in (config, config.get_text_config()):
+        named = getattr(part, "_attn_implementation", None)
+        if named is not None and not re.fullmatch(r"[\w|]+", str(named)):
+            raise ModelError(
+                f"{source}/config.json: attn_implementation {named!r:.80} is code of others; one of "
+                "transformers is accepted, as sdpa or eager. model.trust_remote_code: true runs it with all your rights."
+            )
 
 
 def unloadable(what: str, source: str, error: BaseException) -> ModelError:
