@@ -302,8 +302,8 @@ def refuse_foreign_kernels(config: Any, source: str) -> None:
         named = getattr(part, "_attn_implementation", None)
         if named is not None and not re.fullmatch(r"[\w|]+", str(named)):
             raise ModelError(
-                f"{source}/config.json: attn_implementation {named!r:.80} is code of others; one of "
-                "transformers is accepted, as sdpa or eager. model.trust_remote_code: true runs it with all your rights."
+                f"{source}/config.json: attn_implementation {named!r:.80} is code of others; one of transformers "
+                "is accepted, as sdpa or eager. model.trust_remote_code: true runs it with all your rights."
             )
 
 
