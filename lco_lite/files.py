@@ -97,10 +97,9 @@ def write_errors(path: Path) -> Iterator[None]:
 def write_bytes(path: Path, data: bytes) -> None:
     """Replaces ``path`` by ``data``, whole or not at all; of a link, what it leads to. Who may read it stays. Raises
     LcoError or UsageError as ``write_errors`` does."""
-    if path.is_symlink():
-        path = path.resolve()
-    temporary = _temporary(path, "new")
     with write_errors(path):
+        path = path.resolve() if path.is_symlink() else path
+        temporary = _temporary(path, "new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_through(temporary, "wb", data)
