@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from lco_lite.user_code import load_function
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads beyond what is free spin
 
@@ -66,3 +68,16 @@ def tiny(tmp_path: Path) -> Path:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(TINY))
     return file
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Writes a user's file and names its function ``f``."""
+
+    def write(body: str) -> str:
+        file = tmp_path / "own.py"
+        file.write_text(body)
+        return f"{file}:f"
+
+    yield write
+    load_function.cache_clear()

@@ -21,16 +21,6 @@ from lco_lite.tasks.custom import grader_named
 from lco_lite.user_code import load_function, users_file
 
 
-@pytest.fixture
-def spec(tmp_path):
-    def write(body: str) -> str:
-        file = tmp_path / "own.py"
-        file.write_text(body)
-        return f"{file}:f"
-
-    return write
-
-
 @pytest.mark.parametrize("end", ["sys.exit(0)", "os._exit(0)", "exit()", "quit()", "raise SystemExit"])
 def test_a_file_that_ends_the_process_as_it_is_imported_is_one_message(spec, end):
     with pytest.raises(UsageError, match=r"own.py: cannot be imported: .*exit.*would end the training"):

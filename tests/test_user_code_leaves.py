@@ -25,18 +25,6 @@ from lco_lite.train.methods import MicroBatch, lco, own_target, policy_gradient
 from lco_lite.user_code import load_function, users_file
 from lco_lite.workers import environment
 
-
-@pytest.fixture
-def spec(tmp_path):
-    def write(body: str) -> str:
-        file = tmp_path / "own.py"
-        file.write_text(body)
-        return f"{file}:f"
-
-    yield write
-    load_function.cache_clear()
-
-
 SETTINGS = {
     "torch.set_default_dtype(torch.float64)": torch.get_default_dtype,
     "torch.set_default_device('meta')": torch.get_default_device,
