@@ -262,7 +262,7 @@ class StageFolder:
 
     @ranks.once
     def verify(self, *parts: str) -> None:
-        """That these files and folders of a stage that is done (``adapter``, ``model``, ``metrics.jsonl``) are as it
+        """That these files and folders of a stage that is done (``adapter``, ``model``, ``stage.json``) are as it
         left them. Whoever opens them asks first. DataError with the file and what to do where one is not; runs of
         earlier versions noted no checksums, and pass."""
         made = (self.record("done.json") or {}).get("files", {})
@@ -296,13 +296,17 @@ class StageFolder:
             return 0  # another stage's damage is told where that stage is asked for
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """What the stage wrote there, if it did. DataError for a file that holds anything else."""
+        """What the stage wrote there, if it did. DataError for a file that holds anything else, and for a
+        ``stage.json`` that is not as it was when the stage was done."""
         file = self.path / name
         if not is_there(file):
             return None
         spare = f"Delete {file.parent}: other steps may be kept there again."
         remedy = spare if name != file.name else self._anew().lstrip()
-        return dict(read_json(file, _RECORDS[file.name], remedy))
+        told = dict(read_json(file, _RECORDS[file.name], remedy))
+        if name == "stage.json":
+            self.verify(name)
+        return told
 
     def _anew(self, start: str = " Start") -> str:
         remedy = f"{start} this stage again with `{verb(self.name)} --fresh` and the recipe and flags that you want (it"

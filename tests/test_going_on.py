@@ -23,7 +23,7 @@ from lco_lite.command import _remedies
 from lco_lite.console import Console
 from lco_lite.context import Context
 from lco_lite.errors import UsageError
-from lco_lite.files import write_json
+from lco_lite.files import sha256, write_json
 from lco_lite.metrics import read_log
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import recipe_and_said
@@ -100,7 +100,12 @@ def on(run: Run, *args: object):
 
 
 def changed(file: Path, **values: Any) -> None:
+    """As if it had been written so: a stage that is done has its sum."""
     write_json(file, json.loads(file.read_text()) | values)
+    done = file.parent / "done.json"
+    if file.name == "stage.json" and done.exists():
+        kept = json.loads(done.read_text())
+        write_json(done, kept | {"files": kept["files"] | {file.name: sha256(file)}})
 
 
 # --- when a stage has started

@@ -77,6 +77,16 @@ def test_a_file_that_a_stage_made_and_that_changed_is_named_with_both_sums_and_t
         run.stage("sft").verify("adapter")
 
 
+def test_what_a_stage_that_is_done_was_started_with_is_as_it_was(run):
+    file = made(run) / "stage.json"
+    begun = json.loads(file.read_text())
+    assert run.stage("sft").settings() == begun["settings"]
+    write_json(file, begun | {"started": begun["started"].replace("2", "3")})
+    for read in (run.stage("sft").settings, run.stage("sft").upstream):
+        with pytest.raises(DataError, match=r"stage\.json: has changed since .* Put it back .* `lco-lite sft --fresh`"):
+            read()
+
+
 def test_a_stage_of_an_earlier_version_has_no_sums_and_opens(run):
     path = made(run)
     done = json.loads((path / "done.json").read_text())
