@@ -415,11 +415,11 @@ class JsonLines:
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             write_bytes(self.path, whole)
-        return read_sealed(self.path) if whole else ([], "")
+        return read_sealed_lines(self.path) if whole else ([], "")
 
     @ranks.by_main
     def _write(self, row: dict[str, Any]) -> None:
-        line, seal = (json_line(row), None) if self._seal is None else sealed(row, self._seal)
+        line, seal = (json_line(row), None) if self._seal is None else sealed_line(row, self._seal)
         with write_errors(self.path):
             if self.path.exists() and self.path.stat().st_nlink > 1:  # another run's, too, which goes on by itself
                 write_bytes(self.path, self.path.read_bytes())
@@ -428,13 +428,13 @@ class JsonLines:
         self._seal = seal
 
 
-def sealed(row: Mapping[str, Any], before: str = "") -> tuple[bytes, str]:
+def sealed_line(row: Mapping[str, Any], before: str = "") -> tuple[bytes, str]:
     """A line of JSON with ``row`` and its seal, which holds for the lines before as well: (line, seal)."""
     seal = hashlib.sha256(before.encode() + json_line(row)).hexdigest()[:16]
     return json_line({**row, "seal": seal}), seal
 
 
-def read_sealed(
+def read_sealed_lines(
     path: Path, remedy: str = "Put it back as it was, or delete this line and all after it, and they are made again"
 ) -> tuple[list[dict[str, Any]], str | None]:
     """(what the lines hold, the seal of the last). DataError with ``remedy`` for a line that was changed, or before
@@ -446,7 +446,7 @@ def read_sealed(
             found = row.pop("seal", None)
             if seal is not None:
                 try:
-                    _, seal = sealed(row, seal)
+                    _, seal = sealed_line(row, seal)
                 except ValueError:  # NaN or ∞, which are never written
                     found = None
             if found != seal:
@@ -470,48 +470,3 @@ def shown_bytes(size: float) -> str:
         if size >= unit:
             return f"{size / unit:.{digits}f} {name}"
     return f"{size / 2**10:.1f} KiB"
-
-
-# in a model's folder; a GGUF file that counts is named by itself
-_DECIDES: tuple[str, ...] = (
-    "*config.json",
-    "*token*.json",
-    "tekken.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.py",
-)
-_DECIDES += ("*.jinja", "additional_chat_templates/*.jinja", "*.safetensors", "*.safetensors.index.json")
-_BLOCKS, _BLOCK = 64, 2**16
-
-
-def fingerprint(model: Path) -> str:
-    """sha256 over all that decides what a model says: of a folder the configs, tokenizer, chat templates, code, weights
-    or adapter, by name and content; or of one file. Where it lies and when it was written does not count.
-
-    Weights of more than 4 MiB count by their size and 64 blocks of 64 KiB, spread evenly from the first byte to the
-    last, which takes no time with many GB: other training is seen, a few numbers that differ between the blocks are
-    not. DataError where a file cannot be read.
-    """
-    folder = model.is_dir()
-    files = {file for pattern in _DECIDES for file in model.glob(pattern) if file.is_file()} if folder else {model}
-    sums = {file.relative_to(model).as_posix() if folder else "": _content(file) for file in files}
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
-
-
-def _content(file: Path) -> str:
-    """sha256 of a file, or of a sample of it where it is weights and large."""
-    try:
-        size = file.stat().st_size
-        if size <= _BLOCKS * _BLOCK or file.suffix not in (".safetensors", ".gguf"):
-            return sha256(file)
-        digest = hashlib.sha256(str(size).encode())
-        with file.open("rb") as content:
-            for i in range(_BLOCKS):
-                content.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
-                digest.update(content.read(_BLOCK))
-        return digest.hexdigest()
-    except OSError as e:
-        raise DataError(f"{file}: cannot be read: {e.strerror or e}") from e

@@ -9,7 +9,7 @@ from typing import Any
 from lco_lite.errors import DataError
 from lco_lite.files import is_there, json_value, not_there, read_bytes, read_jsonl
 
-FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
 _OTHER_KINDS = {
     ".txt",
     ".tsv",
@@ -32,11 +32,11 @@ def load_rows(source: str) -> list[dict[str, Any]]:
     """All rows of a local file, or of a hub set ``id[:split]`` (split ``train`` unless named). Raises DataError."""
     path = Path(source)
     there = is_there(path)
-    kind = FILE_KINDS.get(path.suffix.lower())
+    readers = {".jsonl": read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
+    read = readers.get(path.suffix.lower())
     if there and path.is_dir():
         raise DataError(f"{path}: {_NO_SET}")
-    if kind:
-        read = {"jsonl": read_jsonl, "json": _read_json, "parquet": _read_parquet, "csv": _read_csv}[kind]
+    if read is not None:
         return read(path)
     if there or any(s.lower() in _OTHER_KINDS for s in path.suffixes):
         raise DataError(f"{path}: a file of a kind that is not read; one of {', '.join(FILE_KINDS)} is, or a hub set")

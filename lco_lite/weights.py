@@ -29,8 +29,9 @@ from lco_lite import ranks
 from lco_lite.checkpoint import checkpoint_id, load_checkpoint
 from lco_lite.context import Context
 from lco_lite.errors import Diverged, UsageError
-from lco_lite.files import checksums, fingerprint, remove, sha256, verify_sealed, write_folder, write_json
+from lco_lite.files import checksums, remove, sha256, verify_sealed, write_folder, write_json
 from lco_lite.models.chat import check_same_tokenizer
+from lco_lite.models.fingerprint import fingerprint, local_base
 from lco_lite.models.language_model import LanguageModel, Role, known_tokens
 from lco_lite.models.loading import (
     build_scratch,
@@ -38,7 +39,6 @@ from lco_lite.models.loading import (
     load_base,
     load_config,
     load_tokenizer,
-    local_base,
     reward_device,
     weight_not_finite,
 )

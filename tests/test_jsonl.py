@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis.strategies import data, integers, sampled_from
 
 from lco_lite.errors import DataError, LcoError
-from lco_lite.files import JsonLines, json_line, read_jsonl, sealed
+from lco_lite.files import JsonLines, json_line, read_jsonl, sealed_line
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_last_line_that_a_kill_cut_short_is_removed_and_the_next_one_follows_t
 def _sealed(rows):
     lines, seal = b"", ""
     for row in rows:
-        line, seal = sealed(row, seal)
+        line, seal = sealed_line(row, seal)
         lines += line
     return lines
 

@@ -17,11 +17,10 @@ from lco_lite import __version__
 from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, system_text
 from lco_lite.errors import DataError, UsageError, naming
-from lco_lite.files import fingerprint
 from lco_lite.grading.choice import LETTERS, answer_index
 from lco_lite.grading.math import MathGrader
 from lco_lite.models.chat import ChatFormat
-from lco_lite.models.loading import local_base
+from lco_lite.models.fingerprint import fingerprint, local_base
 from lco_lite.recipe import Eval, Recipe
 from lco_lite.rollout.engine import engine_for
 from lco_lite.tasks.base import Item, Problem, Task, answer_text, asked, fill, read_rows, text

@@ -29,8 +29,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from lco_lite import ranks
 from lco_lite.console import Console
 from lco_lite.errors import ModelError, UsageError
-from lco_lite.files import fingerprint, is_there, read_json, seal, write_folder, write_json
+from lco_lite.files import is_there, read_json, seal, write_folder, write_json
 from lco_lite.finite import not_finite_in
+from lco_lite.models.fingerprint import fingerprint, local_base
 from lco_lite.recipe.sections import MOST_LAYERS, Init, Model, RewardModel, Weights, size_in_bytes
 
 # what a config may say, and how large the files beside the weights may be, MiB: far beyond any model's
@@ -400,14 +401,6 @@ def open_tokenizer(model: Model, seed: int) -> Any:
         return load_tokenizer(model, Path(folder))
 
 
-def local_base(weights: Weights) -> Path | None:
-    """The folder or GGUF file on this machine that a base is read from; None of another, and of one that is gone."""
-    if weights.path is None:
-        return None
-    place = Path(weights.path) / (weights.gguf_file or "")
-    return place if is_there(place) else None
-
-
 @ranks.once
 def converted_gguf(weights: Weights, folder: Path) -> Path | None:
     """``folder`` with the GGUF's weights and tokenizer as an ordinary bfloat16 model, made the first time, whole or not
@@ -416,11 +409,12 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
         return None
     origin = {"path": weights.path, "revision": weights.revision, "gguf_file": weights.gguf_file}
     source, record = local_base(weights), folder / "converted_from.json"
-    content = {"fingerprint": fingerprint(source)} if source else {}
+    content = None if source is None else fingerprint(source)
     if folder.exists():
         remedy = f"Delete {folder}: it is made again"
         known = read_json(record, dict[str, str | None], remedy) if record.exists() else {}
-        if {**content, **known} != {**known, **origin, **content}:  # earlier versions noted no content
+        was = known.pop("fingerprint", None)  # earlier versions noted none
+        if known != origin or (was and content and was != content):
             raise UsageError(
                 f"{folder}: was converted from another GGUF file than {weights.gguf_file} is now: put that back, "
                 f"delete {folder}, or choose another --name"
@@ -438,7 +432,7 @@ def converted_gguf(weights: Weights, folder: Path) -> Path | None:
     with write_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        write_json(new / record.name, origin | content)
+        write_json(new / record.name, origin | ({"fingerprint": content} if content else {}))
         seal(new)
     return folder
 

@@ -281,7 +281,7 @@ def lco(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -> tuple[Tens
     if own is not None:
         target, batch, is_users = micro.target, micro.policy_batch(rl), names_function(rl.objective)
         if is_users:
-            target, batch = copied(target) if hidden.device.type == "cpu" else target, copied(batch)
+            target, batch = copied(target), copied(batch)
         given = own(hidden, head, target, batch)
         loss, seen = users_loss(rl.objective, given, len(hidden)) if is_users else given
     else:
@@ -539,7 +539,7 @@ def own_target(models: Models, micro: MicroBatch, target: DenseTarget | SparseTa
     device = models.policy.model.device
     target, batch = target.to(device), micro.to(device).policy_batch(rl)
     if rl.target:
-        target, batch = copied(target) if device.type == "cpu" else target, copied(batch)
+        target, batch = copied(target), copied(batch)
     changed = change(target, models.policy.model.head, batch)
     if rl.target and type(changed) is not type(target):
         raise UsageError(f"{rl.target}: a {type(target).__name__} is needed, it gave {shown(changed)}")
@@ -547,8 +547,7 @@ def own_target(models: Models, micro: MicroBatch, target: DenseTarget | SparseTa
 
 
 def copied(given: Given) -> Given:
-    """For a function of the user's: what it does to these tensors in place stays there. A graph goes on through them.
-    (On other devices than the CPU a micro-batch's target is a copy already.)"""
+    """For a function of the user's: what it does to these in place stays there. A graph goes on through them."""
     values: dict[str, Any] = {field.name: getattr(given, field.name) for field in fields(given)}
     clones = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
     return replace(given, **(values | clones))

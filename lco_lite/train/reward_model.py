@@ -30,7 +30,7 @@ from lco_lite.data.prompts import (
 )
 from lco_lite.errors import DataError, Interrupted
 from lco_lite.evaluation.evaluate import held_out_accuracy
-from lco_lite.files import JsonLines, read_sealed, remove, sealed, write_bytes
+from lco_lite.files import JsonLines, read_sealed_lines, remove, sealed_line, write_bytes
 from lco_lite.finite import witness
 from lco_lite.metrics import read_log
 from lco_lite.models.chat import ChatFormat
@@ -279,7 +279,7 @@ def save_pairs(file: Path, pairs: Sequence[Pair], chat: ChatFormat) -> None:
             "chosen_ids": p.chosen.response,
             "rejected_ids": p.rejected.response,
         }
-        line, seal = sealed(row, seal)
+        line, seal = sealed_line(row, seal)
         lines += line
     write_bytes(file, lines)
 
@@ -287,7 +287,7 @@ def save_pairs(file: Path, pairs: Sequence[Pair], chat: ChatFormat) -> None:
 def load_pairs(file: Path) -> list[Pair]:
     """The pairs that ``save_pairs`` wrote, this version or an earlier one. DataError where they are others now."""
     remedy = "Put it back as it was, or delete the file: the pairs are sampled again"
-    rows, seal = read_sealed(file, remedy)
+    rows, seal = read_sealed_lines(file, remedy)
     if seal and len(rows) != (made := rows[0]["pairs"]):
         raise DataError(f"{file}: damaged: has {len(rows)} of its {made} pairs. {remedy}")
     try:
