@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -361,10 +362,10 @@ def _json_object(line: bytes, at: str) -> dict[str, Any]:
 
 
 def json_value(content: bytes, at: str) -> Any:
-    """What the JSON in UTF-8 says. Raises DataError, which begins with ``at``, for anything else and for text that is
-    none."""
+    """What the JSON in UTF-8 says. Raises DataError, which begins with ``at``, for anything else, for text that is
+    none, and for an object with a field twice."""
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_each_once)
         if b"\\ud" in content.lower():
             json.dumps(value, ensure_ascii=False).encode()
         if content.count(b"[") + content.count(b"{") > MOST_NESTED:
@@ -379,8 +380,17 @@ def json_value(content: bytes, at: str) -> Any:
         where = f"line {e.lineno}, column {e.colno}" if e.lineno > 1 else f"column {e.colno}"
         raise DataError(f"{at}: is not JSON: {e.msg} at {where}") from e
     except ValueError as e:
-        raise DataError(f"{at}: {str(e).partition(';')[0]}") from e
+        raise DataError(f"{at}: {str(e).partition('; use sys.')[0]}") from e
     return value
+
+
+def _each_once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these fields. ValueError where a name stands twice: json would take the last in silence."""
+    found = dict(fields)
+    if len(found) < len(fields):
+        twice = Counter(name for name, _ in fields).most_common(1)[0][0]
+        raise ValueError(f"the field {twice[:60]!r} stands twice")
+    return found
 
 
 def _refuse_deep(value: Any) -> None:

@@ -25,6 +25,7 @@ from lco_lite.evaluation.summary import read_score, score_files
 from lco_lite.files import remove, shown_bytes
 from lco_lite.metrics import read_log
 from lco_lite.run import Run, StageFolder, no_run
+from lco_lite.visible import visible
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def show_runs(root: Path, name: str | None, console: Console, json: bool) -> Non
     if name:
         console.table("", ["folder or file", "size", "can go"], _part_rows(told[0]["parts"]))
     if can_go := sum(one["can_go_bytes"] for one in told):
-        console.note(f"{shown_bytes(can_go)} can go: lco-lite runs {f'{name} ' if name else ''}--clean")
+        console.note(f"{shown_bytes(can_go)} can go: lco-lite runs {f'{_line(name)} ' if name else ''}--clean")
 
 
 def clean_runs(root: Path, name: str | None, console: Console, yes: bool, json: bool) -> None:
@@ -90,7 +91,7 @@ def clean_runs(root: Path, name: str | None, console: Console, yes: bool, json: 
     if not planned:
         console.note("nothing can go")
     else:
-        lines = [[str(one.path), shown_bytes(one.size), one.why] for found in planned.values() for one in found]
+        lines = [[_line(str(one.path)), shown_bytes(one.size), one.why] for found in planned.values() for one in found]
         console.table("", ["to delete", "size", "why it can go"], lines)
     if planned and not yes:
         if not sys.stdin.isatty():
@@ -226,7 +227,7 @@ def _part_rows(parts: list[dict[str, Any]]) -> Iterator[list[str]]:
     rest = [part for part in parts if part["bytes"] < small and not part["can_go"]]
     for part in sorted(parts, key=lambda part: (not part["can_go"], -part["bytes"])):
         if len(rest) < 2 or part not in rest:
-            yield [part["path"], shown_bytes(part["bytes"]), part["can_go"] or ""]
+            yield [_line(part["path"]), shown_bytes(part["bytes"]), part["can_go"] or ""]
     if len(rest) > 1:
         yield [f"{len(rest)} smaller ones", shown_bytes(sum(part["bytes"] for part in rest)), ""]
 
@@ -239,8 +240,13 @@ def _rows(told: dict[str, Any]) -> Iterator[list[str]]:
         where = "" if done else f" at {one['step']}" + (f"/{one['steps']}" if one["steps"] else "")
         scores = [f"{task} {_score(score)}" for task, score in one["scores"].items()]
         first = i == 0
-        row = [told["name"] if first else "", one["name"], f"{one['state'] or ''}{where}", "\n".join(scores)]
+        row = [_line(told["name"]) if first else "", one["name"], f"{one['state'] or ''}{where}", "\n".join(scores)]
         yield row + (of_run if first else ["", ""])
+
+
+def _line(name: str) -> str:
+    """A name on one line; line ends are for what a cell of more lines means by them."""
+    return visible(name, lines=False)
 
 
 def _score(score: dict[str, Any]) -> str:

@@ -121,6 +121,15 @@ def test_a_policy_that_is_not_there_is_one_message(runs, args, told):
     assert result.exit_code == 2 and told in " ".join(result.stderr.split())
 
 
+def test_a_line_end_in_a_name_adds_no_line_to_the_table_of_runs(runs, tmp_path):
+    shutil.copytree(runs / "tiny", tmp_path / "a\nforged")
+    (tmp_path / "a\nforged" / "b\nforged").write_bytes(b"." * 10_000_000)
+    for args in ([], ["a\nforged"], ["a\nforged", "--clean"]):
+        said = call("runs", *args, "--runs", tmp_path).output
+        assert "\\nforged" in said.replace("\n", ""), args
+        assert not any(line.strip("│ ").startswith("forged") for line in said.splitlines()), args
+
+
 @pytest.mark.parametrize("command", ["chat", "report", "export", "runs"])
 def test_a_mistyped_run_is_told_at_once_with_those_there_are_the_nearest_first(tmp_path, command):
     for name in ("alpha", "tiny", "tin"):

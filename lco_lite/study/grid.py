@@ -5,8 +5,9 @@
     RUNS/studies/NAME/                        what the study says: README.md, study.json, tables, plots
     RUNS/studies/rows/                        what came out of each cell; enough to go on without its run
 
-An ID is that of the settings that decide the outcome. So studies share cells that are the same, and a study that is
-started again goes on: cells that are done are read, one that was stopped goes on at its checkpoint.
+An ID is that of the settings that decide the outcome, and of the files of data and code that they name. So studies
+share cells that are the same, and a study that is started again goes on: cells that are done are read, one that was
+stopped goes on at its checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, TextIO
 from lco_lite.console import Console
 from lco_lite.context import InterruptGuard
 from lco_lite.errors import Interrupted, LcoError
-from lco_lite.files import sha256, write_json
+from lco_lite.files import is_there, sha256, write_json
 from lco_lite.progress import clock_time
 from lco_lite.recipe.file import find_recipe, load_recipe
 from lco_lite.run import stage_settings
@@ -95,6 +96,8 @@ class Grid:
         settings |= {"eval": recipe.eval.model_dump(mode="json"), "options": dict(cell.options)}
         if cell.work == "train":
             settings |= {"eval_every": recipe.rl.eval_every, "eval_items": recipe.rl.eval_items}
+        if files := _sums(settings):
+            settings["files"] = files
         del settings["seed"]
         what = {"start": "start", "train": recipe.rl.stage}.get(
             cell.work, cell.work.rpartition(".")[2].partition(":")[0]
@@ -192,6 +195,14 @@ class Grid:
             worker.process.wait()
             worker.close()
         raise Interrupted("stopped; cells that ran have their checkpoints, and the same command goes on from there")
+
+
+def _sums(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The sha256 of each local file that a setting names, alone, with more or as ``FILE.py:NAME``; a stage looks to the
+    weights it rests on itself."""
+    values = [value if isinstance(value, list) else [value] for key, value in settings.items() if key[:6] != "model."]
+    named = (Path(one.partition(":")[0]) for value in values for one in value if isinstance(one, str))
+    return {str(file): sha256(file) for file in named if file.suffix and is_there(file) and file.is_file()}
 
 
 class Worker:

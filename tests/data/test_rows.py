@@ -228,6 +228,8 @@ def test_a_file_without_a_winner_has_no_pairs(tmp_path):
         ("x.json", b'[\n{"prompt" "a"}]', "delimiter at line 2, column 11"),
         ("x.json", b'[{"prompt": "\\ud800"}]', "half of a surrogate pair"),
         ("x.json", b"[1]", "row 1: is not an object"),
+        ("x.json", b'[{"prompt": "a", "b": {"c; d": 1, "e": 2, "c; d": 1}}]', "x.json: the field 'c; d' stands twice"),
+        ("x.jsonl", b'{"prompt": "a", "completion": "b", "prompt": "c"}', "line 1: the field 'prompt' stands twice"),
         ("x.json", b"[]", "has no rows"),
         ("x.json", b'["\xff"]', "is not UTF-8"),
         ("x.json", b"[" * 100_000, "nested too deeply"),

@@ -164,6 +164,21 @@ def test_a_recipe_that_changes_while_its_study_runs_is_refused_by_each_cell(tiny
     assert "tiny.yaml: has changed since the study began" in log.read_text()
 
 
+def test_a_file_that_a_setting_names_makes_another_cell_when_it_changes(tiny, tmp_path):
+    def names():
+        return [job.folder.name for job in Grid(Small(), str(tiny), sets, tmp_path, quiet()).settled([1])]
+
+    rewards, prompts = tmp_path / "rewards.py", tmp_path / "prompts.jsonl"
+    sets = [f"data.prompts={prompts}", f"rl.reward_function={rewards}:short", "rl.feedback=function"]
+    rewards.write_text("def short(completions, **columns):\n    return [-len(c) for c in completions]\n")
+    prompts.write_text('{"prompt": "a"}\n')
+    found = [names(), names()]
+    for file in (prompts, rewards):
+        file.write_text(file.read_text() + "\n")
+        found.append(names())
+    assert found[0] == found[1] and len({name for one in found[1:] for name in one}) == 3 * len(found[0])
+
+
 def test_a_place_for_the_page_that_cannot_be_is_told_before_the_work(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Grid, "work_off", lambda *_: pytest.fail("hours of work"))
     (tmp_path / "file").write_text("")
