@@ -107,6 +107,15 @@ class Phase:
         return Phase(chosen, self.limit, responses, grades, rewards, shown, drawn, errors)
 
 
+def _live(phase: Phase, rl: Rl) -> Phase:
+    """The groups whose responses differ in their reward."""
+    scores = phase.scores(rl)
+    assert scores is not None, "the recipe makes sure of rewards"
+    return phase.only(
+        live_groups(scores, rl.responses_per_prompt).nonzero().flatten().tolist(), rl.responses_per_prompt
+    )
+
+
 def room_for(rl: Rl, chat: ChatFormat, prompt: Prompt, ids: Sequence[int], longest: int) -> int:
     """Tokens of a prompt, ``ids``, with a response of the ``longest`` or the demonstration that may stand in for it."""
     shown = prompt.item.demonstration if prompt.item and rl.on_policy < 1 else None
@@ -136,19 +145,19 @@ class Rollouts:
 
     def phase(self, step: int, stop_if_asked: Callable[[], None]) -> Phase:
         """The step's responses, of the policy as it is now. With dynamic sampling (DAPO) groups without signal make
-        room for those of other prompts."""
+        room for those of other prompts; where no group has one, they are those that were sampled first."""
         rl, kept = self.ctx.recipe.rl, JsonLines(self.folder / f"step-{step + 1:06d}.jsonl")
-        group = rl.responses_per_prompt
         phase = self._round(step, 0, kept, stop_if_asked)
-        for again in range(1, DYNAMIC_ROUNDS + 1) if rl.dynamic_sampling else ():
-            scores = phase.scores(rl)
-            assert scores is not None, "the recipe makes sure of rewards"
-            live = live_groups(scores, group).nonzero().flatten().tolist()
-            phase = phase.only(live or range(len(phase.chosen)), group)  # all of them where none has a signal
-            if len(phase.chosen) >= rl.prompts_per_step:
+        if not rl.dynamic_sampling:
+            return phase
+        live = _live(phase, rl)
+        for again in range(1, DYNAMIC_ROUNDS + 1):
+            if len(live.chosen) >= rl.prompts_per_step:
                 break
-            phase = phase.and_also(self._round(step, again, kept, stop_if_asked))
-        return phase.only(range(min(rl.prompts_per_step, len(phase.chosen))), group)
+            live = live.and_also(_live(self._round(step, again, kept, stop_if_asked), rl))
+        if not live.chosen:
+            return replace(phase, drawn=live.drawn)
+        return live.only(range(min(rl.prompts_per_step, len(live.chosen))), rl.responses_per_prompt)
 
     def forget(self, step: int) -> None:
         """The responses of the first ``step`` steps are no longer needed."""

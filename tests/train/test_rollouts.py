@@ -257,6 +257,36 @@ def test_a_phase_keeps_the_groups_that_are_asked_for():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("live", "rounds", "prompts"),
+    [
+        ([[1, 1, 1, 1]], 1, [0, 1, 2, 3]),
+        ([[1, 0, 1, 0], [0, 1, 1, 1]], 2, [0, 2, 11, 12]),  # no more than are asked for
+        ([[0, 0, 0, 0], [1, 1, 1, 1]], 2, [10, 11, 12, 13]),  # where none had a signal at first, too
+        ([[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]], 4, [0, 32, 33]),  # of the last round as of others
+        ([[0, 0, 0, 0]] * 4, 4, [0, 1, 2, 3]),
+    ],
+)
+def test_dynamic_sampling_keeps_groups_with_a_signal_alone(tmp_path, monkeypatch, live, rounds, prompts):
+    """Yu et al. 2025, eq 11: 0 < right responses of a group < G."""
+    made = []
+
+    def one_round(self, step, again, kept, stop_if_asked):
+        made.append(again)
+        grades = [grade for has_signal in live[again] for grade in (1.0, -1.0 if has_signal else 1.0)]
+        responses = [Response(Example([10 * again + i // 2], [1]), False) for i in range(8)]
+        chosen = [10 * again + i for i in range(4)]
+        return Phase(chosen, 1, responses, grades, {"rule": [*grades]}, [False] * 8, 8)
+
+    monkeypatch.setattr(Rollouts, "_round", one_round)
+    rollouts = object.__new__(Rollouts)
+    rl = Rl(objective="dapo", prompts_per_step=4, responses_per_prompt=2)
+    rollouts.ctx, rollouts.folder = SimpleNamespace(recipe=SimpleNamespace(rl=rl)), tmp_path
+    phase = rollouts.phase(0, lambda: None)
+    assert made == list(range(rounds)) and phase.drawn == 8 * rounds
+    assert phase.chosen == prompts and [r.example.prompt[0] for r in phase.responses[::2]] == prompts
+
+
 def test_the_chain_goes_through_paged_rollouts_and_goes_on_from_those_that_are_kept(tiny, monkeypatch):
     """Pairs, rollouts and scores; eight responses a phase are two batches, four times as many as are made at once."""
     how = "killed"
