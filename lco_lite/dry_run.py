@@ -84,7 +84,7 @@ def preview(
 def _sft(recipe: Recipe, ahead: Ahead, console: Console) -> tuple[str, str]:
     """The first demonstration: prompt and response as they are trained on."""
     sft, examples = recipe.sft, sft_examples(recipe, ahead.task, ahead.chat)
-    n, told = _fitting([len(one) for one in examples], min(sft.max_length, ahead.window), "demonstrations")
+    n, told = _fitting([len(one) for one in examples], min(sft.max_length, ahead.windows["sft"]), "demonstrations")
     updates = sft.max_steps or math.ceil(sft.epochs * n / sft.batch_size)
     used = _used(updates * sft.batch_size, n)
     _line(console, "sft", f"{told}; {updates} updates of {sft.batch_size}, {used}")
@@ -101,7 +101,7 @@ def _rm(recipe: Recipe, ahead: Ahead, console: Console) -> None:
         many = f"up to {n * rm.pairs_per_prompt} pairs"
         return _line(console, "rm", f"{many}, from {rm.samples_per_prompt} responses to each of {n} prompts")
     pairs = [pair_of(row, ahead.chat) for row in ahead.pairs]
-    limit = min(rm.max_length, ahead.window)
+    limit = min(rm.max_length, ahead.windows["rm"])
     _, told = _fitting([pair.longest() for pair in pairs], limit, "pairs")
     pairs = [pair for pair in pairs if pair.longest() <= limit]
     trained = pairs if held_out_pairs(recipe, ahead.chat) else hold_out(pairs, rm.held_out)[1]
@@ -114,7 +114,7 @@ def _rl(recipe: Recipe, ahead: Ahead, console: Console) -> None:
     rl, longest = recipe.rl, longest_response(recipe)
     ids = [ahead.chat.prompt(prompt.messages) for prompt in ahead.prompts]
     rooms = [room_for(rl, ahead.chat, *one, longest) for one in zip(ahead.prompts, ids, strict=True)]
-    limit = min(rl.max_length, ahead.window)
+    limit = min(rl.max_length, ahead.windows["rl"])
     n, told = _fitting(rooms, limit, "prompts", [len(one) for one in ids])
     responses = rl.prompts_per_step * rl.responses_per_prompt
     updates = rl.inner_epochs * math.ceil(responses / rl.minibatch)

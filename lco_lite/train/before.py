@@ -14,9 +14,16 @@ from typing import NamedTuple
 import torch
 
 from lco_lite.console import Console
-from lco_lite.data.prompts import longest_response, pair_of, preference_rows, rewarding_task, rl_prompts
+from lco_lite.data.prompts import (
+    longest_response,
+    pair_of,
+    preference_rows,
+    rewarding_task,
+    rl_prompts,
+    task_prompts,
+)
 from lco_lite.data.rows import Preference, Prompt
-from lco_lite.errors import ModelError, UsageError, naming
+from lco_lite.errors import DataError, ModelError, UsageError, naming
 from lco_lite.evaluation.evaluate import check_all
 from lco_lite.files import shown_bytes
 from lco_lite.judging.classifiers import refuse_unscorable
@@ -31,10 +38,11 @@ from lco_lite.models.loading import (
     refuse_without_weights,
     reward_device,
 )
-from lco_lite.recipe import Recipe
+from lco_lite.recipe import Recipe, Rl
 from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.rollout.vllm import missing
 from lco_lite.run import section
+from lco_lite.tasks import graded_as
 from lco_lite.tasks.base import Task
 from lco_lite.trackers import refuse_missing
 from lco_lite.train.methods import method_of
@@ -45,12 +53,12 @@ from lco_lite.user_code import load_function, names_function
 
 @dataclass
 class Ahead:
-    """What the stages will work with. ``window``: tokens of the model; ``scored``: items by task; ``least`` and
-    ``most``: bytes that they write by stage, of ``free`` ones."""
+    """What the stages will work with. ``windows``: tokens that the models of ``sft``, ``rm`` and ``rl`` take;
+    ``scored``: items by task; ``least`` and ``most``: bytes that they write by stage, of ``free`` ones."""
 
     task: Task | None
     chat: ChatFormat
-    window: int
+    windows: Mapping[str, int]
     prompts: list[Prompt] = field(default_factory=list)
     pairs: list[Preference] = field(default_factory=list)
     scored: dict[str, int] = field(default_factory=dict)
@@ -71,9 +79,6 @@ def look_ahead(
     rl, task = recipe.rl, rewarding_task(recipe)
     with naming("model.path"):
         tokenizer = open_tokenizer(recipe.model, recipe.seed)
-    config = load_config(recipe.model).get_text_config()
-    window = int(getattr(config, "max_position_embeddings", 0) or tokenizer.model_max_length)
-    ahead = Ahead(task, ChatFormat(tokenizer, recipe.chat.template_args, console.warn), window)
     own = recipe.reward_model if isinstance(recipe.reward_model, RewardModel) else None
     used: dict[str, Weights] = {"model": recipe.model}
     teaches = rl.stage in stages and (rl.needs_reward_model or rl.dense == "logprob")
@@ -83,22 +88,34 @@ def look_ahead(
             with naming("reward_model.path"):
                 check_same_tokenizer(tokenizer, load_tokenizer(own))
     numbers = {name: numbers_of(weights, device, name) for name, weights in used.items()}
+    configs = {name: load_config(weights).get_text_config() for name, weights in used.items()}
+    takes = {n: getattr(one, "max_position_embeddings", 0) or tokenizer.model_max_length for n, one in configs.items()}
+    windows = {"sft": takes["model"], "rm": takes.get("reward_model", takes["model"]), "rl": min(takes.values())}
+    ahead = Ahead(task, ChatFormat(tokenizer, recipe.chat.template_args, console.warn), windows)
+    longest, most_of_pair = longest_response(recipe), min(recipe.train_rm.max_length, windows["rm"])
     if "rm" in stages and recipe.data.preferences != "sampled":
         with naming("data.preferences"):
             ahead.pairs = preference_rows(recipe, task)
-            refuse_too_long(ahead, recipe.train_rm.max_length, "pairs", map(ahead.pair_tokens, ahead.pairs))
+            refuse_too_long(most_of_pair, "pairs", map(ahead.pair_tokens, ahead.pairs))
+    elif "rm" in stages:
+        assert task is not None, "the recipe makes sure"
+        asked = (ahead.chat.prompt(one.messages) for one in task_prompts(recipe, task)[: recipe.train_rm.prompts])
+        with naming("train_rm.max_length"):
+            refuse_too_long(min(most_of_pair, windows["sft"]), "prompts", (len(one) + longest for one in asked))
     if rl.stage in stages:
         if rl.reward_classifier is not None:
             with naming("rl.reward_classifier"):
                 refuse_unscorable(rl.reward_classifier)
         with naming("data.prompts"):
             ahead.prompts = rl_prompts(recipe, task)
-            longest = longest_response(recipe)
             rooms = (room_for(rl, ahead.chat, one, ahead.chat.prompt(one.messages), longest) for one in ahead.prompts)
-            refuse_too_long(ahead, rl.max_length, "prompts", rooms)
+            refuse_too_long(min(rl.max_length, windows["rl"]), "prompts", rooms)
+            if rl.on_policy < 1:
+                refuse_without_demonstration(rl, ahead.prompts)
     looks = (rl.stage in stages and rl.eval_every > 0) or ("rm" in stages and recipe.train_rm.check_items > 0)
     if task is not None and task.graded and looks:
-        task.items("test")
+        with naming("eval.grader"):
+            graded_as(task, recipe.eval.grader, recipe.eval.tolerance).items("test")
     if scores:
         ahead.scored = check_all(recipe, device, console)
     by_stage = {stage: numbers["reward_model" if stage == "rm" and own else "model"].trained for stage in stages}
@@ -147,11 +164,20 @@ def refuse_untrainable(recipe: Recipe) -> None:
             )
 
 
-def refuse_too_long(ahead: Ahead, most: int, what: str, lengths: Iterable[int]) -> None:
+def refuse_too_long(limit: int, what: str, lengths: Iterable[int]) -> None:
     """Raises DataError where none of the sequences fits: as soon as one does, the others are not looked at."""
-    limit = min(most, ahead.window)
     if not any(length <= limit for length in lengths):
         raise none_fits(what, limit)
+
+
+def refuse_without_demonstration(rl: Rl, prompts: Iterable[Prompt]) -> None:
+    """Raises DataError for the first prompt that a demonstration may stand in for, and that has none."""
+    for prompt in prompts:
+        if prompt.item is None or not prompt.item.demonstration:
+            raise DataError(
+                f"rl.on_policy: {rl.on_policy:g} asks for demonstrations of the other prompts, and "
+                f"{prompt.messages[-1]['content']!r:.80} has none; set rl.on_policy: 1"
+            )
 
 
 class Numbers(NamedTuple):

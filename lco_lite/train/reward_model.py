@@ -59,7 +59,7 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
         pairs = file_pairs(recipe, recipe_task(recipe), chat)
     with ctx.clock("loading"):
         reward_model, reference = weights.open_untrained_reward_model(ctx, start)
-    pairs = fitting(ctx, pairs, start.model, rm.max_length, "pairs", Pair.longest)
+    pairs = fitting(ctx, pairs, reward_model.model.max_length, rm.max_length, "pairs", Pair.longest)
     held = held_out_pairs(recipe, chat)  # drawn by prompt for all stages, where there is no task
     if not held:
         held, pairs = hold_out(pairs, rm.held_out)
@@ -206,7 +206,8 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
     longest = longest_response(recipe)
     sampling = Sampling(rm.temperature, rm.top_p, longest, recipe.rl.rollout_batch)
     asked = [(prompt, chat.prompt(prompt.messages)) for prompt in task_prompts(recipe, task)[: rm.prompts]]
-    asked = fitting(ctx, asked, start.model, rm.max_length, "prompts", lambda one: len(one[1]) + longest)
+    window = start.model.max_length
+    asked = fitting(ctx, asked, window, rm.max_length, "prompts", lambda one: len(one[1]) + longest)
     engine = open_engine([start], chat.end, rows=rows, settings=recipe.rollout, say=ctx.console.note)
     total = len(asked) * rm.samples_per_prompt
     ids = [ids for _, ids in asked for _ in range(rm.samples_per_prompt)]

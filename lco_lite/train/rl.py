@@ -50,7 +50,8 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
         policy = models.policy
         chat = ChatFormat(policy.model.tokenizer, recipe.chat.template_args, ctx.console.warn)
         engine = rollout_engine(ctx, models, chat.end)
-        rollouts = Rollouts(ctx, policy.model, engine, chat, stage)
+        window = min(role.model.max_length for role in (policy, models.reward_model) if role is not None)
+        rollouts = Rollouts(ctx, window, engine, chat, stage)
     updates = rl.steps * rl.inner_epochs * -(-rl.prompts_per_step * rl.responses_per_prompt // rl.minibatch)
     what = f"{rl.steps} steps of {rl.prompts_per_step} prompts, feedback {rl.feedback}"
     ctx.console.stage(stage.name, what + (f", β {rl.beta:g}" if rl.has_beta else ""))

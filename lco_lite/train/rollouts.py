@@ -19,13 +19,11 @@ from torch import Tensor
 from lco_lite import ranks
 from lco_lite.context import Context
 from lco_lite.data.prompts import Prompt, longest_response, rewarding_task, rl_prompts
-from lco_lite.errors import DataError
 from lco_lite.feedback.advantages import fill_inapplicable, live_groups
 from lco_lite.feedback.rewards import Answers, columns_of, reward_sources
 from lco_lite.files import JsonLines, remove
 from lco_lite.metrics import finite
 from lco_lite.models.chat import ChatFormat
-from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe import Rl
 from lco_lite.rollout.engine import OTHER_NUMBERS, Engine, Made, Response, Sampling
 from lco_lite.run import StageFolder
@@ -123,11 +121,10 @@ def room_for(rl: Rl, chat: ChatFormat, prompt: Prompt, ids: Sequence[int], longe
 
 
 class Rollouts:
-    """Where the phases of a stage come from. Every prompt is tokenised once."""
+    """Where the phases of a stage come from. Every prompt is tokenised once. ``window``: the tokens that all models
+    take which read the responses."""
 
-    def __init__(
-        self, ctx: Context, model: LanguageModel, engine: Engine, chat: ChatFormat, stage: StageFolder
-    ) -> None:
+    def __init__(self, ctx: Context, window: int, engine: Engine, chat: ChatFormat, stage: StageFolder) -> None:
         recipe, rl = ctx.recipe, ctx.recipe.rl
         self.ctx, self.engine, self.chat, self.folder = ctx, engine, chat, stage.path / "rollouts"
         self.task = rewarding_task(recipe)
@@ -138,7 +135,7 @@ class Rollouts:
         def room(one: tuple[Prompt, list[int]]) -> int:
             return room_for(rl, chat, *one, longest)
 
-        asked = fitting(ctx, asked, model, rl.max_length, "prompts", room)
+        asked = fitting(ctx, asked, window, rl.max_length, "prompts", room)
         self.prompts, self.ids = [prompt for prompt, _ in asked], [ids for _, ids in asked]
         self.rewards = reward_sources(rl, ctx.device) if ranks.rank() == 0 else {}  # which asks for all
         self.columns = columns_of([prompt.row for prompt in self.prompts])
@@ -224,11 +221,7 @@ class Rollouts:
 
     def _demonstration(self, place: int) -> Response:
         prompt = self.prompts[place]
-        if prompt.item is None or not prompt.item.demonstration:
-            raise DataError(
-                f"rl.on_policy: {self.ctx.recipe.rl.on_policy:g} asks for demonstrations of the other prompts, and "
-                f"{prompt.messages[-1]['content']!r:.80} has none; set rl.on_policy: 1"
-            )
+        assert prompt.item is not None and prompt.item.demonstration, "looked at before the first stage"
         shown = self.chat.answer(prompt.messages, prompt.item.demonstration)
         return Response(Example(self.ids[place], shown), False)
 

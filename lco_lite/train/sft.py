@@ -30,7 +30,7 @@ def train_sft(ctx: Context, stage: StageFolder) -> None:
         policy = weights.open_sft(ctx)
         chat = ChatFormat(policy.model.tokenizer, recipe.chat.template_args, ctx.console.warn)
         examples = sft_examples(recipe, recipe_task(recipe), chat)
-        examples = fitting(ctx, examples, policy.model, sft.max_length, "demonstrations")
+        examples = fitting(ctx, examples, policy.model.max_length, sft.max_length, "demonstrations")
     updates = sft.max_steps or math.ceil(sft.epochs * len(examples) / sft.batch_size)
     parameters = weights.trainable(ctx, policy, "sft")
     ctx.console.stage("sft", f"{len(examples)} demonstrations, {updates} updates of {sft.batch_size}")

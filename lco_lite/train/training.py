@@ -20,7 +20,6 @@ from lco_lite.context import Context, InterruptGuard
 from lco_lite.errors import DataError, Diverged, Interrupted, UsageError, WeightsLost
 from lco_lite.finite import witness
 from lco_lite.metrics import JsonLog, MetricsLog, peak_mib, read_log
-from lco_lite.models.language_model import LanguageModel
 from lco_lite.recipe.sections import Training
 from lco_lite.run import StageFolder, section, verb
 from lco_lite.sequences import halved, seeded
@@ -374,13 +373,14 @@ def learning_rate(update: int, total: int, settings: Training) -> float:
 def fitting(
     ctx: Context,
     sequences: Sequence[Sized],
-    model: LanguageModel,
+    window: int,
     max_length: int,
     what: str,
     length: Callable[[Sized], int] = len,
 ) -> list[Sized]:
-    """Those within the window; the others are left out and counted on the screen. DataError where none is left."""
-    limit = min(max_length, model.max_length)
+    """Those within ``max_length`` and the models' ``window``; the others are left out and counted on the screen.
+    DataError where none is left."""
+    limit = min(max_length, window)
     kept = [x for x in sequences if length(x) <= limit]
     if len(kept) < len(sequences):
         left_out = len(sequences) - len(kept)

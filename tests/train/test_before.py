@@ -35,6 +35,7 @@ LATE: dict[str, dict[str, Any]] = {
     "rl.target": {"rl": {"target": "own.py:gone"}},
     "rl.reward_function": {"rl": {"objective": "grpo", "feedback": "function", "reward_function": "gone.py:reward"}},
     "rl.reward_classifier": {"rl": SCORED | {"reward_classifier": "./gone"}},
+    "train_rm.max_length": {"train_rm": {"max_length": 16}},  # 7 tokens of a prompt and 12 of a response
     "eval.tasks": {"eval": {"tasks": ["arithmetic", "qa_feedback"]}},
     "eval.few_shot": {"eval": {"few_shot": 9000}},
     "eval.examples": {"eval": {"examples": "gone.jsonl"}},
@@ -169,3 +170,36 @@ def test_a_model_is_looked_at_by_its_config_and_files(folder):
     assert "reward_model.lora.targets: no linear layer named nope" in said("run", recipe, "--dry-run")
     Path("m/model.safetensors").unlink()
     assert "model.path: m: no weights" in said("run", recipe, "--dry-run")
+
+
+def test_what_looks_at_the_model_while_it_is_trained_grades_as_a_score_does(folder):
+    recipe = recipe_with({"eval": {"grader": "gone.py:right"}})
+    for command in ("train-rm", "rl"):
+        told = said(command, recipe)
+        assert told == said(command, recipe, "--dry-run") and "eval.grader: gone.py: no such file" in told
+    assert not Path("runs/tiny/sft").exists()
+    never = ("-s", "rl.eval_every=0", "-s", "train_rm.check_items=0")
+    assert call("rl", recipe, "--dry-run", *never).exit_code == 0
+
+
+def test_gkd_wants_a_demonstration_of_each_prompt_that_it_may_show(folder):
+    rows = [{"prompt": f"say {i}", "answer": f"{i}", "response": f"it is {i}"} for i in range(30)]
+    del rows[29]["response"]
+    Path("items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = {"task": "custom:exact", "data": {"task": "items.jsonl", "held_out": 0.1}, "sft": {"examples": 8}}
+    recipe = recipe_with(sets | {"rl": {"objective": "gkd"}, "train_rm": {"prompts": None}})
+    told = said("rl", recipe)
+    assert "rl.on_policy: 0.5 asks for demonstrations" in told and "'say 29' has none" in told
+    assert call("rl", recipe, "--dry-run", "-s", "rl.on_policy=1").exit_code == 0
+
+
+def test_a_response_has_to_fit_the_window_of_a_reward_model_of_its_own_too(folder):
+    for name, positions in (("m", 64), ("small", 16)):
+        build_scratch(Init(hidden_size=32, layers=1, heads=2, intermediate_size=64), Path(name), 0)
+        config = json.loads(Path(name, "config.json").read_text())
+        Path(name, "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+    own = {"path": "./small", "lora": {"r": 2}}
+    recipe = recipe_with({"model": {"init": None, "path": "./m"}, "reward_model": own})
+    assert "no prompts are left: all are longer than 16 tokens" in said("rl", recipe)
+    assert call("rl", recipe, "--dry-run", "-s", "reward_model.path=./m").exit_code == 0
+    assert call("sft", recipe, "--dry-run").exit_code == 0

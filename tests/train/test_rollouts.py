@@ -137,7 +137,7 @@ def test_of_a_response_that_was_cut_the_grade_decides_alike_in_rewards_scores_an
     """Right but cut: rewarded as right, right in a score, and in pairs neither chosen nor rejected."""
     with start(tiny, "rl.objective=grpo", "train_rm.samples_per_prompt=4", "train_rm.pairs_per_prompt=4") as ctx:
         chat = ChatFormat(open_tokenizer(ctx.recipe.model, 0), {})
-        rollouts = Rollouts(ctx, SimpleNamespace(max_length=999), None, chat, ctx.run.stage("rl-grpo"))  # type: ignore[arg-type]
+        rollouts = Rollouts(ctx, 999, None, chat, ctx.run.stage("rl-grpo"))  # type: ignore[arg-type]
         prompt, task, rm = rollouts.prompts[0], rollouts.task, ctx.recipe.train_rm
         assert task is not None and prompt.item is not None
         right, wrong = prompt.item.demonstration, "1+1=2 #999"
