@@ -27,10 +27,11 @@ from lco_lite.data.rows import (
     read_prompts,
 )
 from lco_lite.errors import DataError, UsageError
+from lco_lite.files import is_there, json_text, read_text
 from lco_lite.models.chat import ChatFormat
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Columns
-from lco_lite.run import Input
+from lco_lite.run import Input, Run, verb
 from lco_lite.sequences import Example, derive
 from lco_lite.tasks import Own, graded_as, load_task
 from lco_lite.tasks.base import Item, Task, asked, drawn_to_hold_out, normalised
@@ -96,15 +97,39 @@ def _drawn(recipe: Recipe, rows: Mapping[str, Sequence[Any]]) -> frozenset[str]:
     return frozenset().union(*(drawn_to_hold_out(prompts, held, recipe.seed) for prompts in asked))
 
 
+def held_out_lines(recipe: Recipe, task: Task | None) -> str:
+    """What a run's ``held_out.jsonl`` says of them."""
+    return "".join(json_text({"prompt": prompt}) + "\n" for prompt in sorted(held_out_prompts(recipe, task)))
+
+
+def same_held_out(run: Run, recipe: Recipe, task: Task | None) -> None:
+    """Once a stage of ``run`` has started: UsageError where the recipe and its data hold out other prompts than then,
+    some of which were trained on; DataError where it is not known which those were."""
+    if not makes_split(recipe, task) or not any(stage.started() for stage in run.stages()):
+        return
+    file, first = run.path / "held_out.jsonl", verb(recipe.stages[0])
+    if not is_there(file):
+        raise DataError(
+            f"{file}: is missing, which has the prompts that this run holds out. Put it back, start again with "
+            f"`{first} --fresh`, or start a new run with --name NAME"
+        )
+    if read_text(file) != held_out_lines(recipe, task):
+        raise UsageError(
+            f"{file}: other prompts are held out than when the run began, for its data have changed. Go back to "
+            "them, or start a new run with --name NAME"
+        )
+
+
 def _own_rows(recipe: Recipe) -> dict[str, list[Any]]:
-    """Without a task: the rows of the files that the recipe's stages use."""
+    """Without a task: the rows of the files that the recipe names, whichever its stages use: what is held out does not
+    depend on the objective."""
     data, system = recipe.data, recipe.chat.system
     rows: dict[str, list[Any]] = {"prompts": [], "demonstrations": [], "preferences": []}
     if data.prompts is not None:
         rows["prompts"] = read_prompts(data.prompts, system, data.columns.prompts)
-    if recipe.sft.enabled and data.demonstrations is not None:
+    if data.demonstrations is not None:
         rows["demonstrations"] = read_demonstrations(data.demonstrations, system, data.columns.demonstrations)
-    if recipe.rl.needs_reward_model:
+    if data.preferences != "sampled":
         rows["preferences"] = read_preferences(data.preferences, system, data.columns.preferences)
     return rows
 

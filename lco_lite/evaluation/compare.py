@@ -187,9 +187,7 @@ def _check(a: Sequence[Score], b: Sequence[Score]) -> list[str]:
                 f"--compare {one.label}: {one.result['task']} is not right or wrong, and its {one.result['metric']} is "
                 f"not there item by item; score it again{judge}"
             )
-        golds = [{r["id"]: r["gold"] for r in score.responses} for score in (first, one)]
-        same_items = first.result["settings"]["items"] == one.result["settings"]["items"]
-        if first.result["n"] != one.result["n"] or not (same_items or golds[0] == golds[1]):
+        if first.result["n"] != one.result["n"] or not _same_items(first, one):
             raise UsageError(
                 f"--compare: {first.label} was scored on {first.result['n']} items and {one.label} on "
                 f"{one.result['n']}, and they are not the same; score both with the same --limit and --data"
@@ -200,6 +198,19 @@ def _check(a: Sequence[Score], b: Sequence[Score]) -> list[str]:
         ]:
             warnings.append(f"{first.label} and {one.label} were scored in different ways: {'; '.join(changed)}")
     return warnings
+
+
+def _same_items(a: Score, b: Score) -> bool:
+    """By their digest; where they were put or graded in different ways by what was asked, but for its template, and the
+    gold answers."""
+    settings = [one.result["settings"] for one in (a, b)]
+    if settings[0]["items"] == settings[1]["items"]:
+        return True
+    in_same_words = settings[0]["protocol"].get("template") == settings[1]["protocol"].get("template")
+    asked = [
+        {r["id"]: (r.get("prompt") if in_same_words else None, r["gold"]) for r in one.responses} for one in (a, b)
+    ]
+    return asked[0] == asked[1]
 
 
 def _by_place(responses: Sequence[Graded]) -> dict[tuple[str, int, int], Graded]:

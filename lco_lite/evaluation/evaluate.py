@@ -19,7 +19,7 @@ import torch
 from lco_lite import ranks, weights
 from lco_lite.console import Console
 from lco_lite.context import Context, InterruptGuard
-from lco_lite.data.prompts import Prompt, open_task
+from lco_lite.data.prompts import Prompt, open_task, recipe_task, same_held_out
 from lco_lite.errors import DataError, Interrupted, UsageError, naming
 from lco_lite.evaluation.held_out import HELD_OUT, held_out_task, likelihoods, show_held_out
 from lco_lite.evaluation.likelihood import likeliest_letters
@@ -49,6 +49,8 @@ def score(
         raise UsageError(
             f"--data {data}: one file holds the items of one task, and {len(names)} are named; give a folder"
         )
+    if data is None:
+        same_held_out(ctx.run, ctx.recipe, recipe_task(ctx.recipe))
     stage = "base" if model else weights.named_policy(ctx.run, stage)
     loaded = [_graded(open_task(ctx.recipe, n, data), ctx.recipe.eval) for n in names if n != HELD_OUT]
     results = [evaluate_stage(ctx, task, stage) for task in loaded]
@@ -236,7 +238,10 @@ def graded_again(file: Path, result: Mapping[str, Any], task: Task, settings: Ev
     if not task.graded or settings.scoring == "likelihood":
         return rows
     items = {item.id: item for item in task.items("test")}
-    return [row | asdict(task.grade(row["response"], items[row["id"]])) for row in rows]
+    kept = [
+        {name: value for name, value in row.items() if name != "score"} for row in rows
+    ]  # a score of the task's own
+    return [row | asdict(task.grade(row["response"], items[row["id"]])) for row in kept]
 
 
 def _write_rows(file: Path, passes: Mapping[int, Sequence[Graded]]) -> None:

@@ -20,12 +20,13 @@ from lco_lite.console import Console
 from lco_lite.context import Context
 from lco_lite.data.prompts import held_out_rows, longest_response, pair_of
 from lco_lite.errors import DataError, UsageError
-from lco_lite.evaluation.prompts import made_by
+from lco_lite.evaluation.prompts import made_by, rows_digest
 from lco_lite.evaluation.summary import LIKELIHOODS, LikelihoodsKept, read_score
 from lco_lite.feedback.rewards import Answers, RewardFunction, columns_of, reward_sources
 from lco_lite.files import write_json
 from lco_lite.grading import Item
 from lco_lite.models.chat import ChatFormat
+from lco_lite.models.fingerprint import known_by
 from lco_lite.models.language_model import Role
 from lco_lite.models.loading import open_tokenizer
 from lco_lite.objectives.logprobs import token_logprobs
@@ -55,12 +56,16 @@ class HeldOut(Task):
         return self._items[split]
 
     def scored_by(self, settings: Eval) -> dict[str, Any]:
-        """The functions with a digest of their files: an edited one makes another score of the same responses."""
+        """The functions with digests of their files and of the columns that they read, and the classifier with what is
+        in its folder: an edited one makes another score of the same responses."""
         assert self.recipe is not None, "held_out_task makes it"
         rl = self.recipe.rl
         functions = {name: [spec, file_digest(spec)] for name, spec in rl.reward_functions.items()}
         weights_of = {name: part.weight for name, part in rl.reward_parts.items()}
-        return {"functions": functions, "classifier": rl.reward_classifier, "weights": weights_of}
+        rested_on = {"rows": rows_digest(self.items("test"))} if functions else {}
+        if rl.reward_classifier is not None:
+            rested_on["classifier"] = known_by(rl.reward_classifier)
+        return {"functions": functions, "weights": weights_of} | rested_on
 
     def aggregate(self, rows: list[dict[str, Any]], settings: Eval, folder: Path, console: Console) -> dict[str, Any]:
         """``reward``, of several the mean by weight of those that apply, and then each by its name."""
@@ -113,7 +118,8 @@ def likelihoods(ctx: Context, stage: str) -> dict[str, Any]:
         return {}
     file = ctx.run.eval_path(LIKELIHOODS, stage)
     digest = hashlib.sha256(json.dumps([repr(row) for row in (*shown, *pairs)]).encode()).hexdigest()[:16]
-    asked = {"made_by": made_by(ctx, stage), "items": digest}
+    template_args = json.dumps(recipe.chat.template_args, default=str)
+    asked = {"made_by": made_by(ctx, stage), "items": digest, "template_args": template_args}
     known = ranks.from_main(read_score(file, LikelihoodsKept) if file.exists() else {})
     if known.get("settings") == asked:
         return dict(known)

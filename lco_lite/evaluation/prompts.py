@@ -139,7 +139,8 @@ def score_settings(ctx: Context, task: Task, stage: str, prompts: Sequence[Promp
         | {
             "made_by": made_by(ctx, stage),
             "seed": ctx.recipe.seed,
-            "sampling": settings.model_dump(exclude=apart),
+            "sampling": settings.model_dump(exclude=apart)
+            | {"max_new_tokens": settings.max_new_tokens or task.max_new_tokens},
             "protocol": prompt_settings(ctx.recipe, task),
             "items": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
         }
@@ -164,14 +165,20 @@ def prompt_settings(recipe: Recipe, task: Task) -> dict[str, Any]:
 
 
 def grader_of(task: Task) -> dict[str, Any]:
-    """The name of what grades; for mathematics its settings and math-verify's version; for a function of the user's a
-    digest of its file, since an edited grader makes another score."""
+    """The name of what grades; for mathematics its settings and math-verify's version; for a function of the user's
+    digests of its file and of the items' columns, which it may read: another score where one is edited."""
     grader: Any = task.grader or task.aggregate
     if isinstance(grader, UsersGrader):
-        return {"name": grader.spec, "file": file_digest(grader.spec)}
+        return {"name": grader.spec, "file": file_digest(grader.spec), "rows": rows_digest(task.items("test"))}
     if isinstance(grader, MathGrader):
         return {"name": "math", **asdict(grader), "math_verify": importlib.metadata.version("math-verify")}
     return {"name": f"{grader.__module__}.{grader.__qualname__}"}
+
+
+def rows_digest(items: Sequence[Item]) -> str:
+    """Of all columns of the items."""
+    lines = [json.dumps(item.row, sort_keys=True, default=repr) for item in items]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def made_by(ctx: Context, stage: str) -> str:

@@ -37,6 +37,11 @@ def fingerprint(model: Path) -> str:
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
+def known_by(path: str) -> str:
+    """A model of others by its name and, where it lies on this machine, by what is in it too."""
+    return f"{path} {fingerprint(Path(path))[:16]}" if is_there(Path(path)) else path
+
+
 def _content(file: Path) -> str:
     """sha256 of a file, or of a sample of it where it is weights and large."""
     try:

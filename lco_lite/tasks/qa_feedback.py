@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lco_lite.console import Console
 from lco_lite.errors import DataError, UsageError, naming
 from lco_lite.files import write_text
+from lco_lite.models.fingerprint import known_by
 from lco_lite.recipe import Eval
 from lco_lite.tasks.base import FOLDER, Problem, Rows, Task, first_file, read_rows, text
 
@@ -45,7 +46,8 @@ class QaFeedback(Task):
                 classifier_config(getattr(settings.reward_models, name), ("token", "sequence"))
 
     def scored_by(self, settings: Eval) -> dict[str, Any]:
-        return {"reward_models": settings.reward_models.model_dump()}
+        named = settings.reward_models.model_dump()
+        return {"reward_models": {name: path and known_by(path) for name, path in named.items()}}
 
     def aggregate(self, rows: list[dict[str, Any]], settings: Eval, folder: Path, console: Console) -> dict[str, Any]:
         """``reward``, the mean of the three; each of them, a number an answer; and of token classifiers the share of

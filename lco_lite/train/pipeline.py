@@ -7,13 +7,22 @@ from functools import partial
 from lco_lite import ranks
 from lco_lite.checkpoint import capture_rng, newest_good, restore_rng, seed_rng
 from lco_lite.context import Context
-from lco_lite.data.prompts import held_out_prompts, makes_split, open_task, recipe_task, rl_prompts, trained_on
-from lco_lite.errors import DataError, Diverged, UsageError, WeightsLost
+from lco_lite.data.prompts import (
+    held_out_lines,
+    held_out_prompts,
+    makes_split,
+    open_task,
+    recipe_task,
+    rl_prompts,
+    same_held_out,
+    trained_on,
+)
+from lco_lite.errors import Diverged, UsageError, WeightsLost
 from lco_lite.evaluation.evaluate import score_all
 from lco_lite.evaluation.held_out import HELD_OUT
 from lco_lite.evaluation.prompts import score_name
 from lco_lite.feedback.rewards import columns_of, try_functions
-from lco_lite.files import is_there, json_text, read_text, write_text
+from lco_lite.files import write_text
 from lco_lite.recipe import Recipe
 from lco_lite.run import Input, Run, StageFolder, as_started, section, stage_settings, verb
 from lco_lite.sequences import derive
@@ -82,32 +91,15 @@ def check_own_data(ctx: Context, recipe: Recipe) -> None:
     """Before anything is trained: which prompts are held out, where the recipe draws them, said and kept in the run;
     and each reward function called once on a real prompt. Raises UsageError where a run would go on with others held
     out, and for what is wrong with a function; DataError where it is not known what the run holds out."""
-    task, file = recipe_task(recipe), ctx.run.path / "held_out.jsonl"
+    task = recipe_task(recipe)
     if makes_split(recipe, task):
-        held = sorted(held_out_prompts(recipe, task))
-        lines = "".join(json_text({"prompt": prompt}) + "\n" for prompt in held)
+        same_held_out(ctx.run, recipe, task)
         if not any(stage.started() for stage in ctx.run.stages()):
-            write_text(file, lines)
-        elif (kept := read_text(file) if is_there(file) else None) != lines and _says_the_same_of_data(ctx.run, recipe):
-            if kept is None:
-                raise DataError(
-                    f"{file}: is missing, which has the prompts that this run holds out. Put it back, start again with "
-                    f"`{verb(recipe.stages[0])} --fresh`, or start a new run with --name NAME"
-                )
-            raise UsageError(
-                f"{file}: other prompts are held out than when the run began, for its data have changed. Go back to "
-                "them, or start a new run with --name NAME"
-            )
+            write_text(ctx.run.path / "held_out.jsonl", held_out_lines(recipe, task))
         for line in told_of_split(recipe, task):
             ctx.console.note(line)
     for line in tried_rewards(recipe, task):
         ctx.console.note(line)
-
-
-def _says_the_same_of_data(run: Run, recipe: Recipe) -> bool:
-    """Whether the run's recipe is this one in what a split rests on; where it is not, its stages say so."""
-    kept = run.recipe()
-    return (kept.seed, kept.task, kept.data) == (recipe.seed, recipe.task, recipe.data)
 
 
 def told_of_split(recipe: Recipe, task: Task | None) -> list[str]:

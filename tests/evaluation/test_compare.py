@@ -346,6 +346,18 @@ def test_scores_that_cannot_be_set_against_each_other_are_refused(tmp_path, writ
     assert both.exit_code == 2 and "leave out" in both.stderr
 
 
+def test_scores_of_other_prompts_are_refused_where_no_gold_answer_tells_them_apart(tmp_path, write):
+    settings = {"made_by": "x", "sampling": {"temperature": 0.6}, "items": "d", "protocol": {"template": "{problem}"}}
+    for stage, digest, prompt in (("sft", "d", "a"), ("rl-kld", "e", "b"), ("rl-lch", "f", "a")):
+        write(stage, [[True, True]], settings=settings | {"items": digest, "made_by": stage})
+        file = tmp_path / "run" / "eval" / f"arithmetic--{stage}.rows.jsonl"
+        rows = [json.loads(line) | {"prompt": prompt, "gold": ""} for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare(tmp_path, "--compare", "sft", "rl-lch").exit_code == 0
+    told = compare(tmp_path, "--compare", "sft", "rl-kld")
+    assert told.exit_code == 2 and "they are not the same" in told.stderr
+
+
 def test_scores_that_were_really_made_can_be_compared(tiny):
     runs = tiny.parent / "runs"
     assert call("sft", tiny, "--runs", runs, "-q").exit_code == 0

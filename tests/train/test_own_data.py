@@ -125,6 +125,40 @@ def test_a_run_does_not_go_on_with_other_prompts_held_out(folder):
     assert "data.held_out: 0.2 → 0.3" in call("rl", "own.yaml", "-s", "data.held_out=0.3", status=2).stderr
 
 
+def test_no_score_is_taken_on_prompts_that_were_trained_on(folder):
+    """A row less, or another file, and the same share draws others, trained ones among them."""
+    call("sft", "own.yaml")
+    whole = Path("rows.jsonl").read_text()
+    held = {row["prompt"] for row in read_jsonl("runs/own/held_out.jsonl")}
+    first = next(i for i, row in enumerate(read_jsonl("rows.jsonl")) if row["prompt"].casefold() in held)
+    Path("rows.jsonl").write_text("".join(line for i, line in enumerate(whole.splitlines(True)) if i != first))
+    assert "other prompts are held out than" in call("eval", "held_out", status=2).stderr
+    Path("rows.jsonl").write_text(whole)
+    Path("other.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}.", "n": i}) + "\n" for i in range(10, 30)))
+    other = ("-s", "data.prompts=other.jsonl")
+    assert "other prompts are held out than" in call("rl", "own.yaml", *other, status=2).stderr
+    assert "other prompts are held out than" in call("eval", "held_out", *other, status=2).stderr
+    call("eval", "held_out", "--limit", "2")
+
+
+def test_the_objective_does_not_change_what_is_held_out(folder):
+    rows = [{"prompt": f"Other {i}.", "chosen": "yes", "rejected": "no"} for i in range(20)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = load_recipe(Path("own.yaml"), ["data.preferences=pairs.jsonl"])
+    other = load_recipe(Path("own.yaml"), ["data.preferences=pairs.jsonl", "rl.objective=grpo", "rl.feedback=function"])
+    assert not other.rl.needs_reward_model and held_out_prompts(other, None) == held_out_prompts(recipe, None)
+
+
+def test_a_score_knows_how_long_its_responses_may_be_and_which_columns_a_function_read(folder):
+    call("sft", "own.yaml")
+    evaluate = ("eval", "held_out", "-s", "eval.max_new_tokens=null")
+    call(*evaluate)
+    assert "has been scored already" in call(*evaluate).output
+    assert "has been scored already" not in call(*evaluate, "-s", "rl.max_new_tokens=9").output
+    Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace('"n": ', '"n": 1'))
+    assert "only the scores are made anew" in call(*evaluate, "-s", "rl.max_new_tokens=9").output
+
+
 def test_a_run_does_not_go_on_where_it_is_not_known_what_it_holds_out(folder):
     call("sft", "own.yaml")
     file = Path("runs/own/held_out.jsonl")
