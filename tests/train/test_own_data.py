@@ -134,7 +134,7 @@ def test_no_score_is_taken_on_prompts_that_were_trained_on(folder):
     Path("rows.jsonl").write_text("".join(line for i, line in enumerate(whole.splitlines(True)) if i != first))
     assert "other prompts are held out than" in call("eval", "held_out", status=2).stderr
     Path("rows.jsonl").write_text(whole)
-    Path("other.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}.", "n": i}) + "\n" for i in range(10, 30)))
+    Path("other.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}.", "n": i}) + "\n" for i in range(5, 40)))
     other = ("-s", "data.prompts=other.jsonl")
     assert "other prompts are held out than" in call("rl", "own.yaml", *other, status=2).stderr
     assert "other prompts are held out than" in call("eval", "held_out", *other, status=2).stderr
