@@ -452,17 +452,29 @@ class Run:
 
     @ranks.once
     def discard_from(self, stage: str) -> list[str]:
-        """Deletes ``stage``, the stages built on it, their scores and the bases made for them in the run; returns the
-        names of the stages deleted: sft takes everything with it, rm every rl-*, an rl-* only itself."""
-        present = {begun.name for begun in self.stages()} | {stage}
-        doomed = [name for name in sorted(present, key=_order) if name == stage or _order(stage)[0] < _order(name)[0]]
-        for name in reversed(doomed):  # killed half-way, what is left still stands on what it was built on
+        """Deletes ``stage``, the stages built on it, their scores and, where no other stage is left that may read them,
+        the bases made for them in the run; returns the names of the stages deleted. One that does not tell what it was
+        built on goes with all that come before it."""
+        present, doomed = sorted({begun.name for begun in self.stages()} | {stage}, key=_order), list[str]()
+        for name in present:
+            if name == stage or (_order(stage)[0] < _order(name)[0] and self._rests_on(name, doomed)):
+                doomed.append(name)
+        of_phi = ["optimal"] if "rm" in doomed else []  # decoded from the start and φ
+        for name in [*of_phi, *reversed(doomed)]:  # killed half-way, what is left still stands on what it was built on
             for score in sorted(f for end in (".", "@") for f in (self.path / "eval").glob(f"*--{name}{end}*")):
                 remove(score)
             remove(self.path / name)
-        for name in {"sft": ("base", "base-rm"), "rm": ("base-rm",)}.get(stage, ()):
-            remove(self.path / name)
+        if not any(_order(stage)[0] < _order(begun.name)[0] for begun in self.stages()):
+            for name in {"sft": ("base", "base-rm"), "rm": ("base-rm",)}.get(stage, ()):
+                remove(self.path / name)
         return doomed
+
+    def _rests_on(self, name: str, stages: Collection[str]) -> bool:
+        stage = self.stage(name)
+        try:
+            return not is_there(stage.path / "stage.json") or any(one in stage.upstream() for one in stages)
+        except UsageError:  # damaged
+            return True
 
 
 def no_run(name: str, root: Path, remedy: str = "") -> UsageError:
@@ -560,7 +572,7 @@ def decides(recipe: Recipe, stage: str, key: str) -> bool:
         raise UsageError(f"no stage {stage!r}: sft, rm or rl-OBJECTIVE")
     roots = _RM if stage == "rm" or (stage != "sft" and recipe.rl.needs_reward_model) else _SFT
     if stage == "rm" and recipe.data.preferences == "sampled":
-        roots = [*roots, "rollout"]
+        roots = [*roots, "rollout", "rl.evaluated"]
     if stage.startswith("rl-"):
         judge = ["reward_model"] if recipe.rl.dense == "logprob" else []  # its base is φ
         roots = [*roots, *judge, "data.prompts", "data.columns.prompts", "rollout", "rl"]

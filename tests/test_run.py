@@ -35,8 +35,10 @@ def under_way(run: Run, stage: str, *steps: int, **given: dict[str, str]):
 
 
 def finished(run: Run, *stages: str) -> None:
-    for stage in stages:
-        write_json(started(run, stage).adapter / "adapter_config.json", {})
+    """These, each built on those of sft and rm that stand before it."""
+    for i, stage in enumerate(stages):
+        upstream = {name: run.stage(name).id() for name in stages[:i] if name in ("sft", "rm")}
+        write_json(started(run, stage, upstream).adapter / "adapter_config.json", {})
         run.stage(stage).finish({})
         write_json(run.eval_path("math500", stage), {})
         write_json(run.eval_path("math500", stage).with_suffix(".jsonl"), {})
@@ -322,6 +324,19 @@ def test_starting_a_stage_again_discards_it_with_what_was_built_on_it_and_their_
         f"math500--{stage}.json" for stage in ["base", *left]
     )
     assert len(list((run.path / "eval").glob("*.jsonl"))) == len(left)
+
+
+def test_a_stage_that_does_not_rest_on_what_starts_again_stays_with_its_scores_and_base(run):
+    finished(run, "sft", "rl-grpo")
+    finished(run, "rm")
+    write_json(started(run, "rl-kld", {"sft": "a", "rm": "b"}).adapter / "adapter_config.json", {})
+    write_json(run.eval_path("math500", "optimal"), {})
+    write_json(run.path / "base-rm" / "config.json", {})
+    assert run.discard_from("rm") == ["rm", "rl-kld"]
+    assert [s.name for s in run.stages()] == ["sft", "rl-grpo"] and (run.path / "base-rm").exists()
+    assert {p.name for p in (run.path / "eval").glob("*.json")} == {"math500--sft.json", "math500--rl-grpo.json"}
+    (run.path / "rl-grpo" / "stage.json").write_text("{")
+    assert run.discard_from("sft") == ["sft", "rl-grpo"]
 
 
 def test_bases_made_into_the_run_go_with_the_first_stage_that_reads_them(run):

@@ -23,6 +23,7 @@ from lco_lite.evaluation.summary import Graded, read_rows, read_score
 from lco_lite.recipe.file import flat
 from lco_lite.run import Run, differences
 from lco_lite.tasks import load_task
+from lco_lite.weights import policy_id
 
 RESAMPLES = 10_000
 FEW = 30  # items; of fewer a bootstrap draws too narrow an interval: of 8 by about a quarter
@@ -55,7 +56,10 @@ def compare_scores(
         tasks = [(Run(runs / name) if name else Run.newest(runs)).recipe().task or HELD_OUT]
     results = {}
     for task in tasks:
-        a, b = ([find(runs, name, task, one.strip(), scoring, grader) for one in which.split(",")] for which in pair)
+        a, b = (
+            [find(runs, name, task, one.strip(), scoring, grader, console) for one in which.split(",")]
+            for which in pair
+        )
         results[task], warnings = compare(a, b)
         for line in warnings:
             console.warn(f"{task}: {line}")
@@ -65,8 +69,11 @@ def compare_scores(
         show(console, task, result)
 
 
-def find(runs: Path, name: str | None, task: str, which: str, scoring: str, grader: str | None = None) -> Score:
-    """The score of STAGE or RUN/STAGE. UsageError with the command that makes it where it is not there."""
+def find(
+    runs: Path, name: str | None, task: str, which: str, scoring: str, grader: str | None, console: Console
+) -> Score:
+    """The score of STAGE or RUN/STAGE. UsageError with the command that makes it where it is not there; one of weights
+    that are no more is told."""
     run_name, _, stage = which.rpartition("/")
     run_name = run_name or name or Run.newest(runs).name
     run = Run(runs / run_name)
@@ -76,15 +83,33 @@ def find(runs: Path, name: str | None, task: str, which: str, scoring: str, grad
         raise UsageError(f"--compare {which}: a stage of the run, or RUN/STAGE; no run {run_name!r} is in {runs}/")
     file = run.eval_path(score_name(HELD_OUT if task == HELD_OUT else load_task(task).name, scoring, grader), stage)
     responses = file.with_suffix(".rows.jsonl")
+    flags = f"--policy {stage}" if run.has_recipe() else "--model MODEL"
+    flags += " --scoring likelihood" if scoring == "likelihood" else f" --grader {grader}" if grader else ""
+    flags += f" --name {run_name}" + ("" if str(runs) == "runs" else f" --runs {runs}")
     if not file.exists() or not responses.exists():
-        flags = f"--policy {stage}" if run.has_recipe() else "--model MODEL"
-        flags += " --scoring likelihood" if scoring == "likelihood" else f" --grader {grader}" if grader else ""
-        flags += f" --name {run_name}" + ("" if str(runs) == "runs" else f" --runs {runs}")
         raise UsageError(
             f"run {run_name} has no score of {stage} on {task} yet; this makes it:\n  lco-lite eval {task} {flags}"
         )
     result = read_score(file)
+    if not _is_of(run, stage, result):
+        console.warn(
+            f"{which}: {file} is a score of other weights than {stage} has now, since it was trained on; this makes it "
+            f"anew: lco-lite eval {task} {flags}"
+        )
     return Score(which, result, read_rows(file, result))
+
+
+def _is_of(run: Run, stage: str, result: Mapping[str, Any]) -> bool:
+    """Whether a score is of what the stage has now; of the base, and where the stage is gone, nobody can tell."""
+    made_by = result["settings"]["made_by"]
+    name = "rm" if stage == "optimal" else stage
+    if stage == "base" or not run.stage(name.partition("@")[0]).path.is_dir():
+        return True
+    try:
+        now = policy_id(run, name)
+    except UsageError:  # it is being trained on
+        return False
+    return bool(made_by.startswith(f"rm {now},") if stage == "optimal" else made_by == now)
 
 
 def compare(a: Sequence[Score], b: Sequence[Score]) -> tuple[dict[str, Any], list[str]]:

@@ -6,6 +6,8 @@ mistake may be sound in itself. φ_DPO is then scored as a policy on held-out it
 that it will teach, its advantage points the wrong way.
 """
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lco_lite import ranks, weights
+from lco_lite.console import Console
 from lco_lite.context import Context, InterruptGuard
 from lco_lite.data.prompts import (
     Pair,
@@ -212,7 +215,7 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
     total = len(asked) * rm.samples_per_prompt
     ids = [ids for _, ids in asked for _ in range(rm.samples_per_prompt)]
     ctx.begins()
-    kept = JsonLines(made_of)
+    kept = kept_of(ids, sampling, made_of, ctx.console)
     ctx.console.stage(
         "train-rm", f"sampling {rm.samples_per_prompt} responses to each of {len(asked)} prompts for pairs"
     )
@@ -236,6 +239,20 @@ def sampled_pairs(ctx: Context, stage: StageFolder, start: Role, chat: ChatForma
     ranks.once(save_pairs)(file, pairs, chat)
     ranks.once(remove)(made_of)
     return pairs
+
+
+def kept_of(ids: Sequence[list[int]], sampling: Sampling, file: Path, console: Console) -> JsonLines:
+    """The responses to these prompts that are in ``file``; of others, or of another length, none: they are deleted.
+    Version 0.5.0 and earlier did not note which they are."""
+    of = json.dumps([ids, sampling.max_new_tokens, sampling.temperature, sampling.top_p])
+    kept, header = JsonLines(file), {"asked": hashlib.sha256(of.encode()).hexdigest()}
+    if kept.rows and "asked" in kept.rows[0] and kept.rows[0] != header:
+        console.warn(f"{file}: holds responses to other prompts, or of another length: they are sampled anew")
+        ranks.once(remove)(file)
+        kept = JsonLines(file)
+    if not kept.rows:
+        kept.append(header)
+    return kept
 
 
 def pair_up(

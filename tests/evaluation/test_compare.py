@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lco_lite.evaluation.compare import paired_bootstrap, welch
 from lco_lite.files import sha256
+from lco_lite.run import Run
 from tests.evaluation.eval_cases import call
 
 SEEDS = (0, 1)
@@ -344,6 +345,18 @@ def test_scores_that_cannot_be_set_against_each_other_are_refused(tmp_path, writ
     assert "not right or wrong, and its mean_length is not there item by item" in own
     both = compare(tmp_path, "--compare", "sft", "sft", "--policy", "sft")
     assert both.exit_code == 2 and "leave out" in both.stderr
+
+
+def test_a_score_of_weights_that_are_no_more_is_told(tmp_path, write):
+    write("sft", [[True, True]])
+    write("rl-kld", [[True, True]])
+    stage = Run(tmp_path / "run").stage("rl-kld")
+    stage.begin({"seed": 1}, {})
+    stage.finish({})
+    assert "a score of other weights than rl-kld has now" in compare(tmp_path, "--compare", "sft", "rl-kld").stderr
+    settings = {"made_by": stage.id(), "sampling": {"temperature": 0.6}, "protocol": {"few_shot": 0}, "items": "d"}
+    write("rl-kld", [[True, True]], settings=settings)
+    assert "other weights" not in compare(tmp_path, "--compare", "sft", "rl-kld").stderr
 
 
 def test_scores_of_other_prompts_are_refused_where_no_gold_answer_tells_them_apart(tmp_path, write):

@@ -133,6 +133,20 @@ def test_pairs_that_are_sampled_go_on_where_they_were(tiny, monkeypatch, capsys,
     assert not (cut.run.stage("rm").path / "responses.jsonl").exists()
 
 
+def test_responses_for_pairs_are_not_taken_for_other_prompts_or_of_another_length(tiny, monkeypatch, capsys):
+    sets = ("rl.rollout_batch=4", "train_rm.check_items=0")
+    whole = run_stage(tiny, "rm", *sets, "rl.max_new_tokens=10", name="whole")
+    run_stage(tiny, "sft", name="cut")
+    with monkeypatch.context() as patch:
+        stop_in_call(patch, HFEngine, "_generate_batch", 4, "killed")
+        with pytest.raises(Killed):
+            run_stage(tiny, "rm", *sets, name="cut")
+    cut = run_stage(tiny, "rm", *sets, "rl.max_new_tokens=10", name="cut")
+    assert "or of another length: they are sampled anew" in " ".join(capsys.readouterr().err.split())
+    pairs = [(run.run.stage("rm").path / "pairs.jsonl").read_text() for run in (whole, cut)]
+    assert pairs[0] == pairs[1]
+
+
 def test_of_a_response_that_was_cut_the_grade_decides_alike_in_rewards_scores_and_pairs(tiny):
     """Right but cut: rewarded as right, right in a score, and in pairs neither chosen nor rejected."""
     with start(tiny, "rl.objective=grpo", "train_rm.samples_per_prompt=4", "train_rm.pairs_per_prompt=4") as ctx:
