@@ -258,12 +258,26 @@ def _tests(
                 row["warnings"] = warned
             except UsageError as e:
                 row["warnings"] = [str(e).removeprefix("--compare: ")]
+                if any(len(set(of_seed)) > 1 for of_seed in _items_by_seed(of, methods, (a, b)).values()):
+                    row["seeds"] = None  # means over other items are no pairs
             tests.append(row)
     return tests
 
 
 def _as_score(score: Row) -> Score:
     return Score(f"{score['run']}/{score['result']['stage']}", score["result"], score["responses"])
+
+
+def _items_by_seed(
+    of: Mapping[int, Sequence[Row]], methods: Sequence[Compared], pair: Sequence[int]
+) -> dict[int, list[tuple[int, str]]]:
+    """Seed -> how many items each side was scored on, and their digest."""
+    found: dict[int, list[tuple[int, str]]] = {}
+    for m in pair:
+        for score in of[m]:
+            if (seed := methods[m].of[score["run"]]) is not None:
+                found.setdefault(seed, []).append((score["result"]["n"], score["result"]["settings"]["items"]))
+    return found
 
 
 def _by_seed(scores: Sequence[Row], method: Compared) -> dict[int, float]:

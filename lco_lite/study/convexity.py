@@ -36,7 +36,7 @@ from torch import Tensor
 from lco_lite.context import Context
 from lco_lite.objectives import reference
 from lco_lite.recipe import Rl
-from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, Verdict
+from lco_lite.study.base import FEWEST, Cell, Claim, Findings, Plot, Results, Row, Study, Table, Verdict
 from lco_lite.study.dynamics import batches_by_sign, open_models
 from lco_lite.train import rl as training
 from lco_lite.train.methods import MicroBatch, Models, score
@@ -211,8 +211,8 @@ def _all(rows: Sequence[Row], name: str, number: str) -> list[float]:
 
 
 def _claim(name: str, says: str, threshold: str, holds: bool, why: str, rows: Sequence[Row]) -> Claim:
-    if not rows:
-        return Claim(name, says, threshold, "unclear", "Not measured yet.")
+    if len(rows) < FEWEST:
+        return Claim(name, says, threshold, "unclear", f"{why}, n = {len(rows)}." if rows else "Not measured yet.")
     verdict: Verdict = "reproduced" if holds else "not reproduced"
     return Claim(name, says, threshold, verdict, f"{why}, n = {len(rows)}.")
 

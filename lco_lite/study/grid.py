@@ -28,7 +28,7 @@ from lco_lite.context import InterruptGuard
 from lco_lite.errors import Interrupted, LcoError
 from lco_lite.files import is_there, sha256, write_json
 from lco_lite.progress import clock_time
-from lco_lite.recipe.file import find_recipe, load_recipe
+from lco_lite.recipe.file import find_recipe, flat, load_recipe
 from lco_lite.run import stage_settings
 from lco_lite.study.base import TUNING_SEED, Cell, Results, Row, Study, read_row
 from lco_lite.workers import Keeper, environment, python
@@ -96,9 +96,9 @@ class Grid:
         settings |= {"eval": recipe.eval.model_dump(mode="json"), "options": dict(cell.options)}
         if cell.work == "train":
             settings |= {"eval_every": recipe.rl.eval_every, "eval_items": recipe.rl.eval_items}
-        if files := _sums(settings):
+        if files := _sums(flat(settings)):
             settings["files"] = files
-        del settings["seed"]
+        settings.pop("seed", None)  # a run without a stage before rl has none there
         what = {"start": "start", "train": recipe.rl.stage}.get(
             cell.work, cell.work.rpartition(".")[2].partition(":")[0]
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lco_lite.study.base import Cell, Claim, Findings, Plot, Results, Row, Study, Table, Verdict, against, seen
+from lco_lite.study.base import FEWEST, Cell, Claim, Findings, Plot, Results, Row, Study, Table, Verdict, against, seen
 from lco_lite.study.methods import METHODS
 from lco_lite.study.statistics import mean_std
 from lco_lite.study.tuned import curve, failures, tiered
@@ -86,7 +86,7 @@ def _entropy(results: Results, name: str) -> Claim:
     kept = results.by_seed(name, entropy_kept)
     low, high = SANE
     verdict: Verdict = "unclear"
-    if kept:
+    if len(kept) >= FEWEST:
         verdict = "reproduced" if all(low <= value <= high for value in kept.values()) else "not reproduced"
     return Claim(
         f"C2, entropy of {name}",

@@ -89,14 +89,20 @@ def equal(sets: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 
     each = Rl.model_validate({"objective": sets["rl.objective"]}).responses_per_prompt
     responses = recipe.rl.prompts_per_step * recipe.rl.responses_per_prompt
-    usual = {"rl.prompts_per_step": responses // each, "rl.inner_epochs": recipe.rl.inner_epochs}
+    usual = {"rl.prompts_per_step": responses // each, "rl.responses_per_prompt": each}
+    usual["rl.inner_epochs"] = recipe.rl.inner_epochs
     return usual | dict(sets)
 
 
 def taught_by(results: Results) -> dict[int, float]:
     """Seed -> the score of φ_DPO itself, where a seed's start has one; not of the seed that rates are chosen on."""
-    scored = {row["seed"]: one["mean"] for row in results.rows for one in row.get("start", {}).get("rm", {}).values()}
-    return {seed: mean for seed, mean in scored.items() if seed != TUNING_SEED}
+    scored = dict[int, float]()
+    for row in results.rows:
+        of_task = row.get("start", {}).get("rm", {})
+        own = [name for name in of_task if row["tasks"][name]["before"] == row["before"]]  # of several tasks
+        if own and row["seed"] != TUNING_SEED:
+            scored[row["seed"]] = of_task[own[0]]["mean"]
+    return scored
 
 
 def rates_tried(results: Results) -> Table:

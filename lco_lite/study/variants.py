@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lco_lite.study.base import Cell, Claim, Findings, Results, Study, Table, Verdict, judged, told
+from lco_lite.study.base import FEWEST, Cell, Claim, Findings, Results, Study, Table, Verdict, judged, told
 from lco_lite.study.feedback import SPARSE_RATES
 from lco_lite.study.methods import METHODS
 from lco_lite.study.statistics import mean_std
@@ -87,7 +87,7 @@ def _matters(results: Results, a: str, b: str) -> Claim:
     """Reproduced: it matters. Not reproduced: the interval lies within ``SMALL`` of 0."""
     found = results.difference(a, b)
     verdict: Verdict = "unclear"
-    if found is not None:
+    if found is not None and found.n >= FEWEST:
         if judged(found) != "unclear":
             verdict = "reproduced"
         elif found.low > -SMALL and found.high < SMALL:

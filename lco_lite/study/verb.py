@@ -54,6 +54,8 @@ def run_study(
     sets = [*(study.usual if recipe is None else ()), *sets]
     folder = out or runs / "studies" / name
     grid = Grid(study, recipe, sets, runs, console, known_rows(folder))
+    if grid.recipe.task is None:
+        raise UsageError(f"{grid.path}: names no task: what a study compares are scores on the held-out items of one")
     numbers = range(TUNING_SEED + 1, TUNING_SEED + 1 + (seeds or study.seeds))
     cores = (os.cpu_count() or 1) if resolve_device(grid.recipe.device).type == "cpu" else 1  # one run has the GPU
     at_once = jobs or max(1, min(2, cores // (grid.recipe.threads or 1)))

@@ -9,6 +9,8 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
+from lco_lite.models.loading import build_scratch
+from lco_lite.recipe.sections import Init
 from lco_lite.study.verb import STUDIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,3 +55,15 @@ def test_the_page_of_some_runs_tells_of_those_that_are_known_too(tmp_path):
     page = (tmp_path / "methods" / "README.md").read_text()
     assert re.search(r"^\| gkd \|.*\| 3 \|", page, re.M) and re.search(r"^\| kld mixed \|.*\| 3 \|", page, re.M)
     assert not (tmp_path / "studies").exists(), "nothing had to run"
+
+
+def test_a_recipe_without_a_task_and_one_without_a_stage_before_rl(tmp_path, tiny):
+    build_scratch(Init(hidden_size=32, layers=1, heads=2, intermediate_size=64), tmp_path / "m", 0)
+    sets = ["-s", "sft.enabled=false", "-s", "model.init=null", "-s", f"model.path={tmp_path / 'm'}"]
+    said = typed("methods", str(tiny), *sets, "--only", "grpo", "--dry-run")
+    assert "grpo, lr 0.0001: seeds 0; 0 of 1 done" in said
+    rows = tmp_path / "p.jsonl"
+    rows.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    sets += ["-s", "task=null", "-s", f"data.prompts={rows}", "-s", "rl.feedback=function", "-s", "rl.objective=grpo"]
+    said = typed("methods", str(tiny), *sets, "-s", "rl.reward_function=r.py:f", "--dry-run", code=2)
+    assert "tiny.yaml: names no task" in " ".join(said.split())

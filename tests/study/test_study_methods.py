@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 
 from lco_lite.recipe.file import find_recipe, load_recipe
-from lco_lite.study.base import TUNING_SEED, Results
+from lco_lite.study.base import FEWEST, TUNING_SEED, Results
 from lco_lite.study.efficiency import Efficiency
 from lco_lite.study.methods import GKD, GKD_TWICE, HALVED_FROM, METHODS, MIXED, TIERS, MethodsStudy
+from lco_lite.study.training import WholeRun
+from lco_lite.study.tuned import equal, taught_by
+from lco_lite.study.variants import AGAINST, Variants
 from lco_lite.study.verb import STUDIES, load_study
 
 
@@ -56,6 +59,41 @@ def test_all_methods_have_the_best_rate_that_was_tried_and_the_same_samples(reci
         assert cell.sets["rl.steps"] == 8 * method.phases
 
 
+def test_samples_are_equal_where_the_recipe_says_how_many_responses_a_prompt_has():
+    recipe = load_recipe(find_recipe("quickstart"), ["rl.prompts_per_step=80", "rl.responses_per_prompt=8"])
+    for method in METHODS.values():
+        sets = equal(method.sets, recipe)
+        rl = load_recipe(find_recipe("quickstart"), [], {**sets, "rl.lr": 1e-3}).rl
+        assert rl.prompts_per_step * rl.responses_per_prompt == 640, sets
+
+
+def test_of_several_tasks_phi_is_told_by_the_recipes_own():
+    tasks = {"arithmetic": {"before": {"mean": 0.3}}, "subtraction": {"before": {"mean": 0.2}}}
+    start = {"rm": {"arithmetic": {"mean": 0.9}, "subtraction": {"mean": 0.1}}}
+    assert taught_by(Results([row("kld", 1, 0.5, tasks=tasks, start=start)])) == {1: 0.9}
+
+
+def test_a_method_that_never_gets_there_on_some_seeds_is_not_told_by_the_others():
+    rows = [row("ppo", s, 0.4, curve=[(640, 0.3), (5120, 0.4)]) for s in (1, 2, 3, 4)]
+    rows += [row("kld", s, 0.5, curve=[(640, 0.3 if s == 4 else 0.5), (5120, 0.35)]) for s in (1, 2, 3, 4)]
+    claim = next(c for c in Efficiency().report(Results(rows)).claims if c.name == "C3, KLD")
+    assert claim.verdict == "unclear" and "and 1 that never reach it" in claim.why
+    claims = Efficiency().report(Results([r for r in rows if r["seed"] < 4])).claims
+    assert next(c for c in claims if c.name == "C3, KLD").verdict == "reproduced"
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_fewer_than_three_seeds_are_no_verdict_of_any_claim(n):
+    seeds = range(1, n + 1)
+    found = {"step": [1, 1, 1], "entropy": [1.0, 1.0, 1.0]}
+    of_kld = Results([row("kld", s, 0.5, updates=found) for s in seeds])
+    entropy = next(c for c in WholeRun().report(of_kld).claims if c.name == "C2, entropy of kld")
+    pair = next(iter(AGAINST.items()))
+    alike = [row(name, s, 0.5 + 0.001 * s, tasks={}, start={}) for name in pair for s in seeds]
+    verdicts = {claim.verdict for claim in Variants().report(Results(alike)).claims}
+    assert (entropy.verdict != "unclear") == ("not reproduced" in verdicts) == (n >= FEWEST)
+
+
 def test_a_rate_that_diverged_is_not_chosen(recipe):
     rows = [r | {"after": None, "failed": "nan"} if r["label"].endswith("lr 0.006") else r for r in tuned(recipe)]
     cells = [c for c in MethodsStudy().cells(recipe, [1], Results(rows)) if c.label == "kld"]
@@ -97,7 +135,7 @@ def test_samples_are_set_against_those_that_ppo_takes():
     rows += curves("lch", [(640, 0.6), (1280, 0.7)])
     claims = {claim.name: claim for claim in Efficiency().report(Results(rows)).claims}
     assert claims["C3, KLD"].verdict == "reproduced"
-    assert claims["C3, LCH"].verdict == "unclear" and claims["C3, LCH"].why == "Ratio –."  # it never gets there
+    assert claims["C3, LCH"].verdict == "unclear" and claims["C3, LCH"].why == "Ratio –, and 3 that never reach it."
 
 
 def test_a_report_of_nothing_leaves_every_claim_unclear():
