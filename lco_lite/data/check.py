@@ -12,14 +12,16 @@ from lco_lite.console import Console
 from lco_lite.data.overlap import EvaluationItems
 from lco_lite.data.prompts import (
     demonstrations,
+    held_out_prompts,
     longest_response,
     more_demonstrations,
     open_task,
     recipe_task,
     rl_prompts,
     system_text,
+    without_held_out,
 )
-from lco_lite.data.rows import read_demonstrations, read_preferences, read_prompts
+from lco_lite.data.rows import Demonstration, read_demonstrations, read_preferences, read_prompts
 from lco_lite.errors import DataError, ModelError
 from lco_lite.messages import Message
 from lco_lite.models.chat import ChatFormat
@@ -45,13 +47,14 @@ class Sample:
 @dataclass(frozen=True)
 class TrainingData:
     """Where rows come from and what they are used for. Training leaves out rows longer than ``window`` tokens;
-    ``room`` is what a response may take that is yet to be sampled."""
+    ``room`` is what a response may take that is yet to be sampled. ``held_out`` rows are not among ``samples``."""
 
     use: str
     name: str
     samples: Sequence[Sample]
     window: int
     room: int = 0
+    held_out: int = 0
 
 
 def check_data(recipe: Recipe, console: Console, json: bool) -> None:
@@ -81,31 +84,45 @@ def check_data(recipe: Recipe, console: Console, json: bool) -> None:
 
 
 def recipe_sources(recipe: Recipe, task: Task | None) -> list[TrainingData]:
-    """All rows of each file, in its order; of the task the items that each stage takes."""
+    """The rows of each file that the recipe does not hold out, in its order; of the task the items that each stage
+    takes. Raises DataError where all of a file are held out."""
     data, system, of_task = recipe.data, system_text(recipe, task), f"training items of {task.name}" if task else ""
-    sources = []
+    held, sources = held_out_prompts(recipe, task), []
     if recipe.sft.enabled:
         if data.demonstrations is None:
-            shown = demonstrations(recipe, task)
+            samples, n = [_shown(f"item {i}", d) for i, d in enumerate(demonstrations(recipe, task), 1)], 0
         else:
             shown = read_demonstrations(data.demonstrations, system, data.columns.demonstrations)
-            shown += more_demonstrations(recipe)
-        place = "row" if data.demonstrations else "item"
-        samples = [Sample(f"{place} {i}", d.messages, (d.response,)) for i, d in enumerate(shown, 1)]
+            samples = [_shown(f"row {i}", d) for i, d in enumerate(shown, 1)]
+            samples, n = _left(samples, held, data.demonstrations)
+            samples += [_shown(f"item {i}", d) for i, d in enumerate(more_demonstrations(recipe), 1)]
         name = ", ".join([data.demonstrations or of_task, *recipe.sft.more_tasks])
-        sources.append(TrainingData("demonstrations", name, samples, recipe.sft.max_length))
+        sources.append(TrainingData("demonstrations", name, samples, recipe.sft.max_length, held_out=n))
     if recipe.rl.needs_reward_model and data.preferences != "sampled":
         pairs = read_preferences(data.preferences, system, data.columns.preferences)
         samples = [Sample(f"pair {i}", p.messages, (p.chosen, p.rejected)) for i, p in enumerate(pairs, 1)]
-        sources.append(TrainingData("preferences", data.preferences, samples, recipe.train_rm.max_length))
+        samples, n = _left(samples, held, data.preferences)
+        sources.append(TrainingData("preferences", data.preferences, samples, recipe.train_rm.max_length, held_out=n))
     if data.prompts is None:
         asked = rl_prompts(recipe, task)
     else:
         asked = read_prompts(data.prompts, system, data.columns.prompts)
-    samples = [Sample(p.item.id if p.item else f"row {i}", p.messages) for i, p in enumerate(asked, 1)]
+    samples, n = [Sample(p.item.id if p.item else f"row {i}", p.messages) for i, p in enumerate(asked, 1)], 0
+    if data.prompts is not None:
+        samples, n = _left(samples, held, data.prompts)
     room = longest_response(recipe)
-    sources.append(TrainingData("prompts", data.prompts or of_task, samples, recipe.rl.max_length, room))
+    sources.append(TrainingData("prompts", data.prompts or of_task, samples, recipe.rl.max_length, room, n))
     return sources
+
+
+def _shown(at: str, d: Demonstration) -> Sample:
+    return Sample(at, d.messages, (d.response,))
+
+
+def _left(samples: list[Sample], held: frozenset[str], file: str) -> tuple[list[Sample], int]:
+    """Those that are not held out, and how many are."""
+    left = without_held_out(samples, held, file)
+    return left, len(samples) - len(left)
 
 
 def report(source: TrainingData, chat: ChatFormat | None) -> Report:
@@ -135,6 +152,7 @@ def report(source: TrainingData, chat: ChatFormat | None) -> Report:
         "use": source.use,
         "source": source.name,
         "rows": len(samples),
+        "held_out": source.held_out,
         "unit": "characters" if chat is None else "tokens",
         "prompt": lengths(prompts),
         "response": lengths([n for sizes in responses for n in sizes]) if any(responses) else None,
@@ -183,6 +201,8 @@ def show(console: Console, reports: Sequence[Report], overlaps: Sequence[Report]
         if r["over_window"] is not None:
             whole = "" if r["response"] else " with room for the response"
             console.note(f"  left out     {r['over_window']:,} longer than {r['window']:,} tokens{whole}")
+        if r["held_out"]:
+            console.note(f"  held out     {r['held_out']:,} rows more, on whose prompts nothing is trained")
         console.note(f"  duplicates   {r['duplicates']:,}")
         if r["use"] == "preferences":
             console.note(f"  no contrast  {r['same_pairs']:,} with chosen the same as rejected")

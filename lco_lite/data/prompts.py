@@ -14,7 +14,7 @@ from dataclasses import dataclass, is_dataclass
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from lco_lite.data.overlap import refuse_same
 from lco_lite.data.rows import (
@@ -28,6 +28,7 @@ from lco_lite.data.rows import (
 )
 from lco_lite.errors import DataError, UsageError
 from lco_lite.files import is_there, json_text, read_text
+from lco_lite.messages import Message
 from lco_lite.models.chat import ChatFormat
 from lco_lite.recipe import Recipe
 from lco_lite.recipe.sections import Columns
@@ -142,7 +143,25 @@ def held_out_rows(recipe: Recipe) -> dict[str, list[Any]]:
     return {name: [row for row in found if normalised(_last_turn(row)) in held] for name, found in rows.items()}
 
 
-def _last_turn(row: Demonstration | Preference | Prompt) -> str:
+class Asks(Protocol):
+    """What has a conversation up to the response, whatever else it has."""
+
+    @property
+    def messages(self) -> Sequence[Message]: ...
+
+
+Asking = TypeVar("Asking", bound=Asks)
+
+
+def without_held_out(rows: Sequence[Asking], held: frozenset[str], source: str) -> list[Asking]:
+    """The rows of ``source`` whose prompts are none of ``held``. Raises DataError where that leaves none."""
+    left = [row for row in rows if normalised(_last_turn(row)) not in held]
+    if not left:
+        raise DataError(f"{source}: all of its prompts are held out: set data.held_out to a smaller share")
+    return left
+
+
+def _last_turn(row: Asks) -> str:
     return row.messages[-1]["content"]
 
 
@@ -280,9 +299,7 @@ def _shuffled_rows(
     """Without those that the recipe holds out. Raises DataError where they are held-out items of the task."""
     rows, held = read(source, system_text(recipe, task), columns), held_out_prompts(recipe, task)
     if held:
-        rows = [row for row in rows if normalised(_last_turn(row)) not in held]
-        if not rows:
-            raise DataError(f"{source}: all of its prompts are held out: set data.held_out to a smaller share")
+        rows = without_held_out(rows, held, source)
     elif task is not None:
         refuse_same([row.messages[-1]["content"] for row in rows], task, recipe.data.allow_overlap, source)
     random.Random(derive(recipe.seed, "split")).shuffle(rows)

@@ -24,7 +24,7 @@ from lco_lite.errors import DataError
 from lco_lite.messages import Message, conversation, turns_of
 from lco_lite.recipe.sections import Columns
 from lco_lite.tables import load_rows, named_columns, names_in
-from lco_lite.tasks.base import Item
+from lco_lite.tasks.base import Item, normalised
 from lco_lite.tasks.qa_feedback import qa_prompt
 
 PROMPTS = ("prompt", "question", "problem", "instruction")
@@ -115,13 +115,14 @@ def _demonstration(row: Row, at: str) -> Demonstration:
 
 
 def _prompt(row: Row, at: str) -> Prompt:
-    """The conversation up to the response; an answer that the row has is left out."""
+    """The conversation up to the response; answers that the row ends with are left out."""
     turns = _conversation(row, at)
     if turns is not None:
-        asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-        if not asked:
-            raise DataError(f"{at}: a prompt ends with a user's turn, found an assistant's alone")
-        return Prompt(asked, row=row)
+        while turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+        if not turns:
+            raise DataError(f"{at}: a prompt ends with a user's turn, found the assistant's alone")
+        return Prompt(turns, row=row)
     for key in PROMPTS:
         value = row.get(key)
         if isinstance(value, str) and value.strip():
@@ -155,10 +156,7 @@ def _preference(row: Row, at: str) -> Preference:
     rejected = _response(row["rejected"], f"{at}, field rejected")
     shared = _shared_turns(row, at)
     if any(row.get(key) for key in (*PROMPTS, *CONVERSATIONS)):
-        asked = list(_prompt(row, at).messages)
-        if shared and shared[0]["role"] == "assistant":  # the turns after the prompt alone
-            return Preference(asked + shared, chosen, rejected)
-        return Preference(shared if asked[-1] in shared else asked, chosen, rejected)
+        return Preference(_joined(_prompt(row, at).messages, shared, at), chosen, rejected)
     if shared:
         return Preference(shared, chosen, rejected)
     raise DataError(f"{at}: no prompt: one of {', '.join(PROMPTS)}, conversations, or whole conversations in chosen")
@@ -176,6 +174,35 @@ def _shared_turns(row: Row, at: str) -> list[Message]:
             f"found {len(chosen)} and {len(rejected)} turns, of which the first {same} are the same"
         )
     return both[0][:-1] if both else []
+
+
+def _joined(prompt: Sequence[Message], shared: Sequence[Message], at: str) -> list[Message]:
+    """One conversation of a row's prompt and what chosen and rejected share: the longer of the two, after the prompt's
+    system message or else theirs. Raises DataError where turns would be lost. A question worded in two ways is the
+    prompt's."""
+    (system, asked), (theirs, shared) = _system_apart(prompt), _system_apart(shared)
+    system = system or theirs
+    if shared and shared[0]["role"] == "assistant":  # the turns after the prompt alone
+        return [*system, *asked, *shared]
+    if len(shared) <= 1 or _within(shared, asked):
+        return [*system, *(asked or shared)]
+    if _within(asked, shared):
+        return [*system, *shared]
+    raise DataError(
+        f"{at}: the prompt is to stand among the turns that chosen and rejected begin with, or to hold them; found "
+        f"{len(asked)} turns up to {asked[-1]['content']!r:.60}, and {len(shared)} up to {shared[-1]['content']!r:.60}"
+    )
+
+
+def _system_apart(turns: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    lead = list(takewhile(lambda turn: turn["role"] == "system", turns))
+    return lead, list(turns[len(lead) :])
+
+
+def _within(some: Sequence[Message], turns: Sequence[Message]) -> bool:
+    """Whether ``turns`` hold ``some`` in a row, but for case and spacing."""
+    part, whole = ([(turn["role"], normalised(turn["content"])) for turn in one] for one in (some, turns))
+    return any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1))
 
 
 def _preferences(row: Row, at: str) -> list[Preference]:

@@ -57,12 +57,13 @@ def picked(response: str, choices: Sequence[str]) -> str | None:
 
 
 def grade_choice(response: str, item: Item) -> Grade:
-    """``item.row`` has ``choices`` and ``answer``, as ``answer_index`` reads them; UsageError where it has not."""
+    """``item.row`` has ``choices``, texts or numbers, and ``answer``, as ``answer_index`` reads them; UsageError where
+    it has not."""
     if (index := answer_index(item)) is None:
         raise UsageError(
             f"grader choice: item {item.id} has no `choices` with an `answer` (letter or index) among them"
         )
-    letter = picked(response, item.row["choices"])
+    letter = picked(response, [str(choice) for choice in item.row["choices"]])
     if letter is None:
         return Grade(False, None, "no choice found")
     right = letter == LETTERS[index]

@@ -31,7 +31,8 @@ _BATCH = 32
 class SequenceClassifier:
     """Scores a response in its conversation, written in the classifier's own chat template where it has one.
 
-    With one label the score is its logit, with two the log-odds of the second. Longer texts lose their beginning.
+    With one label the score is its logit, with two the log-odds of the second. Texts longer than the tokenizer's limit
+    or the model's positions lose their beginning.
     """
 
     def __init__(self, path: str, device: torch.device) -> None:
@@ -44,7 +45,7 @@ class SequenceClassifier:
     def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> Tensor:
         """[N] scores, in fp32 on the CPU."""
         texts = [self._text(p, r) for p, r in zip(prompts, responses, strict=True)]
-        window = getattr(self.model.config, "max_position_embeddings", None) or 4096
+        window = _window(self.tokenizer, self.model.config)
         bare = self.tokenizer.chat_template is None
         scores = []
         for first in range(0, len(texts), _BATCH):

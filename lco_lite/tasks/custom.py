@@ -7,7 +7,8 @@ the grader ``choice``. Columns of other names are named in the recipe (``data.co
 ``custom:FILE.py:NAME`` grades by ``NAME(response, item)``, a bool or a ``Grade``.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from lco_lite.errors import DataError, UsageError
 from lco_lite.grading import Grade, Grader, Item
-from lco_lite.grading.choice import LETTERS, grade_choice
+from lco_lite.grading.choice import LETTERS, answer_index, grade_choice
 from lco_lite.grading.math import MathGrader
 from lco_lite.grading.string import grade_string
 from lco_lite.messages import Message, turns_of
@@ -110,11 +111,26 @@ def _read(row: Mapping[str, Any], by_letter: bool) -> Problem:
     asked, gold = turns[-1]["content"], answer_text(row)
     if "####" in gold:  # GSM8K's: the working, and the answer after it
         shown, gold = shown or gold, gold.rpartition("####")[2].strip()
+        row = {**row, "answer": gold} if by_letter else row
     if by_letter and "choices" not in row and gold in LETTERS[:-1]:  # the prompt has them
         row = {**row, "choices": list(LETTERS[: max(4, LETTERS.index(gold) + 1)])}
-    elif by_letter and not any(str(choice) in asked for choice in row.get("choices") or ()):
-        asked = f"{asked}\n{lettered(row['choices'])}"
+    elif by_letter:
+        listed = lettered(row["choices"])
+        asked = asked if _lists(asked, row["choices"]) else f"{asked}\n{listed}"
+    if by_letter:
+        if (index := answer_index(Item("", "", "", None, row))) is None:
+            raise ValueError(f"field answer is {row['answer']!r:.60}, not the letter or index of one of the choices")
+        gold = LETTERS[index]
     return Problem(asked, gold, shown, row=row, messages=[*turns[:-1], {"role": "user", "content": asked}])
+
+
+def _lists(asked: str, choices: Sequence[Any]) -> bool:
+    """Whether each choice stands in the prompt after its letter, as in ``A. red`` or ``(a) red``; one that begins with
+    its letter itself has that one."""
+    bare = [re.sub(rf"^\(?{letter}[).:]", "", str(one)) for letter, one in zip(LETTERS, choices, strict=False)]
+    words = [r"\s+".join(map(re.escape, text.split())) for text in bare]
+    lines = [rf"(?<!\w){letter}\W{{1,9}}{text}(?!\w)" for letter, text in zip(LETTERS, words, strict=False)]
+    return all(re.search(line, asked, re.IGNORECASE) for line in lines)
 
 
 def grade_exact(response: str, item: Item) -> Grade:

@@ -10,10 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from lco_lite.cli import app
-from lco_lite.data.check import Sample, TrainingData, lengths, report
+from lco_lite.data.check import Sample, TrainingData, lengths, recipe_sources, report
+from lco_lite.data.prompts import demonstrations, recipe_task
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.loading import byte_tokenizer
-from lco_lite.tasks import load_task
+from lco_lite.recipe.file import load_recipe
+from lco_lite.tasks import Own, load_task
 
 REAL = Path(os.environ.get("LCO_LITE_DATA", ""))
 real = pytest.mark.skipif(
@@ -92,6 +94,39 @@ def test_evaluation_items_in_a_training_file_are_told_by_row_and_refused_unless_
     assert allowed.exit_code == 0 and "allowed" in allowed.stdout
 
 
+@pytest.mark.parametrize("task", [True, False])
+def test_what_the_recipe_holds_out_is_left_out_and_counted_as_training_leaves_it_out(tiny, tmp_path, task):
+    rows = [{"prompt": f"{i} + 1?", "answer": i + 1} for i in range(40)]
+    shown = write(tmp_path / "shown.jsonl", [{"prompt": f" {r['prompt']}", "response": str(r["answer"])} for r in rows])
+    sets = ["-s", f"data.demonstrations={shown}", "-s", f"data.prompts={write(tmp_path / 'mine.jsonl', rows)}"]
+    if task:
+        sets += ["-s", "task=custom", "-s", f"data.task={tmp_path / 'mine.jsonl'}"]
+    else:
+        (rewards := tmp_path / "r.py").write_text("def f(response):\n    return 1.0\n")
+        function = f"rl={{feedback: function, objective: grpo, reward_function: '{rewards}:f'}}"
+        sets += ["-s", "task=null", "-s", function]
+    result = check(tiny, *sets)
+    assert result.exit_code == 0, result.stderr
+    assert "held out     4 rows more" in result.stdout
+    sources = found(tiny, *sets)["sources"]
+    assert [(s["use"], s["rows"], s["held_out"]) for s in sources] == [("demonstrations", 36, 4), ("prompts", 36, 4)]
+    recipe = load_recipe(tiny, sets[1::2])
+    trained = demonstrations(recipe, recipe_task(recipe))
+    source = recipe_sources(recipe, recipe_task(recipe))[0]
+    assert {s.responses[0] for s in source.samples} == {d.response for d in trained}
+    assert all(s.at == f"row {s.responses[0]}" for s in source.samples), "rows keep their places in the file"
+
+
+def test_a_file_of_held_out_prompts_alone_is_refused(tiny, tmp_path):
+    rows = [{"prompt": f"{i} + 1?", "answer": i + 1} for i in range(40)]
+    sets = ["-s", "task=custom", "-s", f"data.task={write(tmp_path / 'mine.jsonl', rows)}"]
+    held = load_task("custom", tmp_path / "mine.jsonl", Own(held_out=None)).items("test")
+    shown = write(tmp_path / "shown.jsonl", [{"prompt": item.prompt, "response": item.gold} for item in held])
+    result = check(tiny, *sets, "-s", f"data.demonstrations={shown}", "-s", "seed=0")
+    assert result.exit_code == 2
+    assert f"{shown}: all of its prompts are held out: set data.held_out to a smaller share" in result.stderr
+
+
 def test_evaluation_data_that_cannot_be_loaded_is_noted(tiny, monkeypatch):
     def offline(*args: object, **kw: object) -> None:
         raise ConnectionError("offline")
@@ -145,7 +180,7 @@ def test_mathematics_is_held_out_but_for_near_twins_which_its_recipe_allows_by_n
 def test_the_recipes_of_the_papers_other_domains_pass_on_real_data(tmp_path, recipe, sets, rows):
     byte_tokenizer(8_192).save_pretrained(tmp_path / "model")
     said = found(recipe, "-s", f"model.path={tmp_path / 'model'}", *(part for text in sets for part in ("-s", text)))
-    assert [source["rows"] for source in said["sources"]] == rows
+    assert [source["rows"] + source["held_out"] for source in said["sources"]] == rows
     assert all(overlap["allowed"] for overlap in said["overlaps"])
 
 

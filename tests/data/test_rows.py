@@ -111,6 +111,40 @@ def test_conversations_that_differ_in_the_last_turn_keep_all_turns_before_it(tmp
     assert read_preferences(write(tmp_path / "after.jsonl", [after])) == [found]
 
 
+def turns(*texts):
+    """Turns of user and assistant, after a system message where the first text is in brackets."""
+    lead = [{"role": "system", "content": texts[0]}] if texts[0].startswith("[") else []
+    roles = ("user", "assistant") * len(texts)
+    return lead + [{"role": r, "content": t} for r, t in zip(roles, texts[len(lead) :], strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "kept"),
+    [
+        (turns("[s]", "q"), turns("q"), turns("[s]", "q")),
+        (turns("q"), turns("[s]", "q"), turns("[s]", "q")),
+        (turns("[s]", "q"), turns("[t]", "q"), turns("[s]", "q")),
+        ("Q", [{"role": "system", "content": "[s]"}], turns("[s]", "Q")),
+        (turns("[s]", "q"), turns("hello", "hi", "q"), turns("[s]", "hello", "hi", "q")),
+        ("Q", turns("hello", "hi", "Q "), turns("hello", "hi", "Q ")),
+        ("Q\n", turns("Q", "hi", "more"), turns("Q", "hi", "more")),
+        (turns("hello", "hi", "q"), turns("q"), turns("hello", "hi", "q")),
+        (turns("hello", "hi", "q"), turns("hello", "hi", "q"), turns("hello", "hi", "q")),
+        ("Q", turns("In short: Q"), turns("Q")),
+    ],
+)
+def test_of_a_prompt_and_whole_conversations_no_turn_is_lost(tmp_path, prompt, before, kept):
+    chosen, rejected = ([*before, {"role": "assistant", "content": text}] for text in ("Yes.", "No."))
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    (found,) = read_preferences(write(tmp_path / "p.jsonl", [row]))
+    assert (list(found.messages), found.chosen, found.rejected) == (kept, "Yes.", "No.")
+
+
+def test_a_prompt_ends_before_all_that_the_assistant_says_last(tmp_path):
+    row = {"messages": [*turns("q", "a"), {"role": "assistant", "content": "b"}]}
+    assert read_prompts(write(tmp_path / "p.jsonl", [row])) == [Prompt(turns("q"), row=row)]
+
+
 COMPARED = {
     "question": "Who?",
     "passages": [["Title", "First.", "Second."]],
@@ -191,6 +225,11 @@ HUMAN = "\n\nHuman: a"
             read_preferences,
             {"chosen": [USER, TURN], "rejected": [{**USER, "content": "3+3?"}, TURN]},
             "found 2 and 2 turns, of which the first 0 are the same",
+        ),
+        (
+            read_preferences,
+            {"prompt": "z", "chosen": turns("q", "a", "p", "b"), "rejected": turns("q", "a", "p", "c")},
+            "that chosen and rejected begin with, or to hold them; found 1 turns up to 'z', and 3 up to 'p'",
         ),
         (read_preferences, {**COMPARED, "preference": [1, 2]}, "6 labels, 0, 1 or 2, are needed"),
         (read_preferences, {**COMPARED, "preference": [1, 2, 3, 0, 0, 0]}, "6 labels, 0, 1 or 2, are needed"),
@@ -283,8 +322,8 @@ def test_the_human_preferences_of_qa_feedback_are_those_of_its_pairs(tmp_path):
 
 
 def test_an_answer_inside_a_list_under_prompt_is_left_out_of_prompts_and_is_a_demonstration(tmp_path):
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": turns}) + "\n")
+    row = {"prompt": turns("a", "b")}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
     (prompt,) = read_prompts(str(tmp_path / "d.jsonl"))
     (shown,) = read_demonstrations(str(tmp_path / "d.jsonl"))
-    assert [*prompt.messages] == [*shown.messages] == turns[:1] and shown.response == "b"
+    assert [*prompt.messages] == [*shown.messages] == turns("a") and shown.response == "b"

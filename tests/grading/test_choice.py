@@ -115,3 +115,11 @@ def test_the_answer_is_a_letter_or_an_index_and_an_item_without_choices_is_named
         assert grade_choice("The answer is B.", item).right and not grade_choice("A", item).right
     with pytest.raises(UsageError, match="item q has no `choices`"):
         grade_choice("B", Item("q", "", "18", None, {"answer": "18"}))
+
+
+def test_choices_that_are_numbers_are_graded_as_their_texts():
+    item = Item("q", "", "B", None, {"choices": [100, 200, 2.5, 400], "answer": "B"})
+    for response in ("The answer is B.", r"\boxed{200}", "Answer: B. 200", "A. 100\nB. 200\nC. 2.5\nD. 400\n\nB"):
+        assert grade_choice(response, item).right, response
+    for response in (r"\boxed{100}", "The answer is C.", "Answer: A. 100\nB. 200\nC. 2.5\nD. 400"):
+        assert not grade_choice(response, item).right, response

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from lco_lite.errors import ModelError
-from lco_lite.judging.classifiers import SegmentClassifier, Text, clauses, sentences
+from lco_lite.judging.classifiers import SegmentClassifier, SequenceClassifier, Text, clauses, sentences
 from lco_lite.models.loading import END, byte_tokenizer
 from tests.judging.reward_folders import save_reward_model
 
@@ -154,18 +154,23 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_roberta_shaped_model_reads_word_by_word_within_its_positions(tmp_path):
-    """Longformer is made like this: byte-level BPE, positions that start after the padding id, </s> as separator."""
+def roberta_shaped(**options):
+    """A tokenizer of single bytes, and the sizes of a tiny model for it."""
     import transformers as tf
     from tokenizers import pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters])}
-    tokenizer = tf.RobertaTokenizer(vocab=vocab, merges=[])
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = tf.LongformerConfig(
-        vocab_size=len(vocab), max_position_embeddings=130, attention_window=16, num_labels=3, pad_token_id=1, **size
-    )
+    return tf.RobertaTokenizer(vocab=vocab, merges=[], **options), size | {"vocab_size": len(vocab), "pad_token_id": 1}
+
+
+def test_a_roberta_shaped_model_reads_word_by_word_within_its_positions(tmp_path):
+    """Longformer is made like this: byte-level BPE, positions that start after the padding id, </s> as separator."""
+    import transformers as tf
+
+    tokenizer, size = roberta_shaped()
+    config = tf.LongformerConfig(max_position_embeddings=130, attention_window=16, num_labels=3, **size)
     config.id2label = dict(enumerate(LABELS))
     tf.LongformerForTokenClassification(config).save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
@@ -173,3 +178,17 @@ def test_a_roberta_shaped_model_reads_word_by_word_within_its_positions(tmp_path
     assert model.separator == "</s>" and model.window <= 128
     rewards = model([Text("Who?", "word " * 100, "Ann did. Bob did too."), Text("Who?", "", "Ann.")])
     assert [one.segments for one in rewards] == [2, 1]
+
+
+@pytest.mark.parametrize("limit", [{"model_max_length": 128}, {}])
+def test_a_text_longer_than_a_roberta_shaped_models_positions_loses_its_beginning(tmp_path, limit):
+    import transformers as tf
+
+    tokenizer, size = roberta_shaped(**limit)
+    config = tf.RobertaConfig(max_position_embeddings=130, num_labels=1, initializer_range=0.3, **size)
+    torch.manual_seed(0)
+    tf.RobertaForSequenceClassification(config).save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    score = SequenceClassifier(str(tmp_path / "rm"), CPU)
+    long, end, beginning = score([[]] * 3, ["y" * 400 + "x" * 126, "x" * 126, "y" * 126])
+    assert long == pytest.approx(float(end), abs=1e-5) and abs(long - beginning) > 1e-3

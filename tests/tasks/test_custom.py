@@ -4,7 +4,7 @@ import pytest
 
 from lco_lite.errors import DataError, UsageError
 from lco_lite.tasks import Own, load_task
-from lco_lite.tasks.base import asked
+from lco_lite.tasks.base import asked, lettered
 from lco_lite.tasks.custom import prompt_of
 
 ROWS = [
@@ -130,6 +130,45 @@ def test_choices_are_shown_where_the_prompt_does_not_show_them(tmp_path):
     task = load_task("custom:choice", tmp_path / "choices.jsonl")
     assert [item.prompt for item in task.items("test")] == ["Sky?\nA. red\nB. blue", *["Sky? A. red B. blue"] * 2]
     assert all(task.grade("The answer is B.", item).right for item in task.items("test"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "choices", "listed"),
+    [
+        ("What is 2+3?", ["4", "5", "6", "2"], True),
+        ("What is 2+3?", [2, 3], True),
+        ("Is the sky red or blue?", ["red", "blue"], True),
+        ("Sky? A. reddish B. blue", ["red", "blue"], True),
+        ("Sky? A. red B. blue", ["red", "blue", "green"], True),
+        ("Sky? A. red B. blue", ["blue", "red"], True),
+        ("Sky?\n(a) red\n(b) dark  blue", ["red", "dark blue"], False),
+        ("Sum?\n**A.** 4.5\n**B.** -5", [4.5, -5], False),
+        ("Sky?\nA) red\nB) blue", ["A) red", "B) blue"], False),
+    ],
+)
+def test_choices_are_left_out_only_where_the_prompt_has_each_of_them_with_its_letter(tmp_path, prompt, choices, listed):
+    (tmp_path / "choices.jsonl").write_text(json.dumps({"prompt": prompt, "choices": choices, "answer": "B"}))
+    (item,) = load_task("custom:choice", tmp_path / "choices.jsonl").items("test")
+    assert item.prompt == (f"{prompt}\n{lettered(choices)}" if listed else prompt)
+
+
+def test_the_right_answer_of_choices_is_a_letter_also_where_the_row_has_its_index(tmp_path):
+    rows = [
+        {"prompt": "Sky?", "choices": ["red", "blue"], "answer": answer} for answer in (1, "B", " B ", "Blue.\n#### B")
+    ]
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load_task("custom:choice", tmp_path / "choices.jsonl")
+    assert [item.gold for item in task.items("test")] == ["B"] * 4
+    assert all(task.grade("The answer is B.", item).right for item in task.items("test"))
+    assert not any(task.grade("The answer is A.", item).right for item in task.items("test"))
+
+
+@pytest.mark.parametrize("answer", [2, "C", "blue", "AB"])
+def test_an_answer_that_is_none_of_the_choices_is_refused_before_anything_is_asked(tmp_path, answer):
+    rows = [{"prompt": "Sky?", "choices": ["red", "blue"], "answer": answer}]
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"choices.jsonl, line 1: field answer is .*, not the letter or index of one"):
+        load_task("custom:choice", tmp_path / "choices.jsonl").items("test")
 
 
 def test_an_instruction_is_asked_with_its_input(tmp_path):
