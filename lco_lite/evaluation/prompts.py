@@ -66,7 +66,10 @@ def eval_prompts(recipe: Recipe, task: Task) -> list[Prompt]:
         turns = [*examples_of(item), item]
         messages = list(asked(turns[0], _system(settings, item) or protocol["system"]))
         for example, following in pairwise(turns):
-            answer = example.gold if settings.scoring == "likelihood" else example.demonstration or ""
+            answer = example.demonstration or ""
+            if settings.scoring == "likelihood":
+                index = answer_index(example)
+                answer = example.gold if index is None else LETTERS[index]
             messages += [{"role": "assistant", "content": answer}, *asked(following)]
         prompts.append(Prompt(messages, item))
     return prompts

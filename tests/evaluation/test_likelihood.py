@@ -99,6 +99,14 @@ def test_the_prompt_asks_for_a_letter_and_examples_answer_with_one(mmlu):
     assert "boxed" in generated[-1]["content"] and generated[1]["content"] == r"\boxed{A}"
 
 
+def test_examples_of_a_task_of_ones_own_answer_with_the_letter_too(tmp_path):
+    row = {"prompt": "which?", "choices": ["a", "b"], "answer": 1, "response": "b"}
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row | {"split": s}) + "\n" for s in ("train", "test")))
+    task = load_task("custom", tmp_path / "items.jsonl")
+    (prompt,) = eval_prompts(scored(scoring="likelihood", few_shot=1), task)
+    assert prompt.messages[1]["content"] == "B"
+
+
 # lm-eval 0.4.12: lm_eval/tasks/mmlu/default/_default_template_yaml, and the description in each subject's file
 DESCRIPTION = "The following are multiple choice questions (with answers) about %s.\n\n"
 DOC_TO_TEXT = (
