@@ -28,7 +28,7 @@ METRICS: dict[str, str] = {
     "rewards.function": "the same by rl.reward_function, in its own unit",
     "rewards.NAME": "the same by the function of this name, where rl.reward_function has names; in its own unit",
     "rewards.reward_model": "the same by rl.reward_classifier, in its own unit",
-    "accuracy": "share of responses that are right (rl), of pairs whose chosen response is the likelier (rm), 0 to 1",
+    "accuracy": "share of responses that are right (rl), of pairs whose margin is above 0 (rm), 0 to 1",
     "margin": "mean implicit reward of chosen minus rejected, nats times beta (rm)",
     "dead_groups": "share of groups whose responses all have the same reward and so teach nothing, 0 to 1",
     "skipped_updates": "updates of the step that were not made: no advantage in them gives a gradient",

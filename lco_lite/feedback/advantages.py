@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lco_lite.objectives.chunks import spans
-from lco_lite.objectives.head import Head, wide
+from lco_lite.objectives.head import BIAS_COLUMNS, Head, wide
 
 GROUP_STD_EPS = 1e-4  # TRL 1.16, GRPO
 
@@ -105,6 +105,16 @@ def dpo_shift(h_dpo: Tensor, h_ref: Tensor) -> Tensor:
     """[T, d_r], [T, d_r] -> [T, d_r]: the difference, formed in at least fp32 and rounded once to the inputs' type."""
     precise = torch.promote_types(h_dpo.dtype, torch.float32)
     return (h_dpo.to(precise) - h_ref.to(precise)).to(h_dpo.dtype)
+
+
+def log_phi_shift(hidden: Tensor, head: Head) -> tuple[Tensor, Head, Tensor | None]:
+    """log φ itself (eq 12) as a difference of hidden states, from none: (shift [T, ≥ d_r], the head that it goes
+    through, and where that is soft-capped the base of the shift). Nothing cancels a bias: it is a part of the shift."""
+    if head.bias is not None:
+        more = hidden.new_zeros(len(hidden), BIAS_COLUMNS)
+        more[:, 0] = 1
+        hidden, head = torch.cat([hidden, more], dim=-1), head.with_bias_as_column()
+    return hidden, head, None if head.softcap is None else torch.zeros_like(hidden)
 
 
 def sampled_advantages(shift: Tensor, head: Head, actions: Tensor, base: Tensor | None = None) -> Tensor:

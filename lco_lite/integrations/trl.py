@@ -28,7 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from lco_lite.errors import UsageError
-from lco_lite.feedback.advantages import dpo_shift, sampled_advantages
+from lco_lite.feedback.advantages import dpo_shift, log_phi_shift, sampled_advantages
 from lco_lite.models.language_model import decoder_of, head_of, prove_head
 from lco_lite.objectives.head import Head
 from lco_lite.objectives.lco import OBJECTIVES, WEIGHTINGS, lco_loss
@@ -231,12 +231,11 @@ class LCOTrainer(GRPOTrainer):
         """Adds what LCO fits to each micro-batch, kept on the CPU until its turn, and the response tokens of the update
         to which ``together`` of them belong."""
         old_head = self.head.frozen() if self.head.is_trained else None
-        through = self.phi.head
         for inputs in micro_batches:
-            batch, base, more = PaddedBatch.of(inputs), None, dict[str, Any]()
+            batch, through, more = PaddedBatch.of(inputs), self.phi.head, dict[str, Any]()
             with self.accelerator.autocast():
                 old = batch.select(self.model(**batch.forward, hidden_only=True))
-                shift = self.phi.hidden(batch)
+                hidden = self.phi.hidden(batch)
                 before = None if self.phi_ref is None else self.phi_ref.hidden(batch)
                 if self.start is not None:
                     reference_head = None if old_head is None else self.start.head
@@ -245,10 +244,10 @@ class LCOTrainer(GRPOTrainer):
                         "reference": self.start.hidden(batch),
                         "reference_head": reference_head,
                     }
-            if before is not None:
-                shift = dpo_shift(shift, before)
-            if through.softcap is not None:  # it asks where the shift begins
-                base = torch.zeros_like(shift) if before is None else before
+            if before is None:
+                shift, through, base = log_phi_shift(hidden, through)
+            else:
+                shift, base = dpo_shift(hidden, before), before if through.softcap is not None else None
             more |= {"old_head": old_head, "shift_head": through, "shift_base": base}
             inputs["advantages"] = sampled_advantages(shift, through, batch.actions, base)
             inputs["target"] = DenseTarget(old, self.lco_beta, shift, **more).to("cpu")

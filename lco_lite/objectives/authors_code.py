@@ -74,7 +74,11 @@ def likeliest(objective: str, target: DenseTarget, head: Head, k: int) -> TopKTa
     head = head.prefix(min(head.rows, reward.rows))
     tops = [head.logits(old[part]).topk(k, dim=-1) for part in spans(len(old), None, head.rows, old.device)]
     indices, logits = torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops])
-    advantages = logits_at(indices, target.shift, Head(reward.weight, scale=reward.scale))
+    if reward.softcap is None or target.shift_base is None:
+        advantages = logits_at(indices, target.shift, Head(reward.weight, scale=reward.scale))
+    else:
+        base = target.shift_base.to(wide(target.shift, reward.weight))
+        advantages = logits_at(indices, base + target.shift, reward) - logits_at(indices, base, reward)
     centred = advantages - advantages.mean(-1, keepdim=True)
     spread = inverse_root(centred.square().sum(-1, keepdim=True) / max(k - 1, 1))
     return TopKTarget(indices, logits, (advantages if objective == "kld" else centred) * spread / target.beta)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 ROW_BLOCK = 8192  # rows of the weight upcast at a time: 8192 x 2048 in fp32 is 64 MiB
+BIAS_COLUMNS = 8  # of a bias among the columns of the weight, the others 0: GPUs are slow where a width is odd
 FP16_TOP = 2.0**14  # rows are scaled to this largest entry before they are rounded to fp16, whose range is small
 MM_WIDENS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)  # torch.mm takes out_dtype on CUDA
 
@@ -64,6 +65,21 @@ class Head:
             return self
         bias = None if self.bias is None else self.bias.to(device)
         return self.remember(("on", device), lambda: replace(self, weight=self.weight.to(device), bias=bias))
+
+    def with_bias_as_column(self) -> "Head":
+        """The same logits of hidden states that have a 1 and zeros behind them, ``BIAS_COLUMNS`` in all: a linear
+        function of those, bias and all. A copy of the weight, made once."""
+
+        bias, version = self.bias, self.weight._version
+        if bias is None:
+            return self
+
+        def widened() -> "Head":
+            more = self.weight.new_zeros(len(self.weight), BIAS_COLUMNS)
+            more[:, 0] = bias
+            return replace(self, weight=torch.cat([self.weight.detach(), more], dim=-1), bias=None)
+
+        return self.remember(("widened", version), widened)
 
     def frozen(self) -> "Head":
         """A detached copy: what a trained head was when π_old acted."""

@@ -32,7 +32,9 @@ class Correction:
     def __call__(self, log_w: Tensor) -> Tensor:
         """log w -> the weight, any shape."""
         w = log_w.exp()
-        return w.clamp(max=self.cap) if self.kind == "truncate" else w * ((w >= self.low) & (w <= self.high))
+        if self.kind == "truncate":
+            return w.clamp(max=self.cap)
+        return torch.where((w >= self.low) & (w <= self.high), w, 0.0)
 
 
 @dataclass(frozen=True)

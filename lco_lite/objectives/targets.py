@@ -104,7 +104,8 @@ class DenseTarget(Target):
 
     ``shift`` [T, d_r]: h_dpo − h_ref, subtracted in fp32 (bf16 is enough to keep it). ``shift_head``: the reward
     model's head where it is not the policy's; it is needed with a trained one. ``shift_base`` [T, d_r]: h_ref of a
-    reward model whose head is soft-capped. The log-partition functions cancel: A/β is W_r·shift/β centred.
+    reward model whose head is soft-capped. The log-partition functions cancel: A/β is W_r·shift/β centred. log φ alone
+    (eq 12) is a shift from 0, with the bias in it: ``log_phi_shift`` in feedback/advantages.py.
     """
 
     shift: Tensor

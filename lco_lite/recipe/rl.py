@@ -19,7 +19,11 @@ _GRADIENT: dict[str, tuple[Any, str]] = {"feedback": ("rule", "its reward is a r
 _GROUPED = {**_GRADIENT, "baseline": ("group", "Shao et al. 2024"), "responses_per_prompt": (4, PAPER)}
 _REGRESSION = {"beta": (1.0, "as LCO's; public code differs: docs/methods.md")}
 _COMPARES = (True, "its loss compares the responses to a prompt")
-_TEACHER = ("dpo", "the reward model is the teacher: " + PAPER)
+_TAUGHT: dict[str, tuple[Any, str]] = {
+    "feedback": ("dpo", "the reward model is the teacher: " + PAPER),
+    "scale_rewards": (False, "a teacher gives no reward"),
+    "overlong_buffer": (0.0, "a teacher gives no reward"),
+}
 
 # objective -> field of the recipe's rl section -> (value, source); lr is that of full fine-tuning: ×10 with LoRA
 METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
@@ -30,6 +34,7 @@ METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
     "ppo": {
         "feedback": ("rule", "its reward is a response's, with the KL to the reference taken off token by token"),
         "baseline": ("none", "the critic is the baseline"),
+        "scale_rewards": (False, "its advantages are whitened over the phase"),
         "lr": (3e-6, TRL_PPO),
         "inner_epochs": (4, TRL_PPO + ": num_ppo_epochs"),
         "clip_low": (0.2, TRL_PPO),
@@ -89,19 +94,24 @@ METHOD_DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
         "whole_groups": _COMPARES,
     },
     "opd": {
-        "feedback": _TEACHER,
+        **_TAUGHT,
         "lr": (1e-6, TRL + ": DistillationConfig"),
         "jsd_beta": (1.0, TRL + ": DistillationConfig's beta"),
         "on_policy": (1.0, "by definition"),
     },
-    "gkd": {"feedback": _TEACHER, "lr": (2e-5, TRL), "on_policy": (0.5, TRL + ": lmbda")},
-    "minillm": {"feedback": _TEACHER, "lr": (1e-6, "TRL 1.10, its last"), "teacher_mix": (0.2, "Gu et al. 2024, 2.2")},
+    "gkd": {**_TAUGHT, "lr": (2e-5, TRL), "on_policy": (0.5, TRL + ": lmbda")},
+    "minillm": {
+        **_TAUGHT,
+        "lr": (1e-6, "TRL 1.10, its last"),
+        "teacher_mix": (0.2, "Gu et al. 2024, 2.2"),
+    },
 }
 
 MOST_A_PHASE = 1_000_000  # responses, which are held in memory with their advantages
 DENSE = ("dpo", "logprob")  # an advantage for every token of the vocabulary
 REWARDS = ("rule", "function", "reward_model")  # a number a response
 FEEDBACK = (*DENSE, "dpo_sampled", *REWARDS)
+OF_TOKENS = ("none", "batch")  # baselines with which a token of dpo_sampled keeps an advantage of its own
 # what a reward starts with beside dense feedback: the prototype's; docs/methods.md has what was measured since
 MIXED: dict[str, dict[str, Any]] = {name: {"sign": "positive"} for name in REWARDS}
 MIXED["rule"]["weight"] = 4.0
@@ -307,6 +317,8 @@ class Rl(Training):
         usual = {field: value for field, (value, _) in defaults_of(str(given.get("objective", "kld"))).items()}
         if given.get("feedback") == "dpo_sampled":
             usual.pop("dynamic_sampling", None)  # sums of log-ratios never tie: every group has a signal
+            if given.get("baseline") in OF_TOKENS:
+                usual.pop("scale_rewards", None)
         names, rewards = feedbacks(str(given.get("feedback", "dpo"))), given.get("rewards", {})
         functions = given.get("reward_function")
         named = [n for n in functions if isinstance(n, str)] if isinstance(functions, dict) else []
@@ -457,6 +469,7 @@ class Rl(Training):
             yield f"{self.objective} compares a prompt's responses: responses_per_prompt at least 2, whole_groups: true"
         if self.dynamic_sampling and not self.reward_parts:
             yield f"dynamic_sampling looks at rewards of whole responses, and feedback {self.feedback} has none"
+        yield from self._wrong_for_rewards()
         if self.standardise and (not self.is_dense or not self.is_lco):
             yield "standardise needs kld, lch or mse with the dense advantages of feedback dpo or logprob"
         for feedback, field in (("function", "reward_function"), ("reward_model", "reward_classifier")):
@@ -486,6 +499,22 @@ class Rl(Training):
         if self.places_rule:
             yield from self._wrong_for_placed_credit()
 
+    def _wrong_for_rewards(self) -> Iterator[str]:
+        """Baselines, scales and penalties that would not act."""
+        if self.objective == "ppo":
+            if self.baseline != "none":
+                yield f"baseline is none for ppo, whose critic is the baseline, not {self.baseline}"
+            if self.scale_rewards:
+                yield "scale_rewards is false for ppo, whose advantages are whitened over the phase"
+        elif self.is_dense and not self.reward_parts:
+            for field, neutral in (("scale_rewards", "false"), ("overlong_buffer", "0")):
+                if getattr(self, field):
+                    why = f"changes the reward of a whole response, and feedback {self.feedback} has no such reward"
+                    yield f"{field} {why}: set {field}: {neutral}"
+        elif self.feedback == "dpo_sampled" and self.baseline in OF_TOKENS and self.scale_rewards:
+            why = f"a prompt's responses are compared, and baseline {self.baseline} of dpo_sampled is that of tokens"
+            yield f"scale_rewards: {why}: set scale_rewards: false, or baseline group or leave_one_out"
+
     def _wrong_for_placed_credit(self) -> Iterator[str]:
         name, credit = self.objective, "rewards.rule.credit first_error"
         if name in WHOLE:
@@ -502,6 +531,9 @@ class Rl(Training):
             yield f"variant is of the public code, which takes one feedback, not {self.feedback}"
         if v.is_on and not self.is_lco:
             yield f"variant belongs to kld, lch and mse, not to {self.objective}"
+        for field in ("top_k", "negative_beta", "agreement"):
+            if self.target is not None and getattr(v, field) is not None:
+                yield f"variant.{field} and target both change z*, and target alone would: set one of them"
         if v.top_k and (self.anchor or self.weighting != "mean" or self.standardise):
             yield "variant.top_k standardises by itself and sums over its tokens: no anchor, weighting or standardise"
         if v.top_k and not self.is_dense and (v.top_k > 1 or self.objective == "kld"):

@@ -21,7 +21,6 @@ from lco_lite import ranks
 from lco_lite.errors import UsageError
 from lco_lite.feedback import advantages as adv
 from lco_lite.finite import rows_not_finite
-from lco_lite.metrics import METRICS
 from lco_lite.models.language_model import Role, together
 from lco_lite.objectives import authors_code
 from lco_lite.objectives.distillation import Teacher, jsd_loss, minillm, mixture_weights
@@ -39,6 +38,7 @@ from lco_lite.objectives.policy_gradient import (
 )
 from lco_lite.objectives.targets import DenseTarget, MixedTarget, SparseTarget, Target
 from lco_lite.recipe import Rl
+from lco_lite.recipe.rl import OF_TOKENS
 from lco_lite.sequences import Batch, collate, micro_batches
 from lco_lite.train.rollouts import Phase
 from lco_lite.user_code import load_function, names_function, shown
@@ -243,13 +243,12 @@ def anchored(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
 def score_dense(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
     """eq 13, or eq 12 where there is no reference: a difference of hidden states is A over the whole vocabulary."""
     reward_model = need(models.reward_model)
-    head, shift = reward_model.model.head, reward_model.hidden(micro.batch)
-    before = None if models.reference is None else models.reference.hidden(micro.batch)
-    if before is not None:
-        shift = adv.dpo_shift(shift, before)
-    base = None  # a soft cap asks where the shift begins
-    if head.softcap is not None:
-        base = torch.zeros_like(shift) if before is None else before
+    head, hidden = reward_model.model.head, reward_model.hidden(micro.batch)
+    if models.reference is None:
+        shift, head, base = adv.log_phi_shift(hidden, head)
+    else:
+        before = models.reference.hidden(micro.batch)
+        shift, base = adv.dpo_shift(hidden, before), before if head.softcap is not None else None  # where it begins
     micro = replace(micro, advantages=adv.sampled_advantages(shift, head, micro.batch.actions, base))
     head, start = head.on(models.policy.model.device), z_base(models, micro, rl)
     target = DenseTarget(micro.old, rl.beta, shift, shift_head=head, shift_base=base, **start)
@@ -317,7 +316,7 @@ def score_sampled(models: Models, micro: MicroBatch, rl: Rl) -> MicroBatch:
 def group_advantages(models: Models, phase: Phase, scored: list[MicroBatch], rl: Rl) -> list[MicroBatch]:
     """A token's own where the feedback has one a token and compares no group, else its response's."""
     rewards, owner = token_rewards(phase, scored, rl), owners(scored)
-    if rl.feedback == "dpo_sampled" and rl.baseline in ("none", "batch"):
+    if rl.feedback == "dpo_sampled" and rl.baseline in OF_TOKENS:
         if rl.baseline == "batch":
             rewards = rewards - torch.cat(phase.of_ranks(rewards)).mean()
         return with_advantages(scored, rewards)
@@ -351,9 +350,14 @@ def policy_gradient(models: Models, micro: MicroBatch, hidden: Tensor, rl: Rl) -
     return loss, seen | norms | told
 
 
+# numbers of tokens that a user's function may tell; the others of docs/metrics.md are the log's own, or made from these
+TOLD: tuple[str, ...] = ("loss", "logprob", "entropy", "sampled_prob", "clipped", "kl_to_old")
+TOLD += ("logit_grad_norm", "logit_grad_sampled", "logit_grad_others")
+
+
 def users_loss(spec: str, given: Any, tokens: int) -> tuple[Tensor, Seen]:
     """What a function of the user's gave for so many tokens. Raises UsageError unless it is a loss, a tensor of one
-    number that hangs on the policy, and diagnostics of a number a token by names of METRICS."""
+    number that hangs on the policy, and diagnostics of a number a token by names of ``TOLD``."""
     wanted = "(loss, {name: numbers of the tokens}) is needed"
     if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[1], dict):
         raise UsageError(f"{spec}: {wanted}, it gave {shown(given)}")
@@ -363,8 +367,9 @@ def users_loss(spec: str, given: Any, tokens: int) -> tuple[Tensor, Seen]:
         found += ", without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
         raise UsageError(f"{spec}: {wanted}; the loss is a tensor of one number with its gradient, it gave {found}")
     for name, value in seen.items():
-        if name not in METRICS and name not in ("logprob", "logit_grad_norm"):  # from which others are made
-            raise UsageError(f"{spec}: no metric is called {name!r:.60}; docs/metrics.md lists the names")
+        if name not in TOLD:
+            accepted = f"accepted: {', '.join(TOLD)} (docs/metrics.md)"
+            raise UsageError(f"{spec}: {name!r:.60} is no number that an objective tells of its tokens; {accepted}")
         if not isinstance(value, Tensor) or value.shape != (tokens,):
             found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
             raise UsageError(f"{spec}: {name} needs a number for each of {tokens} tokens, it gave {found}")
@@ -449,26 +454,46 @@ def token_rewards(phase: Phase, scored: Iterable[MicroBatch], rl: Rl) -> Tensor:
 
 def whole_rewards(phase: Phase, rl: Rl) -> Tensor:
     """[N]: what a response gets as a whole, apart from rewards that count on one side of their baseline only."""
-    whole = sum(weighted(phase, rl, "both"), torch.zeros(len(phase.responses)))
-    if rl.overlong_buffer:
-        lengths = torch.tensor([float(len(e.response)) for e in phase.examples])
-        whole = whole + adv.overlong_penalty(lengths, phase.limit, rl.overlong_buffer * phase.limit)
-    return whole
+    whole = sum((reward for reward, _ in weighted(phase, rl, "both")), torch.zeros(len(phase.responses)))
+    return whole + overlong(phase, rl)
+
+
+def overlong(phase: Phase, rl: Rl) -> Tensor:
+    """[N]: what ``rl.overlong_buffer`` takes off."""
+    if not rl.overlong_buffer:
+        return torch.zeros(len(phase.responses))
+    lengths = torch.tensor([float(len(e.response)) for e in phase.examples])
+    return adv.overlong_penalty(lengths, phase.limit, rl.overlong_buffer * phase.limit)
 
 
 def response_advantages(whole: Tensor, phase: Phase, rl: Rl) -> Tensor:
-    """[N] -> [N]: ``whole`` less its baseline, and of one-sided rewards what is above theirs."""
-    advantages = adv.subtract_baseline(whole, rl.baseline, rl.responses_per_prompt)
-    for reward in weighted(phase, rl, "positive"):
-        advantages = advantages + adv.subtract_baseline(reward, rl.baseline, rl.responses_per_prompt).clamp(min=0)
+    """[N] -> [N]: ``whole`` less its baseline, and of one-sided rewards what is above theirs.
+
+    A reward adds exactly 0 where it does not apply: what rounding leaves of it above 0 is all that raft asks for. So
+    the advantage of such a response is added up of those of its parts.
+    """
+
+    def less_baseline(values: Tensor) -> Tensor:
+        return adv.subtract_baseline(values, rl.baseline, rl.responses_per_prompt)
+
+    advantages, both = less_baseline(whole), weighted(phase, rl, "both")
+    complete = torch.stack([torch.ones(len(whole), dtype=torch.bool), *(applies for _, applies in both)]).all(0)
+    if not complete.all():
+        parts = less_baseline(whole - whole_rewards(phase, rl)) + less_baseline(overlong(phase, rl))
+        for reward, applies in both:
+            parts = parts + torch.where(applies, less_baseline(reward), 0.0)
+        advantages = torch.where(complete, advantages, parts)
+    for reward, applies in weighted(phase, rl, "positive"):
+        advantages = advantages + torch.where(applies, less_baseline(reward).clamp(min=0), 0.0)
         whole = whole + reward
     return adv.divide_by_group_std(advantages, whole, rl.responses_per_prompt) if rl.scale_rewards else advantages
 
 
-def weighted(phase: Phase, rl: Rl, sign: str) -> list[Tensor]:
-    """[N] each: the rewards of this sign that are a whole response's, times their weights."""
+def weighted(phase: Phase, rl: Rl, sign: str) -> list[tuple[Tensor, Tensor]]:
+    """[N] each: the rewards of this sign that are a whole response's, times their weights, and where they apply."""
     parts = {n: part for n, part in rl.reward_parts.items() if part.sign == sign and part.credit == "response"}
-    return [part.weight * phase.reward(name, rl) for name, part in parts.items()]
+    applies = {name: torch.tensor([value is not None for value in phase.rewards[name]]) for name in parts}
+    return [(part.weight * phase.reward(name, rl), applies[name]) for name, part in parts.items()]
 
 
 def token_advantages(whole: Tensor, phase: Phase, scored: list[MicroBatch], rl: Rl) -> Tensor:
@@ -486,8 +511,8 @@ def placed_rule(phase: Phase, rl: Rl) -> list[Tensor]:
     wrong token is known +1 before it, -1 at it, and past it, in states where a right policy is never, nothing: the
     advantage is 0, and b, the mean over the phase, leaves them out."""
     part, rewards, counts = rl.rewards.rule, [], []
-    for i, example in enumerate(phase.examples):
-        reward = torch.full((len(example.response),), phase.given("rule")[i].item())
+    for i, (example, given) in enumerate(zip(phase.examples, phase.given("rule").tolist(), strict=True)):
+        reward = torch.full((len(example.response),), given)
         count = torch.ones_like(reward, dtype=torch.bool)
         wrong = phase.errors[i] if phase.errors else None
         if wrong is not None:
@@ -541,9 +566,20 @@ def own_target(models: Models, micro: MicroBatch, target: DenseTarget | SparseTa
     if rl.target:
         target, batch = copied(target), copied(batch)
     changed = change(target, models.policy.model.head, batch)
-    if rl.target and type(changed) is not type(target):
-        raise UsageError(f"{rl.target}: a {type(target).__name__} is needed, it gave {shown(changed)}")
+    if rl.target:
+        of_same_shape(f"rl.target, {rl.target}", changed, target)
     return changed
+
+
+def of_same_shape(what: str, changed: Any, given: Target) -> None:
+    """Raises UsageError unless ``changed`` is a target of the same kind, and each of its tensors of the same shape."""
+    if type(changed) is not type(given):
+        raise UsageError(f"{what}: a {type(given).__name__} is needed, it gave {shown(changed)}")
+    for name, value in vars(given).items():
+        told = getattr(changed, name)
+        if isinstance(value, Tensor) and (not isinstance(told, Tensor) or told.shape != value.shape):
+            found = f"shape {list(told.shape)}" if isinstance(told, Tensor) else shown(told)
+            raise UsageError(f"{what}: {name} needs shape {list(value.shape)}, as it was given; it gave {found}")
 
 
 def copied(given: Given) -> Given:

@@ -74,8 +74,8 @@ def looked_at(
 def candidates(micro: MicroBatch, hidden: Tensor, head: Head, seen: Tensor, rl: Rl) -> list[list[Candidate]]:
     """Of the tokens at ``seen``: the sampled one, then by π_old those among the likeliest of π_old, π* or π_θ.
 
-    π* is softmax(z*); of a distillation its teacher. A of the sampled token is that which the step trained with, A of
-    the others β (z* − z_base), centred, where the advantage is dense.
+    π* is softmax(z*); of a distillation its teacher. A of the sampled token is that of the feedback, A of the others
+    that of the target, β (z* − z_base) centred, where the advantage is dense.
     """
     target, old_head, made = micro.target, micro.old_head or head, list[list[Candidate]]()
     if isinstance(target, DenseTarget | SparseTarget):

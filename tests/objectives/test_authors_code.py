@@ -91,6 +91,20 @@ def test_dense_values_gradients_and_diagnostics_equal_the_formulas_on_whole_logi
         torch.testing.assert_close(seen[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("objective", ["kld", "mse", "lch"])
+def test_through_a_soft_capped_reward_model_the_few_advantages_are_differences_of_capped_logits(objective, scale):
+    case, target, z_old, _ = dense()
+    weight, bias, base = 3 * target.shift_head.weight, torch.linspace(-1, 1, 12, dtype=torch.float64), target.shift / 3
+    capped = Head(weight, bias, scale, softcap=2.0)
+    target = DenseTarget(case.target.old, BETA, target.shift, capped, base)
+    a = capped.logits(base + target.shift) - capped.logits(base)
+    loss, _ = plugged(recipe(objective, top_k=K), case, target)
+    want = restated(objective, case.head.logits(case.hidden), z_old, a, False).mean()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(*(torch.autograd.grad(x, case.hidden)[0] for x in (loss, want)))
+
+
 @pytest.mark.parametrize("negative_beta", [None, 100.0])
 @pytest.mark.parametrize("objective", ["mse", "lch"])
 def test_the_sampled_token_alone_is_pulled_to_its_advantage(objective, negative_beta):

@@ -140,6 +140,13 @@ def test_a_weight_multiplies_the_loss_of_what_the_ratio_is_of(name, kind):
     assert torch.equal(POLICY_GRADIENTS[name](same, CLIP)[0], loss(name, new, old, advantages)[0])
 
 
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+def test_a_weight_is_the_references_however_far_apart_policy_and_sampler_are(kind):
+    log_w = torch.tensor([0.1, 20.0, 100.0, -200.0, torch.inf, -torch.inf])
+    want = reference.importance(log_w, torch.zeros(6), kind, 0.5, 5.0)
+    assert torch.equal(Correction(kind, 5.0, 0.5, 5.0)(log_w), want) and want.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["ppo", "dapo"])
 def test_with_one_update_a_rollout_the_gradient_is_that_of_reinforce(name):
     new, old, advantages = case(on_policy=True, spread=False)

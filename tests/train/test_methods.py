@@ -9,14 +9,17 @@ import pytest
 import torch
 import typer
 
-from lco_lite.errors import RecipeError
+from lco_lite.errors import RecipeError, UsageError
 from lco_lite.feedback.advantages import mean_reward_to_go
 from lco_lite.metrics import read_log
 from lco_lite.objectives import policy_gradient as pg
 from lco_lite.objectives.head import Head
+from lco_lite.objectives.lco import lco_loss
+from lco_lite.objectives.targets import DenseTarget, SparseTarget
 from lco_lite.recipe import Rl
 from lco_lite.recipe.file import dump, load_recipe, parse_yaml, validate
 from lco_lite.recipe.rl import DISTILLATION, LCO, METHOD_DEFAULTS, REGRESSIONS, RewardPart
+from lco_lite.rollout.engine import Response
 from lco_lite.run import differences, stage_settings
 from lco_lite.sequences import Example, collate
 from lco_lite.tasks.arithmetic import Arithmetic
@@ -146,6 +149,28 @@ def test_on_policy_distillation_is_gkds_reverse_kl_on_the_policys_own_responses(
         ({"feedback": "dpo + rule", "rewards.rule.wieght": 4}, "did you mean 'rl.rewards.rule.weight'"),
         ({"feedback": "dpo + rule", "rewards.rule.weight": 0}, "greater than 0"),
         ({"objective": "ppo", "rewards.rule.sign": "positive"}, "whose critic learns what is below"),
+        (
+            {"objective": "ppo", "baseline": "group", "responses_per_prompt": 2},
+            "baseline is none for ppo, .* not group",
+        ),
+        ({"objective": "ppo", "scale_rewards": "true", "responses_per_prompt": 2}, "scale_rewards is false for ppo"),
+        (
+            {"objective": "reinforce", "feedback": "dpo_sampled", "scale_rewards": "true", "responses_per_prompt": 2},
+            "scale_rewards: .*baseline batch of dpo_sampled is that of tokens.*baseline group or leave_one_out",
+        ),
+        ({"objective": "kld", "scale_rewards": "true"}, "scale_rewards .*feedback dpo has no such reward"),
+        ({"objective": "gkd", "scale_rewards": "true"}, "scale_rewards .*feedback dpo has no such reward"),
+        ({"objective": "kld", "overlong_buffer": 0.2}, "overlong_buffer .*feedback dpo has no such reward"),
+        ({"objective": "minillm", "overlong_buffer": 0.2}, "overlong_buffer .*feedback dpo has no such reward"),
+        ({"objective": "kld", "target": "a.py:f", "variant.top_k": 5}, r"variant\.top_k and target both change"),
+        (
+            {"feedback": "rule", "target": "a.py:f", "variant.negative_beta": 100},
+            r"variant\.negative_beta and target both change",
+        ),
+        (
+            {"feedback": "logprob", "target": "a.py:f", "variant.agreement": -0.02},
+            r"variant\.agreement and target both change",
+        ),
         ({"objective": "kld", "on_policy": 0.5}, "on_policy belongs to gkd"),
         ({"objective": "opd", "on_policy": 0.5}, "on_policy belongs to gkd"),
         ({"objective": "opd", "feedback": "rule"}, "follows a teacher"),
@@ -204,6 +229,37 @@ def test_combinations_that_make_no_sense_are_refused_with_the_reason(tiny, given
         load_recipe(tiny, [f"rl.{key}={value}" for key, value in given.items()])
 
 
+def test_what_does_act_is_taken_beside_its_like(tiny):
+    """Each of these is one setting away from a combination that is refused."""
+    scaled = ["rl.scale_rewards=true", "rl.responses_per_prompt=2"]
+    for given in (
+        ["rl.feedback=dpo + rule", "rl.overlong_buffer=0.2", *scaled],
+        ["rl.feedback=rule", "rl.overlong_buffer=0.2", *scaled],
+        ["rl.feedback=dpo_sampled", "rl.overlong_buffer=0.2", "rl.baseline=group", *scaled],
+        ["rl.objective=mse", "rl.target=a.py:f", "rl.variant.target=current"],
+        ["rl.objective=ppo", "rl.overlong_buffer=0.2"],
+    ):
+        load_recipe(tiny, given)
+
+
+def test_defaults_that_could_not_act_give_way(tiny):
+    sampled = ["rl.objective=grpo", "rl.feedback=dpo_sampled"]
+    assert load_recipe(tiny, sampled).rl.scale_rewards
+    assert not load_recipe(tiny, [*sampled, "rl.baseline=batch"]).rl.scale_rewards
+    more = (
+        "feedback: rule",
+        "baseline: group",
+        "scale_rewards: true",
+        "responses_per_prompt: 2",
+        "overlong_buffer: 0.2",
+    )
+    tiny.write_text(tiny.read_text().replace("\nrl:\n", "\nrl:\n  " + "\n  ".join(more) + "\n"))
+    assert load_recipe(tiny).rl.scale_rewards
+    for objective, buffer in (("ppo", 0.2), *((name, 0.0) for name in DISTILLATION)):
+        rl = load_recipe(tiny, flags={"rl.objective": objective}).rl
+        assert (rl.scale_rewards, rl.overlong_buffer) == (False, buffer), objective
+
+
 def test_rewards_beside_dense_feedback_start_as_measured_and_give_way_with_it(tiny):
     said = []
 
@@ -257,6 +313,47 @@ def test_rewards_are_added_up_by_weight_each_on_its_side_of_its_own_baseline(sig
         deviation = torch.tensor([3 * 2 + 0.5 * 2, 0.5 * 8]).repeat_interleave(2) / 2**0.5 + 1e-4  # of the sum
         torch.testing.assert_close(advantages, torch.tensor(expected) / (deviation if scaled else 1))
         torch.testing.assert_close(phase.scores(rl), (3 * torch.tensor(rule) + 0.5 * torch.tensor(function)) / 3.5)
+
+
+NONE_APPLIES = [0.04, 0.67, None, 0.89]  # filled with the mean of the others, that one is 6e-8 above their mean
+
+
+def phase_of(rewards, lengths=None):
+    """Of one prompt, responses of 2 tokens unless ``lengths`` says; at most 4."""
+    n = len(next(iter(rewards.values())))
+    responses = [Response(Example([1], [2] * length), False) for length in lengths or [2] * n]
+    return Phase([0], 4, responses, None, rewards, [False] * n, n)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "given"),
+    [
+        ({"function": NONE_APPLIES}, {}),
+        ({"function": NONE_APPLIES}, {"rewards": {"function": {"sign": "positive", "weight": 3.0}}}),
+        ({"function": NONE_APPLIES}, {"scale_rewards": True}),
+        ({"function": NONE_APPLIES}, {"baseline": "leave_one_out"}),
+        ({"function": NONE_APPLIES}, {"baseline": "batch"}),
+        ({"function": NONE_APPLIES}, {"overlong_buffer": 0.5, "lengths": [4] * 4}),
+        ({"rule": [1.0] * 4, "function": NONE_APPLIES}, {"rewards": {"function": {"weight": 0.3}}}),
+    ],
+)
+def test_a_response_that_a_reward_does_not_apply_to_has_exactly_none_of_its_advantage(rewards, given):
+    """raft imitates whatever is above 0, however little."""
+    phase = phase_of(rewards, given.get("lengths"))
+    given = {"baseline": "group"} | {name: value for name, value in given.items() if name != "lengths"}
+    feedback = {"feedback": " + ".join(rewards), "reward_function": "a.py:f"}
+    rl = Rl(objective="raft", responses_per_prompt=4, **feedback, **given)
+    advantages = methods.response_advantages(methods.whole_rewards(phase, rl), phase, rl)
+    assert advantages[2] == 0 and (advantages[[1, 3]] > 0).all()
+
+
+def test_a_response_that_no_reward_applies_to_keeps_its_own_penalty():
+    phase = phase_of({"function": NONE_APPLIES}, [2, 2, 4, 4])
+    given = {"feedback": "function", "reward_function": "a.py:f", "overlong_buffer": 0.5, "baseline": "group"}
+    rl = Rl(objective="grpo", scale_rewards=False, **given)
+    kl = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    advantages = methods.response_advantages(methods.whole_rewards(phase, rl) - kl, phase, rl)
+    torch.testing.assert_close(advantages[2], torch.tensor(-1.0 - 0.3 + 0.5 + 0.25))
 
 
 TWO = (
@@ -487,6 +584,84 @@ def test_a_language_model_is_no_sequence_classifier(warm, capsys):
     with pytest.raises(typer.Exit), start(warm, *sets) as ctx:
         train(ctx, "rl-reinforce", fresh=True)
     assert "is LlamaForCausalLM; a sequence-classification model is needed" in capsys.readouterr().err
+
+
+def test_feedback_logprob_is_log_phi_with_the_bias_of_its_head():
+    torch.manual_seed(0)
+    batch = collate([Example([1, 2], [3, 4]), Example([1], [5])], 0)
+    head, old, phi = Head(torch.randn(7, 4), 3 * torch.randn(7)), torch.randn(3, 4), torch.randn(3, 4)
+
+    def role(head: Head) -> SimpleNamespace:
+        return SimpleNamespace(model=SimpleNamespace(head=head, device=torch.device("cpu")), hidden=lambda b: phi)
+
+    policy = Head(torch.randn(7, 4))
+    models = methods.Models(role(policy), None, role(head), None)  # type: ignore[arg-type]
+    micro = methods.score_dense(models, methods.MicroBatch(batch, batch.rows, 3, 2, old), Rl(feedback="logprob"))
+    a = head.logits(phi).log_softmax(-1)
+    sampled = (a - a.mean(-1, keepdim=True)).gather(-1, batch.actions[:, None]).squeeze(-1)
+    torch.testing.assert_close(micro.advantages, sampled)
+    residual, mean = micro.target.residual(old, policy, None, False)
+    torch.testing.assert_close(residual - mean, a - a.mean(-1, keepdim=True))
+
+
+TARGETS = """
+from dataclasses import replace
+def fewer(target, head, batch): return target[batch.rewards > 0]
+def narrower(target, head, batch): return replace(target, shift=target.shift[:, :2])
+def one_more_axis(target, head, batch): return replace(target, shift=target.shift.unsqueeze(1))
+def none(target, head, batch): return replace(target, shift=None)
+def halved(target, head, batch): return replace(target, shift=target.shift / 2, beta=3.0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("fewer", "old needs shape [3, 4], as it was given; it gave shape [2, 4]"),
+        ("narrower", "shift needs shape [3, 4], as it was given; it gave shape [3, 2]"),
+        ("one_more_axis", "shift needs shape [3, 4], as it was given; it gave shape [3, 1, 4]"),
+        ("none", "shift needs shape [3, 4], as it was given; it gave None"),
+        ("halved", None),
+    ],
+)
+def test_a_target_of_ones_own_keeps_the_shapes_it_was_given(tmp_path, name, told):
+    file = tmp_path / "targets.py"
+    file.write_text(TARGETS)
+    batch = collate([Example([1, 2], [3, 4]), Example([1], [5])], 0)
+    head = Head(torch.randn(7, 4))
+    model = SimpleNamespace(head=head, device=torch.device("cpu"))
+    models = methods.Models(SimpleNamespace(model=model), None, None, None)  # type: ignore[arg-type]
+    rewards = {"rewards": torch.tensor([1.0, 1.0, -1.0])}
+    micro = methods.MicroBatch(batch, batch.rows, 3, 2, torch.randn(3, 4), per_token=rewards)
+    target, rl = DenseTarget(micro.old, 1.0, torch.ones(3, 4), shift_head=head), Rl(target=f"{file}:{name}")
+    if told is None:
+        assert methods.with_target(models, micro, target, rl).target.shift.unique().item() == 0.5
+    else:
+        with pytest.raises(UsageError) as caught:
+            methods.with_target(models, micro, target, rl)
+        assert str(caught.value) == f"rl.target, {file}:{name}: {told}"
+
+
+@pytest.mark.parametrize("name", ["step", "update", "lr", "grad_norm", "eval", "rewards.rule", "tokens"])
+def test_an_objective_of_ones_own_tells_no_number_that_the_log_has_itself(name):
+    loss = torch.ones(3, requires_grad=True).sum()
+    with pytest.raises(UsageError) as caught:
+        methods.users_loss("own.py:f", (loss, {"entropy": torch.ones(3), name: torch.ones(3)}), 3)
+    assert f"own.py:f: {name!r} is no number that an objective tells of its tokens; accepted: loss, logprob" in str(
+        caught.value
+    )
+
+
+def test_what_our_own_losses_tell_of_tokens_a_users_may_tell_too():
+    target, head = SparseTarget(torch.randn(3, 4), 1.0, torch.arange(3), torch.ones(3)), Head(torch.randn(7, 4))
+    hidden = torch.randn(3, 4).requires_grad_()
+    told = lco_loss("kld", hidden, head, target, actions=target.actions)
+    assert "kl_to_old" in methods.users_loss("own.py:f", told, 3)[1]
+    logprobs = torch.zeros(3, requires_grad=True)
+    batch = pg.PolicyBatch(logprobs, torch.zeros(3), torch.ones(3), torch.zeros(3, dtype=torch.long), 3, 1)
+    for objective in pg.POLICY_GRADIENTS.values():
+        if objective.__name__ not in ("gspo", "rloo", "rebel", "tpo"):  # of sequences; of several responses
+            methods.users_loss("own.py:f", objective(batch, pg.Clip(0.2, 0.2)), 3)
 
 
 def test_of_a_reward_model_elsewhere_the_states_and_a_copy_of_the_head_come_to_the_policys_device():

@@ -31,6 +31,15 @@ def test_tokens_before_the_first_wrong_one_count_as_right_and_those_after_it_not
     torch.testing.assert_close(wrong, torch.tensor([a, a, z, 0.0]))
 
 
+def test_the_rewards_of_a_phase_are_made_once_however_many_responses_it_has(monkeypatch):
+    made, given = [], Phase.given
+    monkeypatch.setattr(Phase, "given", lambda self, name: made.append(name) or given(self, name))
+    responses = [Response(Example([1], [5, 6]), False)] * 9
+    phase = Phase(list(range(9)), 9, responses, [1.0] * 9, {"rule": [1.0] * 9}, [False] * 9, 9, [None] * 9)
+    placed_rule(phase, Rl(feedback="rule", rewards={"rule": {"credit": "first_error"}}))
+    assert made == ["rule"]
+
+
 def test_of_several_only_the_groups_that_stay_keep_their_errors():
     responses = [Response(Example([1], [5]), False)] * 2
     phase = Phase([3, 4], 9, responses, [1.0, -1.0], {"rule": [1.0, -1.0]}, [False] * 2, 2, [None, 0])
