@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Set
 from functools import cache, partial, wraps
@@ -26,7 +27,7 @@ from lco_lite.errors import LcoError, UsageError
 from lco_lite.files import is_there, not_there, sha256
 from lco_lite.restoring import put_back
 from lco_lite.visible import visible
-from lco_lite.workers import serve
+from lco_lite.workers import seconds_left, serve
 
 IMPORT_SECONDS = 120.0  # that importing a file of the user's may take in this process
 END_SECONDS = 10.0
@@ -272,13 +273,7 @@ def answer(function: Adapted, line: str) -> str:
     except UsageError as e:
         return wrong(str(e))
     except BaseException as e:
-        text = told(e)
-        for i, (prompt, response, one) in enumerate(zip(prompts, responses, known, strict=True)):
-            try:
-                list(function([prompt], [response], [one]))
-            except BaseException:
-                return wrong(text, i)
-        return wrong(text)
+        return wrong(told(e), _culprit(function, prompts, responses, known))
     if len(rewards) != len(responses):
         found = f"{len(rewards)}" if len(rewards) < len(responses) else f"more than {len(responses)}"
         return wrong(f"came back {found} rewards for {len(responses)} responses; {RETURNS}")
@@ -288,6 +283,22 @@ def answer(function: Adapted, line: str) -> str:
         except ValueError as e:
             return wrong(f"the reward is {e}; {RETURNS}", i)
     return json.dumps({"rewards": rewards})
+
+
+def _culprit(function: Adapted, prompts: list[str], responses: list[str], known: list[Any]) -> int | None:
+    """The first response for which alone the function raises; None where half of the time that is left finds none: the
+    error itself is to be told before the caller gives up."""
+    seconds = min(max(seconds_left() / 2, 0.01), CALL_SECONDS)
+    over = time.monotonic() + seconds
+    with contextlib.suppress(TimeoutError), bounded(seconds):
+        for i, (prompt, response, one) in enumerate(zip(prompts, responses, known, strict=True)):
+            try:
+                list(function([prompt], [response], [one]))
+            except BaseException:  # of the clock too, which may look like the function's own
+                return i if time.monotonic() < over else None
+            if time.monotonic() > over:
+                break
+    return None
 
 
 def as_number(value: Any) -> float:

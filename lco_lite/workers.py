@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
@@ -142,7 +144,7 @@ class LineWorker:
                 answers.put(None)
 
         self._asked += 1
-        rest, timer = memoryview(f"{self._asked} {line}\n".encode()), threading.Timer(seconds, stop)
+        rest, timer = memoryview(f"{self._asked} {seconds} {line}\n".encode()), threading.Timer(seconds, stop)
         timer.daemon = True
         timer.start()
         try:
@@ -214,6 +216,14 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             stray.kill()
 
 
+_due: list[float] = []  # when the caller of this process gives up on its question
+
+
+def seconds_left() -> float:
+    """In a process that ``serve``s: how long the caller still waits for the answer at hand."""
+    return _due[-1] - time.monotonic() if _due else math.inf
+
+
 def serve(prepare: Callable[[], Callable[[str], str]]) -> None:
     """The process's side, until the input ends. ``prepare`` makes what answers each line, the empty one too.
 
@@ -237,7 +247,9 @@ def serve(prepare: Callable[[], Callable[[str], str]]) -> None:
     answer = prepare()
     ours()
     for line in requests:
-        number, _, text = line.rstrip("\n").partition(" ")
+        number, seconds, text = line.rstrip("\n").split(" ", 2)
+        _due.append(time.monotonic() + float(seconds))
         said = answer(text)
+        _due.clear()
         ours()
         replies.write(f"{number} {said}\n")

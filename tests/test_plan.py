@@ -22,6 +22,7 @@ from lco_lite.models.loading import load_config
 from lco_lite.plan import LiveBytes, measured, peaks, work
 from lco_lite.plan.verdict import RESERVE, memory_of, on_device
 from lco_lite.recipe.file import load_recipe
+from lco_lite.train.rollouts import DYNAMIC_ROUNDS
 from tests.models import families
 from tests.train.test_chain import run_stage
 
@@ -155,6 +156,12 @@ def test_the_command_says_what_fits_and_what_to_change_where_it_does_not(tmp_pat
     assert sum(again["phases"]["rl rollout"].values()) <= room
 
 
+def test_what_vllm_takes_besides_is_said(tmp_path):
+    sets = ["--set", "rollout.engine=vllm", "--set", "rollout.gpu_share=0.4"]
+    result = run_plan("quickstart", "--gpu", "12GiB", "--runs", str(tmp_path), *SMALLER, *sets)
+    assert "not planned: rollout.engine: vllm" in result.output and "takes 40% of the card" in result.output
+
+
 def test_what_cannot_be_planned_is_one_message(tmp_path):
     result = run_plan("quickstart", "--gpu", "twelve")
     assert result.exit_code == 2
@@ -192,6 +199,14 @@ def test_work_is_counted_from_the_recipe():
     assert rows["rm"]["tokens"] == 8000 * 4 * 2048 + 2 * 200 * 2048
     assert rows["rl"] == {"updates": 320, "responses": 20 * 512 + 20 * 256, "tokens": (20 * 512 + 20 * 256) * 2048}
     assert rows["eval"]["tokens"] is None
+    sets = ["rl.objective=dapo", "rl.prompts_per_step=16", "rl.minibatch=16"]
+    once, again = (
+        work(load_recipe(ROOT / "recipes" / "math.yaml", [*sets, f"rl.dynamic_sampling={on}"]))["rl"]
+        for on in ("false", "true")
+    )
+    looks = 20 * 256  # responses of looks, which are sampled once
+    assert again["responses"] - looks == (1 + DYNAMIC_ROUNDS) * (once["responses"] - looks)
+    assert again["tokens"] == again["responses"] * 2048 and again["updates"] == once["updates"]
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +232,12 @@ def test_what_no_phase_needs_lies_on_the_host_and_a_streamed_base_is_there_block
     block = (64 * 64 * 4 + 3 * 64 * 192) * 2  # bytes of its matrices, in 16 bits
     assert streamed["weights"] < by_phase["weights"] - 2 * block, "two of its four"
     assert all(every[name] == by_phase[name] == streamed[name] for name in ("adapters", "optimiser", "cache", "kept"))
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_a_reward_models_own_card_is_planned_as_the_policys_on_a_machine_without_either(two_bases, device):
+    phase = "rl", "rl rollout"
+    assert on_card(two_bases, *phase, f"reward_model.device={device}") == on_card(two_bases, *phase)
 
 
 @pytest.mark.slow

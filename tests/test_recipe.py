@@ -168,6 +168,48 @@ def test_a_rate_that_is_not_set_is_that_of_what_the_stage_trains_and_stands_in_t
     assert (kept.sft.lr, kept.train_rm.lr, kept.rl.lr) == (2e-5, 1e-6, 5e-6)
 
 
+@pytest.mark.parametrize(
+    ("sets", "rates", "told"),
+    [
+        (
+            ["model.lora=null"],
+            (2e-5, 1e-6, 5e-6),
+            "sft.lr 0.0002 → 2e-05, train_rm.lr 1e-05 → 1e-06, rl.lr 5e-05 → 5e-06",
+        ),
+        (
+            ["model.lora=null", "reward_model={path: y}"],
+            (2e-5, 1e-5, 5e-6),
+            "sft.lr 0.0002 → 2e-05, rl.lr 5e-05 → 5e-06",
+        ),
+        (["model.lora=null", "sft.lr=3e-4", "rl={steps: 3}"], (3e-4, 1e-6, 5e-6), "train_rm.lr 1e-05 → 1e-06"),
+        (["model.lora=null", "rl.objective=grpo", "sft.lr=1", "train_rm.lr=1"], (1, 1, 1e-6), None),
+        (["model.lora.r=4", "reward_model={path: y}"], (2e-4, 1e-5, 5e-5), None),
+    ],
+)
+def test_rates_that_were_written_for_an_adapter_give_way_where_all_weights_are_trained_and_the_other_way(
+    tmp_path, sets, rates, told
+):
+    """A run's own recipe has every default written out; the recipe file that it came from has none."""
+    path, said = tmp_path / "recipe.yaml", list[str]()
+
+    def read(text, sets):
+        path.write_text(text)
+        said.clear()
+        recipe = load_recipe(path, sets, say=said.append)
+        return recipe, (recipe.sft.lr, recipe.train_rm.lr, recipe.rl.lr)
+
+    short = PRETRAINED % ("", "self")
+    whole = dump(read(short, [])[0])
+    assert read(short, sets)[1] == rates
+    now = read(whole, sets)[1]
+    brought = [text for text in said if "what is trained brings its own default rates" in text]
+    assert now == rates and [text.rpartition("set: ")[2] for text in brought] == ([told] if told else [])
+    full = dump(read(short, ["model.lora=null"])[0])
+    assert read(full, ["model.lora={}"])[1] == (2e-4, 1e-5, 5e-5)
+    tuned = whole.replace("lr: 0.0002", "lr: 0.0003")
+    assert read(tuned, ["model.lora=null"])[1] == (3e-4, 1e-6, 5e-6), "a rate of the user's own stays"
+
+
 def test_the_rates_of_a_section_that_is_wrong_hide_no_problem(tmp_path):
     assert problems(tmp_path, "sft:\nrl: 3\n") == [
         "sft (line 3): is empty: give it a value, or delete the line",

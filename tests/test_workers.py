@@ -117,7 +117,7 @@ def test_a_fork_that_comes_back_answers_nothing(folder):
 
 def test_an_answer_to_another_question_does_not_count(folder):
     Path("shifted.py").write_text(
-        "import sys\nn = 0\nfor line in sys.stdin:\n    number, _, text = line.strip().partition(' ')\n"
+        "import sys\nn = 0\nfor line in sys.stdin:\n    number, _, text = line.rstrip('\\n').split(' ', 2)\n"
         "    print('0 stale', flush=True)\n    print(number, text or 'ready', flush=True)\n"
     )
     worker = LineWorker("shifted")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -117,7 +118,8 @@ class LanguageModel:
             self._attach(name, config)
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """A PEFT adapter folder, frozen. Raises ModelError if it is damaged, no adapter, or one of another base."""
+        """A PEFT adapter folder, frozen. Raises ModelError if it is damaged, no adapter, one of another base, or one
+        with an LM head of its own."""
         file = folder / "adapter_model.safetensors"
         if not (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder}: no adapter_config.json: a PEFT adapter folder is needed")
@@ -129,7 +131,14 @@ class LanguageModel:
                 raise ModelError(f"{file}: {wrong} is not finite: the adapter is damaged")
             config = self._config_of_adapter(folder)
             config.base_model_name_or_path = None  # PEFT warns where the base has another name
+            plain = self.base.get_output_embeddings()
             self._attach(name, config)
+            if (own := self.base.get_output_embeddings()) is not plain:  # what samples would have it, losses not
+                fields = (field for kind, field in _WRAPS.items() if isinstance(own, kind))
+                raise ModelError(
+                    f"{folder / 'adapter_config.json'}: {next(fields, 'it')} changes the LM head: adapters of other "
+                    "layers are accepted, for losses and scores have the base's head"
+                )
             result: Any = set_peft_model_state_dict(self._peft, state, adapter_name=name)
         except SafetensorError as e:
             raise ModelError(f"{file}: damaged: {e}") from e
@@ -385,6 +394,10 @@ def decoder_of(base: PreTrainedModel) -> torch.nn.Module:
         raise ModelError(f"{type(base).__name__} has no decoder to take hidden states from: it is not supported")
     return decoder
 
+
+# what PEFT puts around a module, and by which field of adapter_config.json
+_WRAPS = {LoraLayer: "target_modules", ModulesToSaveWrapper: "modules_to_save"}
+_WRAPS |= {TrainableTokensWrapper: "trainable_token_indices"}
 
 _OF_QUANTISED_BASE = """\
 This adapter was trained on its base in {stored} (bitsandbytes). On the full-precision base it answers otherwise: \

@@ -53,7 +53,7 @@ def resolve_device(asked: str) -> torch.device:
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if (place := ranks.local_rank()) is None:
-        return torch.device("cuda")
+        return current_gpu()
     if place >= torch.cuda.device_count():
         raise UsageError(
             f"{place + 1} processes or more on this machine, and torch finds {torch.cuda.device_count()} CUDA devices: "
@@ -63,13 +63,19 @@ def resolve_device(asked: str) -> torch.device:
     return torch.device("cuda", place)
 
 
+def current_gpu() -> torch.device:
+    """With its index, by which torch's allocator and comparisons know it. Nobody has chosen another than the first
+    where CUDA has not started, and asking torch would start it."""
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+
+
 def reward_device(asked: str | None, policy: torch.device) -> torch.device:
     """Where a reward model of its own base is. Raises UsageError for a device that is not there, and where several
     processes share the work."""
     if asked is None:
         return policy
-    device, found = torch.device(asked), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= found:
+    device, found = current_gpu() if asked == "cuda" else torch.device(asked), torch.cuda.device_count()
+    if device.type == "cuda" and device.index >= found:
         there = ", ".join(f"cuda:{i}" for i in range(found)) or "none"
         raise UsageError(f"reward_model.device: {asked} is not there; CUDA devices: {there}")
     if ranks.world() > 1:

@@ -112,6 +112,7 @@ class Trial:
         yield weights, "load_base", self._base
         yield weights, "load_tokenizer", lambda settings, folder: self._tokenizer
         yield weights, "LanguageModel", Shapes
+        yield weights, "reward_device", lambda asked, policy: policy  # on any machine; both models on one card
         yield language_model, "known_tokens", lambda tokenizer: 10**9
         yield BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *a, **kw: None
         yield torch.UntypedStorage, "resize_", self.live.resizing()

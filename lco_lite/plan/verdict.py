@@ -25,6 +25,7 @@ from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import overridden
 from lco_lite.recipe.sections import RewardModel, size_in_bytes
 from lco_lite.train.before import written
+from lco_lite.train.rollouts import DYNAMIC_ROUNDS
 
 GIB = 2**30
 RESERVE = 0.8 * GIB  # CUDA's context and fragmentation; on a CPU the process itself. An estimate
@@ -144,9 +145,10 @@ def cheapest(
 
 
 def work(recipe: Recipe) -> dict[str, dict[str, int | None]]:
-    """By stage: ``updates``, ``responses`` to sample and the ``tokens`` of these at most; None: as many as the data."""
+    """By stage: ``updates``, ``responses`` to sample and the ``tokens`` of these, at most; None: as the data."""
     rm, rl, longest, ev = recipe.train_rm, recipe.rl, longest_response(recipe), recipe.eval
     checked, drawn = checked_response(recipe), rl.prompts_per_step * rl.responses_per_prompt
+    rounds = 1 + DYNAMIC_ROUNDS if rl.dynamic_sampling else 1  # at most: those of groups without signal come again
 
     def updates(settings: Any, n: int | None) -> int | None:
         most = settings.max_steps or n and settings.epochs * n / settings.batch_size
@@ -164,7 +166,7 @@ def work(recipe: Recipe) -> dict[str, dict[str, int | None]]:
     known = {
         "sft": row(updates(recipe.sft, recipe.sft.examples), 0, 0),
         "rm": row(updates(rm, most), asked, longest, 2 * rm.check_items),
-        "rl": row(rl.steps * rl.inner_epochs * -(-drawn // rl.minibatch), rl.steps * drawn, longest,
+        "rl": row(rl.steps * rl.inner_epochs * -(-drawn // rl.minibatch), rl.steps * drawn * rounds, longest,
                   looks * rl.eval_items),
         "eval": row(0, ev.items and ev.items * passes, checked),
     }  # fmt: skip
@@ -209,6 +211,16 @@ def memory_of(recipe: Recipe, gpu: str | None) -> tuple[float, str]:
     return (limit, what) if recipe.memory_limit is not None and limit < there else (there, properties.name)
 
 
+def not_planned(recipe: Recipe) -> str | None:
+    """What lies on the card besides, in words."""
+    if recipe.rollout.engine != "vllm":
+        return None
+    share = (
+        f"while it samples, it takes {recipe.rollout.gpu_share:.0%} of the card (rollout.gpu_share) beside the models"
+    )
+    return f"rollout.engine: vllm: its phases are planned as hf samples; {share}"
+
+
 def plan(
     recipe: Recipe, gpu: str | None, rate: float | None, prompt: int | None, runs: Path, console: Console, as_json: bool
 ) -> None:
@@ -246,6 +258,7 @@ def plan(
     host = max(12.0 * n for n in trained.values()) + max(held["host"] + held["kept"] for held in phases.values())
     facts = {"memory": memory, "reserve": RESERVE, "on": what, "phases": phases, "changes": changes, "host": host}
     facts |= {"disk": disk, "work": tasks, "rate": rate, "fits": not changes}
+    facts["not_planned"] = not_planned(recipe)
     if as_json:
         return console.emit(facts)
     show(facts, console, once)
@@ -265,6 +278,8 @@ def show(facts: dict[str, Any], console: Console, once: dict[str, float] | None)
     )
     for phase, change in facts["changes"].items():
         console.note(f"{phase}: {change or 'no change of the recipe was found that makes it fit: a smaller model'}")
+    if facts["not_planned"]:
+        console.warn(f"not planned: {facts['not_planned']}")
     disk = ", ".join(f"{name} {size / GIB:.2f}" for name, size in facts["disk"].items())
     console.note(f"planned: host memory besides the process {facts['host'] / GIB:.2f} GiB. Disk at most, GiB: {disk}")
     rows = []

@@ -39,6 +39,30 @@ def _has_lora(weights: Any) -> bool:
     return _part(weights, "lora", unset="default") is not None
 
 
+def adapts(given: Mapping[str, Any]) -> dict[str, bool]:
+    """By stage, of a recipe as it is read: whether it trains an adapter. sft of a model from scratch trains all
+    weights; ``reward_model: self`` is an adapter where the policy is one."""
+    model, own = given.get("model"), given.get("reward_model", "self")
+    policy = _has_lora(model)
+    return {
+        "sft": policy and _part(model, "init") is None,
+        "train_rm": policy if own == "self" else _has_lora(own),
+        "rl": policy,
+    }
+
+
+def default_rates(given: Mapping[str, Any]) -> dict[str, float]:
+    """By stage, its learning rate where none is set: that of full fine-tuning, ``LORA_RATE`` times that for an
+    adapter."""
+    rates = {name: section.model_fields["lr"].default for name, section in (("sft", Sft), ("train_rm", TrainRm))}
+    rl = given.get("rl", {})
+    of_objective = defaults_of(str(rl.get("objective", "kld"))) if isinstance(rl, dict) else {}
+    rates["rl"] = of_objective["lr"][0] if "lr" in of_objective else Rl.model_fields["lr"].default
+    times = {name: LORA_RATE if adapted else 1 for name, adapted in adapts(given).items()}
+    # 1e-05, not 9.999999999999999e-06
+    return {name: float(f"{times[name] * full:.6g}") for name, full in rates.items()}
+
+
 class Recipe(Section):
     name: Annotated[str, Field(pattern=f"^{RUN_NAME}$")] = setting("run", "folder in --runs", "yours")
     seed: int = setting(0, "of weights, data order and sampling", "0", ge=0, lt=2**31)
@@ -91,25 +115,14 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _rates_of_what_is_trained(cls, given: Any) -> Any:
-        """A learning rate that is not set is that of full fine-tuning, ``LORA_RATE`` times that for an adapter. sft
-        of a model from scratch trains all weights; ``reward_model: self`` is an adapter where the policy is one."""
+        """A learning rate that is not set is the stage's default (``default_rates``)."""
         if not isinstance(given, dict):
             return given
-        model, own = given.get("model"), given.get("reward_model", "self")
-        adapts = {"sft": _has_lora(model) and _part(model, "init") is None, "rl": _has_lora(model)}
-        adapts["train_rm"] = _has_lora(model if own == "self" else own)
-        rl = given.get("rl", {})
-        of_objective = defaults_of(str(rl.get("objective", "kld"))) if isinstance(rl, dict) else {}
-        filled = dict[str, Any]()
-        for name, section in (("sft", Sft), ("train_rm", TrainRm), ("rl", Rl)):
+        adapted, filled = adapts(given), dict[str, Any]()
+        for name, rate in default_rates(given).items():
             stage = given.get(name, {})
-            if adapts[name] and isinstance(stage, dict) and "lr" not in stage:
-                full = (
-                    of_objective["lr"][0]
-                    if name == "rl" and "lr" in of_objective
-                    else section.model_fields["lr"].default
-                )
-                filled[name] = {**stage, "lr": float(f"{LORA_RATE * full:.6g}")}  # 1e-05, not 9.999999999999999e-06
+            if adapted[name] and isinstance(stage, dict) and "lr" not in stage:
+                filled[name] = {**stage, "lr": rate}
         return {**given, **filled}
 
     @property

@@ -1,7 +1,8 @@
 """How a recipe file becomes a recipe: read, override, validate, write; and the recipes that are shipped.
 
 ``--set a.b=c`` overrides the YAML file, and named flags override both. Where they name another objective than the file,
-it brings its own defaults (``makes_room``). Whatever is wrong with it is told at once.
+it brings its own defaults (``makes_room``), and an adapter in place of all weights, or the other way round, its own
+learning rates (``rates_make_room``). Whatever is wrong with it is told at once.
 """
 
 import difflib
@@ -22,7 +23,7 @@ from pydantic_core import ErrorDetails
 from lco_lite.console import Console
 from lco_lite.errors import RecipeError, UsageError
 from lco_lite.files import is_there
-from lco_lite.recipe import Recipe
+from lco_lite.recipe import Recipe, adapts, default_rates
 from lco_lite.recipe.peers import answered
 from lco_lite.recipe.rl import LCO, defaults_of, feedbacks
 
@@ -118,6 +119,11 @@ def overridden(
     if changed:
         who = f"{recipe.rl.objective} of {recipe.rl.feedback}" if "rewards" in before else recipe.rl.objective
         say(f"{who} brings its own defaults in place of the recipe's, unless set: {', '.join(changed)}")
+    if rates := rates_make_room(data, sets, flags):
+        now_rates = (f"{stage}.lr {old:g} → {getattr(recipe, stage).lr:g}" for stage, old in rates.items())
+        say(
+            f"what is trained brings its own default rates in place of the recipe's, unless set: {', '.join(now_rates)}"
+        )
     return recipe
 
 
@@ -131,9 +137,9 @@ def override(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any]
     """``data`` with ``a.b=c`` items and then flags laid over it. Flags that are None were not given."""
     if gone := makes_room(data, sets, flags):
         data = {**data, "rl": {field: value for field, value in data["rl"].items() if field not in gone}}
-    for path, value, _ in _overrides(sets, flags):
-        data = _with(data, path, value)
-    return data
+    for stage in rates_make_room(data, sets, flags):
+        data = {**data, stage: {field: value for field, value in data[stage].items() if field != "lr"}}
+    return _laid_over(data, _overrides(sets, flags))
 
 
 def makes_room(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any] | None) -> dict[str, Any]:
@@ -152,6 +158,20 @@ def makes_room(data: dict[str, Any], sets: list[str] | None, flags: dict[str, An
     if "feedback" in theirs or feedbacks(str(given.get(("rl", "feedback"), before))) != feedbacks(before):
         theirs.add("rewards")
     return {field: value for field, value in rl.items() if field in theirs and ("rl", field) not in given}
+
+
+def rates_make_room(data: dict[str, Any], sets: list[str] | None, flags: dict[str, Any] | None) -> dict[str, float]:
+    """By stage, the learning rates of ``data`` that were the default for what it trains, where the overrides have it
+    train the other: an adapter, or all weights. Not where they set the rate, or make room for an objective's."""
+    overrides = _overrides(sets, flags)
+    given, before, after = {path for path, _, _ in overrides}, adapts(data), adapts(_laid_over(data, overrides))
+    found = dict[str, float]()
+    for stage, rate in default_rates(data).items():
+        section, is_set = data.get(stage), (stage,) in given or (stage, "lr") in given
+        gives_way = stage == "rl" and "lr" in makes_room(data, sets, flags)
+        if before[stage] != after[stage] and isinstance(section, dict) and section.get("lr") == rate:
+            found |= {} if is_set or gives_way else {stage: rate}
+    return found
 
 
 def validate(data: dict[str, Any], origin: str, places: Mapping[KeyPath, str] | None = None) -> Recipe:
@@ -250,6 +270,12 @@ def _overrides(sets: list[str] | None, flags: dict[str, Any] | None) -> list[tup
         except ValueError as e:
             raise RecipeError(f"--set {item}: the value is not valid YAML: {e}") from e
     return overrides + [(tuple(key.split(".")), v, "flag") for key, v in (flags or {}).items() if v is not None]
+
+
+def _laid_over(data: dict[str, Any], overrides: list[tuple[KeyPath, Any, str]]) -> dict[str, Any]:
+    for path, value, _ in overrides:
+        data = _with(data, path, value)
+    return data
 
 
 def _with(data: dict[str, Any], path: KeyPath, value: Any) -> dict[str, Any]:

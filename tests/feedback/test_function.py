@@ -68,6 +68,12 @@ def test_its_mistakes_are_named_by_row(function, body, message):
         function(body)(["p"] * 3, ["a", "b", "c"], [{}] * 3)
 
 
+def test_its_error_is_told_where_the_response_it_is_for_is_not_found_in_time(function):
+    body = "import time\ndef score(p, r, rows):\n    time.sleep(0.6)\n    return [1 / (x != 'late') for x in r]"
+    with pytest.raises(UsageError, match="rewards.py:score: ZeroDivisionError"):
+        function(body, seconds=6.0)(["p"] * 12, ["a"] * 11 + ["late"], [{}] * 12)
+
+
 def test_what_hangs_is_stopped_and_the_next_batch_gets_a_new_process(function):
     rate = function("def score(p, r, rows):\n    while r[0] == 'hang': pass\n    return [1.0] * len(r)", seconds=1.0)
     with pytest.raises(UsageError, match="within 1 s"):

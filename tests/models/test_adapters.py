@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lco_lite.errors import ModelError
@@ -103,6 +103,39 @@ def test_an_adapter_of_another_base_is_refused(folder, tmp_path, change):
     other = load(save("llama", tmp_path / "other", **change))
     with pytest.raises(ModelError, match="of another base"):
         other.load_adapter("policy", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("own", "refused"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules"),
+        ({"trainable_token_indices": {"lm_head": [10]}}, "trainable_token_indices"),
+        ({"trainable_token_indices": [10]}, {"qwen2": "trainable_token_indices"}),  # of embeddings, tied or not
+        ({"modules_to_save": ["embed_tokens"]}, None),
+    ],
+)
+def test_an_adapter_from_elsewhere_that_changes_the_head_is_refused_and_others_are_the_same_everywhere(
+    tmp_path, family, own, refused
+):
+    """What samples asks the base for logits, what scores and learns asks ``head``."""
+    folder = save(family, tmp_path / "m")
+    made = get_peft_model(load(folder).base, LoraConfig(r=2, **{"target_modules": ["q_proj"], **own}))
+    with torch.no_grad():
+        for p in filter(lambda p: p.requires_grad, made.parameters()):
+            p.normal_(generator=torch.Generator().manual_seed(0))
+    made.save_pretrained(str(tmp_path / "adapter"))
+    model = load(folder)
+    if field := refused.get(family) if isinstance(refused, dict) else refused:
+        with pytest.raises(ModelError, match=f"adapter_config.json: {field} changes the LM head"):
+            model.load_adapter("policy", tmp_path / "adapter")
+        return
+    model.load_adapter("policy", tmp_path / "adapter")
+    with torch.no_grad(), model.use("policy"):
+        logits = model.base(input_ids=IDS).logits[0, :, : model.head.rows]
+        torch.testing.assert_close(model.head.logits(hidden(model, "policy")[0]), logits)
+        torch.testing.assert_close(logits, made.eval()(input_ids=IDS).logits[0, :, : model.head.rows])
 
 
 def test_damaged_missing_and_pickled_adapters_are_told(folder, tmp_path):

@@ -207,6 +207,14 @@ def test_a_reward_models_device_is_there_and_is_not_asked_for_beside_other_proce
         reward_device("cuda:1", CPU)
 
 
+@pytest.mark.parametrize("asked", ["cuda", "cuda:0", None])
+def test_the_policys_own_gpu_is_the_same_device_however_a_reward_model_names_it(monkeypatch, asked):
+    """Else its base would stay on the card beside the policy's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert reward_device(asked, resolve_device("auto")) == resolve_device("cuda") == torch.device("cuda:0")
+
+
 def test_auto_is_never_float16_in_which_nothing_is_trained(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     dtypes = {device: base_dtype(Model(path="x"), torch.device(device)) for device in ("cpu", "cuda")}

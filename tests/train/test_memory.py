@@ -16,7 +16,7 @@ from lco_lite.evaluation import evaluate
 from lco_lite.evaluation.evaluate import evaluate_stage
 from lco_lite.metrics import read_log
 from lco_lite.models.language_model import LanguageModel
-from lco_lite.models.loading import base_dtype, limit_memory
+from lco_lite.models.loading import base_dtype, limit_memory, resolve_device
 from lco_lite.recipe.file import load_recipe
 from lco_lite.recipe.sections import Model, RewardModel, TrainRm
 from lco_lite.rollout.hf import HFEngine
@@ -324,11 +324,14 @@ def test_updates_with_moments_in_8_bits_are_near_those_of_exact_ones():
     [("6GiB", 0.5, ""), ("6144 MiB", 0.5, ""), ("12GB", 12e9 / (12 * 2**30), ""), ("13GiB", None, "has 12.0 GiB")],
 )
 def test_a_memory_limit_is_held_by_the_allocator_of_the_device(monkeypatch, capsys, limit, fraction, told):
+    """Torch's own code down to its allocator, which takes a device by its index alone."""
     calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=12 * 2**30))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: calls.append(given))
-    limit_memory(torch.device("cuda"), limit, Console())
-    assert calls == ([] if fraction is None else [(pytest.approx(fraction), torch.device("cuda"))])
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: calls.append(given), raising=False)
+    limit_memory(resolve_device("auto"), limit, Console())
+    assert calls == ([] if fraction is None else [(pytest.approx(fraction), 0)])
     assert told in capsys.readouterr().out
     limit_memory(torch.device("cpu"), limit, Console())
     assert "no effect on a CPU" in capsys.readouterr().out and len(calls) <= 1
