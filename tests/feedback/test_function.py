@@ -75,8 +75,8 @@ def test_its_error_is_told_where_the_response_it_is_for_is_not_found_in_time(fun
 
 
 def test_what_hangs_is_stopped_and_the_next_batch_gets_a_new_process(function):
-    rate = function("def score(p, r, rows):\n    while r[0] == 'hang': pass\n    return [1.0] * len(r)", seconds=1.0)
-    with pytest.raises(UsageError, match="within 1 s"):
+    rate = function("def score(p, r, rows):\n    while r[0] == 'hang': pass\n    return [1.0] * len(r)", seconds=3.0)
+    with pytest.raises(UsageError, match="within 3 s"):
         rate(["p"], ["hang"], [{}])
     assert rate(["p"], ["go"], [{}]).tolist() == [1.0]
 
