@@ -31,7 +31,7 @@ LESS_PER_GAIN = 0.0  # of losses per gain
 GAINED = 0.05  # a gain above this can be divided by
 
 KLD, BASELINES = "kld", ("ppo", "grpo")
-# label -> fields of rl, and the share of the recipe's learning rate, as docs/methods.md has them for the quickstart
+# label -> fields of rl, and the share of the recipe's learning rate that was best of two or three on the quickstart
 METHODS: dict[str, tuple[Mapping[str, Any], float]] = {
     KLD: ({"objective": "kld"}, 1.0),
     "lch": ({"objective": "lch"}, 1.0),
@@ -72,7 +72,7 @@ class Forgetting(Study):
             "A method that does not learn has nothing to forget by: read a loss beside its gain. Loss per gain is of "
             f"the seeds that gained more than {GAINED:g}.",
             "All methods draw as many responses, in the recipe's phases, with its passes over them. Learning rates are "
-            "those of docs/methods.md for the quickstart, of other recipes in proportion to their own; they were "
+            "those of an earlier comparison on the quickstart, of other recipes in proportion to their own; they were "
             "chosen by the gain on another warm-up, not by what is lost, and not anew here.",
         ]
         if failed := [f"{row['label']}, seed {row['seed']}" for row in results.rows if row.get("failed")]:
