@@ -280,11 +280,11 @@ def trained_on(recipe: Recipe, stage: str) -> dict[str, Input]:
     more = recipe.sft.more_tasks if stage == "sft" else []
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, default=_plain, sort_keys=True).encode() + b"\n")
+        digest.update(json.dumps(row, default=plain, sort_keys=True).encode() + b"\n")
     return {key: Input(", ".join([source, *more]), digest.hexdigest())}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON has no form for: a row's fields, and of a picture or the like that it is one."""
     if is_dataclass(value):
         return vars(value)

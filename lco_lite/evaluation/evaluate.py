@@ -238,10 +238,9 @@ def graded_again(file: Path, result: Mapping[str, Any], task: Task, settings: Ev
     if not task.graded or settings.scoring == "likelihood":
         return rows
     items = {item.id: item for item in task.items("test")}
-    kept = [
-        {name: value for name, value in row.items() if name != "score"} for row in rows
-    ]  # a score of the task's own
-    return [row | asdict(task.grade(row["response"], items[row["id"]])) for row in kept]
+    for row in rows:
+        row.pop("score", None)  # of a task's own metric, which a grader takes the place of
+    return [row | asdict(task.grade(row["response"], items[row["id"]])) for row in rows]
 
 
 def _write_rows(file: Path, passes: Mapping[int, Sequence[Graded]]) -> None:

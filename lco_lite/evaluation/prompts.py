@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lco_lite import __version__
 from lco_lite.context import Context
-from lco_lite.data.prompts import Prompt, system_text
+from lco_lite.data.prompts import Prompt, plain, system_text
 from lco_lite.errors import DataError, UsageError, naming
 from lco_lite.grading.choice import LETTERS, answer_index
 from lco_lite.grading.math import MathGrader
@@ -180,7 +180,7 @@ def grader_of(task: Task) -> dict[str, Any]:
 
 def rows_digest(items: Sequence[Item]) -> str:
     """Of all columns of the items."""
-    lines = [json.dumps(item.row, sort_keys=True, default=repr) for item in items]
+    lines = [json.dumps(item.row, sort_keys=True, default=plain) for item in items]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
