@@ -100,7 +100,7 @@ def command(
         else:
             run = Run.newest(runs) if name is None else Run.named(runs, name)
             kept, name = run.recipe().model_dump(mode="json"), run.name
-            resolved = overridden(kept, sets, flags, console.note, "the run's recipe with your flags")
+            resolved = overridden(kept, sets, flags, console.note, "the run's recipe with your flags", of_run=True)
         if dry_run is not None:
             from lco_lite.dry_run import preview
 
@@ -125,7 +125,8 @@ def reading(
     adapter = None
     if isinstance(source, Run):
         kept = source.recipe().model_dump(mode="json")
-        resolved, run = overridden(kept, sets, flags, console.note, "the run's recipe with your flags"), source
+        run, origin = source, "the run's recipe with your flags"
+        resolved = overridden(kept, sets, flags, console.note, origin, of_run=True)
     else:
         resolved, adapter = _of_model(source, None, sets, flags, console, source)
         run = Run(runs / _name_of(source))

@@ -48,7 +48,7 @@ from lco_lite.metrics import read_log
 from lco_lite.recipe import RUN_NAME, Recipe
 from lco_lite.recipe.file import dump, flat, load_recipe
 from lco_lite.recipe.rl import REWARDS, RewardPart
-from lco_lite.recipe.sections import TaskColumns
+from lco_lite.recipe.sections import OF_RUN, TaskColumns
 
 # the files of a run, field by field: what is believed of them
 
@@ -407,7 +407,7 @@ class Run:
             start = f"{self.path} has no recipe.yaml: `lco-lite run RECIPE --name {self.name}` starts it"
             raise no_run(self.name, self.path.parent, start)
         try:
-            recipe = load_recipe(self.path / "recipe.yaml")
+            recipe = load_recipe(self.path / "recipe.yaml", of_run=True)
             if "held_out" not in recipe.data.model_fields_set:  # a version without it began the run: it holds none out
                 recipe.data.held_out = _held_out_before(recipe)
             return recipe
@@ -452,9 +452,9 @@ class Run:
 
     @ranks.once
     def discard_from(self, stage: str) -> list[str]:
-        """Deletes ``stage``, the stages built on it, their scores and, where no other stage is left that may read them,
-        the bases made for them in the run; returns the names of the stages deleted. One that does not tell what it was
-        built on goes with all that come before it."""
+        """Deletes ``stage``, the stages built on it, their scores and the bases made for them in the run, but one that
+        another stage's adapter is on; returns the names of the stages deleted. One that does not tell what it was built
+        on goes with all that come before it."""
         present, doomed = sorted({begun.name for begun in self.stages()} | {stage}, key=_order), list[str]()
         for name in present:
             if name == stage or (_order(stage)[0] < _order(name)[0] and self._rests_on(name, doomed)):
@@ -464,9 +464,10 @@ class Run:
             for score in sorted(f for end in (".", "@") for f in (self.path / "eval").glob(f"*--{name}{end}*")):
                 remove(score)
             remove(self.path / name)
-        if not any(_order(stage)[0] < _order(begun.name)[0] for begun in self.stages()):
-            for name in {"sft": ("base", "base-rm"), "rm": ("base-rm",)}.get(stage, ()):
-                remove(self.path / name)
+        if stage in ("sft", "rm"):
+            remove(self.path / "base-rm")
+        if stage == "sft" and not self.stages():
+            remove(self.path / "base")
         return doomed
 
     def _rests_on(self, name: str, stages: Collection[str]) -> bool:
@@ -572,7 +573,7 @@ def decides(recipe: Recipe, stage: str, key: str) -> bool:
         raise UsageError(f"no stage {stage!r}: sft, rm or rl-OBJECTIVE")
     roots = _RM if stage == "rm" or (stage != "sft" and recipe.rl.needs_reward_model) else _SFT
     if stage == "rm" and recipe.data.preferences == "sampled":
-        roots = [*roots, "rollout", "rl.evaluated"]
+        roots = [*roots, "rollout"]
     if stage.startswith("rl-"):
         judge = ["reward_model"] if recipe.rl.dense == "logprob" else []  # its base is φ
         roots = [*roots, *judge, "data.prompts", "data.columns.prompts", "rollout", "rl"]
@@ -612,7 +613,7 @@ def as_started(recipe: Recipe, stage: StageFolder, said: Collection[str] | None)
         if key in before or key in older:
             _put(tree, key.split("."), before.get(key, older.get(key)))
     try:
-        kept = Recipe.model_validate(tree)
+        kept = Recipe.model_validate(tree, context=OF_RUN)
     except ValidationError:  # it does not go with what is said, which is then another setting too
         return recipe, []
     return kept, differences(now, stage_settings(kept, stage.name))

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -12,6 +13,7 @@ from lco_lite.errors import DataError, RecipeError
 from lco_lite.recipe import UNGRADED, Recipe, Section
 from lco_lite.recipe.file import dump, dump_short, find_recipe, load_recipe, override, parse_yaml, validate, write_yaml
 from lco_lite.recipe.rl import LCO, METHOD_DEFAULTS
+from lco_lite.run import Run
 from lco_lite.tables import load_rows
 from lco_lite.tasks import load_task, task_names
 
@@ -639,3 +641,26 @@ def test_problems_of_a_recipe_that_came_from_no_file_have_no_lines():
     with pytest.raises(RecipeError) as caught:
         validate({"model": {"path": "x"}, "task": "math", "sed": 1}, "given")
     assert str(caught.value) == "given: 1 problem in the recipe\n  sed: unknown key; did you mean 'seed'?"
+
+
+@pytest.mark.parametrize(
+    "rl",
+    [
+        {"objective": "grpo", "feedback": "dpo_sampled", "baseline": "batch", "scale_rewards": True},
+        {"objective": "kld", "scale_rewards": True},
+        {"objective": "kld", "overlong_buffer": 0.2},
+        {"objective": "ppo", "feedback": "rule", "baseline": "batch"},
+        {"objective": "kld", "target": "f.py:g", "variant": {"agreement": -0.02}, "feedback": "logprob"},
+    ],
+)
+def test_settings_that_do_nothing_are_refused_and_pass_in_a_run_that_an_earlier_version_began(tmp_path, rl):
+    text = yaml.safe_dump({"name": "r", "task": "arithmetic", "model": {"path": "x"}, "rl": rl})
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError):
+        load_recipe(tmp_path / "recipe.yaml")
+    recipe = Run(tmp_path).recipe()
+    assert all(getattr(recipe.rl, name) is not None for name in rl)
+    kept = Run(tmp_path / "again")
+    kept.path.mkdir()
+    kept.write_recipe(recipe)
+    assert kept.recipe() == recipe

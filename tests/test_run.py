@@ -326,17 +326,23 @@ def test_starting_a_stage_again_discards_it_with_what_was_built_on_it_and_their_
     assert len(list((run.path / "eval").glob("*.jsonl"))) == len(left)
 
 
-def test_a_stage_that_does_not_rest_on_what_starts_again_stays_with_its_scores_and_base(run):
+def test_a_stage_that_does_not_rest_on_what_starts_again_stays_with_its_scores(run):
     finished(run, "sft", "rl-grpo")
     finished(run, "rm")
     write_json(started(run, "rl-kld", {"sft": "a", "rm": "b"}).adapter / "adapter_config.json", {})
     write_json(run.eval_path("math500", "optimal"), {})
-    write_json(run.path / "base-rm" / "config.json", {})
     assert run.discard_from("rm") == ["rm", "rl-kld"]
-    assert [s.name for s in run.stages()] == ["sft", "rl-grpo"] and (run.path / "base-rm").exists()
+    assert [s.name for s in run.stages()] == ["sft", "rl-grpo"]
     assert {p.name for p in (run.path / "eval").glob("*.json")} == {"math500--sft.json", "math500--rl-grpo.json"}
     (run.path / "rl-grpo" / "stage.json").write_text("{")
     assert run.discard_from("sft") == ["sft", "rl-grpo"]
+
+
+def test_a_base_stays_that_another_stage_is_on(run):
+    finished(run, "rl-grpo")
+    started(run, "sft")
+    write_json(run.path / "base" / "config.json", {})
+    assert run.discard_from("sft") == ["sft"] and (run.path / "base").exists()
 
 
 def test_bases_made_into_the_run_go_with_the_first_stage_that_reads_them(run):

@@ -116,21 +116,20 @@ def same_held_out(run: Run, recipe: Recipe, task: Task | None) -> None:
         )
     if read_text(file) != held_out_lines(recipe, task):
         raise UsageError(
-            f"{file}: other prompts are held out than when the run began, for its data have changed. Go back to "
-            "them, or start a new run with --name NAME"
+            f"{file}: other prompts are held out than when the run began: seed, data.held_out, rows or which of the "
+            "files the stages use are others. Go back to them, or start a new run with --name NAME"
         )
 
 
 def _own_rows(recipe: Recipe) -> dict[str, list[Any]]:
-    """Without a task: the rows of the files that the recipe names, whichever its stages use: what is held out does not
-    depend on the objective."""
+    """Without a task: the rows of the files that the recipe's stages use."""
     data, system = recipe.data, recipe.chat.system
     rows: dict[str, list[Any]] = {"prompts": [], "demonstrations": [], "preferences": []}
     if data.prompts is not None:
         rows["prompts"] = read_prompts(data.prompts, system, data.columns.prompts)
-    if data.demonstrations is not None:
+    if recipe.sft.enabled and data.demonstrations is not None:
         rows["demonstrations"] = read_demonstrations(data.demonstrations, system, data.columns.demonstrations)
-    if data.preferences != "sampled":
+    if recipe.rl.needs_reward_model:
         rows["preferences"] = read_preferences(data.preferences, system, data.columns.preferences)
     return rows
 

@@ -49,7 +49,7 @@ def score(
         raise UsageError(
             f"--data {data}: one file holds the items of one task, and {len(names)} are named; give a folder"
         )
-    if data is None:
+    if data is None and (HELD_OUT in names or ctx.recipe.task in names):
         same_held_out(ctx.run, ctx.recipe, recipe_task(ctx.recipe))
     stage = "base" if model else weights.named_policy(ctx.run, stage)
     loaded = [_graded(open_task(ctx.recipe, n, data), ctx.recipe.eval) for n in names if n != HELD_OUT]

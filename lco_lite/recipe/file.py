@@ -26,21 +26,26 @@ from lco_lite.files import is_there
 from lco_lite.recipe import Recipe, adapts, default_rates
 from lco_lite.recipe.peers import answered
 from lco_lite.recipe.rl import LCO, defaults_of, feedbacks
+from lco_lite.recipe.sections import OF_RUN
 
 KeyPath = tuple[Any, ...]
 Say = Callable[[str], object]
 
 
 def load_recipe(
-    path: Path, sets: list[str] | None = None, flags: dict[str, Any] | None = None, say: Say = lambda text: None
+    path: Path,
+    sets: list[str] | None = None,
+    flags: dict[str, Any] | None = None,
+    say: Say = lambda text: None,
+    of_run: bool = False,
 ) -> Recipe:
     """The recipe in ``path`` under ``--set`` items and then named flags (``{"rl.beta": 1.0}``). Raises RecipeError.
-    ``say`` is told which of the file's values another objective replaced."""
-    return recipe_and_said(path, sets, flags, say)[0]
+    ``say`` is told which of the file's values another objective replaced; ``of_run``: a run was begun with it."""
+    return recipe_and_said(path, sets, flags, say, of_run)[0]
 
 
 def recipe_and_said(
-    path: Path, sets: list[str] | None, flags: dict[str, Any] | None, say: Say
+    path: Path, sets: list[str] | None, flags: dict[str, Any] | None, say: Say, of_run: bool = False
 ) -> tuple[Recipe, frozenset[str]]:
     """``load_recipe``, and ``said`` of what it read: the file is read once."""
     try:
@@ -53,7 +58,7 @@ def recipe_and_said(
     places = {key: f"line {line}" for key, line in lines.items()}
     for key, _, place in _overrides(sets, flags):
         places = {p: where for p, where in places.items() if p[: len(key)] != key} | {key: place}
-    recipe = overridden(data, sets, flags, say, str(path), places)
+    recipe = overridden(data, sets, flags, say, str(path), places, of_run)
     if lost := list(_lie_beside(path, recipe)):
         raise RecipeError("\n".join([f"{path}: files are found from the working folder, {Path.cwd()}", *lost]))
     return recipe, said(data, sets, flags)
@@ -111,9 +116,10 @@ def overridden(
     say: Say,
     origin: str,
     places: Mapping[KeyPath, str] | None = None,
+    of_run: bool = False,
 ) -> Recipe:
     """``data`` under ``--set`` items and flags as a recipe; for the rest see ``load_recipe`` and ``validate``."""
-    recipe, before = validate(override(data, sets, flags), origin, places), makes_room(data, sets, flags)
+    recipe, before = validate(override(data, sets, flags), origin, places, of_run), makes_room(data, sets, flags)
     now = flat(recipe.rl.model_dump(mode="json"))
     changed = [f"{field} {old} → {now.get(field)}" for field, old in flat(before).items() if old != now.get(field)]
     if changed:
@@ -174,10 +180,12 @@ def rates_make_room(data: dict[str, Any], sets: list[str] | None, flags: dict[st
     return found
 
 
-def validate(data: dict[str, Any], origin: str, places: Mapping[KeyPath, str] | None = None) -> Recipe:
+def validate(
+    data: dict[str, Any], origin: str, places: Mapping[KeyPath, str] | None = None, of_run: bool = False
+) -> Recipe:
     """The typed recipe, or one RecipeError that lists every problem. ``places``: where a key was set (``line 3``)."""
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(data, context=OF_RUN if of_run else None)
     except ValidationError as e:
         problems, more = _problems(e, data, places or {})
         count = f"{len(problems) + more} problem{'s' if len(problems) + more > 1 else ''}"
@@ -235,7 +243,7 @@ def dump_short(recipe: Recipe) -> str:
 
 def _valid(tree: dict[str, Any]) -> Recipe | None:
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(tree, context=OF_RUN)
     except ValidationError:
         return None
 

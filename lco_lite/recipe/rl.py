@@ -469,7 +469,6 @@ class Rl(Training):
             yield f"{self.objective} compares a prompt's responses: responses_per_prompt at least 2, whole_groups: true"
         if self.dynamic_sampling and not self.reward_parts:
             yield f"dynamic_sampling looks at rewards of whole responses, and feedback {self.feedback} has none"
-        yield from self._wrong_for_rewards()
         if self.standardise and (not self.is_dense or not self.is_lco):
             yield "standardise needs kld, lch or mse with the dense advantages of feedback dpo or logprob"
         for feedback, field in (("function", "reward_function"), ("reward_model", "reward_classifier")):
@@ -499,8 +498,11 @@ class Rl(Training):
         if self.places_rule:
             yield from self._wrong_for_placed_credit()
 
-    def _wrong_for_rewards(self) -> Iterator[str]:
-        """Baselines, scales and penalties that would not act."""
+    def _idle(self) -> Iterator[str]:
+        """Baselines, scales, penalties and choices of the public code that would not act."""
+        for field in ("top_k", "negative_beta", "agreement"):
+            if self.target is not None and getattr(self.variant, field) is not None:
+                yield f"variant.{field} and target both change z*, and target alone would: set one of them"
         if self.objective == "ppo":
             if self.baseline != "none":
                 yield f"baseline is none for ppo, whose critic is the baseline, not {self.baseline}"
@@ -531,9 +533,6 @@ class Rl(Training):
             yield f"variant is of the public code, which takes one feedback, not {self.feedback}"
         if v.is_on and not self.is_lco:
             yield f"variant belongs to kld, lch and mse, not to {self.objective}"
-        for field in ("top_k", "negative_beta", "agreement"):
-            if self.target is not None and getattr(v, field) is not None:
-                yield f"variant.{field} and target both change z*, and target alone would: set one of them"
         if v.top_k and (self.anchor or self.weighting != "mean" or self.standardise):
             yield "variant.top_k standardises by itself and sums over its tokens: no anchor, weighting or standardise"
         if v.top_k and not self.is_dense and (v.top_k > 1 or self.objective == "kld"):

@@ -28,11 +28,16 @@ def setting(default: Any, what: str, source: str, **bounds: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A part of a recipe. Unknown keys are refused, and what ``_wrong`` says of keys that do not go together."""
+    """A part of a recipe. Unknown keys are refused, and what ``_wrong`` says of keys that do not go together; also what
+    ``_idle`` says of those that would do nothing, but of a run's own (context ``OF_RUN``): an earlier version took
+    them."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
     def _wrong(self) -> Iterator[str]:
+        yield from ()
+
+    def _idle(self) -> Iterator[str]:
         yield from ()
 
     @field_validator("*", mode="before")
@@ -50,13 +55,15 @@ class Section(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _makes_sense(self) -> Section:
+    def _makes_sense(self, info: ValidationInfo) -> Section:
         large = [name for name, value in self if isinstance(value, int) and value > MOST and name != "seed"]
-        if problems := [*(f"{name} is at most {MOST:,}" for name in large), *self._wrong()]:
+        idle = () if info.context == OF_RUN else self._idle()
+        if problems := [*(f"{name} is at most {MOST:,}" for name in large), *self._wrong(), *idle]:
             raise ValueError(*problems)
         return self
 
 
+OF_RUN = {"of": "run"}  # how a recipe is validated that a run was begun with
 MOST = 10_000_000  # of whatever is counted, seeds aside: more is a slip of the hand that nobody waits for
 LEAST = 1e-6  # of what is divided by: numbers over less leave float32
 MOST_LAYERS = 1000

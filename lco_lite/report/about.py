@@ -109,7 +109,7 @@ def chosen(data: Mapping[str, Any], origin: str) -> list[Row] | None:
     """The settings (``key``, ``value``) without which the recipe would be another, and what each would be (``default``:
     null where there would be no recipe at all). None for a recipe that this version does not read."""
     try:
-        recipe = validate(dict(data), origin)
+        recipe = validate(dict(data), origin, of_run=True)
     except RecipeError:
         return None
     rows = [{"key": ".".join(one.key), "value": one.value, "default": one.default} for one in needed(recipe)]

@@ -201,7 +201,8 @@ def _sums(settings: Mapping[str, Any]) -> dict[str, str]:
     """The sha256 of each local file that a setting names, alone, with more or as ``FILE.py:NAME``; a stage looks to the
     weights it rests on itself."""
     values = [value if isinstance(value, list) else [value] for key, value in settings.items() if key[:6] != "model."]
-    named = (Path(one.partition(":")[0]) for value in values for one in value if isinstance(one, str))
+    parts = (part for value in values for one in value if isinstance(one, str) for part in one.split(":"))
+    named = (Path(part) for part in parts)  # custom:FILE.py:NAME too
     return {str(file): sha256(file) for file in named if file.suffix and is_there(file) and file.is_file()}
 
 

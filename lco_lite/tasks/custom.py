@@ -126,7 +126,9 @@ def _read(row: Mapping[str, Any], by_letter: bool) -> Problem:
 
 def _lists(asked: str, choices: Sequence[Any]) -> bool:
     """Whether each choice stands in the prompt after its letter, as in ``A. red`` or ``(a) red``; one that begins with
-    its letter itself has that one."""
+    its letter itself has that one. Choices that are the letters are listed there in words."""
+    if all(str(one).strip(" ().:").upper() == letter for letter, one in zip(LETTERS, choices, strict=False)):
+        return True
     bare = [re.sub(rf"^\(?{letter}[).:]", "", str(one)) for letter, one in zip(LETTERS, choices, strict=False)]
     words = [r"\s+".join(map(re.escape, text.split())) for text in bare]
     lines = [rf"(?<!\w){letter}\W{{1,9}}{text}(?!\w)" for letter, text in zip(LETTERS, words, strict=False)]

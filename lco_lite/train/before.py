@@ -108,10 +108,14 @@ def look_ahead(
                 refuse_unscorable(rl.reward_classifier)
         with naming("data.prompts"):
             ahead.prompts = rl_prompts(recipe, task)
-            rooms = (room_for(rl, ahead.chat, one, ahead.chat.prompt(one.messages), longest) for one in ahead.prompts)
-            refuse_too_long(min(rl.max_length, windows["rl"]), "prompts", rooms)
+            most_of_rl = min(rl.max_length, windows["rl"])
+
+            def room(one: Prompt) -> int:
+                return room_for(rl, ahead.chat, one, ahead.chat.prompt(one.messages), longest)
+
+            refuse_too_long(most_of_rl, "prompts", map(room, ahead.prompts))
             if rl.on_policy < 1:
-                refuse_without_demonstration(rl, ahead.prompts)
+                refuse_without_demonstration(rl, (one for one in ahead.prompts if room(one) <= most_of_rl))
     looks = (rl.stage in stages and rl.eval_every > 0) or ("rm" in stages and recipe.train_rm.check_items > 0)
     if task is not None and task.graded and looks:
         with naming("eval.grader"):

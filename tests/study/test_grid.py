@@ -169,16 +169,18 @@ def test_a_file_that_a_setting_names_makes_another_cell_when_it_changes(tiny, tm
         return [job.folder.name for job in Grid(Small(), str(tiny), sets, tmp_path, quiet()).settled([1])]
 
     rewards, prompts, grader = tmp_path / "rewards.py", tmp_path / "prompts.jsonl", tmp_path / "grader.py"
+    tasks = tmp_path / "tasks.py"
     sets = [f"data.prompts={prompts}", f"rl.reward_function={rewards}:short", "rl.feedback=function"]
-    sets += [f"eval.grader={grader}:right"]
+    sets += [f"eval.grader={grader}:right", f"eval.tasks=[arithmetic, custom:{tasks}:right]"]
     grader.write_text("def right(response, item):\n    return True\n")
+    tasks.write_text(grader.read_text())
     rewards.write_text("def short(completions, **columns):\n    return [-len(c) for c in completions]\n")
     prompts.write_text('{"prompt": "a"}\n')
     found = [names(), names()]
-    for file in (prompts, rewards, grader):
+    for file in (prompts, rewards, grader, tasks):
         file.write_text(file.read_text() + "\n")
         found.append(names())
-    assert found[0] == found[1] and len({name for one in found[1:] for name in one}) == 4 * len(found[0])
+    assert found[0] == found[1] and len({name for one in found[1:] for name in one}) == 5 * len(found[0])
 
 
 def test_a_place_for_the_page_that_cannot_be_is_told_before_the_work(tiny, tmp_path, monkeypatch):

@@ -189,3 +189,10 @@ def test_what_is_held_out_goes_by_the_prompt_also_where_the_row_has_the_answer_i
     task = load_task(grader, path, Own(held_out=0.3))
     held, trained = ({prompt_of(item.row) for item in task.items(split)} for split in ("test", "train"))
     assert len(held) == 6 and len(trained) == 14 and not held & trained
+
+
+def test_choices_that_are_letters_alone_are_listed_by_the_prompt_itself(tmp_path):
+    asked = "Sky?\nA. red\nB. blue"
+    (tmp_path / "items.jsonl").write_text(json.dumps({"prompt": asked, "choices": ["A", "B"], "answer": "B"}) + "\n")
+    (item,) = load_task("custom:choice", tmp_path / "items.jsonl").items("test")
+    assert item.prompt == asked and item.gold == "B"

@@ -141,14 +141,6 @@ def test_no_score_is_taken_on_prompts_that_were_trained_on(folder):
     call("eval", "held_out", "--limit", "2")
 
 
-def test_the_objective_does_not_change_what_is_held_out(folder):
-    rows = [{"prompt": f"Other {i}.", "chosen": "yes", "rejected": "no"} for i in range(20)]
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = load_recipe(Path("own.yaml"), ["data.preferences=pairs.jsonl"])
-    other = load_recipe(Path("own.yaml"), ["data.preferences=pairs.jsonl", "rl.objective=grpo", "rl.feedback=function"])
-    assert not other.rl.needs_reward_model and held_out_prompts(other, None) == held_out_prompts(recipe, None)
-
-
 def test_a_score_knows_how_long_its_responses_may_be_and_which_columns_a_function_read(folder):
     call("sft", "own.yaml")
     evaluate = ("eval", "held_out", "-s", "eval.max_new_tokens=null")
