@@ -15,7 +15,7 @@ NAMED = 4  # different values of a fact
 Row = dict[str, Any]
 
 
-def headline(about: Sequence[Row], methods: Sequence[Row], scores: Sequence[Row], tests: Sequence[Row]) -> Row:
+def headline(about: Sequence[Row], scores: Sequence[Row], tests: Sequence[Row]) -> Row:
     """``facts``: [name, text] of model, data, objective, stages, seeds and date. ``results``: a sentence a task and
     policy that reinforcement learning made. ``more``: how many of these are left out."""
     settings, stages = [one["settings"] for one in about], [stage for one in about for stage in one["stages"]]
@@ -28,7 +28,7 @@ def headline(about: Sequence[Row], methods: Sequence[Row], scores: Sequence[Row]
         "Finished": sorted(stage["finished"][:10] for stage in stages if stage["finished"]),
     }
     told = [[name, _several(values)] for name, values in facts.items() if any(values)]
-    sentences = results(methods, scores, tests)
+    sentences = results(scores, tests)
     return {"facts": told, "results": sentences[:RESULTS], "more": max(0, len(sentences) - RESULTS)}
 
 
@@ -57,25 +57,28 @@ def _progress(stage: Row) -> str:
     return f"{stage['name']} {done}" + ("" if stage["done"] else ", not done")
 
 
-def results(methods: Sequence[Row], scores: Sequence[Row], tests: Sequence[Row]) -> list[str]:
-    """Of each task and policy of reinforcement learning, what it scored and what the one before it (sft, else base)."""
+def results(scores: Sequence[Row], tests: Sequence[Row]) -> list[str]:
+    """Of each task and policy of reinforcement learning, what it scored and what the one before it in the same runs
+    (sft, else base). What was scored in another way is not told as a change."""
     sentences, main = [], [row for row in scores if row["main"]]
     for row in (row for row in main if row["stage"].startswith("rl-")):
-        task, own, method = row["task"], row["own"], methods[row["method"]]
-        label, runs = method["label"], {*method["runs"]}
-        of_task = [one for one in main if one["task"] == task and runs & {*methods[one["method"]]["runs"]}]
-        by_stage = {one["stage"]: one for one in reversed(of_task)}  # of several the first
-        earlier = by_stage.get("sft") or by_stage.get("base")
+        task, own, label = row["task"], row["own"], row["label"]
+        of_task = [one for one in main if one["task"] == task and {*row["of"]} & {*one["of"]}]
+        known = [one for stage in ("sft", "base") for one in of_task if one["stage"] == stage]
+        # of several the first, of those that were scored in the same way
+        earlier = min(
+            known, key=lambda one: (one["stage"] != known[0]["stage"], one["way"] != row["way"]), default=None
+        )
         seeds = f"{len(row['runs'])} training seeds" if len(row["runs"]) > 1 else "one training seed"
-        if earlier is None:
+        if earlier is None or earlier["way"] != row["way"]:
             within = f", 95 % interval {_interval(row['interval'], own)}" if row["interval"] else ""
             scored = f"{row['metric']} {_points(row['mean'], own)}{within}"
-            sentences.append(f"{task}: {label} has {scored} ({row['n']} items, {seeds}).")
+            told = f"; {earlier['label']} was scored in another way: not tested" if earlier else ""
+            sentences.append(f"{task}: {label} has {scored} ({row['n']} items, {seeds}){told}.")
             continue
-        before = methods[earlier["method"]]["label"]
+        before, pair = earlier["label"], [earlier["place"], row["place"]]
         change = f"{row['metric']} {_points(earlier['mean'], own)} → {_points(row['mean'], own)}"
-        pair = (task, earlier["method"], row["method"])
-        mean, interval, over = _tested(next((t for t in tests if (t["task"], t["a"], t["b"]) == pair), None))
+        mean, interval, over = _tested(next((t for t in tests if t["places"] == pair), None))
         if interval is None:
             sentences.append(f"{task}: {change} from {before} to {label} ({row['n']} items, {seeds}); not tested.")
             continue

@@ -22,7 +22,7 @@ def draw(data: dict[str, Any], folder: Path, every: bool) -> int:
     plots = [Plot(figure["id"], figure["metric"], _Curves(figure), (7.0, 4.0)) for figure in shown]
     for task in dict.fromkeys(row["task"] for row in data["scores"]):
         rows = [row for row in data["scores"] if row["task"] == task and row["main"]]
-        labels = [data["methods"][row["method"]]["label"] for row in rows]
+        labels = [row["label"] for row in rows]
         plots.append(Plot(f"scores-{task}", task, _Scores(rows, labels), (7.0, 1.2 + 0.35 * len(rows))))
     with write_errors(folder / "figure.svg"):
         folder.mkdir(parents=True, exist_ok=True)

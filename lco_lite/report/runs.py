@@ -91,20 +91,22 @@ def gather(runs: Sequence[Run], say: Callable[[str], object] = lambda text: None
             responses = read_rows(file, result) if file.with_suffix(".rows.jsonl").exists() else []
             name = file.stem.removesuffix(f"--{result['stage']}")
             scores.append({"run": run.name, "task": name, "result": result, "responses": responses})
-            scores[-1]["method"] = _method_of(methods, run, result["stage"], settings)
-            graded += [{"run": run.name, "stage": result["stage"], "task": name, **row} for row in responses]
+            scores[-1]["method"] = _method_of(methods, run, result["stage"], settings | _beta(result))
+            scores[-1]["data"] = {key: value for key, value in settings.items() if key.startswith("data.")}
+            of = {"run": run.name, "stage": result["stage"], "task": name}
+            graded += [of | (_ungraded(row) if result.get("own") else row) for row in responses]
     methods = _in_order(methods, [*curves, *scores])
     _name(methods)
-    scores = _one_a_seed(scores, methods, left_out)
-    tests = _tests(scores, methods, left_out, say)
+    compared = _compared(scores, methods, left_out)
+    tests = _tests(compared, methods, left_out, say)
     kept = within(samples, SAMPLES, ("run", "stage", "step"), "training steps with samples", left_out)
     kept += within(graded, GRADED, ("run", "stage", "task", "id"), "graded items", left_out)
     told = [{"label": m.label, "stage": m.stage, "runs": list(m.of), "seeds": list(m.of.values())} for m in methods]
-    table = _scores(scores, methods)
+    table = _scores(compared, methods)
     return {
         "kind": "runs",
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        "headline": headline(about, told, table, tests),
+        "headline": headline(about, table, tests),
         "methods": told,
         "runs": [{name: value for name, value in one.items() if name != "settings"} for one in about],
         "differences": _differences(about),
@@ -125,6 +127,9 @@ def _method_of(methods: list[Compared], run: Run, stage: str, recipe: Mapping[st
     settings = begun["settings"] if begun else {}
     if not settings:  # the base, π*: what is not trained here
         settings = {k: v for k, v in recipe.items() if k == "seed" or k.startswith(("model.", "reward_model", "chat."))}
+    if stage == "optimal":  # of φ and β
+        trained = run.stage("rm").record("stage.json")
+        settings = (trained["settings"] if trained else settings) | {"rl.beta": recipe.get("rl.beta")}
     seed, rest = settings.get("seed", recipe.get("seed")), {k: v for k, v in settings.items() if k != "seed"}
     same = (i for i, m in enumerate(methods) if m.stage == stage and m.settings == rest)
     if (found := next(same, None)) is None:
@@ -132,6 +137,12 @@ def _method_of(methods: list[Compared], run: Run, stage: str, recipe: Mapping[st
         methods.append(Compared(stage, rest))
     methods[found].of[run.name] = seed
     return found
+
+
+def _beta(result: Mapping[str, Any]) -> Row:
+    """That of π* as it was scored, which its recipe need not have any more."""
+    found = re.fullmatch(r"rm .*, beta (\S+)", result["settings"]["made_by"])
+    return {"rl.beta": found[1]} if result["stage"] == "optimal" and found else {}
 
 
 def _in_order(methods: Sequence[Compared], rows: Sequence[Row]) -> list[Compared]:
@@ -173,38 +184,88 @@ def _differences(about: Sequence[Row]) -> list[Row]:
 # scores, and whether they differ
 
 
-def _one_a_seed(scores: Sequence[Row], methods: Sequence[Compared], left_out: list[str]) -> list[Row]:
+@dataclass
+class Scored:
+    """The scores of a method on a task that were made in one way, one a seed; ``runs``: all that have one."""
+
+    task: str
+    method: int
+    way: Mapping[str, Any]
+    label: str
+    scores: list[Row]
+    runs: list[str]
+
+
+def _compared(scores: Sequence[Row], methods: Sequence[Compared], left_out: list[str]) -> list[Scored]:
+    """By task, then method. Scores of a method that were made in different ways are no seeds of one mean."""
+    compared = []
+    for task in dict.fromkeys(score["task"] for score in scores):
+        for m, method in enumerate(methods):
+            mine = [score for score in scores if score["task"] == task and score["method"] == m]
+            apart: dict[str, list[Row]] = {}
+            for score, asked in zip(mine, _asked(mine, method), strict=True):
+                apart.setdefault(json.dumps([_way(score), asked], sort_keys=True, default=str), []).append(score)
+            for of in apart.values():
+                runs = [score["run"] for score in of]
+                named = ", ".join(runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
+                label = method.label if len(apart) == 1 else f"{method.label} of {named}"
+                compared.append(Scored(task, m, _way(of[0]), label, _one_a_seed(of, method, left_out), runs))
+    return compared
+
+
+def _way(score: Row) -> Row:
+    """What a score rests on besides weights and items, but for what a draw of the items changes, the version and what
+    a judge has left out."""
+    settings = flat({key: score["result"]["settings"].get(key, {}) for key in ("sampling", "protocol", "scored_by")})
+    other = ("scored_by.rows.", "scored_by.missing.", "protocol.grader.rows.", "protocol.lco_lite.")
+    return {key: value for key, value in settings.items() if value != {} and not f"{key}.".startswith(other)}
+
+
+def _asked(scores: Sequence[Row], method: Compared) -> list[Any]:
+    """Of each score of a method what its items are known by: their digest, or where every seed draws its own (what is
+    held out), the data that they are drawn from."""
+    items = [_items(score) for score in scores]
+    drawn = [(method.of[s["run"]], json.dumps(s["data"], sort_keys=True, default=str)) for s in scores]
+    each_its_own = len(set(zip(drawn, items, strict=True))) == len(set(drawn))
+    return [data for _, data in drawn] if each_its_own and len(set(items)) > 1 else list(items)
+
+
+def _items(score: Row) -> tuple[int, str]:
+    return score["result"]["n"], score["result"]["settings"]["items"]
+
+
+def _one_a_seed(scores: Sequence[Row], method: Compared, left_out: list[str]) -> list[Row]:
     """Runs of one recipe and one seed are one training run, however often it was made."""
     kept: dict[Any, Row] = {}
     for score in scores:
-        method = methods[score["method"]]
         seed = method.of[score["run"]]
-        first = kept.setdefault((score["task"], score["method"], score["run"] if seed is None else seed), score)
+        first = kept.setdefault(score["run"] if seed is None else seed, score)
         if first is not score:
             of = f"{method.label} of {score['run']}"
             left_out.append(f"{of}: the same recipe and seed as in {first['run']}; scores and bands count it once")
     return list(kept.values())
 
 
-def _scores(scores: Sequence[Row], methods: Sequence[Compared]) -> list[Row]:
-    """A row a task, metric and method. Of several training seeds: mean, std and the t-interval over them; of one: the
-    interval over items, by bootstrap of the main metric, else of its standard error."""
-    table = []
-    for task in dict.fromkeys(score["task"] for score in scores):
-        for m, method in enumerate(methods):
-            mine = [score for score in scores if score["task"] == task and score["method"] == m]
-            for metric in dict.fromkeys(name for score in mine for name in score["result"]["metrics"]):
-                have = [s for s in mine if metric in s["result"]["metrics"]]
-                means = [float(s["result"]["metrics"][metric]["mean"]) for s in have]
-                result = have[0]["result"]
-                row = {"task": task, "metric": metric, "main": metric == result["metric"], "method": m}
-                row |= {"mean": fmean(means), "std": stdev(means) if len(means) > 1 else None, "n": result["n"]}
-                row |= {"own": bool(result.get("own")), "stage": method.stage, "passes": result.get("seeds")}
-                row["runs"] = [{"run": s["run"], "value": value} for s, value in zip(have, means, strict=True)]
-                interval = _over_seeds(means) if len(means) > 1 else _over_items(have[0], metric)
-                if interval is not None and not row["own"]:  # a share
-                    interval = [max(0.0, interval[0]), min(1.0, interval[1])]
-                table.append(row | {"interval": interval, "over": "seeds" if len(means) > 1 else "items"})
+def _scores(compared: Sequence[Scored], methods: Sequence[Compared]) -> list[Row]:
+    """A row a task, metric and method, or way of scoring it. Of several training seeds: mean, std and the t-interval
+    over them; of one: the interval over items, by bootstrap of the main metric, else of its standard error. ``place``:
+    in ``compared``; ``way``: the same number where the way is the same."""
+    table, ways = [], [of.way for of in compared]
+    for place, of in enumerate(compared):
+        for metric in dict.fromkeys(name for score in of.scores for name in score["result"]["metrics"]):
+            have = [s for s in of.scores if metric in s["result"]["metrics"]]
+            means = [float(s["result"]["metrics"][metric]["mean"]) for s in have]
+            result = have[0]["result"]
+            row = {"task": of.task, "metric": metric, "main": metric == result["metric"], "method": of.method}
+            row |= {"label": of.label, "of": of.runs, "stage": methods[of.method].stage}
+            row |= {"place": place, "way": ways.index(of.way)}
+            row |= {"mean": fmean(means), "std": stdev(means) if len(means) > 1 else None, "n": result["n"]}
+            row |= {"own": bool(result.get("own")), "passes": result.get("seeds")}
+            row["runs"] = [{"run": s["run"], "value": value} for s, value in zip(have, means, strict=True)]
+            interval = _over_seeds(means) if len(means) > 1 else _over_items(have[0], metric)
+            if interval is not None and not row["own"]:  # a share
+                interval = [max(0.0, interval[0]), min(1.0, interval[1])]
+            table.append(row | {"interval": interval, "over": "seeds" if len(means) > 1 else "items"})
     return table
 
 
@@ -233,24 +294,25 @@ def _normal(told: Mapping[str, Any]) -> list[float] | None:
 
 
 def _tests(
-    scores: Sequence[Row], methods: Sequence[Compared], left_out: list[str], say: Callable[[str], object]
+    compared: Sequence[Scored], methods: Sequence[Compared], left_out: list[str], say: Callable[[str], object]
 ) -> list[Row]:
     """Every method (``b``) less every earlier one (``a``) that has the task, as ``eval --compare A B`` does: paired
-    over seeds that both have, and over items."""
+    over seeds that both have, and over items. Where what scores is another, or nothing tells that the way
+    is, there is no difference."""
     tests = []
-    for task in dict.fromkeys(score["task"] for score in scores):
-        of = {m: [s for s in scores if s["task"] == task and s["method"] == m] for m in range(len(methods))}
-        pairs = list(combinations([m for m, mine in of.items() if mine], 2))
+    for task in dict.fromkeys(of.task for of in compared):
+        of_task = [of for of in compared if of.task == task]
+        pairs = [(a, b) for a, b in combinations(of_task, 2) if a.method != b.method]
         if len(pairs) > PAIRS:
             left_out.append(f"{task}: {len(pairs) - PAIRS} of {len(pairs)} pairs of methods are not tested")
         for a, b in pairs[:PAIRS]:
-            say(f"{task}: {methods[b].label} against {methods[a].label}")
-            seeds = [_by_seed(of[m], methods[m]) for m in (b, a)]
-            row: Row = {"items": None, "task": task, "a": a, "b": b, "own": bool(of[a][0]["result"].get("own"))}
-            over_seeds = paired(*seeds)
+            say(f"{task}: {b.label} against {a.label}")
+            row: Row = {"items": None, "task": task, "a": a.method, "b": b.method, "labels": [a.label, b.label]}
+            row |= {"places": [compared.index(of) for of in (a, b)], "own": bool(a.scores[0]["result"].get("own"))}
+            over_seeds = paired(*(_by_seed(of.scores, methods[of.method]) for of in (b, a)))
             row["seeds"] = None if over_seeds is None else over_seeds._asdict()
             try:
-                sides = [[_as_score(s) for s in of[m]] for m in (a, b)]
+                sides = [[_as_score(s) for s in of.scores] for of in (a, b)]
                 if not all(score.responses for side in sides for score in side):
                     raise UsageError("no graded responses lie beside the score")
                 found, warned = compare(*sides)
@@ -258,25 +320,29 @@ def _tests(
                 row["warnings"] = warned
             except UsageError as e:
                 row["warnings"] = [str(e).removeprefix("--compare: ")]
-                if any(len(set(of_seed)) > 1 for of_seed in _items_by_seed(of, methods, (a, b)).values()):
+                if any(len(set(of_seed)) > 1 for of_seed in _items_by_seed((a, b), methods).values()):
                     row["seeds"] = None  # means over other items are no pairs
+            if a.way != b.way and (row["items"] is None or _scorer(a) != _scorer(b)):
+                row |= {"items": None, "seeds": None}
             tests.append(row)
     return tests
+
+
+def _scorer(of: Scored) -> Row:
+    return {key: value for key, value in of.way.items() if key.startswith("scored_by")}
 
 
 def _as_score(score: Row) -> Score:
     return Score(f"{score['run']}/{score['result']['stage']}", score["result"], score["responses"])
 
 
-def _items_by_seed(
-    of: Mapping[int, Sequence[Row]], methods: Sequence[Compared], pair: Sequence[int]
-) -> dict[int, list[tuple[int, str]]]:
+def _items_by_seed(pair: Sequence[Scored], methods: Sequence[Compared]) -> dict[int, list[tuple[int, str]]]:
     """Seed -> how many items each side was scored on, and their digest."""
     found: dict[int, list[tuple[int, str]]] = {}
-    for m in pair:
-        for score in of[m]:
-            if (seed := methods[m].of[score["run"]]) is not None:
-                found.setdefault(seed, []).append((score["result"]["n"], score["result"]["settings"]["items"]))
+    for of in pair:
+        for score in of.scores:
+            if (seed := methods[of.method].of[score["run"]]) is not None:
+                found.setdefault(seed, []).append(_items(score))
     return found
 
 
@@ -372,6 +438,11 @@ def within(rows: Sequence[Row], budget: int, unit: Sequence[str], what: str, lef
 
 def _size(row: Row) -> int:
     return len(json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace"))
+
+
+def _ungraded(row: Row) -> Row:
+    """Of a task that is not right or wrong: what a grade would have is no more than filled in."""
+    return {name: value for name, value in row.items() if name not in ("right", "why", "gold", "extracted")}
 
 
 def _sample(row: Row, left_out: list[str]) -> Row:

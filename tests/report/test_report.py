@@ -121,6 +121,116 @@ def test_the_head_says_what_was_trained_and_what_came_of_it(worse, data):
     assert facts["Seed"] == "1 · 2 · 3" and facts["Stages"] == "sft 4 updates, rl-kld 4 steps"
 
 
+def scored(folder: Path, stage: str, task: str = "arithmetic", **how: object) -> None:
+    """Gives the run's score of the task other settings."""
+    file = folder / "eval" / f"{task}--{stage}.json"
+    result = json.loads(file.read_text())
+    result["settings"] |= how
+    file.write_text(json.dumps(result))
+
+
+def rewarded(folder: Path, function: str, base: float, rl: float) -> None:
+    """The run's scores are rewards of this function, of its base and of its policy."""
+    for stage, mean in (("base", base), ("rl-kld", rl)):
+        scored(folder, stage, scored_by={"functions": {"f": [function, "digest"]}})
+        file = folder / "eval" / f"arithmetic--{stage}.json"
+        told = {"mean": mean, "std": None, "stderr": 0.1}
+        result = json.loads(file.read_text()) | {"own": True, "metric": "reward", **told, "metrics": {"reward": told}}
+        file.write_text(json.dumps(result))
+        rows = file.with_suffix(".rows.jsonl")
+        lines = [json.loads(line) for line in rows.read_text().splitlines()]
+        of = {"right": False, "why": "scored by aggregate", "gold": "", "extracted": None}
+        graded = [line | of | {"score": mean + i % 2 / 10 - 0.05} for i, line in enumerate(lines)]
+        rows.write_text("".join(json.dumps(line) + "\n" for line in graded))
+
+
+def test_a_policy_that_two_runs_scored_by_other_rewards_has_two_scores_and_each_run_its_own(tmp_path):
+    folders = [make_run(tmp_path, "a", beta=1.0), make_run(tmp_path, "b", beta=0.5)]
+    for folder, *how in zip(folders, ("short.py:f", "long.py:f"), (0.4, 70), (0.45, 60), strict=True):
+        score_of_base(folder, 0.2)
+        rewarded(folder, *how)
+    found = gather([Run(folder) for folder in folders])
+    assert not found["left_out"], "no seed is there twice"
+    assert [(row["label"], row["mean"]) for row in found["scores"] if row["stage"] == "base"] == [
+        ("base of a", 0.4),
+        ("base of b", 70),
+    ]
+    first, second = found["headline"]["results"]
+    assert "beta 1.0 is above base of a. reward 0.400 → 0.450" in first
+    assert "beta 0.5 is below base of b. reward 70.000 → 60.000" in second
+    tested = {tuple(test["labels"]) for test in found["tests"] if test["items"]}
+    assert tested == {("base of a", "rl-kld, beta 1.0"), ("base of b", "rl-kld, beta 0.5")}
+    assert any("scored in different ways" in text for test in found["tests"] for text in test["warnings"])
+
+
+def test_the_head_has_no_difference_of_scores_that_were_made_in_different_ways(tmp_path):
+    folder = make_run(tmp_path, "hot")
+    scored(folder, "rl-kld", sampling={"temperature": 1.0})
+    found = gather([Run(folder)])
+    (said,) = found["headline"]["results"]
+    assert "rl-kld has pass@1 50.0 %" in said and "→" not in said
+    assert said.endswith("; sft was scored in another way: not tested.")
+    assert found["tests"][0]["items"] and "sampling.temperature: 0.6 → 1.0" in found["tests"][0]["warnings"][0]
+    scored(folder, "rl-kld", sampling={"temperature": 0.6}, protocol={"lco_lite": "0.3.0"})
+    assert "rl-kld is above sft" in gather([Run(folder)])["headline"]["results"][0], "the version is no other way"
+
+
+def test_seeds_that_were_scored_in_different_ways_have_no_mean(tmp_path):
+    folders = [make_run(tmp_path, f"seed-{seed}", seed) for seed in (1, 2, 3)]
+    scored(folders[2], "rl-kld", sampling={"temperature": 1.0})
+    found = gather([Run(folder) for folder in folders])
+    rows = {row["label"]: len(row["runs"]) for row in found["scores"]}
+    assert rows == {"sft": 3, "rl-kld of seed-1, seed-2": 2, "rl-kld of seed-3": 1}
+    scored(folders[0], "rl-kld", sampling={"temperature": 1.0})
+    for responses in tmp_path.glob("*/eval/*.rows.jsonl"):
+        responses.unlink()
+    (test,) = (t for t in gather([Run(folder) for folder in folders])["tests"] if "seed-1" in t["labels"][1])
+    assert test["seeds"] is None and test["items"] is None, "two seeds that sft has too, at another temperature"
+
+
+def test_seeds_that_draw_their_own_items_are_one_mean_and_items_of_other_data_are_apart(tmp_path):
+    folders = [make_run(tmp_path, f"seed-{seed}", seed) for seed in (1, 2)]
+    for folder, items in zip(folders, "xy", strict=True):
+        for stage in ("sft", "rl-kld"):
+            scored(folder, stage, items=items, scored_by={"rows": items})
+    (row, *more) = [row for row in gather([Run(f) for f in folders])["scores"] if row["stage"] == "sft"]
+    assert row["label"] == "sft" and len(row["runs"]) == 2 and not more
+    (folders[1] / "recipe.yaml").write_text("seed: 2\ndata:\n  prompts: other.jsonl\n")
+    apart = [row["label"] for row in gather([Run(f) for f in folders])["scores"] if row["stage"] == "sft"]
+    assert apart == ["sft of seed-1", "sft of seed-2"]
+    twin = make_run(tmp_path, "twin", 1)
+    scored(twin, "sft", items="z")
+    labels = [row["label"] for row in gather([Run(folders[0]), Run(twin)])["scores"] if row["stage"] == "sft"]
+    assert labels == ["sft of seed-1", "sft of twin"], "the same seed, other items"
+
+
+def test_the_best_policy_of_two_reward_models_or_betas_is_two_methods(tmp_path):
+    folders = [make_run(tmp_path, name) for name in "abc"]
+    for folder, beta, rank in zip(folders, (1.0, 0.5, 1.0), (8, 8, 16), strict=True):
+        (folder / "rm").mkdir()
+        begun = {"settings": {"seed": 1, "reward_model.lora.r": rank}, "upstream": {}, "started": "2026-01-01"}
+        (folder / "rm" / "stage.json").write_text(json.dumps(begun))
+        for file in (folder / "eval").glob("*rl-kld*"):
+            file.with_name(file.name.replace("rl-kld", "optimal")).write_text(
+                file.read_text().replace("rl-kld", "optimal")
+            )
+        scored(folder, "optimal", made_by=f"rm {folder.name}, beta {beta}")
+    found = gather([Run(folder) for folder in folders])
+    named = [row["label"] for row in found["scores"] if row["stage"] == "optimal"]
+    assert named == [f"optimal, r {rank}, beta {beta}" for beta, rank in ((1.0, 8), (0.5, 8), (1.0, 16))]
+
+
+def test_a_response_of_a_task_that_is_not_right_or_wrong_has_its_score_and_no_grade(tmp_path):
+    folder = make_run(tmp_path, "a")
+    score_of_base(folder, 0.2)
+    graded = [sample for sample in gather([Run(folder)])["samples"] if "task" in sample]
+    assert all({"right", "gold", "extracted"} <= {*sample} for sample in graded)
+    rewarded(folder, "short.py:f", 0.4, 0.45)
+    ungraded = [sample for sample in gather([Run(folder)])["samples"] if "task" in sample]
+    assert len(ungraded) == 80 and all("score" in sample for sample in ungraded)
+    assert not any({"right", "why", "gold", "extracted"} & {*sample} for sample in ungraded)
+
+
 def test_the_settings_that_were_chosen_are_those_without_which_the_recipe_is_another(tmp_path):
     given = TINY | {"rl": {"lr": 3e-3, "steps": 7}}
     data = parse_yaml(dump(validate(given, "here")))[0]

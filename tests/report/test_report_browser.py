@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lco_lite.report.study import gather_study
 from lco_lite.run import Run
 from tests.conftest import TINY
 from tests.report.browser import Browser, find_browser
-from tests.report.made_runs import make_run, make_study, score_of_base
+from tests.report.made_runs import make_run, make_study, score_of_base, write_lines
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium here (LCO_LITE_BROWSER names one)")
 
@@ -118,7 +119,7 @@ def test_the_page_of_one_run_tells_its_result_what_was_chosen_and_no_empty_colum
     assert not browser.errors and browser.js("window.hacked") is None
 
 
-def test_a_click_on_a_point_opens_the_samples_of_its_step_and_run(opened):
+def test_a_click_on_a_point_or_a_score_opens_the_samples_of_its_runs_alone(opened):
     opened.place("#figure-rl-reward .chart")
     circle = "document.querySelectorAll('#figure-rl-reward circle')[2]"
     x, y = opened.js(f"(b => [b.left + b.width / 2, b.top + b.height / 2])({circle}.getBoundingClientRect())")
@@ -127,7 +128,14 @@ def test_a_click_on_a_point_opens_the_samples_of_its_step_and_run(opened):
     opened.click(x, y)
     found = cards(opened)
     assert found and all("step 3" in card and "rl-kld" in card for card in found)
+    assert {card.split()[0] for card in found} == {"one-1", "one-2"}, "a mean is of its method's runs"
     assert opened.js("Math.abs(document.getElementById('samples').getBoundingClientRect().top) < 100")
+    opened.js("document.getElementById('reset').click()")
+    opened.js("document.querySelectorAll('[data-figure=scores-arithmetic] g')[2].dispatchEvent(new Event('click'))")
+    assert opened.js("document.getElementById('filter-run').selectedOptions[0].textContent") == "two-1, two-2"
+    assert opened.js("document.getElementById('count').textContent").startswith("80 of ")
+    choose(opened, "run", "two-2")
+    assert opened.js("document.getElementById('count').textContent").startswith("40 of ")
 
 
 def test_keys_walk_along_a_curve_to_its_samples_and_along_the_tokens(opened):
@@ -193,6 +201,32 @@ def test_a_hidden_method_and_another_axis_change_the_curves(opened):
     assert "samples seen" in opened.js("document.querySelector('#figure-rl-reward svg').textContent")
     opened.js("document.getElementById('log').click()")
     assert opened.js("document.querySelector('#figure-rl-loss .curve').getAttribute('d')").count("NaN") == 0
+
+
+def test_close_values_on_a_logarithmic_axis_have_labels_that_differ_and_bands_stay_on_it(browser, tmp_path):
+    for seed in (1, 2):
+        folder = make_run(tmp_path / "runs", f"seed-{seed}", seed)
+        values = [
+            {"step": k, "loss": 1.42 + k / 1000 + seed / 500, "entropy": (1e-3, 1.0)[seed - 1]} for k in (1, 2, 3)
+        ]
+        write_lines(folder / "rl-kld" / "metrics.jsonl", values)
+    page = tmp_path / "page.html"
+    page.write_text(as_html(gather([Run(folder) for folder in (tmp_path / "runs").iterdir()])), encoding="utf-8")
+    browser.errors.clear()
+    browser.open(page)
+    browser.js("document.getElementById('log').click()")
+    for metric in ("loss", "entropy"):
+        at = f"#figure-rl-{metric} .chart"
+        labels, places = (
+            browser.js(f"[...document.querySelectorAll('{at} .tick')].map(x => {of})")
+            for of in ("x.textContent", "Number(x.getAttribute('y'))")
+        )
+        assert len(labels) >= 2 and len(set(labels)) == len(labels), labels
+        assert places == sorted(places, reverse=True) and min(places) >= 8 and max(places) <= 190, "8 to 186, 4 lower"
+        band = browser.js(f"document.querySelector('{at} .band').getAttribute('d')")
+        heights = [float(point.split()[1]) for point in re.split("[MLZ]", band) if point]
+        assert min(heights) >= 8 and max(heights) <= 186, heights
+    assert not browser.errors
 
 
 def test_it_is_dark_where_the_reader_is_and_fits_a_telephone(opened, tmp_path):
