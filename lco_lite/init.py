@@ -5,11 +5,13 @@ What learns from that, and how much of it the machine does in a while, is writte
 """
 
 import ast
+import contextlib
 import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,12 +23,15 @@ from huggingface_hub.utils import validate_repo_id
 
 from lco_lite.calling import ACCEPTED
 from lco_lite.console import Console
-from lco_lite.data.prompts import held_out_prompts, recipe_task
+from lco_lite.data.prompts import demonstrations, held_out_prompts, preference_rows, recipe_task, rl_prompts
 from lco_lite.data.rows import CONVERSATIONS, PROMPTS, RESPONSES
-from lco_lite.errors import DataError, UsageError
+from lco_lite.errors import DataError, ModelError, UsageError
 from lco_lite.files import is_there, not_there, write_text
 from lco_lite.grading.choice import LETTERS
+from lco_lite.messages import Message
+from lco_lite.models.chat import ChatFormat
 from lco_lite.models.loading import open_tokenizer
+from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import parse_yaml, unwritten, validate, write_yaml
 from lco_lite.recipe.sections import Model
 from lco_lite.tables import load_rows, names_in
@@ -50,6 +55,8 @@ GPUS = (
     (0, "Qwen/Qwen2.5-0.5B-Instruct", "none"),
 )
 SMALL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MEASURED = 256  # rows, those with the most characters, of which the one with the most tokens is looked for
+WIDEST = 4096  # tokens of prompt and response that a recipe is written for, at most
 CPU_TOKENS = 16_384  # of responses: with SmolLM2-135M about five minutes of two cores, of ten that a run may take
 
 
@@ -114,10 +121,13 @@ def write_recipe(file: str, rewards: Sequence[str], model: str | None, out: Path
     machine = this_machine()
     weights = chosen_model(model, machine)
     lengths, unit = measure(found, weights)
+    new_tokens = response_tokens(found, lengths, unit, machine.gib is None)
     words = [file, *(word for spec in rewards for word in ("--reward", spec))]
     words += [*(["--model", model] if model else []), *(["--out", str(out)] if out else [])]
     typed = shlex.join(["lco-lite", "init", *words])
-    text = recipe_text(typed, file, path, found, functions, machine, weights, lengths, unit)
+    rest = (typed, file, path, found, functions, machine, weights, new_tokens)
+    draft = validate(parse_yaml(recipe_text(*rest, WIDEST))[0], str(path))
+    text = recipe_text(*rest, window_of(draft, new_tokens))
     recipe = validate(parse_yaml(text)[0], str(path))
     task = recipe_task(recipe)
     held = len(held_out_prompts(recipe, None) if task is None else task.items("test"))
@@ -314,6 +324,32 @@ def measure(found: Looked, weights: Model) -> tuple[dict[str, tuple[int, int]], 
     return {role: (min(ns), max(ns)) for role, ns in sizes.items()}, "tokens"
 
 
+def window_of(recipe: Recipe, new_tokens: int) -> int:
+    """The ``max_length`` in which the longest prompt has room for ``new_tokens``, and demonstrations and pairs have
+    theirs: as the stages write them, with choices, system message and template. At most ``WIDEST``."""
+    task = recipe_task(recipe)
+    asked: list[tuple[Sequence[Message], str | None]] = [(p.messages, None) for p in rl_prompts(recipe, task)]
+    if "sft" in recipe.stages:
+        asked += [(d.messages, d.response) for d in demonstrations(recipe, task)]
+    if "rm" in recipe.stages and recipe.data.preferences != "sampled":
+        asked += [(p.messages, said) for p in preference_rows(recipe, task) for said in (p.chosen, p.rejected)]
+
+    def characters(one: tuple[Sequence[Message], str | None]) -> int:
+        messages, said = one
+        return sum(len(turn["content"]) for turn in messages) + (2 * new_tokens if said is None else len(said))
+
+    def tokens(chat: ChatFormat, messages: Sequence[Message], said: str | None) -> int:
+        return len(chat.prompt(messages)) + new_tokens if said is None else len(chat.example(messages, said))
+
+    sizes = [characters(one) // 2 for one in asked]
+    if is_here(str(recipe.model.path)):
+        tokenizer = open_tokenizer(recipe.model, 0)
+        with contextlib.suppress(ModelError):  # a template that refuses them is told where they are used
+            chat = ChatFormat(tokenizer, recipe.chat.template_args, lambda told: None)
+            sizes = [tokens(chat, *one) for one in nlargest(MEASURED, asked, characters)]
+    return min(-(-(max(sizes) + 64) // 64) * 64, WIDEST)
+
+
 def is_here(model: str) -> bool:
     """Whether its tokenizer can be had without the network."""
     if Path(model).is_dir():
@@ -338,18 +374,13 @@ def recipe_text(
     functions: dict[str, str],
     machine: Machine,
     weights: Model,
-    lengths: dict[str, tuple[int, int]],
-    unit: str,
+    new_tokens: int,
+    window: int,
 ) -> str:
     n, on_cpu, pairs = len(found.rows), machine.gib is None, "chosen" in found.by_role
     graded = found.grader is not None
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "own"
     share = 0.5 if n == 2 else 0.2 if n < FEW else HELD_OUT_SHARE
-    new_tokens = response_tokens(found, lengths, unit, on_cpu)
-    longest = max(size[1] for role, size in lengths.items() if role in ("prompt", "chosen", "rejected"))
-    longest_response = max((s[1] for r, s in lengths.items() if r in ("response", "chosen", "rejected")), default=0)
-    longest, longest_response = (x if unit == "tokens" else x // 2 for x in (longest, longest_response))
-    window = min(-(-(longest + max(new_tokens, longest_response) + 64) // 64) * 64, 4096)
     y = Lines(
         [
             visible(line, lines=False)

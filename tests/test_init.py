@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from lco_lite import init
 from lco_lite.cli import app
-from lco_lite.data.prompts import held_out_prompts, recipe_task
-from lco_lite.models.loading import build_scratch
+from lco_lite.data.prompts import held_out_prompts, recipe_task, rl_prompts
+from lco_lite.models.chat import ChatFormat
+from lco_lite.models.loading import build_scratch, open_tokenizer
 from lco_lite.recipe.file import load_recipe
 from lco_lite.recipe.sections import Init
 
@@ -32,12 +33,13 @@ def text(word):
     return word
 """
 N = 40
+TURNS = [*["user", "assistant"] * 30, "user"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("init") / "model"
-    build_scratch(Init(hidden_size=16, layers=1, heads=2, intermediate_size=32), folder, seed=0)
+    build_scratch(Init(hidden_size=16, layers=1, heads=2, intermediate_size=32, max_length=4096), folder, seed=0)
     return str(folder)
 
 
@@ -77,6 +79,24 @@ def test_letters_and_indices_of_choices_are_choices(made):
     assert recipe.task == "custom:choice"
     item = recipe_task(recipe).items("train")[0]
     assert "A. red\nB. blue\nC. green" in item.prompt
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda i: {"prompt": f"{i}?", "choices": [f"{k} " + "word " * 60 for k in range(4)], "answer": "ABCD"[i % 4]},
+        lambda i: {"prompt": f"{i}?", "answer": f"{'no' * 99} {i % 9}"},
+        lambda i: {"prompt": [{"role": r, "content": f"{i}"} for r in TURNS], "answer": i},
+    ],
+    ids=["choices", "system", "turns"],
+)
+def test_the_room_for_a_prompt_is_that_of_all_that_is_asked(made, row):
+    recipe, _ = made(row)
+    chat = ChatFormat(open_tokenizer(recipe.model, 0))
+    longest = max(len(chat.prompt(prompt.messages)) for prompt in rl_prompts(recipe, recipe_task(recipe)))
+    assert longest + recipe.rl.max_new_tokens <= recipe.rl.max_length <= longest + recipe.rl.max_new_tokens + 128
+    told = CliRunner().invoke(app, ["run", "rows.yaml", "--dry-run"])
+    assert told.exit_code == 0 and "too long" not in told.output, told.output
 
 
 def test_pairs_become_a_reward_model_and_their_better_half_is_imitated(made):
