@@ -27,7 +27,8 @@ from lco_lite.data.prompts import demonstrations, held_out_prompts, preference_r
 from lco_lite.data.rows import CONVERSATIONS, PROMPTS, RESPONSES
 from lco_lite.errors import DataError, ModelError, UsageError
 from lco_lite.files import is_there, not_there, write_text
-from lco_lite.grading.choice import LETTERS
+from lco_lite.grading import Item
+from lco_lite.grading.choice import LETTERS, answer_index
 from lco_lite.messages import Message
 from lco_lite.models.chat import ChatFormat
 from lco_lite.models.loading import open_tokenizer
@@ -167,7 +168,8 @@ def look(file: str, rows: Sequence[dict[str, Any]], has_reward: bool) -> Looked:
         roles["response"] = response
     answer = _first(ANSWERS, full)
     if answer is not None:
-        _refuse_text_choices(file, rows, roles, answer)
+        if not _pick_choices(file, rows, roles, answer):
+            roles.pop("choices", None)
         grader, system, why = grader_for([row[answer] for row in rows], roles, rows)
         if grader:
             if all("####" in str(row[answer]) for row in rows):  # GSM8K's: the working, and the answer after it
@@ -189,12 +191,40 @@ def look(file: str, rows: Sequence[dict[str, Any]], has_reward: bool) -> Looked:
     return Looked(rows, roles)
 
 
-def _refuse_text_choices(file: str, rows: Sequence[dict[str, Any]], roles: dict[str, str], answer: str) -> None:
-    """Raises DataError where the answers pick from choices that are one text, as in a CSV file."""
-    picks = all(str(row[answer]).strip() in (*LETTERS, *"0123456789") for row in rows)
-    if "choices" in roles and picks and any(isinstance(row[roles["choices"]], str) for row in rows):
-        needed = "a list is needed, as .jsonl, .json and .parquet files hold it; or leave the column out"
-        raise DataError(f"{file}: column {roles['choices']} is text, from which {answer} picks: {needed}")
+def _pick_choices(file: str, rows: Sequence[dict[str, Any]], roles: dict[str, str], answer: str) -> bool:
+    """Whether the answers pick from the choices; not those that are whole texts and none of them. Raises DataError
+    where they do and the choices are one text, as in a CSV file, or an answer is none of them."""
+    if "choices" not in roles:
+        return False
+    column, golds = roles["choices"], [_gold(row[answer]) for row in rows]
+    pairs = [(gold, row[column]) for gold, row in zip(golds, rows, strict=True)]
+    if any(isinstance(choices, str) for _, choices in pairs):
+        if all(str(gold) in (*LETTERS, *"0123456789") or str(gold) in str(choices) for gold, choices in pairs):
+            needed = "a list is needed, as .jsonl, .json and .parquet files hold it; or leave the column out"
+            raise DataError(f"{file}: column {column} is text, from which {answer} picks: {needed}")
+        return False
+    picked = [
+        answer_index(Item("", "", "", None, {"choices": choices, "answer": gold})) is not None
+        for gold, choices in pairs
+    ]
+    if all(picked):
+        return True
+    if not any(picked) and _are_long([str(gold) for gold in golds]):
+        return False
+    i = picked.index(False)
+    raise DataError(
+        f"{file}: row {i + 1}: {answer} is {golds[i]!r:.60}, with {column} {pairs[i][1]!r:.80}: the letter, the index "
+        f"or the text of one of 2 to {len(LETTERS)} choices is needed; or leave the column out"
+    )
+
+
+def _gold(answer: Any) -> Any:
+    """Without the working that GSM8K has before it."""
+    return answer.rpartition("####")[2].strip() if isinstance(answer, str) else answer
+
+
+def _are_long(answers: Sequence[str]) -> bool:
+    return median(len(answer.split()) for answer in answers) > SHORT
 
 
 def _gap(rows: Sequence[dict[str, Any]], column: str) -> str:
@@ -223,15 +253,15 @@ def grader_for(
 ) -> tuple[str | None, str | None, str]:
     """(grader, system message, what it was told by); no grader where the answers are whole texts."""
     texts = [str(answer).strip() for answer in answers]
-    if "choices" in roles and all(isinstance(a, int) or t in LETTERS for a, t in zip(answers, texts, strict=True)):
-        return "choice", None, "the letter or index of a choice, so graded by `choice`"
+    if "choices" in roles:
+        return "choice", None, "the letter, index or text of a choice, so graded by `choice`"
     if all(len(text) == 1 and text in LETTERS for text in texts):
         return "choice", None, "letters, so graded by `choice`"
     if all(_NUMBER.fullmatch(t) or "\\boxed" in t or "####" in t for t in texts):
         told = all(re.search(r"(?i)boxed|answer", _plain(row[roles["prompt"]])) for row in rows)
         system = None if told else 'Work it out in a few words, and end with "The answer is" and the answer.'
         return "math", system, "numbers, so graded by `math`"
-    if median(len(text.split()) for text in texts) > SHORT:
+    if _are_long(texts):
         return None, None, ""
     kinds = list(dict.fromkeys(texts))
     if len(kinds) <= LABELS and len(kinds) <= len(texts) / 2:

@@ -81,6 +81,15 @@ def test_letters_and_indices_of_choices_are_choices(made):
     assert "A. red\nB. blue\nC. green" in item.prompt
 
 
+@pytest.mark.parametrize("answers", [["red", "blue", "green"], ["0", "1", "2"], ["It is red.\n#### red", "B", 2]])
+def test_choices_are_shown_also_where_the_answer_is_the_text_of_one(made, answers):
+    recipe, _ = made(lambda i: {"question": f"{i}?", "choices": ["red", "blue", "green"], "answer": answers[i % 3]})
+    assert recipe.task == "custom:choice"
+    task = recipe_task(recipe)
+    assert all("A. red\nB. blue\nC. green" in item.prompt for item in task.items("train"))
+    assert {item.gold for item in task.items("train")} == set("ABC")
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -134,6 +143,12 @@ def test_on_a_gpu_answers_make_a_reward_model_and_the_model_is_one_that_fits(mad
         ({"prompt": "Say it."}, [], "--reward FILE.py with a function"),
         ({"prompt": "Say it.", "response": "It."}, [], "responses to imitate, and nothing that tells a good response"),
         ({"a": 1}, [], "no column for the prompt: one of prompt"),
+        (
+            {"prompt": "p", "choices": ["x", "y"], "answer": "z"},
+            [],
+            "row 1: answer is 'z', with choices .*the text of one",
+        ),
+        ({"prompt": "p", "choices": "x, y", "answer": "y"}, [], "column choices is text, from which answer picks"),
         ({"prompt": "p", "answer": 1}, ["--reward", "none.py"], "--reward none.py: no such file in "),
         ({"prompt": "p", "answer": 1}, ["--reward", "."], "a Python file with a reward function"),
         ({"prompt": "p", "answer": 1}, ["--reward", "bad.py"], "no reward function, f.prompts.*found odd"),

@@ -114,11 +114,11 @@ def worked_examples(task: Task, settings: Eval) -> Callable[[Item], Sequence[Ite
 
 
 def _example(row: Mapping[str, Any]) -> Problem:
-    """A row of ``eval.examples``: ``prompt``, ``answer`` (of ``choices`` the letter or index), and ``response`` where
-    the answer is worked out."""
+    """A row of ``eval.examples``: ``prompt``, ``answer`` (of ``choices`` the letter, index or text), and ``response``
+    where the answer is worked out."""
     index = answer_index(Item("", "", "", None, row))
     if index is None and "choices" in row:
-        raise ValueError(f"field answer is {row['answer']!r:.60}, not the letter or index of one of the choices")
+        raise ValueError(f"field answer is {row['answer']!r:.60}, not the letter, index or text of one of the choices")
     gold = answer_text(row) if index is None else LETTERS[index]
     return Problem(
         text(row, "prompt", "question", "problem"), gold, text(row, "response") if "response" in row else gold

@@ -61,7 +61,7 @@ def grade_choice(response: str, item: Item) -> Grade:
     it has not."""
     if (index := answer_index(item)) is None:
         raise UsageError(
-            f"grader choice: item {item.id} has no `choices` with an `answer` (letter or index) among them"
+            f"grader choice: item {item.id} has no `choices` with an `answer` (letter, index or text) among them"
         )
     letter = picked(response, [str(choice) for choice in item.row["choices"]])
     if letter is None:
@@ -71,14 +71,20 @@ def grade_choice(response: str, item: Item) -> Grade:
 
 
 def answer_index(item: Item) -> int | None:
-    """Which of ``item.row["choices"]`` is right: ``answer`` is its index or its letter. None where it is neither."""
+    """Which of ``item.row["choices"]`` is right: ``answer`` is its letter, its index, also as text, or its text. None
+    where it is none of them, the text of several, or the index of one and the text of another."""
     choices, answer = item.row.get("choices"), item.row.get("answer")
     if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
         return None
     if isinstance(answer, str):
-        answer = LETTERS.find(answer.strip()) if len(answer.strip()) == 1 else -1
-    known = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
-    return answer if known else None
+        said = answer.strip()
+        if len(said) == 1 and said in LETTERS[: len(choices)]:
+            return LETTERS.index(said)
+        known = {i for i, choice in enumerate(choices) if str(choice).strip() == said}
+        known |= {i for i in range(len(choices)) if str(i) == said}
+        return known.pop() if len(known) == 1 else None
+    is_index = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
+    return answer if is_index else None
 
 
 def _several_listed(text: str, letters: str) -> bool:

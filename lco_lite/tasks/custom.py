@@ -119,7 +119,9 @@ def _read(row: Mapping[str, Any], by_letter: bool) -> Problem:
         asked = asked if _lists(asked, row["choices"]) else f"{asked}\n{listed}"
     if by_letter:
         if (index := answer_index(Item("", "", "", None, row))) is None:
-            raise ValueError(f"field answer is {row['answer']!r:.60}, not the letter or index of one of the choices")
+            raise ValueError(
+                f"field answer is {row['answer']!r:.60}, not the letter, index or text of one of the choices"
+            )
         gold = LETTERS[index]
     return Problem(asked, gold, shown, row=row, messages=[*turns[:-1], {"role": "user", "content": asked}])
 

@@ -438,7 +438,7 @@ def test_examples_of_the_users_own_are_the_same_for_every_item(tmp_path):
     [
         ({"answer": "1"}, "has no field .*prompt or question or problem"),
         ({"prompt": "p"}, "has no field .*'answer'"),
-        ({"prompt": "p", "choices": ["yes", "no"], "answer": 7}, "field answer is 7, not the letter or index"),
+        ({"prompt": "p", "choices": ["yes", "no"], "answer": 7}, "field answer is 7, not the letter, index or text"),
     ],
 )
 def test_examples_that_lack_something_are_told_with_their_line(tmp_path, row, told):

@@ -251,12 +251,20 @@ def test_your_own_questions_need_choices_and_a_letter_or_index(model, tmp_path):
         ({"choices": ["x", "y"], "answer": "C"}, None),
         ({"choices": ["x", "y"], "answer": -1}, None),
         ({"choices": ["x", "y"], "answer": True}, None),
-        ({"choices": ["x", "y"], "answer": "y"}, None),
+        ({"choices": ["x", "y"], "answer": " y "}, 1),
+        ({"choices": ["x", "y"], "answer": "1"}, 1),
+        ({"choices": ["x", "y"], "answer": "2"}, None),
+        ({"choices": ["x", "y"], "answer": "z"}, None),
+        ({"choices": ["y", "y"], "answer": "y"}, None),
+        ({"choices": ["B", "A"], "answer": "A"}, 0),
+        ({"choices": [4, 5, 6], "answer": "5"}, 1),
+        ({"choices": [2, 3, 1], "answer": "2"}, None),
+        ({"choices": [0, 1, 2], "answer": "2"}, 2),
         ({"choices": ["x"], "answer": 0}, None),
         ({"answer": 0}, None),
     ],
 )
-def test_the_right_choice_is_known_by_index_or_letter(row, index):
+def test_the_right_choice_is_known_by_letter_index_or_text(row, index):
     assert answer_index(Item("i", "p", "g", None, row)) == index
 
 

@@ -163,11 +163,13 @@ def test_the_right_answer_of_choices_is_a_letter_also_where_the_row_has_its_inde
     assert not any(task.grade("The answer is A.", item).right for item in task.items("test"))
 
 
-@pytest.mark.parametrize("answer", [2, "C", "blue", "AB"])
+@pytest.mark.parametrize("answer", [2, "C", "Blue", "AB"])
 def test_an_answer_that_is_none_of_the_choices_is_refused_before_anything_is_asked(tmp_path, answer):
     rows = [{"prompt": "Sky?", "choices": ["red", "blue"], "answer": answer}]
     (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match=r"choices.jsonl, line 1: field answer is .*, not the letter or index of one"):
+    with pytest.raises(
+        DataError, match=r"choices.jsonl, line 1: field answer is .*, not the letter, index or text of one"
+    ):
         load_task("custom:choice", tmp_path / "choices.jsonl").items("test")
 
 
