@@ -462,8 +462,11 @@ def response_tokens(found: Looked, lengths: dict[str, tuple[int, int]], unit: st
     if known := [lengths[role][1] for role in ("response", "chosen") if role in lengths]:
         tokens = max(known) if unit == "tokens" else max(known) // 3
         return min(max(32, -(-tokens // 32) * 32), 96 if on_cpu else 1024)
-    if found.grader in ("choice", "exact"):
-        return 16 if found.grader == "exact" else 48 if on_cpu else 256
+    if found.grader == "exact":
+        longest = lengths["answer"][1] if unit == "tokens" else lengths["answer"][1] // 2
+        return min(max(16, -(-(longest + 2) // 16) * 16), 96 if on_cpu else 1024)  # with what ends the answer
+    if found.grader == "choice":
+        return 48 if on_cpu else 256
     return (96 if found.grader == "math" else 64) if on_cpu else 1024
 
 

@@ -108,6 +108,14 @@ def test_the_room_for_a_prompt_is_that_of_all_that_is_asked(made, row):
     assert told.exit_code == 0 and "too long" not in told.output, told.output
 
 
+def test_a_response_has_room_for_the_longest_answer_that_it_is_to_equal(made):
+    cities = ["Llanfairpwllgwyngyllgogerychwyrndrobwll", "Rome"]
+    recipe, _ = made(lambda i: {"prompt": f"{i}?", "answer": cities[i % 2]})
+    assert recipe.task == "custom:exact" and recipe.rl.max_new_tokens == recipe.eval.max_new_tokens == 48
+    made(lambda i: {"prompt": f"{i}?", "answer": "Rome"}, "--out", "short.yaml")
+    assert load_recipe(Path("short.yaml")).rl.max_new_tokens == 16
+
+
 def test_pairs_become_a_reward_model_and_their_better_half_is_imitated(made):
     def row(i):
         ask = {"role": "user", "content": f"Hi {i}"}
