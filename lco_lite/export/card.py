@@ -13,7 +13,6 @@ from huggingface_hub import hf_hub_download
 
 from lco_lite.evaluation.summary import read_scores
 from lco_lite.export.job import Export, adapter_config
-from lco_lite.recipe import Recipe
 from lco_lite.recipe.file import dump_short, write_yaml
 from lco_lite.weights import policy_id
 
@@ -46,7 +45,7 @@ def model_card(job: Export, folder: Path) -> str:
             f"It was trained, and scored below, on its base in {job.base.quantization}. On the full-precision base it "
             "answers otherwise: score it again where it will run."
         )
-    sections += ["## Use\n\n" + _usage(job, folder), "## Scores\n\n" + _scores(job), "## Data\n\n" + _sources(recipe)]
+    sections += ["## Use\n\n" + _usage(job, folder), "## Scores\n\n" + _scores(job), "## Data\n\n" + _sources(job)]
     sections.append(
         "## Licence\n\n"
         + (
@@ -128,12 +127,21 @@ def _scores(job: Export) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]) + lacking
 
 
-def _sources(recipe: Recipe) -> str:
-    own = f"those of task `{recipe.task}`" if recipe.task else "none"
-    used = {"demonstrations": recipe.data.demonstrations, "prompts": recipe.data.prompts}
-    used |= {"preference pairs": recipe.data.preferences} if "rm" in recipe.stages else {}
-    lines = [f"- {what}: {f'`{source}`' if source else own}" for what, source in used.items()]
-    return "\n".join([*lines, f"- seed {recipe.seed}, {recipe.sft.examples or 'all'} demonstrations at most"])
+def _sources(job: Export) -> str:
+    """What the stage was trained on, and those before it that it was started on."""
+    recipe, data, stages = job.recipe, job.recipe.data, [*job.stage.upstream(), job.stage.name]
+    own = f"those of task `{recipe.task}`" + (f", from `{data.task}`" if data.task else "")
+    lines = list[str]()
+    if "sft" in stages:
+        more = "".join(f", and those of task `{name}`" for name in recipe.sft.more_tasks)
+        lines.append(f"demonstrations: {f'`{data.demonstrations}`' if data.demonstrations else own}{more}")
+    if "rm" in stages:
+        sampled = f"the policy's own responses to prompts, {own}"
+        lines.append(f"preference pairs: {sampled if data.preferences == 'sampled' else f'`{data.preferences}`'}")
+    if any(name.startswith("rl-") for name in stages):
+        lines.append(f"prompts: {f'`{data.prompts}`' if data.prompts else own}")
+    most = f", {recipe.sft.examples or 'all'} demonstrations at most" if "sft" in stages else ""
+    return "\n".join(f"- {line}" for line in [*lines, f"seed {recipe.seed}{most}"])
 
 
 def licence_of(job: Export) -> str | None:

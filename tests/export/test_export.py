@@ -10,6 +10,7 @@ import shutil
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from lco_lite.command import command
 from lco_lite.console import Console
 from lco_lite.context import Context
 from lco_lite.errors import LcoError, ModelError, UsageError
+from lco_lite.export.card import _sources
 from lco_lite.export.forms import export
 from lco_lite.export.ollama import ollama_template
 from lco_lite.models.chat import PLAIN_TEMPLATE, ChatFormat
@@ -238,6 +240,33 @@ def test_the_card_has_the_runs_own_scores_recipe_data_and_the_licence_of_the_bas
     assert Run.known(str(folder), run.path.parent) is None, "it is a model, and no run"
     short = card.split("```yaml")[1].split("```")[0]
     assert validate(yaml.safe_load(short), "card") == run.recipe() and len(short.splitlines()) < 70
+
+
+@pytest.mark.parametrize(
+    ("stage", "upstream", "sets", "lines"),
+    [
+        ("sft", [], [], ["demonstrations: those of task `arithmetic`", "seed 0, "]),
+        ("rl-kld", [], ["model={path: base}", "sft.enabled=false"], ["prompts: those of task `arithmetic`", "seed 0"]),
+        (
+            "rl-kld",
+            ["sft", "rm"],
+            ["task=custom", "data.task=own.jsonl", "data.demonstrations=shown.jsonl", "data.prompts=asked.jsonl"],
+            [
+                "demonstrations: `shown.jsonl`",
+                "preference pairs: the policy's own responses to prompts, those of task `custom`, from `own.jsonl`",
+                "prompts: `asked.jsonl`",
+                "seed 0, ",
+            ],
+        ),
+    ],
+)
+def test_the_card_has_the_data_of_the_stage_and_of_those_before_it_alone(tiny, tmp_path, stage, upstream, sets, lines):
+    recipe = load_recipe(tiny, sets)
+    run = Run.open(tmp_path, "r")
+    folder = run.stage(stage)
+    folder.begin(stage_settings(recipe, stage), dict.fromkeys(upstream, "id"))
+    told = _sources(SimpleNamespace(recipe=recipe, stage=folder)).splitlines()
+    assert len(told) == len(lines) and all(map(str.startswith, told, [f"- {line}" for line in lines])), told
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])
