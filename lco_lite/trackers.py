@@ -93,9 +93,11 @@ class TensorBoard:
     def start(self, run: Run, stage: StageFolder, config: Mapping[str, Any], done: int, told: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        folder = stage.path / "tensorboard"
+        is_new = not folder.exists()
         # steps after the checkpoint are made again: what was told of them is hidden by their second telling
-        self.writer = SummaryWriter(str(stage.path / "tensorboard"), purge_step=done + 1 if told else None)
-        if not done:
+        self.writer = SummaryWriter(str(folder), purge_step=done + 1 if told else None)
+        if is_new:
             settings = "".join(f"    {key}: {value}\n" for key, value in config.items())  # indented: as it is
             self.writer.add_text("recipe", settings, 0)
 

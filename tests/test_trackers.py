@@ -138,6 +138,19 @@ def test_tensorboard_shows_every_step_once_over_a_stop_and_the_weights_are_the_s
     assert same(trained(ctx, "sft"), trained(run_stage(tiny, "sft", name="whole"), "sft"))
 
 
+def test_tensorboard_named_as_a_stage_goes_on_has_the_recipe_too(tiny, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with killed_after(monkeypatch, "sft", 2):
+        run_stage(tiny, "sft", name="cut")
+    ctx = run_stage(tiny, "sft", "trackers=[tensorboard]", name="cut")
+    shown = EventAccumulator(str(ctx.run.stage("sft").path / "tensorboard"))
+    shown.Reload()
+    assert b"sft.lr: 0.001" in shown.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0]
+    assert [point.step for point in shown.Scalars("loss")][-1] == 4
+
+
 def test_trackios_local_store_has_every_step_once_over_a_stop(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))  # read as it is imported
     pytest.importorskip("trackio")
