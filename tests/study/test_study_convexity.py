@@ -75,11 +75,17 @@ def test_ppo_is_convex_or_concave_by_the_sign_of_a_where_the_token_has_half_of_t
 
 @pytest.mark.parametrize("name", CONVEX)
 def test_one_negative_eigenvalue_refutes_a_claim(name):
-    row = {"label": "convexity", "seed": 1, "points": [{"update": 0} | look(*logits(1, n=20))]}
-    verdict = {claim.name: claim.verdict for claim in Convexity().report(Results([row])).claims}
+    rows = [{"label": "convexity", "seed": s, "points": [{"update": 0} | look(*logits(1, n=20))]} for s in (1, 2, 3)]
+    row = rows[0]
+
+    def verdicts(rows):
+        return {claim.name: claim.verdict for claim in Convexity().report(Results(rows)).claims}
+
+    verdict = verdicts(rows)
     assert {verdict[claim] for claim in verdict if "ppo" not in claim} == {"reproduced"}
+    assert set(verdicts(rows[:2]).values()) == {"unclear"}
     row["points"][0]["losses"][name] |= {"lowest": -1e-3, "tight": 1.1, "excess": 1e-3}
-    verdict = {claim.name: claim.verdict for claim in Convexity().report(Results([row])).claims}
+    verdict = verdicts(rows)
     assert verdict[f"C5, {name}"] == verdict[f"bound, {name}"] == "not reproduced"
     assert name == "sft" or verdict[f"rate, {name}"] == "not reproduced"
     assert math.isfinite(row["points"][0]["losses"][name]["least"])

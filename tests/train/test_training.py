@@ -294,7 +294,8 @@ def test_a_stage_goes_on_to_the_same_bits_from_before_and_after_skipped_updates(
 
 @pytest.mark.parametrize("method", ["ppo", "pmd", "kld"])
 def test_methods_that_learn_without_an_advantage_make_all_their_updates(tiny, partly_dead, method):
-    ctx = run_stage(tiny, f"rl-{method}", f"rl.objective={method}", *GROUPS[1:], "rl.steps=2", *FOURS)
+    fours = [one for one in FOURS if method != "ppo" or "baseline" not in one]  # its critic is one
+    ctx = run_stage(tiny, f"rl-{method}", f"rl.objective={method}", *GROUPS[1:], "rl.steps=2", *fours)
     rows = read_log(ctx.run.stage(f"rl-{method}").path / "updates.jsonl")
     assert [sum(row["step"] == step for row in rows) for step in (1, 2)] == [8, 8]
     assert not all(map(torch.equal, partly_dead[0], partly_dead[1]))
