@@ -336,6 +336,15 @@ def test_run_takes_what_rl_takes(short):
 # --- what lies there is not believed
 
 
+def test_a_task_that_a_stage_under_way_cannot_have_begun_with_is_told_by_its_file(made):
+    stage = made.stage("rl-kld")
+    (stage.path / "done.json").unlink()
+    begun = json.loads((stage.path / "stage.json").read_text())
+    write_json(stage.path / "stage.json", begun | {"settings": begun["settings"] | {"task": "x"}})
+    told = on(made, "rl", "--steps", "3")
+    assert told.exit_code == 2 and "rl-kld/stage.json: unknown task 'x'" in " ".join(told.stderr.split())
+
+
 @pytest.mark.parametrize("file", ["stage.json", "done.json", "best/best.json"])
 def test_a_record_that_no_stage_wrote_is_refused_with_what_is_missing(made, file):
     write_json(made.stage("rl-kld").path / file, {})

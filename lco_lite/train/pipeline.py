@@ -17,7 +17,7 @@ from lco_lite.data.prompts import (
     same_held_out,
     trained_on,
 )
-from lco_lite.errors import Diverged, UsageError, WeightsLost
+from lco_lite.errors import Diverged, UsageError, WeightsLost, naming
 from lco_lite.evaluation.evaluate import score_all
 from lco_lite.evaluation.held_out import HELD_OUT
 from lco_lite.evaluation.prompts import score_name
@@ -78,7 +78,10 @@ def going_on(
         if name == fresh_from:
             return recipe, list(stages[i:])
         stage = run.stage(name)
-        recipe, _ = as_started(recipe, stage, said)
+        before, (recipe, _) = recipe, as_started(recipe, stage, said)
+        if recipe.task is not None and recipe.task != before.task:
+            with naming(str(stage.path / "stage.json")):
+                open_task(recipe, recipe.task)
         longer = stage.check(stage_settings(recipe, name), made)
         if longer or not stage.is_done():
             return recipe, list(stages[i:])
