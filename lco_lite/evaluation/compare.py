@@ -226,8 +226,8 @@ def _check(a: Sequence[Score], b: Sequence[Score]) -> list[str]:
 
 
 def _same_items(a: Score, b: Score) -> bool:
-    """By their digest; where they were put or graded in different ways by what was asked, but for its template, and the
-    gold answers."""
+    """Whether two scores are of the same items: by their digest, else by prompt and gold answer of each, and where the
+    prompts are written by different templates by the gold answers alone."""
     settings = [one.result["settings"] for one in (a, b)]
     if settings[0]["items"] == settings[1]["items"]:
         return True

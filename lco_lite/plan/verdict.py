@@ -215,10 +215,8 @@ def not_planned(recipe: Recipe) -> str | None:
     """What lies on the card besides, in words."""
     if recipe.rollout.engine != "vllm":
         return None
-    share = (
-        f"while it samples, it takes {recipe.rollout.gpu_share:.0%} of the card (rollout.gpu_share) beside the models"
-    )
-    return f"rollout.engine: vllm: its phases are planned as hf samples; {share}"
+    share = f"{recipe.rollout.gpu_share:.0%} of the card (rollout.gpu_share) beside the models"
+    return f"rollout.engine: vllm: its phases are planned as hf samples; while it samples, it takes {share}"
 
 
 def plan(

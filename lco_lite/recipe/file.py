@@ -126,10 +126,8 @@ def overridden(
         who = f"{recipe.rl.objective} of {recipe.rl.feedback}" if "rewards" in before else recipe.rl.objective
         say(f"{who} brings its own defaults in place of the recipe's, unless set: {', '.join(changed)}")
     if rates := rates_make_room(data, sets, flags):
-        now_rates = (f"{stage}.lr {old:g} → {getattr(recipe, stage).lr:g}" for stage, old in rates.items())
-        say(
-            f"what is trained brings its own default rates in place of the recipe's, unless set: {', '.join(now_rates)}"
-        )
+        told = ", ".join(f"{stage}.lr {old:g} → {getattr(recipe, stage).lr:g}" for stage, old in rates.items())
+        say(f"what is trained brings its own default rates in place of the recipe's, unless set: {told}")
     return recipe
 
 
@@ -171,12 +169,13 @@ def rates_make_room(data: dict[str, Any], sets: list[str] | None, flags: dict[st
     train the other: an adapter, or all weights. Not where they set the rate, or make room for an objective's."""
     overrides = _overrides(sets, flags)
     given, before, after = {path for path, _, _ in overrides}, adapts(data), adapts(_laid_over(data, overrides))
+    if "lr" in makes_room(data, sets, flags):
+        given.add(("rl", "lr"))
     found = dict[str, float]()
     for stage, rate in default_rates(data).items():
         section, is_set = data.get(stage), (stage,) in given or (stage, "lr") in given
-        gives_way = stage == "rl" and "lr" in makes_room(data, sets, flags)
-        if before[stage] != after[stage] and isinstance(section, dict) and section.get("lr") == rate:
-            found |= {} if is_set or gives_way else {stage: rate}
+        if before[stage] != after[stage] and not is_set and isinstance(section, dict) and section.get("lr") == rate:
+            found[stage] = rate
     return found
 
 

@@ -89,9 +89,12 @@ def equal(sets: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 
     each = Rl.model_validate({"objective": sets["rl.objective"]}).responses_per_prompt
     responses = recipe.rl.prompts_per_step * recipe.rl.responses_per_prompt
-    usual = {"rl.prompts_per_step": responses // each, "rl.responses_per_prompt": each}
-    usual["rl.inner_epochs"] = recipe.rl.inner_epochs
-    return usual | dict(sets)
+    usual = {
+        "prompts_per_step": responses // each,
+        "responses_per_prompt": each,
+        "inner_epochs": recipe.rl.inner_epochs,
+    }
+    return {f"rl.{field}": value for field, value in usual.items()} | dict(sets)
 
 
 def taught_by(results: Results) -> dict[int, float]:

@@ -78,8 +78,9 @@ def going_on(
         if name == fresh_from:
             return recipe, list(stages[i:])
         stage = run.stage(name)
-        before, (recipe, _) = recipe, as_started(recipe, stage, said)
-        if recipe.task is not None and recipe.task != before.task:
+        asked = recipe.task
+        recipe, _ = as_started(recipe, stage, said)
+        if recipe.task is not None and recipe.task != asked:
             with naming(str(stage.path / "stage.json")):
                 open_task(recipe, recipe.task)
         longer = stage.check(stage_settings(recipe, name), made)

@@ -583,3 +583,13 @@ def test_the_table_has_a_row_a_stage_a_column_a_task_and_percent():
     assert any("sft" in x and "41.6 ± 0.5" in x and "70.0 ± 10.0" in x for x in lines)
     assert any("rl" in x and "50.0" in x and "±" not in x for x in lines)
     assert "math500 sft: 500 items, 4 seeds, standard error over items 2.0, 3.1 % cut at the length limit" in lines
+
+
+def test_what_a_grader_says_takes_the_place_of_a_tasks_own_score(tmp_path):
+    task = load_task("arithmetic")
+    item = task.items("test")[0]
+    rows = tmp_path / "arithmetic--sft.rows.jsonl"
+    row = {"id": item.id, "seed": 0, "sample": 0, "response": f"#{item.gold}", "gold": "", "right": False}
+    rows.write_text(json.dumps(row | {"extracted": None, "score": 0.25}) + "\n")
+    (again,) = evaluate.graded_again(tmp_path / "arithmetic--sft.json", {"n": 1}, task, Eval())
+    assert again["right"] and "score" not in again

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from lco_lite.errors import DataError
-from lco_lite.models.fingerprint import fingerprint
+from lco_lite.models.fingerprint import fingerprint, known_by
 
 
 def test_a_fingerprint_is_of_contents_and_of_large_weights_the_first_and_the_last_byte_count(tmp_path):
@@ -32,3 +32,12 @@ def test_a_fingerprint_is_of_contents_and_of_large_weights_the_first_and_the_las
     assert fingerprint(other / "model.safetensors") != was
     with pytest.raises(DataError, match="none.gguf: cannot be read"):
         fingerprint(tmp_path / "none.gguf")
+
+
+def test_a_model_of_others_is_known_by_its_name_and_on_this_machine_by_its_content(tmp_path):
+    assert known_by("org/model") == "org/model"
+    (tmp_path / "config.json").write_text("{}")
+    before = known_by(str(tmp_path))
+    assert before.startswith(f"{tmp_path} ") and before == known_by(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"num_labels": 2}')
+    assert known_by(str(tmp_path)) != before
