@@ -46,7 +46,7 @@ from lco_lite.files import (
 )
 from lco_lite.metrics import read_log
 from lco_lite.recipe import RUN_NAME, Recipe
-from lco_lite.recipe.file import dump, flat, load_recipe
+from lco_lite.recipe.file import dump, flat, load_recipe, seal
 from lco_lite.recipe.rl import REWARDS, RewardPart
 from lco_lite.recipe.sections import OF_RUN, TaskColumns
 
@@ -417,7 +417,7 @@ class Run:
     @ranks.once
     def write_recipe(self, recipe: Recipe) -> None:
         """Beside it the environment it is to be run in."""
-        write_text(self.path / "recipe.yaml", dump(recipe))
+        write_text(self.path / "recipe.yaml", seal(dump(recipe)))
         write_json(self.path / "environment.json", environment())
 
     def made_on(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lco_lite.errors import DataError, UsageError
 from lco_lite.files import write_json
@@ -234,6 +235,29 @@ def test_a_missing_or_damaged_recipe_is_said_in_words(run):
     with pytest.raises(UsageError, match="damaged") as caught:
         run.recipe()
     assert str(run.path / "recipe.yaml") in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["half", "last line", "digit", "twice", "header"])
+def test_a_recipe_that_has_changed_or_lost_a_part_is_not_gone_by(run, damage):
+    file = run.path / "recipe.yaml"
+    run.write_recipe(recipe(rl={"beta": 0.5}))
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    half = next(i for i in range(len(lines) // 2, len(lines)) if not lines[i].startswith(" "))  # valid by itself
+    changed = {
+        "half": "".join(lines[:half]),
+        "last line": "".join(lines[:-1]),
+        "digit": whole.replace("beta: 0.5", "beta: 1.5"),
+        "twice": whole + whole,
+        "header": "".join(lines[1:]).replace("beta: 0.5", "beta: 1.5"),
+    }
+    file.write_text(changed[damage])
+    assert changed[damage] != whole and isinstance(yaml.safe_load("".join(lines[:half])), dict)
+    with pytest.raises(UsageError, match="has changed since the run wrote it") as caught:
+        run.recipe()
+    assert str(file) in str(caught.value)
+    file.write_text("".join(lines[1:-1]))  # as earlier versions wrote it
+    assert run.recipe() == recipe(rl={"beta": 0.5})
 
 
 def test_the_environment_names_versions_device_and_commit(run, monkeypatch):

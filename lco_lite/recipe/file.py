@@ -6,6 +6,7 @@ learning rates (``rates_make_room``). Whatever is wrong with it is told at once.
 """
 
 import difflib
+import hashlib
 import os
 import re
 import shutil
@@ -48,8 +49,9 @@ def recipe_and_said(
     path: Path, sets: list[str] | None, flags: dict[str, Any] | None, say: Say, of_run: bool = False
 ) -> tuple[Recipe, frozenset[str]]:
     """``load_recipe``, and ``said`` of what it read: the file is read once."""
+    text = unsealed(_text(path), path) if of_run else _text(path)
     try:
-        data, lines = parse_yaml(_text(path))
+        data, lines = parse_yaml(text)
     except ValueError as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(data, dict):
@@ -195,6 +197,28 @@ def validate(
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out; reads back to the same recipe."""
     return write_yaml(recipe.model_dump(mode="json"))
+
+
+_RECORD = "# What the run goes by, as a record: to change a setting, give it as a flag.\n"
+_SEAL = "# sha256 of all above: "
+
+
+def seal(text: str) -> str:
+    """``text`` with a first line that says that it is a record, and a last one with the sum of what it has to be."""
+    return f"{_RECORD}{text}{_SEAL}{_sum(text)}\n"
+
+
+def unsealed(text: str, path: Path) -> str:
+    """What was sealed, or ``text`` without a seal, as earlier versions and people write it. RecipeError where a part
+    of it is gone or has changed."""
+    head, sealed, digest = text.removeprefix(_RECORD).partition(_SEAL)
+    if (sealed or text.startswith(_RECORD)) and digest != f"{_sum(head)}\n":
+        raise RecipeError(f"{path}: has changed since the run wrote it, or a part of it is gone: its sum is another")
+    return head
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Needed(NamedTuple):

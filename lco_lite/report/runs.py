@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from lco_lite.errors import DataError, UsageError
+from lco_lite.errors import DataError, RecipeError, UsageError
 from lco_lite.evaluation.compare import Score, by_item, compare, paired_bootstrap, t_quantile
 from lco_lite.evaluation.summary import read_rows, read_scores
 from lco_lite.files import checked, damage, read_text
 from lco_lite.metrics import METRICS, read_log
-from lco_lite.recipe.file import flat, parse_yaml
+from lco_lite.recipe.file import flat, parse_yaml, unsealed
 from lco_lite.report.about import chosen, headline
 from lco_lite.run import Run, StageFolder
 from lco_lite.study.statistics import paired
@@ -475,11 +475,13 @@ def _state(stage: StageFolder) -> Row:
 
 
 def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
-    """As it lies there, and the tree of its settings."""
+    """Its text, and the tree of its settings."""
     with damage(path, "Put it back as it was; what is trained in this run from now on writes it again"):
-        text = read_text(path)
         try:
+            text = unsealed(read_text(path), path)
             settings = parse_yaml(text)[0] or {}
+        except RecipeError as e:
+            raise DataError(str(e)) from e
         except ValueError as e:
             raise DataError(f"{path}: not valid YAML: {e}") from e
         return text, checked(settings, RecipeSeed)

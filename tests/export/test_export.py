@@ -236,7 +236,7 @@ def test_the_card_has_the_runs_own_scores_recipe_data_and_the_licence_of_the_bas
     assert f"vllm serve {folder}" in card and "> Add." in card and "those of task `arithmetic`" in card
     rows = [line.split(" | ")[1:4] for line in card.splitlines() if line.startswith("| arithmetic")]
     assert rows == [["base", "pass@1", "0.2500 ± 0.0100"], ["sft", "pass@1", "0.4125 ± 0.0100"]], "before, and after"
-    assert (folder / "training-recipe.yaml").read_text() == (run.path / "recipe.yaml").read_text()
+    assert load_recipe(folder / "training-recipe.yaml") == run.recipe()
     assert Run.known(str(folder), run.path.parent) is None, "it is a model, and no run"
     short = card.split("```yaml")[1].split("```")[0]
     assert validate(yaml.safe_load(short), "card") == run.recipe() and len(short.splitlines()) < 70
