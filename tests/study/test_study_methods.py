@@ -100,6 +100,14 @@ def test_a_rate_that_diverged_is_not_chosen(recipe):
     assert [c.sets["rl.lr"] for c in cells] == [3e-3]
 
 
+def test_what_clipping_does_is_told_by_the_seeds_that_ran_with_it_and_without():
+    rows = [row("ppo", s, 0.5) for s in (1, 2, 3, 4)] + [row("ppo, unclipped", s, 0.4 + 0.01 * s) for s in (1, 2, 3)]
+    (table,) = (t for t in MethodsStudy().report(Results(rows)).tables if t.name == "clipping")
+    ((method, told),) = table.rows
+    assert method == "ppo" and told.startswith("-0.080 [-0.105, -0.055]") and told.endswith("n = 3")
+    assert all(t.name != "clipping" for t in MethodsStudy().report(Results(rows[:4])).tables)
+
+
 def test_every_cell_of_every_study_is_a_recipe():
     for name in STUDIES:
         study = load_study(name)
