@@ -13,7 +13,7 @@ import shutil
 import stat
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -442,6 +442,15 @@ def sealed_line(row: Mapping[str, Any], before: str = "") -> tuple[bytes, str]:
     """A line of JSON with ``row`` and its seal, which holds for the lines before as well: (line, seal)."""
     seal = hashlib.sha256(before.encode() + json_line(row)).hexdigest()[:16]
     return json_line({**row, "seal": seal}), seal
+
+
+def write_sealed_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """In place of what is there."""
+    lines, seal = list[bytes](), ""
+    for row in rows:
+        line, seal = sealed_line(row, seal)
+        lines.append(line)
+    write_bytes(path, b"".join(lines))
 
 
 def read_sealed_lines(

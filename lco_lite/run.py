@@ -32,6 +32,7 @@ from lco_lite.environment import environment
 from lco_lite.errors import DataError, RecipeError, UsageError
 from lco_lite.files import (
     Count,
+    JsonLines,
     Sums,
     checksums,
     held,
@@ -42,6 +43,7 @@ from lco_lite.files import (
     verify,
     write_errors,
     write_json,
+    write_sealed_lines,
     write_text,
 )
 from lco_lite.metrics import read_log
@@ -91,6 +93,7 @@ class BestStep(BaseModel):
     step: Count
     score: FiniteFloat
     items: Count
+    scored_by: dict[str, Any] = {}
     files: Sums = {}
 
 
@@ -152,9 +155,10 @@ class StageFolder:
 
     @ranks.once
     def best_step(self) -> dict[str, Any] | None:
-        """``step``, held-out ``score`` and ``items`` of the best step that was kept, if one was."""
+        """``step``, held-out ``score`` and ``items`` of the best step that was kept, if one was, and the settings that
+        it was ``scored_by``, where they are known."""
         kept = self.record("best/best.json")
-        return kept and {name: kept[name] for name in ("step", "score", "items")}
+        return kept and {"scored_by": {}} | {n: kept[n] for n in BestStep.model_fields if n in kept and n != "files"}
 
     @ranks.once
     def better_step(self) -> dict[str, Any] | None:
@@ -221,8 +225,8 @@ class StageFolder:
         self, settings: dict[str, Any], upstream: dict[str, str], inputs: Mapping[str, Input] | None = None
     ) -> bool:
         """What ``check`` lets pass is remembered; returns whether anything is new. What was sampled for other settings
-        or ``inputs`` is deleted, and a stage that goes on after its end is open again. DataError where the best step is
-        not as it was kept."""
+        or ``inputs`` is deleted, of a stage of another length what lies after its last checkpoint, and a stage that
+        goes on after its end is open again. DataError where the best step is not as it was kept."""
         longer, before = self.check(settings, upstream), self.record("stage.json")
         self.verify_best()  # ``finish`` would tell hours later
         started, new = self.started(), json.loads(json.dumps(settings))
@@ -237,10 +241,21 @@ class StageFolder:
             run = self.path.parent.name
             before = {"upstream": upstream, "started": _now(), "id": f"{run}/{self.name} {uuid.uuid4().hex[:12]}"}
             before |= noted
+        self._cut_back(max(self.kept_steps(), default=0))
         remove(self.path / "done.json")
         assert before is not None
         write_json(self.path / "stage.json", {**before, "settings": new})
         return True
+
+    def _cut_back(self, done: int) -> None:
+        """Of what was made after this many steps nothing that the same steps of another course would take over."""
+        for file in (self.path / "rollouts").glob("step-*.jsonl"):
+            if int(file.stem.removeprefix("step-")) > done + 1:  # the next are of the policy that was kept
+                remove(file)
+        if (best := self.best_step()) is not None and best["step"] > done:
+            remove(self.best)
+        if is_there(skipped := self.path / "skipped.jsonl"):
+            write_sealed_lines(skipped, [row for row in JsonLines(skipped).rows if row["step"] <= done])
 
     @ranks.once
     def plan(self, steps: int) -> None:
@@ -451,14 +466,19 @@ class Run:
         return self.path / "eval" / f"{task}--{stage}.json"
 
     @ranks.once
+    def built_on(self, stage: str) -> list[str]:
+        """``stage`` and the stages built on it. One that does not tell what it was built on goes with all that come
+        before it."""
+        present, found = sorted({begun.name for begun in self.stages()} | {stage}, key=_order), list[str]()
+        for name in present:
+            if name == stage or (_order(stage)[0] < _order(name)[0] and self._rests_on(name, found)):
+                found.append(name)
+        return found
+
     def discard_from(self, stage: str) -> list[str]:
         """Deletes ``stage``, the stages built on it, their scores and the bases made for them in the run, but one that
-        another stage's adapter is on; returns the names of the stages deleted. One that does not tell what it was built
-        on goes with all that come before it."""
-        present, doomed = sorted({begun.name for begun in self.stages()} | {stage}, key=_order), list[str]()
-        for name in present:
-            if name == stage or (_order(stage)[0] < _order(name)[0] and self._rests_on(name, doomed)):
-                doomed.append(name)
+        another stage's adapter is on; returns the names of the stages deleted."""
+        doomed = self.built_on(stage)
         of_phi = ["optimal"] if "rm" in doomed else []  # decoded from the start and φ
         for name in [*of_phi, *reversed(doomed)]:  # killed half-way, what is left still stands on what it was built on
             for score in sorted(f for end in (".", "@") for f in (self.path / "eval").glob(f"*--{name}{end}*")):

@@ -137,8 +137,9 @@ def describe(run: Run) -> dict[str, Any]:
     """A run as JSON; ``parts``: what lies in it, stage folders by what is in them."""
     can_go, running = spare(run), is_running(run)
     stages = [_stage(run, stage) for stage in run.stages()]
-    if (active := next((one for one in stages if one["state"] != "done"), None)) and running:
-        active["state"] = "running"
+    under_way = [one for one in stages if one["state"] in ("stopped", "failed")]
+    if running and under_way:
+        max(under_way, key=lambda one: _changed(run.path / one["name"]))["state"] = "running"
     scores = _scores(run)
     named = {one["name"] for one in stages}
     bare = [{"name": name, "state": None, "step": None, "steps": None} for name in scores if name not in named]

@@ -322,6 +322,13 @@ def test_a_run_in_use_is_told_and_never_touched(copied):
     shutil.copytree(copied.path, root / "other")
     with copied.lock():
         assert describe(copied)["running"]
+        shutil.copytree(copied.stage("rl-kld").path, copied.path / "rl-mse")
+        for stage, at in (("rl-kld", 2e9), ("rl-mse", 1e9)):
+            (copied.path / stage / "done.json").unlink()
+            for file in (copied.path / stage).rglob("*"):
+                os.utime(file, (at, at))
+        states = {one["name"]: one["state"] for one in describe(copied)["stages"]}
+        assert states["rl-kld"] == "running" and states["rl-mse"] == "stopped", "the one that was written last"
         named = call("runs", "tiny", "--clean", "--yes", "--runs", root)
         assert named.exit_code == 2 and "in use by process" in named.stderr
         every = call("runs", "--clean", "--yes", "--runs", root)

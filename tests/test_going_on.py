@@ -23,6 +23,7 @@ from lco_lite.command import _remedies
 from lco_lite.console import Console
 from lco_lite.context import Context
 from lco_lite.errors import UsageError
+from lco_lite.evaluation.evaluate import looked_by
 from lco_lite.files import sha256, write_json
 from lco_lite.metrics import read_log
 from lco_lite.recipe import Recipe
@@ -206,7 +207,7 @@ def test_more_steps_end_in_the_bits_of_as_many_at_once(made, short, whole):
     assert same(*(load_file(stage.adapter / "adapter_model.safetensors") for stage in stages))
     assert read_log(stages[0].path / "updates.jsonl") == read_log(stages[1].path / "updates.jsonl")
     assert [row["step"] for row in read_log(stages[0].metrics)] == [1, 2, 3, 4]
-    assert stages[0].best_step() == stages[1].best_step() == {"step": 2, "score": 0.5, "items": 8}
+    assert stages[0].best_step() == stages[1].best_step() == best(2, 0.5)
     assert made.recipe().rl.steps == 4 and "done already" in on(made, "rl").output
     fewer = on(made, "rl", short, "--steps", "1")
     assert fewer.exit_code == 2 and "rl.steps: 4 → 1 (4 steps are done)" in fewer.stderr
@@ -229,10 +230,10 @@ def test_a_stage_killed_as_it_goes_on_after_its_end_ends_in_the_same_bits(made, 
     monkeypatch.setitem(SCORES, 3, 0.75)
     cut = run_stage(short, "rl-kld", "rl.steps=4")
     assert same(trained(cut, "rl-kld"), load_file(whole.stage("rl-kld").adapter / "adapter_model.safetensors"))
-    assert cut.run.stage("rl-kld").best_step() == {"step": 3, "score": 0.75, "items": 8}
-    best = load_file(cut.run.stage("rl-kld").best / "adapter/adapter_model.safetensors")
+    assert cut.run.stage("rl-kld").best_step() == best(3, 0.75)
+    kept = load_file(cut.run.stage("rl-kld").best / "adapter/adapter_model.safetensors")
     third = Path(cut.run.stage("rl-kld").checkpoints / "step-00000003/tensors.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(best.values(), load_file(third).values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept.values(), load_file(third).values(), strict=True))
 
 
 def test_sft_goes_on_after_its_end_while_nothing_rests_on_it_and_says_that_cosine_is_another_course(made, short):
@@ -256,9 +257,31 @@ def test_without_its_last_checkpoint_a_stage_that_is_done_does_not_start_over_fo
 # --- the best step, and steps by name
 
 
+def best(step: int, score: float) -> dict[str, Any]:
+    return {"step": step, "score": score, "items": 8, "scored_by": looked_by(Recipe.model_validate(SHORT).eval)}
+
+
+def test_a_score_that_was_found_in_another_way_is_no_mark_to_beat(made, monkeypatch):
+    for steps, setting in ((3, "eval.temperature=0.5"), (4, "eval.max_new_tokens=9")):
+        monkeypatch.setitem(SCORES, steps, 0.1)
+        assert on(made, "rl", "--steps", steps, "-s", setting).exit_code == 0
+        assert made.stage("rl-kld").best_step()["step"] == steps
+    monkeypatch.setitem(SCORES, 5, 0.1)
+    assert on(made, "rl", "--steps", 5).exit_code == 0
+    assert made.stage("rl-kld").best_step()["step"] == 4, "of scores that are alike the earliest stays"
+
+
+def test_a_stage_is_deleted_only_where_the_next_can_begin(made, monkeypatch, tmp_path):
+    (tmp_path / "reward.py").write_text("def f(completions, **columns):\n    return columns['no_such']\n")
+    own = ("-s", "rl.feedback=function", "-s", f"rl.reward_function={tmp_path / 'reward.py'}:f")
+    refused = on(made, "rl", "--fresh", *own)
+    assert refused.exit_code == 2 and "no_such" in refused.stderr
+    assert made.stage("rl-kld").is_done() and "to start again" not in refused.output
+
+
 def test_the_best_step_is_kept(made_once):
     stage = Run(made_once).stage("rl-kld")
-    assert stage.best_step() == {"step": 2, "score": 0.5, "items": 8}
+    assert stage.best_step() == best(2, 0.5)
     assert same(*(load_file(f / "adapter_model.safetensors") for f in (stage.best / "adapter", stage.adapter)))
 
 

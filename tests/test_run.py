@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lco_lite.errors import DataError, UsageError
-from lco_lite.files import write_json
+from lco_lite.files import JsonLines, write_json
 from lco_lite.recipe import Recipe
 from lco_lite.run import Run, stage_settings
 
@@ -299,6 +299,26 @@ def test_changed_settings_are_refused_each_with_old_and_new_value(run):
         assert f"  {line}\n" in message
     assert message.count("→") == 4  # the three, and the legend
     assert "--fresh" in message and "--name" in message
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_of_a_course_of_another_length_nothing_after_the_last_checkpoint_is_taken_over(run, steps):
+    stage = under_way(run, "rl-kld", 1, 2)
+    for step in (2, 3, 4):
+        JsonLines(stage.path / "rollouts" / f"step-{step:06d}.jsonl").append({"judged": 0})
+    skipped = JsonLines(stage.path / "skipped.jsonl")
+    lines = [{"step": step, "update": 4 * step, "left_out": True} for step in (1, 2, 3)]
+    for line in lines:
+        skipped.append(line)
+    write_json(stage.best / "best.json", {"step": 3, "score": 0.5, "items": 8})
+    settings = stage_settings(recipe(), "rl-kld")
+    assert not stage.begin(settings, {}), "the same course: all of it stays"
+    assert stage.best_step() and len(list((stage.path / "rollouts").iterdir())) == 3
+    assert stage.begin({**settings, "rl.steps": steps}, {})
+    assert {file.name for file in (stage.path / "rollouts").iterdir()} == {"step-000002.jsonl", "step-000003.jsonl"}
+    assert JsonLines(stage.path / "skipped.jsonl").rows == lines[:2] and stage.best_step() is None
+    write_json(stage.best / "best.json", {"step": 2, "score": 0.5, "items": 8})
+    assert stage.begin({**settings, "rl.steps": 9}, {}) and stage.best_step()["step"] == 2
 
 
 def test_an_upstream_stage_that_was_trained_again_is_refused(run):

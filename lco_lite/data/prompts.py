@@ -9,7 +9,7 @@ out, the seed draws them by prompt, so that no prompt is on both sides.
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from datetime import date
 from decimal import Decimal
@@ -103,10 +103,10 @@ def held_out_lines(recipe: Recipe, task: Task | None) -> str:
     return "".join(json_text({"prompt": prompt}) + "\n" for prompt in sorted(held_out_prompts(recipe, task)))
 
 
-def same_held_out(run: Run, recipe: Recipe, task: Task | None) -> None:
-    """Once a stage of ``run`` has started: UsageError where the recipe and its data hold out other prompts than then,
-    some of which were trained on; DataError where it is not known which those were."""
-    if not makes_split(recipe, task) or not any(stage.started() for stage in run.stages()):
+def same_held_out(run: Run, recipe: Recipe, task: Task | None, doomed: Collection[str] = ()) -> None:
+    """Once a stage of ``run`` that is not ``doomed`` has started: UsageError where the recipe and its data hold out
+    other prompts than then, some of which were trained on; DataError where it is not known which those were."""
+    if not makes_split(recipe, task) or not any(s.started() for s in run.stages() if s.name not in doomed):
         return
     file, first = run.path / "held_out.jsonl", verb(recipe.stages[0])
     if not is_there(file):

@@ -355,6 +355,13 @@ def held_out_accuracy(ctx: Context, engine: Engine, chat: ChatFormat, task: Task
     return ranks.total(sum(r["right"] for r in responses)) / len(questions)
 
 
+def looked_by(settings: Eval) -> dict[str, Any]:
+    """The settings that decide ``held_out_accuracy`` of a model."""
+    return settings.model_dump(
+        mode="json", include={"temperature", "top_p", "max_new_tokens", "grader", "tolerance", "evaluated"}
+    )
+
+
 def respond(
     ctx: Context,
     engine: Engine,

@@ -41,13 +41,14 @@ def train(ctx: Context, stage: str, fresh: bool = False, whole: bool = False) ->
     first = through[0] if whole else stage
     refuse_untrainable(ctx.recipe)
     recipe, to_do = ranks.once(going_on)(ctx.recipe, ctx.run, through, ctx.said, first if fresh else None)
-    if to_do:
+    if to_do:  # what may be refused is, before anything is deleted
         _look_ahead(ctx, recipe, to_do, whole)
+        check_own_data(ctx, recipe, ranks.once(ctx.run.built_on)(first) if fresh else ())
     if fresh:
         for name in ctx.run.discard_from(first):
             ctx.console.note(f"{name}: deleted, to start again")
     if to_do:
-        check_own_data(ctx, recipe)
+        keep_held_out(ctx, recipe)
     for i, name in enumerate(through):
         _train_one(ctx, name, {before: ctx.run.stage(before).id() for before in through[:i]})
 
@@ -91,19 +92,23 @@ def going_on(
 
 
 @ranks.once
-def check_own_data(ctx: Context, recipe: Recipe) -> None:
-    """Before anything is trained: which prompts are held out, where the recipe draws them, said and kept in the run;
-    and each reward function called once on a real prompt. Raises UsageError where a run would go on with others held
-    out, and for what is wrong with a function; DataError where it is not known what the run holds out."""
+def check_own_data(ctx: Context, recipe: Recipe, doomed: Collection[str]) -> None:
+    """Before anything is trained: which prompts are held out, where the recipe draws them, is said, and each reward
+    function called once on a real prompt. ``doomed`` stages are to be deleted. Raises UsageError where a run would go
+    on with others held out, and for what is wrong with a function; DataError where it is not known what the run holds
+    out."""
     task = recipe_task(recipe)
-    if makes_split(recipe, task):
-        same_held_out(ctx.run, recipe, task)
-        if not any(stage.started() for stage in ctx.run.stages()):
-            write_text(ctx.run.path / "held_out.jsonl", held_out_lines(recipe, task))
-        for line in told_of_split(recipe, task):
-            ctx.console.note(line)
-    for line in tried_rewards(recipe, task):
+    same_held_out(ctx.run, recipe, task, doomed)
+    for line in [*told_of_split(recipe, task), *tried_rewards(recipe, task)]:
         ctx.console.note(line)
+
+
+@ranks.once
+def keep_held_out(ctx: Context, recipe: Recipe) -> None:
+    """The prompts that the recipe holds out, in a run of which no stage has started."""
+    task = recipe_task(recipe)
+    if makes_split(recipe, task) and not any(stage.started() for stage in ctx.run.stages()):
+        write_text(ctx.run.path / "held_out.jsonl", held_out_lines(recipe, task))
 
 
 def told_of_split(recipe: Recipe, task: Task | None) -> list[str]:
@@ -183,7 +188,11 @@ def _begin(ctx: Context, stage: StageFolder, upstream: dict[str, str], inputs: d
     started with; another objective's stands beside it in that stage alone."""
     sampled = stage.path / ("responses.jsonl" if stage.name == "rm" else "rollouts")
     was_sampled, nothing = sampled.exists(), not any(one.started() for one in ctx.run.stages())
+    best = stage.best_step()
     is_new = stage.begin(stage_settings(ctx.recipe, stage.name), upstream, inputs)
+    if best is not None and stage.best_step() is None:
+        gone = f"the best step, {best['step']}, lay after the last checkpoint and was of another length: it is deleted"
+        ctx.console.warn(f"{stage.name}: {gone}")
     if was_sampled and not sampled.exists():
         ctx.console.warn(f"{stage.name}: what was sampled for other settings, before the first checkpoint, is deleted")
     _keep_recipe(ctx)

@@ -33,7 +33,7 @@ from lco_lite.data.prompts import (
 )
 from lco_lite.errors import DataError, Interrupted
 from lco_lite.evaluation.evaluate import held_out_accuracy
-from lco_lite.files import JsonLines, read_sealed_lines, remove, sealed_line, write_bytes
+from lco_lite.files import JsonLines, read_sealed_lines, remove, write_sealed_lines
 from lco_lite.finite import witness
 from lco_lite.metrics import read_log
 from lco_lite.models.chat import ChatFormat
@@ -286,9 +286,8 @@ def cut_after_error(chat: ChatFormat, task: Task, item: Item, example: Example) 
 
 def save_pairs(file: Path, pairs: Sequence[Pair], chat: ChatFormat) -> None:
     """Sealed JSONL with the text for people and the token ids, which are what was sampled."""
-    lines, seal = b"", ""
-    for p in pairs:
-        row = {
+    rows = [
+        {
             "pairs": len(pairs),
             "prompt": chat.tokenizer.decode(p.chosen.prompt),
             "chosen": chat.text(p.chosen.response),
@@ -297,9 +296,9 @@ def save_pairs(file: Path, pairs: Sequence[Pair], chat: ChatFormat) -> None:
             "chosen_ids": p.chosen.response,
             "rejected_ids": p.rejected.response,
         }
-        line, seal = sealed_line(row, seal)
-        lines += line
-    write_bytes(file, lines)
+        for p in pairs
+    ]
+    write_sealed_lines(file, rows)
 
 
 def load_pairs(file: Path) -> list[Pair]:

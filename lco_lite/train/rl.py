@@ -19,7 +19,7 @@ from lco_lite import ranks, weights
 from lco_lite.context import Context
 from lco_lite.data.prompts import held_out
 from lco_lite.errors import DataError
-from lco_lite.evaluation.evaluate import held_out_accuracy
+from lco_lite.evaluation.evaluate import held_out_accuracy, looked_by
 from lco_lite.feedback.advantages import live_groups
 from lco_lite.finite import rows_not_finite
 from lco_lite.metrics import JsonLog, read_log
@@ -112,7 +112,7 @@ def train_rl(ctx: Context, stage: StageFolder) -> None:
                     with_tokens(rows, looks, rollouts.chat)
             if rl.eval_every and (step + 1) % rl.eval_every == 0:
                 report.eval = evaluate(ctx, models, rollouts)
-                keep_best(stage, rl, policy, training, step + 1, report.eval)
+                keep_best(ctx, stage, policy, training, step + 1, report.eval)
             metrics = report.metrics(ctx.clock.seconds, history[-1]["samples_seen"] if history else 0)
             history.append(metrics)
             for row in rows:
@@ -236,15 +236,16 @@ def evaluate(ctx: Context, models: Models, rollouts: Rollouts) -> float | None:
 
 
 def keep_best(
-    stage: StageFolder, rl: Rl, policy: Role, training: StageTraining, step: int, score: float | None
+    ctx: Context, stage: StageFolder, policy: Role, training: StageTraining, step: int, score: float | None
 ) -> None:
-    """``best/`` becomes the policy after ``step`` where no step has scored as high on as many held-out items. Steps
-    that are made again after a kill score the same, and the earliest stays."""
+    """``best/`` becomes the policy after ``step`` where no step has scored as high, in the same way on as many held-out
+    items. Steps that are made again after a kill score the same, and the earliest stays."""
+    rl, best = ctx.recipe.rl, stage.best_step()
     if not rl.keep_best or score is None:
         return
-    best = stage.best_step()
-    if best is None or best["items"] != rl.eval_items or score > best["score"]:
-        now = {"step": step, "score": score, "items": rl.eval_items}
+    now = {"step": step, "score": score, "items": rl.eval_items, "scored_by": looked_by(ctx.recipe.eval)}
+    alike = best is not None and best["items"] == now["items"] and best["scored_by"] in ({}, now["scored_by"])
+    if best is None or not alike or score > best["score"]:
         weights.save_best(policy, stage, training.masters, now)
 
 
