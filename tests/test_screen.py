@@ -188,10 +188,19 @@ def test_errors_write_out_what_a_recipe_holds(tmp_path):
     assert "\\x1b[2J" in call("eval", "x", "--runs", tmp_path / "a\x1b[2J")
 
 
-def test_what_a_reward_function_raises_reaches_neither_screen_nor_log_raw(hostile):
+@pytest.mark.parametrize("when", ["tried", "in training"])
+def test_what_a_reward_function_raises_reaches_neither_screen_nor_log_raw(hostile, when):
+    if when == "in training":  # a function is tried on one response
+        code = (
+            (hostile.parent / "reward.py")
+            .read_text()
+            .replace("raise", "if len(responses) == 1: return [0.0]\n    raise")
+        )
+        (hostile.parent / "reward.py").write_text(code)
     assert "\\x1b[2J" in call("rl", hostile, "--runs", hostile.parent / "runs")
     logs = [p for p in (hostile.parent / "runs").rglob("*") if p.suffix in (".log", ".jsonl")]
-    assert logs and not [p for p in logs if RAW.search(p.read_text(encoding="utf-8"))]
+    assert bool(logs) == (when == "in training")
+    assert not [p for p in logs if RAW.search(p.read_text(encoding="utf-8"))]
 
 
 def test_an_unexpected_exception_is_told_with_a_clean_traceback(monkeypatch):
