@@ -295,7 +295,8 @@ def test_after_clean_a_done_run_says_so_and_eval_chat_and_the_logs_are_as_before
     assert answers(root, "hello\n", "--policy", "rl-kld", "--beside", "optimal")
 
 
-def test_clean_asks_first_and_leaves_which_run_is_the_newest(copied):
+def test_clean_asks_first_and_leaves_which_run_is_the_newest(copied, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # no path is folded
     root = copied.path.parent
     shutil.copytree(copied.path, root / "older")
     older = (root / "older" / "recipe.yaml", root / "older" / ".lock")

@@ -101,7 +101,7 @@ def test_a_thousand_hostile_answers_are_graded_in_time_and_without_an_error(monk
         grade = grade_answer(answer, GOLDS[i % len(GOLDS)])
         slowest = max(slowest, time.monotonic() - start)
         assert grade.right in (True, False) and grade.why
-    assert slowest < 5.0
+    assert slowest < 15.0
 
 
 def test_a_computation_without_end_stops_within_the_limit_and_the_next_one_is_answered():
