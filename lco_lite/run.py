@@ -241,14 +241,20 @@ class StageFolder:
             run = self.path.parent.name
             before = {"upstream": upstream, "started": _now(), "id": f"{run}/{self.name} {uuid.uuid4().hex[:12]}"}
             before |= noted
-        self._cut_back(max(self.kept_steps(), default=0))
+        self._cut_back()
         remove(self.path / "done.json")
         assert before is not None
         write_json(self.path / "stage.json", {**before, "settings": new})
         return True
 
-    def _cut_back(self, done: int) -> None:
-        """Of what was made after this many steps nothing that the same steps of another course would take over."""
+    def _cut_back(self) -> None:
+        """Of what was made after the checkpoint that the stage goes on from nothing that the same steps of another
+        course would take over. Where each is damaged, none of it is used: the stage is refused as it loads them."""
+        from lco_lite.checkpoint import newest_good  # torch, which looking at a run does without
+
+        good = newest_good(self.checkpoints)
+        kept = [int(good.name.removeprefix("step-"))] if good else self.kept_steps()
+        done = max(kept, default=0)
         for file in (self.path / "rollouts").glob("step-*.jsonl"):
             if int(file.stem.removeprefix("step-")) > done + 1:  # the next are of the policy that was kept
                 remove(file)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from lco_lite.checkpoint import save_checkpoint
 from lco_lite.errors import DataError, UsageError
 from lco_lite.files import JsonLines, write_json
 from lco_lite.recipe import Recipe
@@ -319,6 +321,17 @@ def test_of_a_course_of_another_length_nothing_after_the_last_checkpoint_is_take
     assert JsonLines(stage.path / "skipped.jsonl").rows == lines[:2] and stage.best_step() is None
     write_json(stage.best / "best.json", {"step": 2, "score": 0.5, "items": 8})
     assert stage.begin({**settings, "rl.steps": 9}, {}) and stage.best_step()["step"] == 2
+
+
+def test_where_the_newest_checkpoint_is_damaged_another_course_goes_back_to_the_one_before(run):
+    stage = started(run, "rl-kld")
+    for step in (1, 3):
+        save_checkpoint(stage.checkpoints, step, {"weight": torch.zeros(2)}, None, {})
+    for step in (2, 3, 4):
+        JsonLines(stage.path / "rollouts" / f"step-{step:06d}.jsonl").append({"judged": 0})
+    (stage.checkpoints / "step-00000003" / "state.json").write_text("{")
+    assert stage.begin({**stage_settings(recipe(), "rl-kld"), "rl.steps": 9}, {})
+    assert [file.name for file in (stage.path / "rollouts").iterdir()] == ["step-000002.jsonl"]
 
 
 def test_an_upstream_stage_that_was_trained_again_is_refused(run):
