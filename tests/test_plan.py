@@ -102,7 +102,11 @@ WATCHED = {"sft": "sft", "rm": "train-rm", "rl": "rl update"}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family,layers,checkpointing,objective",
-    [("llama", 5, False, "mse"), ("qwen2", 5, True, "lch"), ("gemma3", 14, False, "kld")],
+    [
+        ("llama", 5, False, "mse"),
+        ("qwen2", 5, True, "lch"),
+        pytest.param("gemma3", 14, False, "kld", marks=pytest.mark.long),
+    ],
 )
 def test_planned_peaks_are_those_that_are_counted_while_the_trainers_run(
     family, layers, checkpointing, objective, tmp_path, monkeypatch

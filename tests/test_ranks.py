@@ -159,7 +159,7 @@ def test_on_the_same_rollouts_every_kind_of_method_has_the_gradient_of_one_proce
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["stopped", "killed"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.long)])
 def test_where_one_of_two_is_stopped_or_killed_both_leave_and_one_process_goes_on(base, monkeypatch, how):
     """The two go on at a checkpoint of one."""
     sets, path = (*GREEDY, "rl.steps=8", "rl.save_every=1"), copied(base, how)

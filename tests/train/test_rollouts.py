@@ -59,15 +59,20 @@ def stopped(how: str) -> type[BaseException]:
     return Killed if how == "killed" else typer.Exit
 
 
-@pytest.mark.parametrize("how", ["killed", "interrupted"])
+STOPS = [
+    (HFEngine, "_generate_batch", 3),  # inside the rollouts of the first phase
+    (HFEngine, "_generate_batch", 7),  # inside those of the second, after the held-out score of the first
+    (StageTraining, "update", 1),
+    (StageTraining, "update", 3),
+    (StageTraining, "update", 6),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "name", "number"),
+    ("kind", "name", "number", "how"),
     [
-        (HFEngine, "_generate_batch", 3),  # inside the rollouts of the first phase
-        (HFEngine, "_generate_batch", 7),  # inside those of the second, after the held-out score of the first
-        (StageTraining, "update", 1),
-        (StageTraining, "update", 3),
-        (StageTraining, "update", 6),
+        *((*stop, "killed") for stop in STOPS),
+        *(pytest.param(*stop, "interrupted", marks=[pytest.mark.long] * (stop[2] != 3)) for stop in STOPS),
     ],
 )
 def test_a_step_that_is_stopped_anywhere_is_scored_and_updated_again_from_its_responses(
