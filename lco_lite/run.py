@@ -241,27 +241,33 @@ class StageFolder:
             run = self.path.parent.name
             before = {"upstream": upstream, "started": _now(), "id": f"{run}/{self.name} {uuid.uuid4().hex[:12]}"}
             before |= noted
-        self._cut_back()
+        self._cut_back(new)
         remove(self.path / "done.json")
         assert before is not None
         write_json(self.path / "stage.json", {**before, "settings": new})
         return True
 
-    def _cut_back(self) -> None:
+    def _cut_back(self, settings: dict[str, Any]) -> None:
         """Of what was made after the checkpoint that the stage goes on from nothing that the same steps of another
-        course would take over. Where each is damaged, none of it is used: the stage is refused as it loads them."""
+        course would take over. Of a constant rate another length is the same course, up to its end. Where each
+        checkpoint is damaged, none of it is used: the stage is refused as it loads them."""
         from lco_lite.checkpoint import newest_good  # torch, which looking at a run does without
 
-        good = newest_good(self.checkpoints)
-        kept = [int(good.name.removeprefix("step-"))] if good else self.kept_steps()
-        done = max(kept, default=0)
-        for file in (self.path / "rollouts").glob("step-*.jsonl"):
+        if settings.get(f"{section(self.name)}.schedule") == "constant":
+            if section(self.name) != "rl":
+                return
+            done = settings["rl.steps"]
+        else:
+            good = newest_good(self.checkpoints)
+            kept = [int(good.name.removeprefix("step-"))] if good else self.kept_steps()
+            done = max(kept, default=0)
+        for file in (self.path / "rollouts").glob("step-" + "[0-9]" * 6 + ".jsonl"):
             if int(file.stem.removeprefix("step-")) > done + 1:  # the next are of the policy that was kept
                 remove(file)
         if (best := self.best_step()) is not None and best["step"] > done:
             remove(self.best)
         if is_there(skipped := self.path / "skipped.jsonl"):
-            write_sealed_lines(skipped, [row for row in JsonLines(skipped).rows if row["step"] <= done])
+            write_sealed_lines(skipped, [row for row in JsonLines(skipped).rows if row.get("step", 0) <= done])
 
     @ranks.once
     def plan(self, steps: int) -> None:
@@ -481,6 +487,7 @@ class Run:
                 found.append(name)
         return found
 
+    @ranks.once
     def discard_from(self, stage: str) -> list[str]:
         """Deletes ``stage``, the stages built on it, their scores and the bases made for them in the run, but one that
         another stage's adapter is on; returns the names of the stages deleted."""

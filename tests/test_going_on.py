@@ -474,3 +474,14 @@ def test_a_best_step_that_is_damaged_is_told_while_its_stage_is_not_done(made):
     file.write_bytes(content)
     told = on(made, "eval", "--policy", "rl@best", "--limit", "2", "--seeds", "1")
     assert told.exit_code == 2 and "adapter_model.safetensors: has changed" in " ".join(told.stderr.split())
+
+
+def test_a_kill_between_the_settings_of_a_stage_and_the_runs_recipe_leaves_no_old_recipe(tiny, monkeypatch):
+    sets = ["sft.max_steps=1", "sft.schedule=constant"]
+    run_stage(tiny, "sft", *sets)
+    sets[0] = "sft.max_steps=2"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "write_recipe", lambda *_: (_ for _ in ()).throw(Killed))
+        run_stage(tiny, "sft", *sets)
+    run = run_stage(tiny, "sft", *sets).run
+    assert run.stage("sft").is_done() and run.recipe().sft.max_steps == 2

@@ -303,35 +303,59 @@ def test_changed_settings_are_refused_each_with_old_and_new_value(run):
     assert "--fresh" in message and "--name" in message
 
 
-@pytest.mark.parametrize("steps", [2, 6])
-def test_of_a_course_of_another_length_nothing_after_the_last_checkpoint_is_taken_over(run, steps):
-    stage = under_way(run, "rl-kld", 1, 2)
+def with_leftovers(stage) -> list[dict]:
     for step in (2, 3, 4):
         JsonLines(stage.path / "rollouts" / f"step-{step:06d}.jsonl").append({"judged": 0})
+    (stage.path / "rollouts" / "step-000009 (copy).jsonl").write_text("of the user's")
     skipped = JsonLines(stage.path / "skipped.jsonl")
     lines = [{"step": step, "update": 4 * step, "left_out": True} for step in (1, 2, 3)]
     for line in lines:
         skipped.append(line)
     write_json(stage.best / "best.json", {"step": 3, "score": 0.5, "items": 8})
-    settings = stage_settings(recipe(), "rl-kld")
-    assert not stage.begin(settings, {}), "the same course: all of it stays"
-    assert stage.best_step() and len(list((stage.path / "rollouts").iterdir())) == 3
-    assert stage.begin({**settings, "rl.steps": steps}, {})
-    assert {file.name for file in (stage.path / "rollouts").iterdir()} == {"step-000002.jsonl", "step-000003.jsonl"}
+    return lines
+
+
+def left(stage) -> set[int]:
+    return {int(file.stem[5:]) for file in (stage.path / "rollouts").iterdir() if file.stem[5:].isdigit()}
+
+
+COSINE = stage_settings(recipe(), "rl-kld") | {"rl.schedule": "cosine"}
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_of_a_course_of_another_length_nothing_after_the_last_checkpoint_is_taken_over(run, steps):
+    stage = run.stage("rl-kld")
+    stage.begin(COSINE, {})
+    for step in (1, 2):
+        write_json(stage.checkpoints / f"step-{step:08d}" / "state.json", {})
+    lines = with_leftovers(stage)
+    assert not stage.begin(COSINE, {}), "the same course: all of it stays"
+    assert stage.best_step() and left(stage) == {2, 3, 4}
+    assert stage.begin({**COSINE, "rl.steps": steps}, {})
+    assert left(stage) == {2, 3}
     assert JsonLines(stage.path / "skipped.jsonl").rows == lines[:2] and stage.best_step() is None
     write_json(stage.best / "best.json", {"step": 2, "score": 0.5, "items": 8})
-    assert stage.begin({**settings, "rl.steps": 9}, {}) and stage.best_step()["step"] == 2
+    assert stage.begin({**COSINE, "rl.steps": 9}, {}) and stage.best_step()["step"] == 2
+
+
+@pytest.mark.parametrize(("steps", "stays"), [(2, 2), (6, 3)])
+def test_at_a_constant_rate_a_longer_course_is_the_same_and_a_shorter_one_up_to_its_end(run, steps, stays):
+    stage = under_way(run, "rl-kld", 1, 2)
+    lines = with_leftovers(stage)
+    assert stage.begin({**stage_settings(recipe(), "rl-kld"), "rl.steps": steps}, {})
+    assert JsonLines(stage.path / "skipped.jsonl").rows == lines[:stays]
+    assert left(stage) == ({2, 3, 4} if steps == 6 else {2, 3}) and (stage.best_step() is None) == (steps == 2)
 
 
 def test_where_the_newest_checkpoint_is_damaged_another_course_goes_back_to_the_one_before(run):
-    stage = started(run, "rl-kld")
+    stage = run.stage("rl-kld")
+    stage.begin(COSINE, {})
     for step in (1, 3):
         save_checkpoint(stage.checkpoints, step, {"weight": torch.zeros(2)}, None, {})
-    for step in (2, 3, 4):
-        JsonLines(stage.path / "rollouts" / f"step-{step:06d}.jsonl").append({"judged": 0})
+    with_leftovers(stage)
     (stage.checkpoints / "step-00000003" / "state.json").write_text("{")
-    assert stage.begin({**stage_settings(recipe(), "rl-kld"), "rl.steps": 9}, {})
-    assert [file.name for file in (stage.path / "rollouts").iterdir()] == ["step-000002.jsonl"]
+    assert stage.begin({**COSINE, "rl.steps": 9}, {})
+    assert left(stage) == {2} and stage.best_step() is None
 
 
 def test_an_upstream_stage_that_was_trained_again_is_refused(run):

@@ -210,7 +210,8 @@ def seal(text: str) -> str:
 
 def unsealed(text: str, path: Path) -> str:
     """What was sealed, or ``text`` without a seal, as earlier versions and people write it. RecipeError where a part
-    of it is gone or has changed."""
+    of it is gone or has changed; line ends are none."""
+    text = text.replace("\r\n", "\n")
     head, sealed, digest = text.removeprefix(_RECORD).partition(_SEAL)
     if (sealed or text.startswith(_RECORD)) and digest != f"{_sum(head)}\n":
         raise RecipeError(f"{path}: has changed since the run wrote it, or a part of it is gone: its sum is another")

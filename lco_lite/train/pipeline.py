@@ -43,7 +43,7 @@ def train(ctx: Context, stage: str, fresh: bool = False, whole: bool = False) ->
     recipe, to_do = ranks.once(going_on)(ctx.recipe, ctx.run, through, ctx.said, first if fresh else None)
     if to_do:  # what may be refused is, before anything is deleted
         _look_ahead(ctx, recipe, to_do, whole)
-        check_own_data(ctx, recipe, ranks.once(ctx.run.built_on)(first) if fresh else ())
+        check_own_data(ctx, recipe, ctx.run.built_on(first) if fresh else ())
     if fresh:
         for name in ctx.run.discard_from(first):
             ctx.console.note(f"{name}: deleted, to start again")
@@ -196,7 +196,10 @@ def _begin(ctx: Context, stage: StageFolder, upstream: dict[str, str], inputs: d
     if was_sampled and not sampled.exists():
         ctx.console.warn(f"{stage.name}: what was sampled for other settings, before the first checkpoint, is deleted")
     _keep_recipe(ctx)
-    if nothing or (is_new and ctx.run.recipe().rl.stage == ctx.recipe.rl.stage):
+    kept = ctx.run.recipe()
+    # a kill may have come after the stage remembered its settings and before the run did
+    other = is_new or stage_settings(kept, stage.name) != stage_settings(ctx.recipe, stage.name)
+    if nothing or (other and kept.rl.stage == ctx.recipe.rl.stage):
         ctx.run.write_recipe(ctx.recipe)
 
 
