@@ -60,7 +60,14 @@ Made = TypeVar("Made", Demonstration, Preference, Prompt)
 
 
 def read_demonstrations(source: str, system: str | None = None, columns: Columns | None = None) -> list[Demonstration]:
-    return _read(source, system, columns, lambda row, at: [_demonstration(row, at)])
+    named = columns is not None and columns.model_dump(exclude_none=True)
+    whole = (*RESPONSES, "chosen", "rejected") if named and "messages" in named and "response" not in named else ()
+
+    def made(row: Row, at: str) -> list[Demonstration]:
+        """Of conversations that the recipe names nothing else is trained on."""
+        return [_demonstration({key: value for key, value in row.items() if key not in whole}, at)]
+
+    return _read(source, system, columns, made)
 
 
 def read_preferences(source: str, system: str | None = None, columns: Columns | None = None) -> list[Preference]:
@@ -101,7 +108,9 @@ def _with_our_names(row: dict[str, Any], renamed: dict[str, str], at: str) -> di
 def _demonstration(row: Row, at: str) -> Demonstration:
     for key in RESPONSES:
         if key in row:
-            return Demonstration(_prompt(row, at).messages, _response(row[key], f"{at}, field {key}"))
+            response = _response(row[key], f"{at}, field {key}")
+            before = turns_of(row[key], at)[:-1] if isinstance(row[key], list) else []
+            return Demonstration(_joined(_prompt(row, at).messages, before, at), response)
     if "chosen" in row:
         preference = _preference(row, at)
         return Demonstration(preference.messages, preference.chosen)

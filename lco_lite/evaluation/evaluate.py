@@ -52,7 +52,7 @@ def score(
     if data is None and (HELD_OUT in names or ctx.recipe.task in names):
         same_held_out(ctx.run, ctx.recipe, recipe_task(ctx.recipe))
     stage = "base" if model else weights.named_policy(ctx.run, stage)
-    loaded = [_graded(open_task(ctx.recipe, n, data), ctx.recipe.eval) for n in names if n != HELD_OUT]
+    loaded = [graded_by(ctx.recipe.eval, open_task(ctx.recipe, n, data)) for n in names if n != HELD_OUT]
     results = [evaluate_stage(ctx, task, stage) for task in loaded]
     own = [score_held_out(ctx, stage)] if HELD_OUT in names else []
     if as_json:
@@ -145,10 +145,11 @@ def show(console: Console, results: Sequence[Mapping[str, Any]], labels: Mapping
 
 def _eval_tasks(recipe: Recipe) -> list[Task]:
     names = recipe.eval.tasks if recipe.eval.tasks is not None else [recipe.task] if recipe.task else []
-    return [_graded(open_task(recipe, name), recipe.eval) for name in names]
+    return [graded_by(recipe.eval, open_task(recipe, name)) for name in names]
 
 
-def _graded(task: Task, settings: Eval) -> Task:
+def graded_by(settings: Eval, task: Task) -> Task:
+    """By its own grader, or by the user's, within the tolerance that is asked for."""
     return graded_as(task, settings.grader, settings.tolerance, settings.evaluated)
 
 
@@ -262,9 +263,7 @@ def respond_to_all(
     with ctx.clock("eval"), InterruptGuard(ctx.console) as guard:
         window = role.model.max_length
         questions = [question(chat, p, by_likelihood) for p in prompts]
-        questions = [q for q in questions if len(q.prompt) + max(map(len, q.letters), default=new_tokens) <= window]
-        if not questions:
-            raise DataError(f"no item of {task.name} fits the model's window of {window} tokens")
+        questions = fitting_questions(questions, new_tokens, window, task)
         if left_out := len(prompts) - len(questions):
             verdict = "count as wrong" if task.graded else "are left out"
             ctx.console.warn(f"{left_out} of {len(prompts)} items do not fit the window and {verdict}")
@@ -339,11 +338,14 @@ def plan_batches(ids: Sequence[list[int]], settings: Eval, new_tokens: int) -> l
     return batches
 
 
-def held_out_accuracy(ctx: Context, engine: Engine, chat: ChatFormat, task: Task, prompts: Sequence[Prompt]) -> float:
-    """pass@1 of one pass over the prompts as they are trained on, for a look at the model; nothing is kept."""
+def held_out_accuracy(
+    ctx: Context, engine: Engine, window: int, chat: ChatFormat, task: Task, prompts: Sequence[Prompt]
+) -> float:
+    """pass@1 of one pass over the prompts as they are trained on, for a look at the model; nothing is kept. What does
+    not fit the model's ``window`` in tokens counts as wrong, as in a score. DataError where nothing does."""
     settings = ctx.recipe.eval
-    task, questions = _graded(task, settings), [question(chat, p) for p in prompts]
-    own = ranks.share(questions)
+    task, questions = graded_by(settings, task), [question(chat, p) for p in prompts]
+    own = ranks.share(fitting_questions(questions, _sampling(settings, task).max_new_tokens, window, task))
     rank = [f"rank {ranks.rank()} of {ranks.world()}"] if ranks.world() > 1 else []
     with ctx.console.progress(len(own), "held-out") as line:
         sampling, seed = _sampling(settings, task), ctx.recipe.seed
@@ -353,6 +355,14 @@ def held_out_accuracy(ctx: Context, engine: Engine, chat: ChatFormat, task: Task
 
         responses = respond(ctx, engine, chat, task, own, sampling, seed, *rank, tell=tell) if own else []
     return ranks.total(sum(r["right"] for r in responses)) / len(questions)
+
+
+def fitting_questions(questions: Sequence[Question], new_tokens: int, window: int, task: Task) -> list[Question]:
+    """Those that leave room in ``window`` for ``new_tokens`` or their letters. DataError where none does."""
+    fit = [q for q in questions if len(q.prompt) + max(map(len, q.letters), default=new_tokens) <= window]
+    if not fit:
+        raise DataError(f"no item of {task.name} fits the model's window of {window} tokens")
+    return fit
 
 
 def looked_by(settings: Eval) -> dict[str, Any]:

@@ -11,6 +11,7 @@ Each has a model card and is made whole or not at all; ``export.json`` in it say
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -81,7 +82,7 @@ def export(
             job.folder = job.files.model
         _refuse_form(job, push)
         if _is_made(job, fresh):
-            console.note(f"{out}: exported already")
+            console.note(f"{out}: exported already{_card_anew(job)}")
         else:
             write_whole(job)
     if push is not None:
@@ -97,9 +98,29 @@ def write_whole(job: Export) -> None:
     read_scores(job.run.path)  # and so is one that is damaged, which the card would have
     with write_folder(job.out) as new:
         write(job, new)
-        write_text(new / "README.md", model_card(job, new))
+        card = model_card(job, new)
+        write_text(new / "README.md", card)
         write_text(new / "training-recipe.yaml", dump(job.recipe))  # recipe.yaml is what makes a folder a run
-        write_json(new / "export.json", {**job.made_from(), "run": job.run.name, "lco_lite": __version__})
+        record = {**job.made_from(), "run": job.run.name, "lco_lite": __version__, "card": _sum(card)}
+        write_json(new / "export.json", record)
+
+
+def _card_anew(job: Export) -> str:
+    """The card of a folder that is made already is as the run is now; one that somebody has written in stays."""
+    record, card, new = job.out / "export.json", job.out / "README.md", model_card(job, job.out)
+    made = read_json(record, dict[str, str], f"Delete {job.out} and export it again")
+    now = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if now == new:
+        return ""
+    if now and _sum(now) != made.get("card"):
+        return "; its README.md has been edited, and stays as it is: the card of now is written where it is deleted"
+    write_text(card, new)
+    write_json(record, {**made, "card": _sum(new)})
+    return "; its README.md is made anew, with the scores that there are now"
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _policy(run: Run, policy: str | None) -> str:

@@ -414,6 +414,10 @@ class TrainRm(Training):
         True, "cut a rejected response after its first wrong token", "prototype: this decides what φ_DPO teaches"
     )
     held_out: float = setting(
-        0.05, "share of pairs, whole prompts, kept to measure accuracy", "common practice", ge=0, lt=1
+        0.05,
+        "share of pairs, whole prompts, kept to measure accuracy; without a task those of data.held_out are",
+        "common practice",
+        ge=0,
+        lt=1,
     )
     check_items: int = setting(200, "held-out items to score φ_DPO on as a policy; 0: none", "std error 0.035", ge=0)

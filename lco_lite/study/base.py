@@ -86,6 +86,10 @@ class Results:
         rows = [r for r in self.rows if r["label"] == label and (r["seed"] == TUNING_SEED) == tuning]
         return sorted(rows, key=lambda row: row["seed"])
 
+    def ended(self, label: str) -> list[Row]:
+        """Those of ``of`` that did not diverge, whose curves are as long as each other."""
+        return [row for row in self.of(label) if row.get("failed") is None]
+
     def by_seed(self, label: str, number: Callable[[Row], float | None] | None = None) -> dict[int, float]:
         """Seed -> a number of its row, the score unless ``number`` says otherwise; not of seeds that have none."""
         values = {row["seed"]: (number or score)(row) for row in self.of(label)}

@@ -90,7 +90,7 @@ def _learning(figure: Figure, results: Results) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     below.set_yscale("log")
     for name in PICTURE:
-        rows = [row for row in results.of(name) if row.get("failed") is None]
+        rows = results.ended(name)
         if rows:
             _draw(above, below, name, rows)
     lengths = [row["samples"] for name in PICTURE if name != "dapo" for row in results.of(name)]

@@ -223,6 +223,7 @@ class Worker:
         given |= {"id": job.folder.name, "start": None if job.start is None else job.start.folder.name}
         write_json(job.folder / "cell.json", given)
         self.log: TextIO = (job.folder / "work.log").open("a", encoding="utf-8")
+        self.said_before = self.log.tell()  # by those that tried this before
         own = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads), **environment()}
         command = python("lco_lite.study.work", str(job.folder))
         self.process = subprocess.Popen(
@@ -236,6 +237,7 @@ class Worker:
         self.log.close()
 
     def why(self, code: int) -> str:
-        lines = (self.job.folder / "work.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        own = (self.job.folder / "work.log").read_bytes()[self.said_before :]
+        lines = own.decode("utf-8", errors="replace").strip().splitlines()
         said = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
         return f"exit status {code}: {said} (all of it: {self.job.folder / 'work.log'})"

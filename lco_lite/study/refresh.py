@@ -63,8 +63,7 @@ class Refresh(Study):
         rows = []
         for label in VARIED:
             if found := results.by_seed(label):
-                last = [curve(row)[1] for row in results.of(label)]
-                best = [max(scores) for scores in last]
+                best = [max(curve(row)[1]) for row in results.ended(label)]
                 cells = [
                     label,
                     len(found),
@@ -89,7 +88,7 @@ def _sets(
         steps = max(1, round(recipe.rl.steps * phases))
         made |= {
             "rl.steps": steps,
-            "rl.prompts_per_step": max(1, recipe.rl.prompts_per_step * recipe.rl.steps // steps),
+            "rl.prompts_per_step": max(1, base["rl.prompts_per_step"] * recipe.rl.steps // steps),
         }
         made["rl.eval_every"] = max(1, round(phases))
     return made | ({} if epochs is None else {"rl.inner_epochs": epochs})
@@ -100,7 +99,7 @@ def _curves(figure: Figure, results: Results) -> None:
 
     axes = figure.subplots()
     for label in VARIED:
-        curves = [curve(row) for row in results.of(label)]
+        curves = [curve(row) for row in results.ended(label)]
         if curves:
             style = {"linestyle": "--"} if "anchor 0" in label else {}
             band(axes, label, curves[0][0], [scores for _, scores in curves], **style)

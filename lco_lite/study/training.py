@@ -121,9 +121,9 @@ def _run(figure: Figure, results: Results, names: Sequence[str]) -> None:
         axes.set_title(title)
         axes.set_xlabel("share of the run's updates")
     for name in names:
-        curves = [curve(row) for row in results.of(name)]
-        xs = [fmean(x) for x in zip(*(x for x, _ in curves), strict=True)]
-        band(panels[2][1], name, xs, [y for _, y in curves])
+        if curves := [curve(row) for row in results.ended(name)]:
+            xs = [fmean(x) for x in zip(*(x for x, _ in curves), strict=True)]
+            band(panels[2][1], name, xs, [y for _, y in curves])
     panels[2][1].set_title("pass@1, held-out")
     panels[2][1].set_xlabel("samples")
     figure.legend(*panels[2][1].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))

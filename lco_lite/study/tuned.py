@@ -78,7 +78,7 @@ def sets_of(name: str, methods: Contenders, recipe: Recipe, done: Results) -> di
     rows = [done.of(cell.label, tuning=True) for cell in cells]
     if not all(rows):
         return None
-    reached = [-1.0 if (value := score(row[0])) is None else value for row in rows]
+    reached = [-math.inf if (value := score(row[0])) is None else value for row in rows]
     best = cells[reached.index(max(reached))].sets["rl.lr"]
     return {**equal(method.sets, recipe), "rl.lr": best, "rl.steps": method.phases * recipe.rl.steps}
 

@@ -51,6 +51,7 @@ def run_study(
     study.only = only
     if unknown := [label for label in only if label not in study.labels]:
         raise UsageError(f"study {name}: nothing is called {', '.join(unknown)}; there are: {'; '.join(study.labels)}")
+    said = [word for item in sets for word in ("-s", item)]
     sets = [*(study.usual if recipe is None else ()), *sets]
     folder = out or runs / "studies" / name
     grid = Grid(study, recipe, sets, runs, console, known_rows(folder))
@@ -64,8 +65,7 @@ def run_study(
     with write_errors(folder):  # before hours of work, not after
         folder.mkdir(parents=True, exist_ok=True)
     console.stage(name, f"{study.asks} Seeds {numbers[0]} to {numbers[-1]}, {at_once} at once")
-    given = ["lco-lite", "study", name, *([recipe] if recipe else [])]
-    given += [word for item in sets if item not in study.usual for word in ("-s", item)]
+    given = ["lco-lite", "study", name, *([recipe] if recipe else []), *said]
 
     def page() -> Findings:
         if only:

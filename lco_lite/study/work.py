@@ -22,7 +22,7 @@ from lco_lite.command import boundary, command
 from lco_lite.context import Context
 from lco_lite.data.prompts import open_task
 from lco_lite.errors import DataError, Diverged
-from lco_lite.evaluation.evaluate import evaluate_stage
+from lco_lite.evaluation.evaluate import evaluate_stage, graded_by
 from lco_lite.files import read_json, remove, sha256, write_bytes, write_folder, write_json
 from lco_lite.metrics import read_log
 from lco_lite.study.base import Row
@@ -96,7 +96,9 @@ def columns(updates: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None
 def scores(ctx: Context, stage: str) -> dict[str, Any]:
     """Task -> the result of ``stage``, without what it was made with."""
     names = ctx.recipe.eval.tasks or ([ctx.recipe.task] if ctx.recipe.task else [])
-    results = {name: evaluate_stage(ctx, open_task(ctx.recipe, name), stage) for name in names}
+    results = {
+        name: evaluate_stage(ctx, graded_by(ctx.recipe.eval, open_task(ctx.recipe, name)), stage) for name in names
+    }
     return {name: {k: v for k, v in one.items() if k != "settings"} for name, one in results.items()}
 
 

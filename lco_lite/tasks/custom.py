@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,11 @@ def _read(row: Mapping[str, Any], by_letter: bool) -> Problem:
     asked, gold = turns[-1]["content"], answer_text(row)
     if "####" in gold:  # GSM8K's: the working, and the answer after it
         shown, gold = shown or gold, gold.rpartition("####")[2].strip()
+        if not gold:
+            raise ValueError("field answer has nothing after its last ####")
         row = {**row, "answer": gold} if by_letter else row
-    if by_letter and "choices" not in row and gold in LETTERS[:-1]:  # the prompt has them
-        row = {**row, "choices": list(LETTERS[: max(4, LETTERS.index(gold) + 1)])}
+    if by_letter and "choices" not in row and len(gold) == 1 and gold in LETTERS:  # the prompt has them
+        row = {**row, "choices": list(_letters_in(asked, gold))}
     elif by_letter:
         listed = lettered(row["choices"])
         asked = asked if _lists(asked, row["choices"]) else f"{asked}\n{listed}"
@@ -124,6 +127,13 @@ def _read(row: Mapping[str, Any], by_letter: bool) -> Problem:
             )
         gold = LETTERS[index]
     return Problem(asked, gold, shown, row=row, messages=[*turns[:-1], {"role": "user", "content": asked}])
+
+
+def _letters_in(asked: str, gold: str) -> str:
+    """The letters from A on that the prompt lists, as in ``A. red`` or ``(a) red``; all where ``gold`` is not among
+    them: how many there are must not tell which is right."""
+    found = "".join(takewhile(lambda one: re.search(rf"(?i)(?<!\w){one}[).:]", asked), LETTERS))
+    return found if gold in found and len(found) > 1 else LETTERS
 
 
 def _lists(asked: str, choices: Sequence[Any]) -> bool:

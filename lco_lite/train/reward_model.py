@@ -63,7 +63,10 @@ def train_rm(ctx: Context, stage: StageFolder) -> None:
     with ctx.clock("loading"):
         reward_model, reference = weights.open_untrained_reward_model(ctx, start)
     pairs = fitting(ctx, pairs, reward_model.model.max_length, rm.max_length, "pairs", Pair.longest)
-    held = held_out_pairs(recipe, chat)  # drawn by prompt for all stages, where there is no task
+    drawn = held_out_pairs(recipe, chat)  # by prompt for all stages, where there is no task
+    held = [pair for pair in drawn if pair.longest() <= min(rm.max_length, reward_model.model.max_length)]
+    if len(held) < len(drawn):
+        ctx.console.warn(f"{len(drawn) - len(held)} of {len(drawn)} held-out pairs are too long and left out")
     if not held:
         held, pairs = hold_out(pairs, rm.held_out)
     if round(len(pairs) * rm.held_out) and not held:
@@ -177,11 +180,11 @@ def score_as_policy(ctx: Context, start: Role, reward_model: Role, chat: ChatFor
         return {}
     prompts = held_out(ctx.recipe, task, rm.check_items)
     with ctx.clock("eval"):
-        engines = (
-            open_engine([role], chat.end, settings=ctx.recipe.rollout, say=ctx.console.note)
-            for role in (start, reward_model)
-        )
-        before, after = (held_out_accuracy(ctx, engine, chat, task, prompts) for engine in engines)
+        scores = list[float]()
+        for role in (start, reward_model):
+            engine = open_engine([role], chat.end, settings=ctx.recipe.rollout, say=ctx.console.note)
+            scores.append(held_out_accuracy(ctx, engine, role.model.max_length, chat, task, prompts))
+        before, after = scores
     ctx.console.note(
         f"as a policy on {len(prompts)} held-out items: φ_DPO {after:.3f}, the policy that it will teach {before:.3f}"
     )

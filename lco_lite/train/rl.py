@@ -231,8 +231,10 @@ def evaluate(ctx: Context, models: Models, rollouts: Rollouts) -> float | None:
     if task is None or not task.graded:
         return None
     with ctx.clock("eval"):
-        engine = open_engine([models.policy], chat.end, settings=recipe.rollout, say=ctx.console.note)
-        return held_out_accuracy(ctx, engine, chat, task, held_out(recipe, task, recipe.rl.eval_items))
+        policy = models.policy
+        engine = open_engine([policy], chat.end, settings=recipe.rollout, say=ctx.console.note)
+        window = policy.model.max_length
+        return held_out_accuracy(ctx, engine, window, chat, task, held_out(recipe, task, recipe.rl.eval_items))
 
 
 def keep_best(

@@ -327,3 +327,24 @@ def test_an_answer_inside_a_list_under_prompt_is_left_out_of_prompts_and_is_a_de
     (prompt,) = read_prompts(str(tmp_path / "d.jsonl"))
     (shown,) = read_demonstrations(str(tmp_path / "d.jsonl"))
     assert [*prompt.messages] == [*shown.messages] == turns("a") and shown.response == "b"
+
+
+def test_of_a_completion_of_several_turns_the_last_is_learned_after_the_others(tmp_path):
+    more, asked = {"role": "assistant", "content": "Which base?"}, {"role": "user", "content": "Ten."}
+    last, system = {"role": "assistant", "content": "4"}, {"role": "system", "content": "Add."}
+    rows = [
+        {"prompt": [USER], "completion": [more, asked, last]},
+        {"prompt": [system], "completion": [USER, last]},
+        {"prompt": [USER], "completion": [USER, more, asked, last]},
+    ]
+    shown = read_demonstrations(write(tmp_path / "rows.jsonl", rows))
+    assert [list(d.messages) for d in shown] == [[USER, more, asked], [system, USER], [USER, more, asked]]
+    assert {d.response for d in shown} == {"4"}
+
+
+def test_of_conversations_that_the_recipe_names_nothing_else_is_learned(tmp_path):
+    turns = [USER, {"role": "assistant", "content": "4"}]
+    rows = [{"talk": turns, "output": "5"}, {"talk": turns, "prompt": "3+3?", "chosen": "6", "rejected": "7"}]
+    columns = DemonstrationColumns(messages="talk")
+    shown = read_demonstrations(write(tmp_path / "rows.jsonl", rows), None, columns)
+    assert {(d.messages[-1]["content"], d.response) for d in shown} == {("2+2?", "4")}

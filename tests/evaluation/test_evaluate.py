@@ -22,18 +22,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lco_lite.console import Console
+from lco_lite.data.prompts import held_out, recipe_task
 from lco_lite.errors import DataError, UsageError
 from lco_lite.evaluation import evaluate
 from lco_lite.evaluation.evaluate import plan_batches
-from lco_lite.evaluation.prompts import eval_prompts, grader_of, prompt_settings
+from lco_lite.evaluation.prompts import Question, eval_prompts, grader_of, prompt_settings
 from lco_lite.evaluation.summary import majority_right, over_items, pass_at, summarise
 from lco_lite.models.chat import ChatFormat, PlainText
-from lco_lite.models.loading import build_scratch, byte_tokenizer
+from lco_lite.models.loading import build_scratch, byte_tokenizer, open_tokenizer
 from lco_lite.recipe import Eval, Recipe
 from lco_lite.recipe.sections import Init
 from lco_lite.rollout.hf import HFEngine
 from lco_lite.tasks import Grade, Item, Task, graded_as, load_task
 from tests.evaluation.eval_cases import GRADER, chance_task, result_of, rows_of, score
+from tests.train.test_chain import start
 
 
 @pytest.fixture(scope="module")
@@ -593,3 +595,27 @@ def test_what_a_grader_says_takes_the_place_of_a_tasks_own_score(tmp_path):
     rows.write_text(json.dumps(row | {"extracted": None, "score": 0.25}) + "\n")
     (again,) = evaluate.graded_again(tmp_path / "arithmetic--sft.json", {"n": 1}, task, Eval())
     assert again["right"] and "score" not in again
+
+
+def test_a_look_at_the_model_counts_what_does_not_fit_its_window_as_wrong(tiny, monkeypatch):
+    asked: list[Question] = []
+
+    def all_right(ctx, engine, chat, task, questions, *_, **kw):
+        asked.extend(questions)
+        return [{"right": True}] * len(questions)
+
+    monkeypatch.setattr(evaluate, "respond", all_right)
+    with start(tiny) as ctx:
+        task = recipe_task(ctx.recipe)
+        chat = ChatFormat(open_tokenizer(ctx.recipe.model, 0))
+        prompts = held_out(ctx.recipe, task, 32)
+        longer = {"role": "user", "content": f"{prompts[0].messages[-1]['content']} Now."}
+        prompts[0] = dataclasses.replace(prompts[0], messages=[*prompts[0].messages[:-1], longer])
+        longest = max(len(chat.prompt(prompt.messages)) for prompt in prompts)
+        room = ctx.recipe.eval.max_new_tokens
+        assert evaluate.held_out_accuracy(ctx, None, longest + room, chat, task, prompts) == 1
+        asked.clear()
+        share = evaluate.held_out_accuracy(ctx, None, longest + room - 1, chat, task, prompts)
+        assert share == len(asked) / 32 == 31 / 32 and all(len(q.prompt) < longest for q in asked)
+        with pytest.raises(DataError, match="no item of arithmetic fits the model's window of 9 tokens"):
+            evaluate.held_out_accuracy(ctx, None, 9, chat, task, prompts)

@@ -26,6 +26,7 @@ from lco_lite.command import command
 from lco_lite.console import Console
 from lco_lite.context import Context
 from lco_lite.errors import LcoError, ModelError, UsageError
+from lco_lite.export import forms
 from lco_lite.export.card import _sources
 from lco_lite.export.forms import export
 from lco_lite.export.ollama import ollama_template
@@ -197,7 +198,7 @@ def test_a_converter_that_fails_is_quoted_and_leaves_nothing(run, tmp_path):
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_only_its_own_folder_is_replaced_and_only_if_asked(run, tmp_path):
+def test_only_its_own_folder_is_replaced_and_only_if_asked(run, tmp_path, monkeypatch):
     out = tmp_path / "mine"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
@@ -209,6 +210,18 @@ def test_only_its_own_folder_is_replaced_and_only_if_asked(run, tmp_path):
     written = (folder / "export.json").stat().st_mtime_ns
     made(run, "adapter", out=folder)
     assert (folder / "export.json").stat().st_mtime_ns == written, "made already"
+    card = folder / "README.md"
+    now = card.read_text()
+    with monkeypatch.context() as patch:  # it has been scored since
+        patch.setattr(forms, "model_card", lambda job, folder: f"{now}scored: 0.5")
+        made(run, "adapter", out=folder)
+        assert card.read_text() == f"{now}scored: 0.5"
+    card.write_text("by hand")
+    made(run, "adapter", out=folder)
+    assert card.read_text() == "by hand"
+    card.unlink()
+    made(run, "adapter", out=folder)
+    assert card.read_text() == now
     with pytest.raises(UsageError, match="(?s)form: adapter → merged.*--fresh"):
         made(run, out=folder)
     made(run, out=folder, fresh=True)

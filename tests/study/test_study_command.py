@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from lco_lite.cli import app
 from lco_lite.models.loading import build_scratch
 from lco_lite.recipe.sections import Init
+from lco_lite.study.grid import Grid
 from lco_lite.study.verb import STUDIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,3 +69,12 @@ def test_a_recipe_without_a_task_and_one_without_a_stage_before_rl(tmp_path, tin
     sets += ["-s", "task=null", "-s", f"data.prompts={rows}", "-s", "rl.feedback=function", "-s", "rl.objective=grpo"]
     said = typed("methods", str(tiny), *sets, "-s", "rl.reward_function=r.py:f", "--dry-run", code=2)
     assert "tiny.yaml: names no task" in " ".join(said.split())
+
+
+def test_the_page_says_all_that_was_given_beside_a_recipe(tmp_path, monkeypatch):
+    """What is usual for a study counts where no recipe is named, and is said where one is."""
+    monkeypatch.setattr(Grid, "work_off", lambda *_: None)
+    words = ["convexity", "quickstart", "-s", "eval.samples=8", "--seeds", "1"]
+    typed(*words, "--out", str(tmp_path / "page"), "--runs", str(tmp_path))
+    made = json.loads((tmp_path / "page" / "study.json").read_text())
+    assert made["command"] == "lco-lite study convexity quickstart -s eval.samples=8 --seeds 1"

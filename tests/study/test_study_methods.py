@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from matplotlib.figure import Figure
 
 from lco_lite.recipe.file import find_recipe, load_recipe
 from lco_lite.study.base import FEWEST, TUNING_SEED, Results
 from lco_lite.study.efficiency import Efficiency
 from lco_lite.study.methods import GKD, GKD_TWICE, HALVED_FROM, METHODS, MIXED, TIERS, MethodsStudy
+from lco_lite.study.refresh import BASE, Refresh
 from lco_lite.study.training import WholeRun
 from lco_lite.study.tuned import equal, taught_by
 from lco_lite.study.variants import AGAINST, Variants
@@ -149,3 +151,40 @@ def test_samples_are_set_against_those_that_ppo_takes():
 def test_a_report_of_nothing_leaves_every_claim_unclear():
     for name in STUDIES:
         assert {claim.verdict for claim in load_study(name).report(Results()).claims} == {"unclear"}
+
+
+@pytest.mark.parametrize(("study", "label"), [(WholeRun(), "kld"), (Refresh(), "8 phases")])
+def test_a_page_has_its_pictures_also_where_a_run_diverged(study, label):
+    whole, short = [(x, 0.5) for x in (100, 200, 300)], [(100, 0.9)]
+    label = label if label in study.labels else BASE
+    rows = [row(label, seed, 0.5, curve=whole) for seed in (1, 2)]
+    rows.append(row(label, 3, 0.0, curve=short) | {"after": None, "failed": "loss is not finite"})
+    found = study.report(Results(rows))
+    assert found.plots and any("loss is not finite" in note for note in found.notes)
+    for plot in found.plots:
+        figure = Figure(figsize=plot.size, layout="constrained")
+        plot.draw(figure)
+    if isinstance(study, Refresh):
+        assert "0.9" not in str(found.tables[0].rows[0][3])
+
+
+def test_refreshing_is_at_equal_samples_however_many_responses_a_prompt_has():
+    many = load_recipe(find_recipe("quickstart"), [*Refresh.usual, "rl.responses_per_prompt=4"])
+    cells = Refresh().cells(many, [1], Results(tuned(many, Refresh())))
+    sizes = [
+        c.sets["rl.steps"] * c.sets["rl.prompts_per_step"] * c.sets["rl.responses_per_prompt"]
+        for c in cells
+        if c.seed == 1
+    ]
+    assert min(sizes) == max(sizes)
+
+
+def test_a_rate_that_diverged_is_not_chosen_where_scores_are_below_0_either(recipe):
+    rows = [
+        r
+        | {"after": {"mean": -3.0, "metrics": {}}}
+        | ({"after": None, "failed": "nan"} if "0.006" in r["label"] else {})
+        for r in tuned(recipe)
+    ]
+    cells = [c for c in MethodsStudy().cells(recipe, [1], Results(rows)) if c.label == "kld"]
+    assert all(c.sets["rl.lr"] != 6e-3 for c in cells) and cells

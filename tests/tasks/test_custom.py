@@ -198,3 +198,25 @@ def test_choices_that_are_letters_alone_are_listed_by_the_prompt_itself(tmp_path
     (tmp_path / "items.jsonl").write_text(json.dumps({"prompt": asked, "choices": ["A", "B"], "answer": "B"}) + "\n")
     (item,) = load_task("custom:choice", tmp_path / "items.jsonl").items("test")
     assert item.prompt == asked and item.gold == "B"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "gold", "letters"),
+    [
+        ("Which?\nA. a\nB. b\nC. c\nD. d\nE. e\nF. f\nG. g\nH. h\nI. i\nJ. j", "A", 10),
+        ("Which?\nA. a\nB. b\nC. c\nD. d\nE. e\nF. f\nG. g\nH. h\nI. i\nJ. j", "J", 10),
+        ("Yes (a) or no (b)?", "B", 2),
+        ("Red, green, blue or grey?", "C", 10),
+        ("Q: which of them? A: red. C: blue.", "C", 10),
+    ],
+)
+def test_without_choices_the_prompt_tells_how_many_there_are_and_never_the_answer(tmp_path, prompt, gold, letters):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": prompt, "answer": gold}))
+    (item,) = load_task("custom:choice", tmp_path / "rows.jsonl").items("test")
+    assert len(item.row["choices"]) == letters and item.gold == gold
+
+
+def test_an_answer_that_ends_before_it_begins_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "answer": "9 - 2 = 7\n#### "}))
+    with pytest.raises(DataError, match="line 1: field answer has nothing after its last ####"):
+        load_task("custom", tmp_path / "rows.jsonl").items("test")

@@ -259,3 +259,14 @@ def test_a_run_from_before_there_was_a_choice_goes_on_with_its_own_recipe_file(f
     assert "done already" in call("sft", "own.yaml").output
     said = call("sft", "own.yaml", "-s", "sft.max_steps=3").output
     assert "goes on after step 2" in said and "held out:" not in said
+
+
+def test_held_out_pairs_that_are_too_long_are_left_out_and_told(folder):
+    held, lines = held_out_prompts(load_recipe(Path("own.yaml")), None), Path("rows.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    long = next(row for row in rows if row["prompt"].casefold() in held)
+    long["chosen"] = "yes " * 200
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = " ".join(call("train-rm", "own.yaml", "-s", "train_rm.max_length=100").output.split())
+    n = sum(row["prompt"].casefold() in held for row in rows)
+    assert f"1 of {n} held-out pairs are too long and left out" in said and f"of {n - 1} held-out pairs" in said
