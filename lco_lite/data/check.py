@@ -5,7 +5,7 @@ and which rows are evaluation items of the tasks that the recipe scores.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 from lco_lite.console import Console
@@ -25,8 +25,9 @@ from lco_lite.data.rows import Demonstration, read_demonstrations, read_preferen
 from lco_lite.errors import DataError, ModelError
 from lco_lite.messages import Message
 from lco_lite.models.chat import ChatFormat
-from lco_lite.models.loading import open_tokenizer
+from lco_lite.models.loading import open_tokenizer, window_of
 from lco_lite.recipe import Recipe
+from lco_lite.recipe.sections import RewardModel, Weights
 from lco_lite.tasks.base import Task, normalised
 
 TOLD = 5  # overlapping rows that are told one by one, the likest first
@@ -62,8 +63,13 @@ def check_data(recipe: Recipe, console: Console, json: bool) -> None:
     sources, notes, chat = recipe_sources(recipe, recipe_task(recipe)), [], None
     try:
         chat = ChatFormat(open_tokenizer(recipe.model, recipe.seed), recipe.chat.template_args, console.warn)
+        sources = [replace(one, window=min(one.window, _window(one.use, recipe, chat))) for one in sources]
     except ModelError as e:
-        notes.append(f"no tokenizer, so lengths are in characters and no template is applied: {e}")
+        notes.append(
+            f"no tokenizer, so lengths are in characters and no template is applied: {e}"
+            if chat is None
+            else f"the model's own window is not known: {e}"
+        )
     reports = [report(source, chat) for source in sources]
     overlaps = []
     for name in dict.fromkeys([*([recipe.task] if recipe.task else []), *(recipe.eval.tasks or [])]):
@@ -81,6 +87,14 @@ def check_data(recipe: Recipe, console: Console, json: bool) -> None:
         show(console, reports, overlaps, notes)
     if refused := [_refusal(o) for o in overlaps if not o["allowed"]]:
         raise DataError("; ".join(refused))
+
+
+def _window(use: str, recipe: Recipe, chat: ChatFormat) -> int:
+    """Tokens that the models take which are trained on it, or sample after it."""
+    own: list[Weights] = [recipe.reward_model] if isinstance(recipe.reward_model, RewardModel) else []
+    policy: list[Weights] = [recipe.model]
+    used = {"demonstrations": policy, "preferences": own or policy}.get(use, policy + own)
+    return min(window_of(weights, chat.tokenizer) for weights in used)
 
 
 def recipe_sources(recipe: Recipe, task: Task | None) -> list[TrainingData]:

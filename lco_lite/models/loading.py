@@ -396,6 +396,12 @@ def _choose_pad(tokenizer: hf.PreTrainedTokenizerBase) -> None:
     tokenizer.pad_token = [*padding, *unknown, *reserved, tokenizer.eos_token][0]
 
 
+def window_of(weights: Weights, tokenizer: Any) -> int:
+    """How many tokens the model takes, before it is loaded. Raises ModelError as ``load_config``."""
+    most = getattr(load_config(weights).get_text_config(), "max_position_embeddings", 0)
+    return int(most or tokenizer.model_max_length)
+
+
 def open_tokenizer(model: Model, seed: int) -> Any:
     """The policy's tokenizer before there is a run."""
     if model.gguf_file is not None:

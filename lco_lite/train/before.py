@@ -37,6 +37,7 @@ from lco_lite.models.loading import (
     open_tokenizer,
     refuse_without_weights,
     reward_device,
+    window_of,
 )
 from lco_lite.recipe import Recipe, Rl
 from lco_lite.recipe.sections import RewardModel, Weights
@@ -88,8 +89,7 @@ def look_ahead(
             with naming("reward_model.path"):
                 check_same_tokenizer(tokenizer, load_tokenizer(own))
     numbers = {name: numbers_of(weights, device, name) for name, weights in used.items()}
-    configs = {name: load_config(weights).get_text_config() for name, weights in used.items()}
-    takes = {n: getattr(one, "max_position_embeddings", 0) or tokenizer.model_max_length for n, one in configs.items()}
+    takes = {name: window_of(weights, tokenizer) for name, weights in used.items()}
     windows = {"sft": takes["model"], "rm": takes.get("reward_model", takes["model"]), "rl": min(takes.values())}
     ahead = Ahead(task, ChatFormat(tokenizer, recipe.chat.template_args, console.warn), windows)
     longest, most_of_pair = longest_response(recipe), min(recipe.train_rm.max_length, windows["rm"])

@@ -190,3 +190,12 @@ def test_near_twins_are_all_that_qa_feedbacks_recipe_allows(tmp_path):
     by_use = {o["use"]: o for o in found("qa_feedback", *sets)["overlaps"]}
     assert by_use["prompts"]["same"] == 0 and by_use["prompts"]["twins"] and by_use["prompts"]["allowed"]
     assert by_use["preferences"]["same"] and not by_use["preferences"]["allowed"]
+
+
+def test_rows_beyond_the_models_own_window_are_counted(tiny, tmp_path):
+    rows = write(
+        tmp_path / "rows.jsonl", [{"prompt": "a" * 10, "completion": "b"}, {"prompt": "a" * 90, "completion": "b"}]
+    )
+    sets = ["-s", f"data.demonstrations={rows}", "-s", "model.init.max_length=64"]
+    (shown,) = (one for one in found(tiny, *sets)["sources"] if one["use"] == "demonstrations")
+    assert (shown["window"], shown["over_window"]) == (64, 1)
