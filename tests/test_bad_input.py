@@ -91,7 +91,7 @@ def test_a_malformed_recipe_is_one_message_at_once(tmp_path, text, told):
     with pytest.raises(RecipeError) as e:
         load_recipe(tmp_path / "r.yaml")
     assert told in str(e.value) and str(e.value).startswith(str(tmp_path / "r.yaml"))
-    assert len(str(e.value)) < 5000 and time.process_time() - began < 10
+    assert len(str(e.value)) < 5000 and time.process_time() - began < 3
 
 
 def test_aliases_that_stand_for_little_are_taken(tmp_path):
@@ -260,7 +260,7 @@ def test_a_config_of_shapes_that_no_model_has(llama, tmp_path, changed, told):
     began = time.process_time()
     with pytest.raises(ModelError, match=told):
         load_config(Model(path=str(folder)))
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])

@@ -24,8 +24,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # cases of each kind in the short form, and the share of the time that it has in the full one
-FEW = {"kills": 2, "faults": 4, "signals": 2, "disk-full": 1, "damage": 4, "mistyped": 2, "non-finite": 3}
-FEW |= {"user-code": 4}
+FEW = {"kills": 3, "faults": 5, "signals": 2, "disk-full": 2, "damage": 6, "mistyped": 2, "non-finite": 3}
+FEW |= {"user-code": 5}
 SHARES = {"kills": 4, "faults": 7, "signals": 3, "disk-full": 2, "damage": 6, "mistyped": 4, "non-finite": 2}
 SHARES |= {"user-code": 4}
 

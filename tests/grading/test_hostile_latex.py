@@ -3,8 +3,6 @@
 import random
 import time
 
-import pytest
-
 from lco_lite.grading import symbolic
 from lco_lite.grading.math import grade_answer
 
@@ -95,16 +93,15 @@ def hostile_answers(count: int, seed: int) -> list[str]:
     return answers[:count]
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(2_000, marks=pytest.mark.long)])
-def test_hostile_answers_are_graded_in_time_and_without_an_error(monkeypatch, count):
+def test_a_thousand_hostile_answers_are_graded_in_time_and_without_an_error(monkeypatch):
     monkeypatch.setattr(symbolic, "SECONDS", 0.5)
     slowest = 0.0
-    for i, answer in enumerate(hostile_answers(count, seed=0)):
+    for i, answer in enumerate(hostile_answers(1_000, seed=0)):
         start = time.monotonic()
         grade = grade_answer(answer, GOLDS[i % len(GOLDS)])
         slowest = max(slowest, time.monotonic() - start)
         assert grade.right in (True, False) and grade.why
-    assert slowest < 15.0
+    assert slowest < 5.0
 
 
 def test_a_computation_without_end_stops_within_the_limit_and_the_next_one_is_answered():

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import xml.etree.ElementTree
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,11 +17,14 @@ from typer.testing import CliRunner
 from lco_lite.cli import app
 from lco_lite.console import Console
 from lco_lite.errors import Interrupted, LcoError
+from lco_lite.grading.string import grade_string
+from lco_lite.study import work
 from lco_lite.study.base import Cell, Claim, Findings, Plot, Study, Table
 from lco_lite.study.figures import band
-from lco_lite.study.grid import Grid
+from lco_lite.study.grid import Grid, Worker
 from lco_lite.study.page import known_rows, write
 from tests.conftest import TINY
+from tests.train.test_chain import start
 
 
 class Small(Study):
@@ -198,3 +202,20 @@ def test_an_unfinished_page_says_how_much_of_it_is_there(tmp_path):
     write(Small(), Results(), 12, "lco-lite study small", tmp_path)
     assert "0 of 12 cells" in (tmp_path / "README.md").read_text()
     assert json.loads((tmp_path / "study.json").read_text())["done"] == 0
+
+
+def test_a_cell_is_scored_by_the_grader_that_the_recipe_names(tiny, monkeypatch):
+    monkeypatch.setattr(work, "evaluate_stage", lambda ctx, task, stage: {"settings": {}, "grader": task.grader})
+    with start(tiny, "eval.grader=string") as ctx:
+        assert work.scores(ctx, "sft") == {"arithmetic": {"grader": grade_string}}
+
+
+def test_a_cell_that_fails_again_is_told_by_its_last_attempt(tmp_path):
+    log = tmp_path / "work.log"
+    log.write_text("error: No space left on device\n")
+    worker = Worker.__new__(Worker)
+    worker.job, worker.said_before = SimpleNamespace(folder=tmp_path), log.stat().st_size
+    assert worker.why(-9).startswith("exit status -9:  (all of it")
+    with log.open("a") as more:
+        more.write("error: loss is not finite\n")
+    assert "error: loss is not finite" in worker.why(4) and "No space" not in worker.why(4)
